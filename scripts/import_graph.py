@@ -1,0 +1,182 @@
+"""Check that imports between the packages of fusedlm run downwards only, and draw them.
+
+Writes docs/images/import-graph.png and the edges it shows to docs/images/import-graph.json, which a test compares with
+the source. Exits with 1 and one line an import when the layering is broken.
+"""
+
+import ast
+import json
+import sys
+from collections import defaultdict
+from dataclasses import dataclass
+from pathlib import Path
+
+# From the top: a package imports packages of lower layers only.
+LAYERS = [
+    ["cli"],
+    ["report"],
+    ["train"],
+    ["evaluate", "generate"],
+    ["data", "model", "optim"],
+    ["nn"],
+    ["ops"],
+]
+READ_BY_ALL = "config"
+FOR_TESTS = "testing"
+ROOT = "fusedlm"
+DEPTH = {package: depth for depth, layer in enumerate(LAYERS) for package in layer}
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+PICTURE = REPOSITORY / "docs/images/import-graph.png"
+RECORD = PICTURE.with_suffix(".json")
+
+
+@dataclass(frozen=True)
+class Import:
+    """One import of another package of ours: where it stands, who imports, and what."""
+
+    file: str
+    line: int
+    importer: str
+    imported: str  # a package, or `fusedlm` for the library face itself
+
+    def problem(self) -> str | None:
+        """Why the layering forbids it, None when it does not."""
+        where = f"{self.file}:{self.line}: {self.importer} imports {self.imported}"
+        if self.imported == ROOT:
+            return f"{where}, the library face; import from the package that defines the name"
+        if self.imported == FOR_TESTS:
+            return f"{where}, which is for tests only"
+        if self.importer == READ_BY_ALL:
+            return f"{where}, but {READ_BY_ALL} imports none of ours"
+        if self.importer in (ROOT, FOR_TESTS) or self.imported == READ_BY_ALL:
+            return None
+        for package in (self.importer, self.imported):
+            if package not in DEPTH:
+                return f"{where}, but {package} has no layer; give it one in LAYERS"
+        if DEPTH[self.imported] <= DEPTH[self.importer]:
+            return f"{where}, which is not in a lower layer"
+        return None
+
+
+def find_imports(repository: Path) -> list[Import]:
+    """Every import between packages, at module level or inside functions, sorted by place."""
+    found = []
+    for path in sorted((repository / ROOT).rglob("*.py")):
+        parts = path.relative_to(repository).with_suffix("").parts
+        importer = parts[1] if len(parts) > 2 else ROOT if parts[1] == "__init__" else parts[1]
+        package = parts[:-1]  # what a relative import starts from
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            for imported in _imported_packages(node, package):
+                if imported != importer:
+                    found.append(Import(str(path.relative_to(repository)), node.lineno, importer, imported))
+    return found
+
+
+def edges(imports: list[Import]) -> list[list[str]]:
+    """Which package imports which, each pair once."""
+    return sorted({(i.importer, i.imported) for i in imports if i.importer != ROOT})
+
+
+def _imported_packages(node: ast.AST, package: tuple[str, ...]) -> set[str]:
+    if isinstance(node, ast.Import):
+        modules = [alias.name.split(".") for alias in node.names]
+        return {m[1] if len(m) > 1 else ROOT for m in modules if m[0] == ROOT}
+    if not isinstance(node, ast.ImportFrom):
+        return set()
+    module = node.module.split(".") if node.module else []
+    if node.level:
+        module = [*package[: len(package) - node.level + 1], *module]
+    if module[:1] != [ROOT]:
+        return set()
+    if len(module) > 1:
+        return {module[1]}
+    known = {*DEPTH, READ_BY_ALL, FOR_TESTS}
+    return {alias.name if alias.name in known else ROOT for alias in node.names if alias.name != "__version__"}
+
+
+def _direct(pairs: list[tuple[str, str]]) -> set[tuple[str, str]]:
+    """The pairs that no longer path implies."""
+    below = defaultdict(set)
+    for importer, imported in pairs:
+        below[importer].add(imported)
+
+    def reachable(start: str) -> set[str]:
+        return below[start].union(*(reachable(package) for package in below[start]))
+
+    return {(a, b) for a, b in pairs if not any(b in reachable(other) for other in below[a] - {b})}
+
+
+def draw(pairs: list[tuple[str, str]], path: Path) -> None:
+    """The layers as rows, an arrow from each importer to what it imports."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    from matplotlib.patches import FancyArrowPatch, FancyBboxPatch
+
+    width, height, row_gap, column_gap = 1.7, 0.52, 1.15, 2.5
+    center = {}
+    for depth, layer in enumerate(LAYERS):
+        for column, package in enumerate(layer):
+            center[package] = ((column - (len(layer) - 1) / 2) * column_gap, -depth * row_gap)
+    bottom = -(len(LAYERS) - 1) * row_gap
+    figure, axes = plt.subplots(figsize=(9, 8.2))
+
+    def box(x, y, w, h, label, face, edge, **text):
+        shape = "round,pad=0,rounding_size=0.1"
+        axes.add_patch(FancyBboxPatch((x - w / 2, y - h / 2), w, h, boxstyle=shape, fc=face, ec=edge, lw=1.2, zorder=3))
+        axes.text(x, y, label, ha="center", va="center", zorder=4, **text)
+
+    direct = _direct([pair for pair in pairs if READ_BY_ALL not in pair])
+    for importer, imported in pairs:
+        if importer not in center or imported not in center:
+            continue
+        (x0, y0), (x1, y1) = center[importer], center[imported]
+        solid = (importer, imported) in direct
+        bend = 0.0 if DEPTH[imported] - DEPTH[importer] == 1 else (0.28 if x1 >= x0 else -0.28)
+        axes.add_patch(
+            FancyArrowPatch(
+                (x0, y0 - height / 2),
+                (x1, y1 + height / 2),
+                connectionstyle=f"arc3,rad={bend}",
+                arrowstyle="-|>",
+                mutation_scale=12,
+                lw=1.5 if solid else 0.9,
+                color="#334155" if solid else "#b6c2d1",
+                zorder=2 if solid else 1,
+                shrinkA=0,
+                shrinkB=1,
+            )
+        )
+    for package, (x, y) in center.items():
+        box(x, y, width, height, package, "#e8f0fe", "#3b6fd4", fontsize=12, family="monospace")
+    bar = max(x for x, _ in center.values()) + column_gap
+    box(
+        bar, bottom / 2, 0.8, -bottom + height, f"{READ_BY_ALL}   (read by every layer, imports none)",
+        "#f3f4f6", "#9ca3af", fontsize=11, family="monospace", rotation=270,
+    )
+    axes.set_xlim(-column_gap - width / 2 - 0.2, bar + 0.6)
+    axes.set_ylim(bottom - height, height)
+    axes.set_aspect("equal")
+    axes.axis("off")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=110, bbox_inches="tight", metadata={"Software": None})
+    plt.close(figure)
+
+
+def main() -> int:
+    imports = find_imports(REPOSITORY)
+    problems = [problem for i in imports if (problem := i.problem())]
+    if problems:
+        print("\n".join(problems), file=sys.stderr)
+        return 1
+    pairs = edges(imports)
+    draw(pairs, PICTURE)
+    RECORD.write_text("[\n" + ",\n".join(f"  {json.dumps(pair)}" for pair in pairs) + "\n]\n", encoding="utf-8")
+    print(f"{PICTURE.relative_to(REPOSITORY)}: {len(pairs)} edges")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,58 @@
+"""The shape of the repository: layers, file sizes, and the picture of the import graph."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from scripts.import_graph import RECORD, REPOSITORY, edges, find_imports
+
+
+def test_imports_run_downwards():
+    assert [problem for i in find_imports(REPOSITORY) if (problem := i.problem())] == []
+
+
+def test_picture_is_up_to_date():
+    recorded = [tuple(pair) for pair in json.loads(RECORD.read_text())]
+    assert recorded == edges(find_imports(REPOSITORY)), "the import graph has changed: make graph"
+
+
+def test_no_file_has_two_subjects():
+    long = {}
+    for folder in ("fusedlm", "tests", "scripts", "benchmarks"):
+        for path in (REPOSITORY / folder).rglob("*.py"):
+            lines = len(path.read_text(encoding="utf-8").splitlines())
+            if lines > 500:
+                long[str(path.relative_to(REPOSITORY))] = lines
+    assert long == {}
+
+
+@pytest.mark.parametrize(
+    ("file", "source", "problem"),
+    [
+        ("nn/norm.py", "import torch\nfrom fusedlm.ops.norm import rms_norm\n", None),
+        ("train/loop.py", "from fusedlm.config import Recipe\n", None),
+        ("train/loop.py", "from fusedlm.train.metrics import log\n", None),
+        ("train/loop.py", "from fusedlm import __version__\n", None),
+        ("ops/norm/op.py", "from fusedlm.nn import RMSNorm\n", "ops imports nn"),
+        ("ops/norm/op.py", "import fusedlm.nn.norm as norm\n", "ops imports nn"),
+        ("model/decoder.py", "def f():\n    from fusedlm.train import train\n    train()\n", "model imports train"),
+        ("model/decoder.py", "from ..train import train\n", "model imports train"),
+        ("nn/mixers/gdn.py", "from ...model.decoder import Decoder\n", "nn imports model"),
+        ("model/decoder.py", "from fusedlm import train\n", "model imports train"),
+        ("model/decoder.py", "from fusedlm import load\n", "library face"),
+        ("data/loader.py", "from fusedlm.model import build_model\n", "not in a lower layer"),
+        ("config/recipe.py", "from fusedlm.data import prepare\n", "imports none of ours"),
+        ("train/loop.py", "from fusedlm.testing import assert_close\n", "for tests only"),
+        ("train/loop.py", "from fusedlm.quant import pack\n", "has no layer"),
+    ],
+)
+def test_import_rules(tmp_path: Path, file: str, source: str, problem: str | None):
+    path = tmp_path / "fusedlm" / file
+    path.parent.mkdir(parents=True)
+    path.write_text(source)
+    problems = [p for i in find_imports(tmp_path) if (p := i.problem())]
+    if problem is None:
+        assert problems == []
+    else:
+        assert len(problems) == 1 and problem in problems[0] and f"{file}:" in problems[0]
