@@ -1,0 +1,30 @@
+"""Arbitrary text as documents for scoring."""
+
+import numpy as np
+
+
+def text_documents(text: str, tokenizer) -> list[tuple[np.ndarray, int]]:
+    """One document of the whole text, as `score_documents` takes it.
+
+    Returns:
+        `[(tokens, n_bytes)]`: tokens (1 + n,) int64, end-of-text first; n_bytes is the UTF-8 length of the text.
+
+    Raises:
+        ValueError: the text is empty, holds lone surrogates, or the tokenizer does not give it back byte for byte, so
+            that bits per byte would count the bytes of another text than the one that was scored.
+    """
+    if not text:
+        raise ValueError("the text is empty; there is nothing to score")
+    try:
+        raw = text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise ValueError(f"the text is not valid Unicode: lone surrogate at character {error.start}") from None
+    ids = tokenizer.encode(text)
+    decoded = tokenizer.decode_bytes(ids)
+    if decoded != raw:
+        same = (a == b for a, b in zip(decoded, raw, strict=False))
+        at = next((i for i, equal in enumerate(same) if not equal), min(len(decoded), len(raw)))
+        raise ValueError(
+            f"the tokenizer changes this text (first at byte {at}); bits per byte need one that gives the text back"
+        )
+    return [(np.array([tokenizer.eot_id, *ids], dtype=np.int64), len(raw))]
