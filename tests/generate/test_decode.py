@@ -1,0 +1,124 @@
+import math
+
+import pytest
+import torch
+
+from fusedlm.generate import generate, next_token_probabilities, sample
+
+CPU = {"device": "cpu", "dtype": torch.float32}
+
+
+def recomputed(model, prompt_ids, n, choose):
+    """The tokens that decoding without a state gives: the whole sequence is read again for each."""
+    ids = [256, *prompt_ids]
+    model.eval()
+    for _ in range(n):
+        with torch.no_grad():
+            logits = model.hidden(torch.tensor([ids]))[0, -1, :257]
+        ids.append(choose(logits))
+    return bytes(ids[1 + len(prompt_ids) :]).decode(errors="replace")
+
+
+def test_greedy_with_the_state_equals_full_recomputation(model, tokenizer):
+    text = "".join(generate(model, tokenizer, "Once", max_tokens=40, temperature=0, **CPU))
+    assert text == recomputed(model, b"Once", 40, lambda logits: int(logits.argmax()))
+
+
+def test_sampling_with_the_state_equals_full_recomputation(model, tokenizer):
+    text = "".join(generate(model, tokenizer, "Once", max_tokens=40, top_k=20, top_p=0.9, seed=3, **CPU))
+    generator = torch.Generator().manual_seed(3)
+    assert text == recomputed(
+        model, b"Once", 40, lambda logits: sample(next_token_probabilities(logits, 1.0, 20, 0.9), generator)
+    )
+
+
+def test_the_prompt_goes_in_at_once_and_then_one_token_at_a_time(model, tokenizer):
+    list(generate(model, tokenizer, "ab", max_tokens=5, **CPU))
+    assert model.fed[0] == [256, 97, 98]
+    assert [len(ids) for ids in model.fed] == [3, 1, 1, 1, 1]
+
+
+def test_an_empty_prompt_starts_at_end_of_text(model, tokenizer):
+    assert "".join(generate(model, tokenizer, "", max_tokens=5, **CPU))
+    assert model.fed[0] == [256]
+
+
+def test_padding_ids_are_never_sampled(model, tokenizer):
+    model.last[:, 257:] = 50.0
+    text = "".join(generate(model, tokenizer, "x", max_tokens=30, **CPU))
+    assert text and all(ids[-1] < 257 for ids in model.fed)
+
+
+def test_seeds(model, tokenizer):
+    def text(seed):
+        return "".join(generate(model, tokenizer, "x", max_tokens=30, seed=seed, **CPU))
+
+    assert text(1) == text(1) != text(2)
+    assert text(-1) and text(2**64 - 1)
+
+
+def test_a_seed_does_not_touch_the_global_generator(model, tokenizer):
+    torch.manual_seed(5)
+    expected = torch.rand(1)
+    torch.manual_seed(5)
+    list(generate(model, tokenizer, "x", max_tokens=3, **CPU))
+    assert torch.rand(1) == expected
+
+
+@pytest.mark.parametrize("text", ["naïve", "日本語", "a🙂b", "é"])
+def test_characters_of_several_bytes_come_whole(scripted, tokenizer, text):
+    pieces = list(generate(scripted(text.encode()), tokenizer, "", temperature=0, **CPU))
+    assert pieces == list(text)
+
+
+def test_an_incomplete_character_at_the_end_is_replaced(scripted, tokenizer):
+    assert list(generate(scripted(b"ok\xe6\x97"), tokenizer, "", temperature=0, **CPU)) == ["o", "k", "\ufffd"]
+    pieces = list(generate(scripted("日本".encode()), tokenizer, "", temperature=0, max_tokens=4, **CPU))
+    assert pieces == ["日", "\ufffd"]
+
+
+def test_bytes_that_are_not_utf8_are_replaced(scripted, tokenizer):
+    assert "".join(generate(scripted(b"a\xff\xc3b"), tokenizer, "", temperature=0, **CPU)) == "a\ufffd\ufffdb"
+
+
+def test_stops_at_end_of_text(scripted, tokenizer):
+    model = scripted(b"end")
+    assert "".join(generate(model, tokenizer, "", temperature=0, max_tokens=50, **CPU)) == "end"
+    assert model.said == 4
+
+
+def test_nothing_leaks_to_the_caller_between_pieces(model, tokenizer):
+    model.train()
+    stream = generate(model, tokenizer, "x", max_tokens=20, **CPU)
+    next(stream)
+    assert torch.is_grad_enabled()
+    stream.close()
+    assert model.training
+
+
+@pytest.mark.parametrize(
+    "arguments,word",
+    [
+        ({"temperature": -0.1}, "temperature=-0.1"),
+        ({"temperature": math.nan}, "temperature=nan"),
+        ({"temperature": math.inf}, "temperature=inf"),
+        ({"top_p": 0.0}, "top_p=0.0"),
+        ({"top_p": 1.01}, "top_p=1.01"),
+        ({"top_p": math.nan}, "top_p=nan"),
+        ({"top_k": 0}, "top_k=0"),
+        ({"max_tokens": 0}, "max_tokens=0"),
+        ({"seed": 2**64}, "seed="),
+        ({"prompt": "a\ud800"}, "surrogate at character 1"),
+    ],
+)
+def test_impossible_arguments_fail_at_the_call(model, tokenizer, arguments, word):
+    with pytest.raises(ValueError, match=word) as caught:
+        generate(model, tokenizer, **{"prompt": "x", **arguments}, **CPU)
+    assert "\n" not in str(caught.value)
+    assert not model.fed
+
+
+def test_a_broken_model_is_an_error(model, tokenizer):
+    model.last[:] = math.nan
+    with pytest.raises(ValueError, match="not finite"):
+        list(generate(model, tokenizer, "x", **CPU))
