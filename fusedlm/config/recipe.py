@@ -117,7 +117,9 @@ def _apply_override(tree: dict, override: str) -> None:
 
 
 def _describe(error: pydantic.ValidationError) -> str:
-    first = error.errors(include_url=False)[0]
+    errors = error.errors(include_url=False)
+    # A misspelt key is often also a missing one; the spelling says more.
+    first = next((e for e in errors if e["type"] == "extra_forbidden"), errors[0])
     location = _readable(first["loc"])
     value = first.get("input")
     kind = first["type"]
@@ -134,7 +136,8 @@ def _describe(error: pydantic.ValidationError) -> str:
         context = first["ctx"]
         return f"{location}.type: {context['tag']!r} is not one of {context['expected_tags']}"
     if kind == "union_tag_not_found":
-        return f"{location}: type is required, but not given"
+        types = [c.model_fields["type"].default for c in _walk(first["loc"])[0]]
+        return f"{location}: type is required, but not given; one of {', '.join(map(repr, types))}"
     message = first["msg"][0].lower() + first["msg"][1:]
     if isinstance(value, dict | list):
         value = type(value).__name__

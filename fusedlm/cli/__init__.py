@@ -1,0 +1,98 @@
+"""The command line: one file a command, each parses, calls the library and prints.
+
+Commands import the library when they run, so that `fusedlm --help` does not wait for torch.
+"""
+
+import os
+import sys
+from collections.abc import Sequence
+from typing import Annotated
+
+import typer
+
+from fusedlm import __version__
+from fusedlm.cli.data import data
+from fusedlm.cli.doctor import doctor
+from fusedlm.cli.eval import evaluate
+from fusedlm.cli.generate import generate
+from fusedlm.cli.plan import plan
+from fusedlm.cli.report import report
+from fusedlm.cli.train import train
+
+BAD_INPUT = 2
+INTERRUPTED = 130  # 128 + SIGINT
+PIPE_CLOSED = 141  # 128 + SIGPIPE
+
+app = typer.Typer(
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+app.command()(train)
+app.command("eval")(evaluate)
+app.command()(generate)
+app.add_typer(data, name="data")
+app.command()(report)
+app.command()(plan)
+app.command()(doctor)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(f"fusedlm {__version__}")
+        raise typer.Exit()
+
+
+@app.callback(invoke_without_command=True)
+def fusedlm(
+    context: typer.Context,
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version and exit.", callback=_print_version, is_eager=True)
+    ] = False,
+) -> None:
+    """Train, compare, compress and run small and mid-size hybrid language models."""
+    if context.invoked_subcommand is None:
+        print(context.get_help())
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command line and return its exit code.
+
+    Bad input (ValueError, OSError, misuse of the command line) is one line on stderr and exit code 2; an interrupt and
+    a closed pipe end quietly. Any other exception is a defect and keeps its traceback.
+    """
+    try:
+        code = app(args=arguments, prog_name="fusedlm", standalone_mode=False)
+        sys.stdout.flush()
+        return code or 0
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    except BrokenPipeError:
+        _discard_stdout()
+        return PIPE_CLOSED
+    except typer.TyperException as error:
+        context = getattr(error, "ctx", None)
+        command = context.command_path if context else "fusedlm"
+        return _refuse(f"{error.format_message()} (see {command} --help)")
+    except (ValueError, OSError) as error:
+        return _refuse(_describe(error))
+
+
+def _refuse(message: str) -> int:
+    try:
+        sys.stdout.flush()
+    except OSError:  # the disk behind stdout may be what is full
+        _discard_stdout()
+    print("error:", " ".join(message.split()), file=sys.stderr)
+    return BAD_INPUT
+
+
+def _describe(error: ValueError | OSError) -> str:
+    if not isinstance(error, OSError) or not error.strerror:
+        return str(error) or type(error).__name__
+    return f"{os.fspath(error.filename)}: {error.strerror}" if error.filename else error.strerror
+
+
+def _discard_stdout() -> None:
+    """Send what is still buffered nowhere, so that the interpreter does not fail on it again when it ends."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

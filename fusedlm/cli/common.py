@@ -1,0 +1,82 @@
+"""What several commands share: their arguments and the progress of long work."""
+
+import contextlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+RecipeArgument = Annotated[Path, typer.Argument(metavar="RECIPE", help="Recipe, a YAML file.", show_default=False)]
+OverridesArgument = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="KEY=VALUE", help="Changes to the recipe, such as train.steps=100.", show_default=False),
+]
+RunArgument = Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run.", show_default=False)]
+CheckpointOption = Annotated[str, typer.Option(metavar="last|best|STEP", help="Which checkpoint.")]
+WeightsOption = Annotated[str, typer.Option(metavar="model|ema", help="Trained weights or their moving average.")]
+DeviceOption = Annotated[str, typer.Option(metavar="auto|cpu|cuda", help="Where to run.")]
+
+ReportProgress = Callable[[str, int, int | None], None]
+
+
+def whole_number(text: str) -> int:
+    """An option's value as an int; misuse names the value."""
+    try:
+        return int(text)
+    except ValueError:
+        raise typer.BadParameter(f"{text!r} is not a whole number") from None
+
+
+def number(text: str) -> float:
+    """An option's value as a float; misuse names the value."""
+    try:
+        return float(text)
+    except ValueError:
+        raise typer.BadParameter(f"{text!r} is not a number") from None
+
+
+def checkpoint_name(text: str) -> str | int:
+    """`last`, `best` or a step number.
+
+    Raises:
+        ValueError: anything else.
+    """
+    if text in ("last", "best"):
+        return text
+    if text.isascii() and text.isdigit():
+        return int(text)
+    raise ValueError(f"--checkpoint {text!r} is not last, best or the number of a step")
+
+
+@contextlib.contextmanager
+def progress_bars(*, plain: bool = False) -> Iterator[ReportProgress]:
+    """Give a function (stage, done, total) that shows a bar a stage on stderr while that is a terminal.
+
+    Elsewhere it prints a line to stdout when a stage begins if `plain`, and nothing otherwise.
+    """
+    from rich.console import Console
+    from rich.progress import MofNCompleteColumn, Progress, TimeElapsedColumn
+
+    console = Console(stderr=True)
+    stages = {}
+    if not console.is_terminal:
+
+        def report_line(stage: str, done: int, total: int | None) -> None:
+            if plain and stage not in stages:
+                stages[stage] = None
+                print(stage, flush=True)
+
+        yield report_line
+        return
+
+    with Progress(
+        *Progress.get_default_columns(), MofNCompleteColumn(), TimeElapsedColumn(), console=console
+    ) as progress:
+
+        def report_bar(stage: str, done: int, total: int | None) -> None:
+            if stage not in stages:
+                stages[stage] = progress.add_task(stage, total=total)
+            progress.update(stages[stage], completed=done, total=total)
+
+        yield report_bar

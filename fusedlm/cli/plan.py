@@ -1,0 +1,143 @@
+"""fusedlm plan: what a recipe costs, before it runs."""
+
+import json
+from typing import Annotated
+
+import typer
+
+from fusedlm.cli.common import OverridesArgument, RecipeArgument, number
+
+H100_BF16_FLOPS = 989e12  # dense bfloat16, NVIDIA's data sheet
+_LENGTHS = (1024, 8192, 65536)
+
+
+def plan(
+    recipe: RecipeArgument,
+    overrides: OverridesArgument = None,
+    mfu: Annotated[
+        float, typer.Option(parser=number, metavar="M", help="Model-FLOPs utilisation to reckon with.")
+    ] = 0.45,
+    device_flops: Annotated[
+        float, typer.Option(parser=number, metavar="F", help="Peak FLOP/s of the device.")
+    ] = H100_BF16_FLOPS,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")] = False,
+) -> None:
+    """Print parameters, training FLOPs, memory, decoding state and time of RECIPE; trains nothing."""
+    from fusedlm.config import load_recipe
+
+    estimate = make_plan(load_recipe(recipe, overrides or []), mfu=mfu, device_flops=device_flops)
+    if as_json:
+        print(json.dumps(estimate))
+    else:
+        print_plan(estimate)
+
+
+def make_plan(recipe, *, mfu: float = 0.45, device_flops: float = H100_BF16_FLOPS) -> dict:
+    """The costs of a recipe as plain numbers: parameters, FLOPs, bytes, tokens, seconds.
+
+    Raises:
+        ValueError: a value is out of range, or the recipe's tokenizer file cannot be read.
+    """
+    import torch
+
+    from fusedlm.model import build_model
+    from fusedlm.model.accounting import count_parameters, state_bytes, training_flops_per_token
+    from fusedlm.model.precision import resolve_dtype
+
+    if not 0 < mfu <= 1:
+        raise ValueError(f"--mfu {mfu} is not above 0 and up to 1")
+    if not 0 < device_flops < float("inf"):
+        raise ValueError(f"--device-flops {device_flops} is not a positive number of FLOP/s")
+    vocab_size = planned_vocab_size(recipe.data.tokenizer)
+    model = build_model(recipe.model, vocab_size=vocab_size, device="meta")
+    parameters = count_parameters(model)
+    train = recipe.train
+    tokens = train.steps * train.batch_size * train.seq_len
+    flops = training_flops_per_token(model, train.seq_len)
+    dtype = resolve_dtype(train.dtype, torch.device("cuda"))
+    return {
+        "name": recipe.name,
+        "vocab_size": vocab_size,
+        "parameters": parameters.total,
+        "active_parameters": parameters.active,
+        "embedding_parameters": parameters.embedding,
+        "training_flops_per_token": flops,
+        "tokens": tokens,
+        "training_flops": flops * tokens,
+        "weight_bytes": 4 * parameters.total,
+        "gradient_bytes": 4 * parameters.total,
+        "optimizer_bytes": 8 * parameters.total,  # two float32 moments
+        "average_bytes": 4 * parameters.total if train.ema is not None else 0,
+        "state_dtype": str(dtype).removeprefix("torch."),
+        "state_bytes": {str(length): state_bytes(model, length, dtype) for length in _LENGTHS},
+        "mfu": mfu,
+        "device_flops": device_flops,
+        "seconds": flops * tokens / (mfu * device_flops),
+    }
+
+
+def planned_vocab_size(tokenizer) -> int:
+    """The vocabulary that a tokenizer section asks for; a BPE trained on little text can end up with fewer.
+
+    Raises:
+        ValueError: a tokenizer file is missing or damaged.
+    """
+    if tokenizer.type == "bytes":
+        return 257
+    if tokenizer.type == "bpe":
+        return tokenizer.vocab_size
+    from tokenizers import Tokenizer
+
+    try:
+        return Tokenizer.from_file(tokenizer.path).get_vocab_size()
+    except Exception as error:  # tokenizers raises plain Exception for whatever is wrong with the file
+        raise ValueError(f"data.tokenizer.path={tokenizer.path}: {error}") from None
+
+
+def print_plan(estimate: dict) -> None:
+    """The plan as a table on stdout."""
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=f"plan of {estimate['name']}", title_justify="left", box=box.SIMPLE, show_header=False)
+    table.add_column()
+    table.add_column(justify="right")
+    table.add_column(style="dim")
+    for row in _rows(estimate):
+        table.add_row(*row)
+    Console().print(table)
+
+
+def _rows(estimate: dict) -> list[tuple[str, str, str]]:
+    memory = sum(estimate[f"{part}_bytes"] for part in ("weight", "gradient", "optimizer", "average"))
+    states = [
+        (f"state at {int(length):,} tokens", _bytes(n), f"one sequence, {estimate['state_dtype']}")
+        for length, n in estimate["state_bytes"].items()
+    ]
+    return [
+        ("parameters", f"{estimate['parameters']:,}", f"vocabulary {estimate['vocab_size']:,}"),
+        ("  active per token", f"{estimate['active_parameters']:,}", ""),
+        ("  embedding", f"{estimate['embedding_parameters']:,}", ""),
+        ("training FLOPs per token", f"{estimate['training_flops_per_token']:.4g}", "forward and backward"),
+        ("tokens", f"{estimate['tokens']:,}", "steps × batch × length"),
+        ("training FLOPs", f"{estimate['training_flops']:.4g}", ""),
+        ("weights, gradients, optimizer", _bytes(memory), "float32; activations come on top"),
+        *states,
+        ("time", _duration(estimate["seconds"]), f"at {estimate['mfu']:.0%} of {estimate['device_flops']:.4g} FLOP/s"),
+    ]
+
+
+def _bytes(n: float) -> str:
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if n < 1024:
+            return f"{n:.4g} {unit}"
+        n /= 1024
+    return f"{n:.4g} TiB"
+
+
+def _duration(seconds: float) -> str:
+    for unit, length in (("days", 86400), ("hours", 3600), ("minutes", 60)):
+        if seconds >= 2 * length:
+            return f"{seconds / length:.1f} {unit}"
+    return f"{seconds:.1f} seconds"

@@ -1,0 +1,70 @@
+"""fusedlm train: a recipe to a trained model."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from fusedlm.cli.common import OverridesArgument, RecipeArgument
+
+_SAMPLE_TOKENS = 200
+
+
+def train(
+    recipe: RecipeArgument,
+    overrides: OverridesArgument = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder of the run (default: runs/NAME of the recipe).", show_default=False)
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint in the folder.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the recipe and its plan; train nothing.")] = False,
+) -> None:
+    """Train RECIPE; prepares the text first when that has not been done."""
+    from fusedlm.config import dump_recipe, load_recipe
+
+    config = load_recipe(recipe, overrides or [])
+    run = out or Path("runs") / config.name
+    if dry_run:
+        from fusedlm.cli.plan import make_plan, print_plan
+
+        estimate = make_plan(config)
+        print(dump_recipe(config))
+        print_plan(estimate)
+        return
+
+    from rich.console import Console
+
+    from fusedlm.train import train
+
+    result = train(config, run, resume=resume, console=Console())
+    if result.stopped_by_signal:
+        again = " ".join(["fusedlm train", str(recipe), *(overrides or []), "--out", str(run), "--resume"])
+        print(f"stopped at step {result.step}; go on with: {again}")
+        return
+    if result.val_bpb is not None:
+        print(f"held-out text: {result.val_bpb:.4f} bits per byte after {result.step} steps")
+    _print_sample(run)
+    for command in (f"eval {run}", f"generate {run} --prompt {config.sample_prompt!r}", f"report {run}"):
+        print("next: fusedlm", command)
+
+
+def _print_sample(run: Path) -> None:
+    """A continuation of the recipe's prompt, also written to sample.txt for the report."""
+    from fusedlm.generate import generate
+    from fusedlm.model.precision import resolve_device, resolve_dtype
+    from fusedlm.train.run import load
+
+    model, tokenizer, recipe = load(run)
+    device = resolve_device("auto")
+    pieces = generate(
+        model,
+        tokenizer,
+        recipe.sample_prompt,
+        max_tokens=_SAMPLE_TOKENS,
+        temperature=0.8,
+        device=device,
+        dtype=resolve_dtype(recipe.train.dtype, device),
+    )
+    sample = recipe.sample_prompt + "".join(pieces)
+    (run / "sample.txt").write_text(sample + "\n", encoding="utf-8")
+    print(f"\n{sample}\n")
