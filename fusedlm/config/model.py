@@ -90,7 +90,8 @@ class ImplConfig(Config):
     """Which implementation each op runs. `auto` takes the fastest that supports the device and the shapes; naming one
     that cannot run is an error when the model is built."""
 
-    attention: Literal["auto", "cudnn", "flash", "reference"] = "auto"
+    attention: Literal["auto", "cudnn", "flash", "sdpa", "reference"] = "auto"  # plain causal
+    packed_attention: Literal["auto", "flash", "sdpa", "reference"] = "auto"  # with document boundaries or a window
     gated_delta_rule: Literal["auto", "reference"] = "auto"
     softcap_cross_entropy: Literal["auto", "reference"] = "auto"
 

@@ -1,0 +1,37 @@
+"""What a model costs: parameters, FLOPs, bytes of decoding state."""
+
+from dataclasses import dataclass
+
+import torch
+
+from fusedlm.model.decoder import Decoder
+
+
+@dataclass(frozen=True)
+class ParameterCount:
+    """total: all parameters, shared ones once. active: those that a token passes through. embedding: the token table."""
+
+    total: int
+    active: int
+    embedding: int
+
+
+def count_parameters(model: Decoder) -> ParameterCount:
+    total = sum(parameter.numel() for parameter in model.parameters())
+    return ParameterCount(total=total, active=total, embedding=model.embedding.weight.numel())
+
+
+def forward_flops(model: Decoder, n_tokens: int) -> int:
+    """Matrix-multiply FLOPs of a forward pass over one sequence, as torch's FlopCounterMode counts them: a multiply-add is
+    two, causal attention counts in full (as in PaLM, arXiv 2204.02311, appendix B), elementwise work does not count."""
+    return sum(block.flops(n_tokens) for block in model.blocks) + model.head.flops(n_tokens)
+
+
+def training_flops_per_token(model: Decoder, seq_len: int) -> float:
+    """Forward and backward, the backward at twice the forward; recomputation does not count."""
+    return 3 * forward_flops(model, seq_len) / seq_len
+
+
+def state_bytes(model: Decoder, n_tokens: int, dtype: torch.dtype) -> int:
+    """Decoding state of one sequence after n_tokens, activations in dtype."""
+    return sum(block.mixer.state_bytes(n_tokens, dtype) for block in model.blocks)

@@ -1,0 +1,185 @@
+"""The decoder: embedding, blocks by the recipe's pattern, language-model head."""
+
+import torch
+
+from fusedlm.config.model import ModelConfig
+from fusedlm.model.precision import resolve_dtype
+from fusedlm.nn.block import Block
+from fusedlm.nn.context import Context, document_positions, varlen_boundaries
+from fusedlm.nn.lm_head import LMHead
+from fusedlm.ops.common import Choice, Setting
+
+
+class State:
+    """What decoding carries from call to call: every mixer's own state, and where the last document stands.
+
+    length: tokens seen.
+    """
+
+    def __init__(self, layers: list, batch_size: int, device: torch.device):
+        self.layers = layers
+        self.length = 0
+        self.packed = False
+        self.next_position_B = torch.zeros(batch_size, dtype=torch.int64, device=device)
+        self.last_document_B = torch.zeros(batch_size, dtype=torch.int64, device=device)
+
+    def nbytes(self) -> int:
+        """Bytes of the live tensors of the mixers."""
+        tensors = [
+            tensor
+            for layer in self.layers
+            for part in (layer if isinstance(layer, list) else [layer])
+            for tensor in part.tensors()
+        ]
+        return sum(tensor.untyped_storage().nbytes() for tensor in tensors)
+
+
+class Decoder(torch.nn.Module):
+    """tokens (B, T) -> logits (B, T, vocab_size)."""
+
+    def __init__(self, config: ModelConfig, vocab_size: int, setting: Setting):
+        super().__init__()
+        self.config = config
+        self.vocab_size = vocab_size
+        rows = -(-vocab_size // config.vocab_multiple) * config.vocab_multiple
+        self.embedding = torch.nn.Embedding(rows, config.dim)
+        torch.nn.init.normal_(self.embedding.weight, std=config.embedding_std)
+        self.dropout = torch.nn.Dropout(config.dropout)
+        self.layer_names = config.layer_blocks()
+        self.blocks = torch.nn.ModuleList(Block(config.blocks[name], config, setting) for name in self.layer_names)
+        self.head = LMHead(config, self.embedding, vocab_size, setting)
+        self.rope_specs = set().union(*(block.mixer.rope_specs() for block in self.blocks))
+        self.needs_boundaries = any(
+            choice.op == "packed_attention" and choice.name == "flash" for choice in self.implementations.values()
+        )
+
+    @property
+    def implementations(self) -> dict[str, Choice]:
+        """Which implementation runs, by `block letter.op` and `head.op`."""
+        named = {
+            f"{name}.{choice.op}": choice
+            for name, block in zip(self.layer_names, self.blocks, strict=True)
+            for choice in block.mixer.choices
+        }
+        return named | {f"head.{choice.op}": choice for choice in self.head.choices}
+
+    def forward(self, tokens, documents=None, state: State | None = None) -> torch.Tensor:
+        """Logits of the token after each.
+
+        Args:
+            tokens: (B, T) int64.
+            documents: (B, T) int64; a new document begins where the number changes, and nothing is seen across. None: one.
+            state: from `init_state`, updated in place: the tokens follow those it has seen.
+
+        Returns:
+            (B, T, vocab_size), float32 or better.
+
+        Raises:
+            ValueError: shapes that do not fit together.
+        """
+        return self.head.logits(self.hidden(tokens, documents, state))
+
+    def hidden(self, tokens, documents=None, state: State | None = None) -> torch.Tensor:
+        """(B, T, dim) before the head; arguments as in `forward`."""
+        self._check(tokens, documents, state)
+        context = self._context(tokens, documents, state)
+        x = self.embedding(tokens)
+        if torch.is_autocast_enabled(x.device.type):
+            x = x.to(torch.get_autocast_dtype(x.device.type))  # a float32 residual stream would double its traffic
+        x = self.dropout(x)
+        for index, block in enumerate(self.blocks):
+            # Compiled blocks are for training: other lengths and modes would recompile them again and again.
+            run = block if torch.is_grad_enabled() else block.forward
+            x = run(x, context, None if state is None else state.layers[index])
+        if state is not None:
+            self._advance(state, context, tokens, documents)
+        return x
+
+    def loss(self, tokens, targets, documents=None) -> torch.Tensor:
+        """(B, T) nll in nats of targets (B, T) int64; 0 where the target is -100."""
+        return self.head.loss(self.hidden(tokens, documents), targets)
+
+    def init_state(self, batch_size: int, max_tokens: int | None = None) -> State:
+        """An empty state. Caches are reserved for max_tokens when that is given, and grow with the tokens otherwise."""
+        if batch_size < 1 or (max_tokens is not None and max_tokens < 1):
+            raise ValueError(f"init_state takes positive sizes, not batch_size={batch_size}, max_tokens={max_tokens}")
+        layers = [block.mixer.init_state(batch_size, max_tokens) for block in self.blocks]
+        return State(layers, batch_size, self.embedding.weight.device)
+
+    def compile_blocks(self) -> None:
+        """torch.compile each block and the head's loss for training, a full graph each."""
+        for block in self.blocks:
+            block.compile(fullgraph=True)
+        self.head.compile(fullgraph=True)
+
+    def _context(self, tokens, documents, state) -> Context:
+        batch, n_tokens = tokens.shape
+        packed = documents is not None or (state is not None and state.packed)
+        n_past = 0 if state is None else state.length
+        if documents is not None:
+            past = (state.last_document_B, state.next_position_B) if n_past else ()
+            positions = document_positions(documents, *past)
+        else:
+            positions = torch.arange(n_tokens, device=tokens.device)[None]
+            if n_past:
+                positions = state.next_position_B[:, None] + positions
+        context = Context(positions.expand(batch, -1) if packed else positions[:1], packed, n_past)
+        if packed and n_past == 0 and self.needs_boundaries:
+            context.boundaries = varlen_boundaries(context.positions_BT)
+        elif self.needs_boundaries and n_past == 0:
+            context.boundaries = self._row_boundaries(batch, n_tokens, tokens.device)
+        wide = torch.promote_types(self.embedding.weight.dtype, torch.float32)
+        context.add_rope(self.rope_specs, wide)
+        return context
+
+    @staticmethod
+    def _row_boundaries(batch: int, n_tokens: int, device) -> tuple[torch.Tensor, int]:
+        """Every row one document, for windows."""
+        return torch.arange(0, (batch + 1) * n_tokens, n_tokens, dtype=torch.int32, device=device), n_tokens
+
+    @staticmethod
+    def _advance(state: State, context: Context, tokens, documents) -> None:
+        state.length += tokens.shape[1]
+        state.packed = context.packed
+        state.next_position_B = (context.positions_BT[:, -1] + 1).expand(tokens.shape[0]).contiguous()
+        if documents is not None:
+            state.last_document_B = documents[:, -1].clone()
+
+    @staticmethod
+    def _check(tokens, documents, state) -> None:
+        if tokens.dim() != 2 or 0 in tokens.shape:
+            raise ValueError(f"tokens must be (batch, length), both at least 1, not {tuple(tokens.shape)}")
+        if documents is not None and documents.shape != tokens.shape:
+            raise ValueError(f"documents {tuple(documents.shape)} must have the shape of tokens {tuple(tokens.shape)}")
+        if state is not None and state.next_position_B.shape[0] != tokens.shape[0]:
+            raise ValueError(f"the state is for {state.next_position_B.shape[0]} sequences, tokens has {tokens.shape[0]}")
+
+
+def build_model(
+    config: ModelConfig,
+    *,
+    vocab_size: int,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype | None = None,
+    deterministic: bool = False,
+) -> Decoder:
+    """The decoder of a recipe, float32 parameters drawn from torch's global generator, the same on every device.
+
+    Args:
+        config: `recipe.model`.
+        vocab_size: tokens that can be predicted.
+        device: where it lives; "meta" gives shapes without memory.
+        dtype: that of the activations, autocast's if that is to be used: it decides which implementation of an op can
+            run. None: bfloat16 on CUDA, float32 elsewhere.
+        deterministic: choose only implementations whose results never differ between runs.
+
+    Raises:
+        ValueError: vocab_size is not positive, or the recipe asks for an implementation that cannot run.
+    """
+    if vocab_size < 1:
+        raise ValueError(f"vocab_size={vocab_size}; a model predicts at least one token")
+    device = torch.device(device)
+    setting = Setting(device, dtype or resolve_dtype("auto", device), deterministic)
+    with torch.device("meta" if device.type == "meta" else "cpu"):
+        model = Decoder(config, vocab_size, setting)
+    return model.to(device)

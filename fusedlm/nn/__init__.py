@@ -1,0 +1,1 @@
+"""Building blocks: norm, rotary embedding, mixers, feed-forwards, language-model head."""

@@ -1,0 +1,24 @@
+"""SwiGLU feed-forward (arXiv 2002.05202)."""
+
+import torch
+import torch.nn.functional as F
+
+from fusedlm.config.model import ModelConfig, SwiGLUConfig
+from fusedlm.nn.linear import Linear
+
+
+class SwiGLU(torch.nn.Module):
+    """down(silu(gate(x)) * up(x)); gate and up are one packed projection."""
+
+    def __init__(self, config: SwiGLUConfig, model: ModelConfig):
+        super().__init__()
+        hidden = config.hidden or -(-8 * model.dim // (3 * 64)) * 64
+        self.gate_up = Linear(model.dim, 2 * hidden)
+        self.down = Linear(hidden, model.dim, zero=True)
+
+    def forward(self, x_BTD: torch.Tensor) -> torch.Tensor:
+        gate, up = self.gate_up(x_BTD).chunk(2, dim=-1)
+        return self.down(F.silu(gate) * up)
+
+    def flops(self, n_tokens: int) -> int:
+        return self.gate_up.flops(n_tokens) + self.down.flops(n_tokens)

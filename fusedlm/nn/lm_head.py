@@ -1,0 +1,59 @@
+"""Final norm, projection to the vocabulary, and the loss on it."""
+
+import torch
+import torch.nn.functional as F
+
+from fusedlm.config.model import ModelConfig
+from fusedlm.nn.norm import RMSNorm
+from fusedlm.ops.common import Setting
+from fusedlm.ops.softcap_cross_entropy.op import IGNORE_INDEX, SOFTCAP_CROSS_ENTROPY, softcap, softcap_cross_entropy
+
+EVAL_CHUNK_LOGITS = 2**27  # logits held at once when no gradient is wanted: 512 MiB of float32
+
+
+class LMHead(torch.nn.Module):
+    """The embedding's weight when tied, else one of its own that starts at zero."""
+
+    def __init__(self, model: ModelConfig, embedding: torch.nn.Embedding, vocab_size: int, setting: Setting):
+        super().__init__()
+        self.vocab_size = vocab_size
+        self.cap = model.logit_softcap
+        gain = 1.0
+        if model.tie_embeddings:
+            # With blocks that start as the identity the own token's logit would be dim * std, far above the others'
+            # (25 at width 1280): the gain brings it to 1, so that training starts at ln(vocab).
+            gain = min(1.0, 1 / (model.dim * model.embedding_std))
+            self.weight = embedding.weight
+        else:
+            self.weight = torch.nn.Parameter(torch.zeros_like(embedding.weight))
+        self.norm = RMSNorm(model.dim, model.norm_eps, gain)
+        self.choices = [SOFTCAP_CROSS_ENTROPY.choose(model.impl.softcap_cross_entropy, setting)]
+
+    def logits(self, hidden_BTD: torch.Tensor) -> torch.Tensor:
+        """(B, T, vocab_size) float32 or better."""
+        return softcap(F.linear(self.norm(hidden_BTD), self.weight), self.cap)[..., : self.vocab_size]
+
+    def forward(self, hidden_ND: torch.Tensor, targets_N: torch.Tensor) -> torch.Tensor:
+        """(N,) nll in nats of each target; 0 where the target is -100."""
+        return softcap_cross_entropy(
+            F.linear(self.norm(hidden_ND), self.weight),
+            targets_N,
+            cap=self.cap,
+            n_classes=self.vocab_size,
+            implementation=self.choices[0].function,
+        )
+
+    def loss(self, hidden_BTD: torch.Tensor, targets_BT: torch.Tensor) -> torch.Tensor:
+        """(B, T) nll in nats; without gradients the logits exist only in pieces."""
+        hidden, targets = hidden_BTD.flatten(0, 1), targets_BT.flatten()
+        if torch.is_grad_enabled():
+            return self(hidden, targets).view_as(targets_BT)
+        size = max(1, EVAL_CHUNK_LOGITS // self.weight.shape[0])
+        pieces = [self.forward(h, t) for h, t in zip(hidden.split(size), targets.split(size), strict=True)]
+        return torch.cat(pieces).view_as(targets_BT)
+
+    def flops(self, n_tokens: int) -> int:
+        return 2 * self.weight.numel() * n_tokens
+
+
+__all__ = ["IGNORE_INDEX", "LMHead"]

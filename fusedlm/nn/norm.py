@@ -1,0 +1,22 @@
+"""RMSNorm (arXiv 1910.07467)."""
+
+import torch
+import torch.nn.functional as F
+
+
+def rms_norm(x: torch.Tensor, eps: float, weight: torch.Tensor | None = None) -> torch.Tensor:
+    """x / sqrt(mean(x^2) + eps) * weight over the last dimension, in float32 or better, in the dtype of x."""
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    return F.rms_norm(wide, (x.shape[-1],), weight, eps).to(x.dtype)
+
+
+class RMSNorm(torch.nn.Module):
+    """Learnt gain, starting at `gain`."""
+
+    def __init__(self, dim: int, eps: float, gain: float = 1.0):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.full((dim,), gain))
+        self.eps = eps
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return rms_norm(x, self.eps, self.weight)

@@ -1,0 +1,1 @@
+"""Softmax attention: causal, packed (documents and windows), and against a cache of earlier tokens."""

@@ -1,0 +1,97 @@
+"""Softmax attention through torch's scaled_dot_product_attention and its variable-length kernel."""
+
+import torch
+import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from fusedlm.ops.attention.reference import reach, reach_mask
+
+try:
+    from torch.nn.attention.varlen import varlen_attn
+except ImportError:  # a torch built without it; flash_packed then says so in supports
+    varlen_attn = None
+
+
+def _sdpa(q_BTHD, k_BSGD, v_BSGE, scale, mask=None, is_causal=False):
+    out = F.scaled_dot_product_attention(
+        q_BTHD.transpose(1, 2),
+        k_BSGD.transpose(1, 2),
+        v_BSGE.transpose(1, 2),
+        attn_mask=mask,
+        is_causal=is_causal,
+        scale=scale,
+        enable_gqa=q_BTHD.shape[2] != k_BSGD.shape[2],
+    )
+    return out.transpose(1, 2)
+
+
+def causal(q_BTHD, k_BTGD, v_BTGE, scale: float) -> torch.Tensor:
+    """torch's own choice of back end."""
+    return _sdpa(q_BTHD, k_BTGD, v_BTGE, scale, is_causal=True)
+
+
+def cudnn_causal(q_BTHD, k_BTGD, v_BTGE, scale: float) -> torch.Tensor:
+    with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
+        return _sdpa(q_BTHD, k_BTGD, v_BTGE, scale, is_causal=True)
+
+
+def flash_causal(q_BTHD, k_BTGD, v_BTGE, scale: float) -> torch.Tensor:
+    with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+        return _sdpa(q_BTHD, k_BTGD, v_BTGE, scale, is_causal=True)
+
+
+def flash_packed(q_BTHD, k_BTGD, v_BTGE, scale: float, positions_BT, window, boundaries) -> torch.Tensor:
+    """The variable-length kernel: no mask is ever built. boundaries is (cumulative lengths (N + 1,) int32, longest)."""
+    batch, n_tokens, n_heads, head_dim = q_BTHD.shape
+    cumulative, longest = boundaries
+    value_dim = v_BTGE.shape[-1]
+    if value_dim < head_dim:  # the kernel wants one width; zero columns give zero columns
+        v_BTGE = F.pad(v_BTGE, (0, head_dim - value_dim))
+    out = varlen_attn(
+        q_BTHD.reshape(batch * n_tokens, n_heads, head_dim),
+        k_BTGD.reshape(batch * n_tokens, -1, head_dim),
+        v_BTGE.reshape(batch * n_tokens, -1, head_dim),
+        cumulative,
+        cumulative,
+        longest,
+        longest,
+        scale=scale,
+        window_size=(-1 if window is None else window - 1, 0),
+        **({"enable_gqa": True} if n_heads != k_BTGD.shape[2] else {}),
+    )
+    return out.view(batch, n_tokens, n_heads, head_dim)[..., :value_dim]
+
+
+def packed(q_BTHD, k_BTGD, v_BTGE, scale: float, positions_BT, window, boundaries=None) -> torch.Tensor:
+    """Masked; with a window shorter than the sequence in blocks, so that the mask is T x 2 window and not T x T."""
+    n_tokens = q_BTHD.shape[1]
+    reach_BT = reach(positions_BT, window)
+    if window is None or n_tokens <= 2 * window:
+        return _sdpa(q_BTHD, k_BTGD, v_BTGE, scale, mask=reach_mask(reach_BT, n_tokens))
+    batch = q_BTHD.shape[0]
+    pad = -n_tokens % window
+    n_blocks = (n_tokens + pad) // window
+
+    def queries(x):
+        x = F.pad(x, (0, 0) * (x.dim() - 2) + (0, pad))
+        return x.reshape(x.shape[0] * n_blocks, window, *x.shape[2:])
+
+    def keys(x):  # each block of queries sees its own block of keys and the one before it
+        x = F.pad(x, (0, 0, 0, 0, window, pad)).unflatten(1, (n_blocks + 1, window))
+        return torch.cat([x[:, :-1], x[:, 1:]], dim=2).flatten(0, 1)
+
+    mask = reach_mask(queries(reach_BT.expand(batch, -1)), 2 * window)
+    out = _sdpa(queries(q_BTHD), keys(k_BTGD), keys(v_BTGE), scale, mask=mask)
+    return out.unflatten(0, (batch, n_blocks)).flatten(1, 2)[:, :n_tokens]
+
+
+def cached(q_BTHD, k_BSGD, v_BSGE, scale: float, reach_BT) -> torch.Tensor:
+    """Queries are the last T of S tokens. The heads of a group are folded into the query axis: keys are read once."""
+    batch, n_queries, n_heads, _ = q_BTHD.shape
+    groups = k_BSGD.shape[2]
+    q = q_BTHD.unflatten(2, (groups, -1)).transpose(2, 3).flatten(1, 2)
+    mask = None
+    if reach_BT is not None:
+        mask = reach_mask(reach_BT, k_BSGD.shape[1]).repeat_interleave(n_heads // groups, dim=2)
+    out = _sdpa(q, k_BSGD, v_BSGE, scale, mask=mask)
+    return out.unflatten(1, (n_queries, -1)).transpose(2, 3).reshape(batch, n_queries, n_heads, -1)

@@ -1,0 +1,5 @@
+"""What every op shares: how an implementation is chosen."""
+
+from fusedlm.ops.common.dispatch import OPS, Choice, Implementation, Op, Setting
+
+__all__ = ["OPS", "Choice", "Implementation", "Op", "Setting"]

@@ -1,0 +1,77 @@
+"""Choosing an implementation once, when a model is built, and saying why."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What is known of the hardware and the run when a choice is made."""
+
+    device: torch.device
+    dtype: torch.dtype  # of the inputs that the op will see (autocast's when that is on)
+    deterministic: bool = False
+
+    @property
+    def capability(self) -> tuple[int, int]:
+        """CUDA compute capability, (0, 0) elsewhere."""
+        return torch.cuda.get_device_capability(self.device) if self.device.type == "cuda" else (0, 0)
+
+
+@dataclass(frozen=True)
+class Implementation:
+    """One way to compute an op. `supports(setting, **shape)` is None, or the reason why it cannot run."""
+
+    name: str
+    function: Callable
+    supports: Callable[..., str | None]
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The implementation that runs, and why it and no faster one."""
+
+    op: str
+    name: str
+    reason: str
+    function: Callable = field(repr=False, compare=False)
+
+
+class Op:
+    """An operation with its implementations, fastest first and the reference last."""
+
+    def __init__(self, name: str, implementations: list[Implementation], **typical_shape):
+        self.name = name
+        self.implementations = {implementation.name: implementation for implementation in implementations}
+        self.typical_shape = typical_shape  # what `fusedlm doctor` asks about
+        OPS[name] = self
+
+    def reasons(self, setting: Setting, **shape) -> dict[str, str | None]:
+        """For each implementation None when it can run, else the reason why it cannot."""
+        return {name: i.supports(setting, **shape) for name, i in self.implementations.items()}
+
+    def choose(self, requested: str, setting: Setting, **shape) -> Choice:
+        """The implementation named, or with `auto` the first that can run.
+
+        Raises:
+            ValueError: the name is unknown, or that implementation cannot run here; nothing falls back silently.
+        """
+        reasons = self.reasons(setting, **shape)
+        if requested == "auto":
+            passed_over = []
+            for name, reason in reasons.items():
+                if reason is None:
+                    why = "; ".join(passed_over) or "the fastest"
+                    return Choice(self.name, name, why, self.implementations[name].function)
+                passed_over.append(f"{name}: {reason}")
+            raise ValueError(f"op {self.name}: no implementation can run here ({'; '.join(passed_over)})")
+        if requested not in reasons:
+            raise ValueError(f"op {self.name}: unknown implementation {requested!r}; known: {', '.join(reasons)}")
+        if reasons[requested] is not None:
+            raise ValueError(f"op {self.name}: implementation {requested!r} cannot run: {reasons[requested]}; use auto")
+        return Choice(self.name, requested, "asked for", self.implementations[requested].function)
+
+
+OPS: dict[str, Op] = {}

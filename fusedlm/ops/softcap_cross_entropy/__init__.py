@@ -1,0 +1,1 @@
+"""Cross entropy of soft-capped logits."""

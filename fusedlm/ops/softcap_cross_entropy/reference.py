@@ -1,0 +1,20 @@
+"""Soft-capped cross entropy in plain PyTorch."""
+
+import torch
+import torch.nn.functional as F
+
+IGNORE_INDEX = -100
+
+
+def softcap(logits: torch.Tensor, cap: float | None) -> torch.Tensor:
+    """cap * tanh(logits / cap) in float32 or better (Gemma 2, arXiv 2408.00118); None leaves the values."""
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return logits if cap is None else cap * torch.tanh(logits / cap)
+
+
+def softcap_cross_entropy(logits, targets, cap, n_classes) -> torch.Tensor:
+    logits = softcap(logits, cap)
+    if n_classes < logits.shape[-1]:
+        padding = torch.arange(logits.shape[-1], device=logits.device) >= n_classes
+        logits = logits.masked_fill(padding, float("-inf"))
+    return F.cross_entropy(logits, targets, ignore_index=IGNORE_INDEX, reduction="none")
