@@ -1,0 +1,298 @@
+"""Batches of packed tokens in an order that is a function of (seed, sample counter) alone.
+
+An epoch cuts every shard, taken as a ring of n tokens, into n // seq_len windows from a random phase on, and visits
+the windows of all shards once each in a pseudo-random order. Phase and order come from the seed and the epoch;
+sample i of the run is window i modulo the windows of an epoch. Any sample is found in constant time, so resuming at
+a counter costs nothing, and the samples of a global batch are the same whatever number of readers shares them.
+"""
+
+import hashlib
+import threading
+import time
+from collections import deque
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from fusedlm.data.shards import TokenShards
+
+_ROUNDS = 8
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One rank's part of a global batch, on the loader's device.
+
+    Attributes:
+        tokens: (B, T) int64.
+        targets: (B, T) int64, the token after each; none is masked (-100) today.
+        documents: (B, T) int64, rising from 0 in each row at every end-of-text, or None without document mask.
+        n_valid: targets that count in the loss, in this part.
+        next_sample: global samples drawn once this batch is done; start a loader there to go on.
+    """
+
+    tokens: torch.Tensor
+    targets: torch.Tensor
+    documents: torch.Tensor | None
+    n_valid: int
+    next_sample: int
+
+
+class Permutation:
+    """A keyed pseudo-random permutation of range(size), any element in constant time: a Feistel network on the bits
+    of size - 1, walked along until it comes back into the range (Black and Rogaway, 2002).
+
+    Args:
+        size: from 1 to 2**62.
+        key: bytes; the first 64 are used.
+    """
+
+    def __init__(self, size: int, key: bytes):
+        self._size = size
+        bits = max(2, (size - 1).bit_length())
+        self._widths = (bits - bits // 2, bits // 2)
+        self._keys = np.frombuffer(key[: 8 * _ROUNDS], "<u8")
+
+    def __call__(self, indices: np.ndarray) -> np.ndarray:
+        """Images of int64 indices in [0, size), as int64."""
+        values = self._encrypt(indices.astype(np.uint64))
+        while (outside := values >= self._size).any():
+            values[outside] = self._encrypt(values[outside])
+        return values.astype(np.int64)
+
+    def _encrypt(self, values: np.ndarray) -> np.ndarray:
+        high, low = self._widths
+        a, b = values >> np.uint64(low), values & np.uint64((1 << low) - 1)
+        for key in self._keys:
+            a, b = b, a ^ (_mix(b + key) & np.uint64((1 << high) - 1))
+            high, low = low, high
+        return (a << np.uint64(low)) | b
+
+
+class WindowOrder:
+    """Which tokens sample i is.
+
+    Args:
+        lengths: tokens of each shard.
+        seq_len: tokens a window; one more is read as the last target.
+        seed: of phases and order.
+    """
+
+    def __init__(self, lengths: list[int], seq_len: int, seed: int):
+        self._lengths, self._seed = lengths, seed
+        self._seq_len = seq_len
+        self._ends = np.cumsum([length // seq_len for length in lengths], dtype=np.int64)
+        self.windows = int(self._ends[-1]) if lengths else 0
+        self._epoch: tuple[int, Permutation, np.ndarray] | None = None
+
+    def locate(self, samples: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Shard and first token (int64 each) of int64 samples."""
+        shards, starts = np.empty_like(samples), np.empty_like(samples)
+        epochs = samples // self.windows
+        for epoch in np.unique(epochs):
+            chosen = epochs == epoch
+            permutation, phases = self._draw(int(epoch))
+            window = permutation(samples[chosen] % self.windows)
+            shard = np.searchsorted(self._ends, window, side="right")
+            in_shard = window - np.concatenate([[0], self._ends])[shard]
+            lengths = np.asarray(self._lengths, dtype=np.int64)[shard]
+            shards[chosen], starts[chosen] = shard, (phases[shard] + in_shard * self._seq_len) % lengths
+        return shards, starts
+
+    def _draw(self, epoch: int) -> tuple[Permutation, np.ndarray]:
+        if self._epoch is None or self._epoch[0] != epoch:
+            permutation = Permutation(self.windows, _key(self._seed, epoch, "order"))
+            draws = [_key(self._seed, epoch, f"phase {i}") for i in range(len(self._lengths))]
+            phases = [
+                int.from_bytes(draw[:16], "little") % length for draw, length in zip(draws, self._lengths, strict=True)
+            ]
+            self._epoch = (epoch, permutation, np.asarray(phases, dtype=np.int64))
+        return self._epoch[1:]
+
+
+class Loader:
+    """Iterates without end over the batches of one rank, prepared ahead by a thread.
+
+    Args:
+        shards: the split to read.
+        seq_len: T.
+        batch_size: sequences of the global batch; each of `world_size` ranks gets its contiguous slice of batch_size
+            / world_size.
+        seed: the order's.
+        document_mask: give the batches' `documents`.
+        start_sample: global samples already drawn (the `next_sample` of the last batch used).
+        rank, world_size: which slice is read here.
+        device: where the batches go; for CUDA through pinned memory and on a stream of its own.
+        prefetch: batches prepared ahead.
+
+    Attributes:
+        windows: global samples an epoch.
+        wait_seconds: time that the consumer waited for batches; set it to 0 to measure anew.
+
+    Raises:
+        ValueError: the text is shorter than one window, or a number does not fit.
+    """
+
+    def __init__(
+        self,
+        shards: TokenShards,
+        *,
+        seq_len: int,
+        batch_size: int,
+        seed: int,
+        document_mask: bool = True,
+        start_sample: int = 0,
+        rank: int = 0,
+        world_size: int = 1,
+        device: torch.device | str = "cpu",
+        prefetch: int = 4,
+    ):
+        for name, value, least in (
+            ("seq_len", seq_len, 1),
+            ("batch_size", batch_size, 1),
+            ("start_sample", start_sample, 0),
+            ("world_size", world_size, 1),
+            ("prefetch", prefetch, 1),
+        ):
+            if value < least:
+                raise ValueError(f"{name}={value} must be at least {least}")
+        if batch_size % world_size:
+            raise ValueError(f"batch_size={batch_size} is not a multiple of the {world_size} ranks that share it")
+        if not 0 <= rank < world_size:
+            raise ValueError(f"rank={rank} is not in 0..{world_size - 1}")
+        lengths = [len(shard.tokens) for shard in shards.shards]
+        self._order = WindowOrder(lengths, seq_len, seed)
+        self.windows = self._order.windows
+        if not self.windows:
+            longest = max(lengths, default=0)
+            raise ValueError(
+                f"seq_len={seq_len} is longer than the text: {shards.n_tokens} tokens, {longest} in the longest shard; "
+                f"lower seq_len{', or raise data.shard_tokens' if shards.n_tokens >= seq_len else ' or add text'}"
+            )
+        self._shards = shards.shards
+        self._seq_len, self._batch_size, self._document_mask = seq_len, batch_size, document_mask
+        self._rank, self._rows = rank, batch_size // world_size
+        self._device = torch.device(device)
+        if self._device.type == "cuda" and self._device.index is None:
+            self._device = torch.device("cuda", torch.cuda.current_device())
+        self._copies = torch.cuda.Stream(self._device) if self._device.type == "cuda" else None
+        self._prefetch = prefetch
+        self._ready: deque[tuple[torch.Tensor, torch.cuda.Event | None, int]] = deque()
+        self._changed = threading.Condition()
+        self._closed = False
+        self._error: BaseException | None = None
+        self.wait_seconds = 0.0
+        self._thread = threading.Thread(target=self._fill, args=(start_sample,), name="fusedlm-loader", daemon=True)
+        self._thread.start()
+
+    def __iter__(self) -> "Loader":
+        return self
+
+    def __next__(self) -> Batch:
+        started = time.perf_counter()
+        with self._changed:
+            self._changed.wait_for(lambda: self._ready or self._error or self._closed)
+            if self._closed:
+                raise RuntimeError("the loader is closed")
+            if not self._ready:
+                raise self._error
+            data, copied, next_sample = self._ready.popleft()
+            self._changed.notify_all()
+        self.wait_seconds += time.perf_counter() - started
+        if copied is not None:
+            consumer = torch.cuda.current_stream(self._device)
+            consumer.wait_event(copied)
+            data.record_stream(consumer)
+        tokens, targets = data[0], data[1]
+        documents = data[2] if self._document_mask else None
+        return Batch(tokens, targets, documents, self._rows * self._seq_len, next_sample)
+
+    def close(self) -> None:
+        """Stop the thread and wait for its end; more batches are an error."""
+        with self._changed:
+            self._closed = True
+            self._ready.clear()
+            self._changed.notify_all()
+        self._thread.join()
+
+    def __enter__(self) -> "Loader":
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.close()
+
+    def _fill(self, sample: int) -> None:
+        try:
+            while True:
+                data, copied = self._send(self._read(sample))
+                sample += self._batch_size
+                with self._changed:
+                    self._changed.wait_for(lambda: len(self._ready) < self._prefetch or self._closed)
+                    if self._closed:
+                        return
+                    self._ready.append((data, copied, sample))
+                    self._changed.notify_all()
+        except BaseException as error:  # reaches the consumer, whatever it is
+            with self._changed:
+                self._error = error
+                self._changed.notify_all()
+
+    def _read(self, sample: int) -> torch.Tensor:
+        """Tokens, targets and documents of this rank's rows from a global sample on: (2 or 3, B, T) int64 in host
+        memory."""
+        first = sample + self._rank * self._rows
+        shape = (3 if self._document_mask else 2, self._rows, self._seq_len)
+        host = torch.empty(shape, dtype=torch.int64, pin_memory=self._copies is not None)
+        rows = host.numpy()
+        for row, (i, start) in enumerate(zip(*self._order.locate(np.arange(first, first + self._rows)), strict=True)):
+            shard = self._shards[i]
+            window = _ring(shard.tokens, start, self._seq_len + 1)
+            rows[0, row], rows[1, row] = window[:-1], window[1:]
+            if self._document_mask:
+                rows[2, row] = 0
+                rows[2, row, _boundaries(shard.offsets, start, self._seq_len)] = 1
+        if self._document_mask:
+            np.cumsum(rows[2], axis=1, out=rows[2])
+        return host
+
+    def _send(self, host: torch.Tensor) -> tuple[torch.Tensor, torch.cuda.Event | None]:
+        if self._copies is None:
+            return host, None
+        # The pinned block is kept from reuse until the copy is done by torch's caching host allocator.
+        with torch.cuda.stream(self._copies):
+            data = host.to(self._device, non_blocking=True)
+            copied = torch.cuda.Event()
+            copied.record(self._copies)
+        return data, copied
+
+
+def _ring(tokens: np.ndarray, start: int, length: int) -> np.ndarray:
+    """`length` tokens from `start`, going on at 0 after the last; length is at most len(tokens) + 1."""
+    window = tokens[start : start + length]
+    if len(window) < length:
+        window = np.concatenate([window, tokens[: length - len(window)]])
+    return window
+
+
+def _boundaries(offsets: np.ndarray, start: int, length: int) -> np.ndarray:
+    """Positions in 1..length-1 of the window from `start` at which a document starts; token 0 of the ring starts
+    one."""
+    n = int(offsets[-1])
+    low, high = np.searchsorted(offsets, [start + 1, start + length])
+    inside = offsets[low:high] - start
+    if start + length <= n:
+        return inside
+    again = offsets[: np.searchsorted(offsets, start + length - n)] + (n - start)
+    return np.concatenate([inside, again])
+
+
+def _mix(values: np.ndarray) -> np.ndarray:
+    """The finaliser of SplitMix64 (Steele, Lea and Flood, 2014) on uint64."""
+    values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return values ^ (values >> np.uint64(31))
+
+
+def _key(seed: int, epoch: int, purpose: str) -> bytes:
+    return hashlib.blake2b(f"{seed} {epoch} {purpose}".encode()).digest()

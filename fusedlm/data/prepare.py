@@ -1,0 +1,244 @@
+"""From a recipe's data section to a folder of token shards, once: the folder is named by a fingerprint of all that
+decides it."""
+
+import hashlib
+import json
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+from fusedlm.config.data import BPETokenizerConfig, DataConfig, FileTokenizerConfig
+from fusedlm.data.shards import (
+    FORMAT_VERSION,
+    PreparedData,
+    Progress,
+    ShardWriter,
+    open_prepared,
+    sha256_file,
+    write_manifest,
+)
+from fusedlm.data.sources import Source, open_source
+from fusedlm.data.split import TRAIN, VALIDATION, content_digest, split_document
+from fusedlm.data.staging import clean_remains, exclusive, staged
+from fusedlm.data.tokenizer import ByteTokenizer, Tokenizer, read_tokenizer_file, train_bpe
+
+_BATCH_CHARACTERS = 1 << 22
+_REPORT_BYTES = 1 << 20
+
+
+def prepare(config: DataConfig, progress: Progress | None = None) -> PreparedData:
+    """Prepare the data of a recipe, or open what an earlier call prepared.
+
+    The folder is `config.dir`/<source>-<fingerprint>. The fingerprint covers the settings except `dir` and
+    `document_mask`, and the content of the source's files, not their paths; so each call reads the source once to
+    hash it (about 1.8 GB/s a core where the processor has SHA instructions). The folder appears whole or not at all,
+    and a second preparation at the same time waits for the first. Text is streamed: memory holds the largest
+    document, a few batches of tokens, and 8 bytes a document and split; a BPE tokenizer in training also counts
+    every distinct word.
+
+    Args:
+        progress: called as progress(stage, done, total or None) with bytes done; stages are "hashing", "waiting for
+            another preparation", "training tokenizer", "tokenizing" and "verifying".
+
+    Raises:
+        ValueError: there is no text, a file of it is malformed, the split leaves nothing to train on or nothing to
+            hold out, or the folder prepared earlier is damaged; one line.
+        OSError: the disk is full, a folder cannot be written, and so on.
+    """
+    report = progress or _silent
+    corpus = _Corpus(config, report)
+    stamps = corpus.stamps()
+    fingerprint = _fingerprint(config, corpus, report)
+    target = Path(config.dir, f"{_name(config)}-{fingerprint[:12]}").absolute()
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with exclusive(target, lambda: report("waiting for another preparation", 0, None)):
+        clean_remains(target)
+        if not target.exists():
+            with staged(target) as temporary:
+                _write(temporary, config, corpus, fingerprint)
+                if corpus.stamps() != stamps:
+                    raise ValueError(f"{corpus.source.name}: a file changed while it was being prepared; prepare again")
+            return open_prepared(target, verify=False)
+    return open_prepared(target, progress=progress)
+
+
+class _Corpus:
+    """The text of a data section, split, streamed as often as needed.
+
+    Attributes:
+        seen: documents of the last pass: of the source ("documents"), a side, "empty", "held_out_copies".
+    """
+
+    def __init__(self, config: DataConfig, report: Progress):
+        self.source = open_source(config.source)
+        self.validation = None if config.validation is None else open_source(config.validation)
+        self.seen: Counter = Counter()
+        self._split, self._report = config.split, report
+
+    def files(self) -> list[Path]:
+        return self.source.files + (self.validation.files if self.validation else [])
+
+    def stamps(self) -> list[tuple[int, int]]:
+        """Changes when a file does."""
+        return [(stat.st_size, stat.st_mtime_ns) for stat in (path.stat() for path in self.files())]
+
+    def parts(self, stage: str) -> Iterator[tuple[str, str]]:
+        """Every (split, text), those of a validation source first.
+
+        Raises:
+            ValueError: at the end, when there was no text or a split had none.
+        """
+        self.seen = Counter()
+        self._bytes = self._reported = 0
+        held_out = set()
+        if self.validation is not None:
+            for text in self._texts(self.validation, stage):
+                held_out.add(content_digest(text))
+                self.seen[VALIDATION] += 1
+                yield VALIDATION, text
+        for text in self._texts(self.source, stage):
+            self.seen["documents"] += 1
+            if self.validation is None:
+                for split, part in split_document(text, self._split):
+                    self.seen[split] += 1
+                    yield split, part
+            elif content_digest(text) in held_out:
+                self.seen["held_out_copies"] += 1
+            else:
+                self.seen[TRAIN] += 1
+                yield TRAIN, text
+        self._check()
+        self._report(stage, self._bytes, self._bytes)
+
+    def _texts(self, source: Source, stage: str) -> Iterator[str]:
+        for document in source.documents():
+            if not document.text or document.text.isspace():
+                self.seen["empty"] += 1
+                continue
+            self._bytes += len(document.text.encode())
+            if self._bytes - self._reported >= _REPORT_BYTES:
+                self._report(stage, self._bytes, None)
+                self._reported = self._bytes
+            yield document.text
+
+    def _check(self) -> None:
+        read = {"documents": self.source} | ({VALIDATION: self.validation} if self.validation else {})
+        for key, source in read.items():
+            if not self.seen[key]:
+                raise ValueError(f"{source.name}: no text in {_count(len(source.files), 'file')}")
+        documents = _count(self.seen["documents"], "document")
+        if self.validation is not None:
+            if not self.seen[TRAIN]:
+                raise ValueError(
+                    f"{self.source.name}: the validation source has all {documents} of it; name other text"
+                )
+            return
+        for side, what, way in ((VALIDATION, "nothing to hold out", "raise"), (TRAIN, "nothing to train on", "lower")):
+            if not self.seen[side]:
+                split = f"split {self._split.type} with fraction {self._split.fraction}"
+                way_out = f"{way} split.fraction, use split.type tail, or name a validation source"
+                raise ValueError(f"{self.source.name}: {split} leaves {what} of {documents}; {way_out}")
+
+
+def _write(directory: Path, config: DataConfig, corpus: _Corpus, fingerprint: str) -> None:
+    """Fill an empty folder with shards, tokenizer and manifest."""
+    tokenizer = _tokenizer(config, corpus)
+    dtype = "<u2" if tokenizer.vocab_size <= 2**16 else "<u4"
+    writers = {
+        split: ShardWriter(directory, split, dtype=dtype, eot_id=tokenizer.eot_id, shard_tokens=config.shard_tokens)
+        for split in (TRAIN, VALIDATION)
+    }
+    lossy = 0
+    for batch in _batches(corpus.parts("tokenizing")):
+        encoded = tokenizer.encode_batch([text for _, text in batch])
+        for (split, text), ids in zip(batch, encoded, strict=True):
+            raw = text.encode()
+            if (ids == tokenizer.eot_id).any():
+                raise ValueError(
+                    f"{corpus.source.name}: the tokenizer turns text into its end-of-text id {tokenizer.eot_id}, "
+                    "which would end documents early; name another tokenizer.end_of_text"
+                )
+            if split == VALIDATION:
+                lossy += tokenizer.decode_bytes(ids.tolist()) != raw
+            writers[split].add(ids, len(raw))
+    checksums = {name: sha256_file(directory / name) for name in tokenizer.save(directory)}
+    for writer in writers.values():
+        writer.close()
+        checksums |= writer.checksums
+    manifest = {
+        "fingerprint": fingerprint,
+        "config": config.model_dump(mode="json", exclude={"dir", "document_mask"}),
+        "files_read": len(corpus.files()),
+        "tokenizer": {
+            "type": config.tokenizer.type,
+            "vocab_size": tokenizer.vocab_size,
+            "eot_id": tokenizer.eot_id,
+            "fingerprint": tokenizer.fingerprint,
+            "lossless": lossy == 0,
+            "lossy_validation_documents": lossy,
+        },
+        "dtype": dtype,
+        "splits": {split: writer.summary() for split, writer in writers.items()},
+        "dropped": {"empty": corpus.seen["empty"], "copies_of_held_out": corpus.seen["held_out_copies"]},
+    }
+    write_manifest(directory, manifest, checksums)
+
+
+def _batches(parts: Iterable[tuple[str, str]]) -> Iterator[list[tuple[str, str]]]:
+    """Consecutive parts of about _BATCH_CHARACTERS together: enough for every core, little enough for memory."""
+    batch, size = [], 0
+    for part in parts:
+        batch.append(part)
+        size += len(part[1])
+        if size >= _BATCH_CHARACTERS:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
+
+
+def _tokenizer(config: DataConfig, corpus: _Corpus) -> Tokenizer:
+    if isinstance(config.tokenizer, BPETokenizerConfig):
+        training = (text for split, text in corpus.parts("training tokenizer") if split == TRAIN)
+        return train_bpe(training, config.tokenizer.vocab_size)
+    if isinstance(config.tokenizer, FileTokenizerConfig):
+        return read_tokenizer_file(config.tokenizer.path, config.tokenizer.end_of_text)
+    return ByteTokenizer()
+
+
+def _fingerprint(config: DataConfig, corpus: _Corpus, report: Progress) -> str:
+    total = sum(path.stat().st_size for path in corpus.files())
+    done, content = 0, []
+    for source in (corpus.source, corpus.validation):
+        content.append(None if source is None else [])
+        for path in source.files if source else ():
+            content[-1].append(sha256_file(path))
+            done += path.stat().st_size
+            report("hashing", done, total)
+    settings = config.model_dump(mode="json", exclude={"dir", "document_mask"})
+    for section in ("source", "validation", "tokenizer"):
+        if settings[section] is not None:
+            settings[section].pop("path", None)
+    if config.validation is not None:
+        settings.pop("split")
+    if isinstance(config.tokenizer, FileTokenizerConfig):
+        tokenizer = read_tokenizer_file(config.tokenizer.path, config.tokenizer.end_of_text)
+        settings["tokenizer"]["fingerprint"] = tokenizer.fingerprint
+    key = json.dumps([FORMAT_VERSION, settings, content], sort_keys=True)
+    return hashlib.sha256(key.encode()).hexdigest()
+
+
+def _name(config: DataConfig) -> str:
+    """A readable name of the source for its folder."""
+    path = getattr(config.source, "path", "sotu")
+    stem = Path(path).name.split(".")[0]
+    return re.sub(r"[^A-Za-z0-9_-]+", "-", stem).strip("-")[:40] or config.source.type
+
+
+def _count(n: int, noun: str) -> str:
+    return f"{n} {noun}" if n == 1 else f"{n} {noun}s"
+
+
+def _silent(stage: str, done: int, total: int | None) -> None:
+    pass

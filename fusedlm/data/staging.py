@@ -1,0 +1,78 @@
+"""A folder that appears whole or not at all, written by one process at a time."""
+
+import contextlib
+import fcntl
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+
+@contextlib.contextmanager
+def exclusive(target: Path, waiting: Callable[[], None]) -> Iterator[None]:
+    """Hold the lock of a target folder; the system releases it when the process ends, however it ends.
+
+    The lock is a file beside the target that stays behind, since removing it would let two processes lock different
+    files.
+
+    Args:
+        waiting: called once when another process holds the lock.
+    """
+    with open(_lock_path(target), "a") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            waiting()
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+@contextlib.contextmanager
+def staged(target: Path) -> Iterator[Path]:
+    """A temporary folder beside the target that takes its name, flushed to the disk, when the block ends well.
+
+    The caller holds the lock of the target. When the block raises, the folder is removed; when the process is
+    killed, it stays under its temporary name until the next preparation in the same directory.
+    """
+    temporary = _temporary_path(target)
+    temporary.mkdir()
+    try:
+        yield temporary
+        for path in temporary.iterdir():
+            _sync(path)
+        _sync(temporary)
+        os.rename(temporary, target)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    _sync(target.parent)
+
+
+def clean_remains(target: Path) -> None:
+    """Remove what killed processes left beside the target, of any target; the caller holds the lock of this one."""
+    for temporary in target.parent.glob(".*.tmp"):
+        owner = temporary.with_name(temporary.name[1 : -len(".tmp")])
+        if owner == target:
+            shutil.rmtree(temporary)
+            continue
+        if not _lock_path(owner).exists():
+            continue
+        with open(_lock_path(owner), "a") as lock, contextlib.suppress(BlockingIOError):
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _temporary_path(target: Path) -> Path:
+    return target.with_name(f".{target.name}.tmp")
+
+
+def _lock_path(target: Path) -> Path:
+    return target.with_name(f".{target.name}.lock")
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
