@@ -9,7 +9,7 @@ from fusedlm.model.decoder import Decoder
 
 @dataclass(frozen=True)
 class ParameterCount:
-    """total: all parameters, shared ones once. active: those that a token passes through. embedding: the token table."""
+    """total: all, shared ones once. active: those that a token passes through. embedding: the token table."""
 
     total: int
     active: int
@@ -22,8 +22,8 @@ def count_parameters(model: Decoder) -> ParameterCount:
 
 
 def forward_flops(model: Decoder, n_tokens: int) -> int:
-    """Matrix-multiply FLOPs of a forward pass over one sequence, as torch's FlopCounterMode counts them: a multiply-add is
-    two, causal attention counts in full (as in PaLM, arXiv 2204.02311, appendix B), elementwise work does not count."""
+    """Matrix-multiply FLOPs of a forward pass over one sequence, as torch's FlopCounterMode counts them: a multiply-add
+    is two, causal attention counts in full (PaLM, arXiv 2204.02311, appendix B), elementwise work does not count."""
     return sum(block.flops(n_tokens) for block in model.blocks) + model.head.flops(n_tokens)
 
 

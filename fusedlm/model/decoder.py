@@ -68,7 +68,8 @@ class Decoder(torch.nn.Module):
 
         Args:
             tokens: (B, T) int64.
-            documents: (B, T) int64; a new document begins where the number changes, and nothing is seen across. None: one.
+            documents: (B, T) int64; a new document begins where the number changes, and nothing is seen across it.
+                None: one document.
             state: from `init_state`, updated in place: the tokens follow those it has seen.
 
         Returns:
@@ -152,7 +153,8 @@ class Decoder(torch.nn.Module):
         if documents is not None and documents.shape != tokens.shape:
             raise ValueError(f"documents {tuple(documents.shape)} must have the shape of tokens {tuple(tokens.shape)}")
         if state is not None and state.next_position_B.shape[0] != tokens.shape[0]:
-            raise ValueError(f"the state is for {state.next_position_B.shape[0]} sequences, tokens has {tokens.shape[0]}")
+            n_sequences = state.next_position_B.shape[0]
+            raise ValueError(f"the state is for {n_sequences} sequences, tokens has {tokens.shape[0]}")
 
 
 def build_model(

@@ -23,12 +23,13 @@ class TokenCache:
             self.rows, self.length = seen[:, seen.shape[1] - keep :].clone(), keep
             return seen
         if self.max_tokens is None:
-            self.rows = new if self.rows is None else torch.cat([self.rows, new], dim=1)
+            # The first rows are cloned: as a view they would keep the whole projection that they were cut from alive.
+            self.rows = new.clone() if self.rows is None else torch.cat([self.rows, new], dim=1)
             self.length = self.rows.shape[1]
             return self.rows
         end = self.length + new.shape[1]
         if end > self.max_tokens:
-            raise ValueError(f"the state was made for max_tokens={self.max_tokens} and is given {end}; ask init_state for more")
+            raise ValueError(f"the state has room for max_tokens={self.max_tokens}, not {end}; ask init_state for more")
         if self.rows is None:
             self.rows = new.new_empty(new.shape[0], self.max_tokens, *new.shape[2:])
         self.rows[:, self.length : end] = new

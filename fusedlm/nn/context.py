@@ -53,7 +53,7 @@ def document_positions(documents_BT, last_document_B=None, next_position_B=None)
 
 
 def varlen_boundaries(positions_BT: torch.Tensor) -> tuple[torch.Tensor, int]:
-    """Cumulative lengths of the documents of all rows, padded with empty ones to a multiple of 64 so that few shapes occur."""
+    """Cumulative lengths of the documents of all rows, padded with empty ones to a multiple of 64: few shapes."""
     starts = (positions_BT.flatten() == 0).nonzero().flatten()
     cumulative = torch.full((-(-(starts.numel() + 1) // 64) * 64,), positions_BT.numel(), device=positions_BT.device)
     cumulative[: starts.numel()] = starts

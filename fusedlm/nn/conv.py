@@ -14,7 +14,7 @@ class ShortConv(torch.nn.Module):
         self.weight = torch.nn.Parameter(torch.empty(size, channels).uniform_(-(size**-0.5), size**-0.5))
 
     def forward(self, x_BTC: torch.Tensor, context: Context, tail: torch.Tensor | None = None):
-        """Convolve (B, T, C) after tail, the (B, size - 1, C) inputs before it (None: zeros); returns y and the new tail."""
+        """y (B, T, C) and the new tail; tail is the (B, size - 1, C) inputs before x (None: zeros)."""
         batch, n_tokens, channels = x_BTC.shape
         if tail is None:
             tail = x_BTC.new_zeros(batch, self.size - 1, channels)

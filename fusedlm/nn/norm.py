@@ -7,6 +7,8 @@ import torch.nn.functional as F
 def rms_norm(x: torch.Tensor, eps: float, weight: torch.Tensor | None = None) -> torch.Tensor:
     """x / sqrt(mean(x^2) + eps) * weight over the last dimension, in float32 or better, in the dtype of x."""
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    if weight is not None:
+        weight = weight.to(wide.dtype)
     return F.rms_norm(wide, (x.shape[-1],), weight, eps).to(x.dtype)
 
 

@@ -81,7 +81,7 @@ class GatedDeltaNet(torch.nn.Module):
         return (memory + self.conv.state_bytes(dtype)) if n_tokens else 0
 
     def flops(self, n_tokens: int) -> int:
-        """Of the chunked form: the four chunk-by-chunk products, the triangular solve, and three products with the state."""
+        """Of the chunked form: products inside a chunk, the triangular solve, three products with the state."""
         size = min(self.chunk_size, n_tokens)
         padded = -(-n_tokens // size) * size
         inside = size * (4 * self.key_dim + 2 * self.value_dim) + size * (self.key_dim + self.value_dim)

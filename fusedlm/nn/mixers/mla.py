@@ -14,8 +14,8 @@ from fusedlm.ops.common import Setting
 
 
 class LatentAttention(torch.nn.Module):
-    """Keys and values come from one normalised latent of kv_rank numbers a token; position enters through rope_dim more,
-    shared by all heads and stored rotated. The state is that latent and that key, whatever the number of heads.
+    """Keys and values come from one normalised latent of kv_rank numbers a token; position enters through rope_dim
+    more, shared by all heads and stored rotated. The state is that latent and that key, whatever the number of heads.
 
     Whole sequences expand keys and values. Later tokens absorb the up-projections into query and output and attend to
     the latents themselves, which is the same function.

@@ -4,7 +4,7 @@ import torch
 
 
 def reach_mask(reach_BT: torch.Tensor, n_keys: int) -> torch.Tensor:
-    """(B or 1, 1, T, S) bool: query t, the (S - T + t)-th token of all, sees itself and the reach[t] tokens before it."""
+    """(B or 1, 1, T, S) bool: query t, token S - T + t of all, sees itself and the reach[t] tokens before it."""
     n_queries = reach_BT.shape[1]
     query = torch.arange(n_keys - n_queries, n_keys, device=reach_BT.device)[:, None]
     key = torch.arange(n_keys, device=reach_BT.device)[None, :]

@@ -12,7 +12,16 @@ GATED_DELTA_RULE = Op(
 
 
 def gated_delta_rule(
-    q_BTHK, k_BTHK, v_BTHV, log_decay_BTH, beta_BTH, *, state_BHKV=None, reset_BT=None, chunk_size=64, implementation=None
+    q_BTHK,
+    k_BTHK,
+    v_BTHV,
+    log_decay_BTH,
+    beta_BTH,
+    *,
+    state_BHKV=None,
+    reset_BT=None,
+    chunk_size=64,
+    implementation=None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """S_t = a_t (I - b_t k_t k_t^T) S_{t-1} + b_t k_t v_t^T;  o_t = S_t^T q_t  (arXiv 2412.06464, eq. 10).
 

@@ -26,8 +26,9 @@ def recurrent(q_BTHK, k_BTHK, v_BTHV, log_decay_BTH, beta_BTH, state_BHKV, reset
 def chunked(q_BTHK, k_BTHK, v_BTHV, log_decay_BTH, beta_BTH, state_BHKV, reset_BT=None, chunk_size=64):
     """The same numbers with one sequential step a chunk.
 
-    Inside a chunk that starts from S_0, with G the running sum of log decays, S_t = e^{G_t} S_0 + sum_{s<=t} e^{G_t-G_s} k_s u_s^T,
-    and the u solve (I + A) U = b (V - e^G K S_0), A_ts = b_t e^{G_t-G_s} k_t.k_s for s < t (the WY form of arXiv 2406.06484).
+    Inside a chunk that starts from S_0, with G the running sum of log decays,
+    S_t = e^{G_t} S_0 + sum_{s<=t} e^{G_t-G_s} k_s u_s^T, and the u solve (I + A) U = b (V - e^G K S_0),
+    A_ts = b_t e^{G_t-G_s} k_t.k_s for s < t (the WY form of arXiv 2406.06484).
     A reset (first token of a document) cuts every product that would cross it.
     """
     n_tokens = q_BTHK.shape[1]

@@ -1,0 +1,52 @@
+"""Small models of every part there is, for the laws. A mixer or feed-forward without a case here fails a test."""
+
+import torch
+
+from fusedlm.config import parse_recipe
+from fusedlm.model import Decoder, build_model
+
+MIXER_CASES = {
+    "attention": [
+        "{type: attention, n_heads: 4}",
+        "{type: attention, n_heads: 4, n_kv_heads: 2, rope_dim: 4}",
+        "{type: attention, n_heads: 2, rope_dim: 0, qk_norm: false}",
+        "{type: attention, n_heads: 4, n_kv_heads: 1, window: 5}",
+        "{type: attention, n_heads: 2, window: 2}",
+    ],
+    "mla": [
+        "{type: mla, n_heads: 4, kv_rank: 12, rope_dim: 4}",
+        "{type: mla, n_heads: 4, kv_rank: 12, q_rank: 20, rope_dim: 6, n_kv_groups: 2, head_dim: 10}",
+        "{type: mla, n_heads: 2, kv_rank: 8, rope_dim: 0}",
+    ],
+    "gdn": [
+        "{type: gdn, n_heads: 2, chunk_size: 8}",
+        "{type: gdn, n_heads: 4, head_dim: 6, value_head_dim: 10, conv_size: 2, chunk_size: 16}",
+        "{type: gdn, n_heads: 1, conv_size: 1}",
+    ],
+}
+FFN_CASES = {
+    "swiglu": ["{type: swiglu}", "{type: swiglu, hidden: 40}"],
+    "relu2": ["{type: relu2}", "{type: relu2, slope: 0.5, hidden: 48}"],
+}
+
+
+def part_model(mixer: str, ffn: str = "{type: swiglu, hidden: 48}", vocab_size: int = 61, extra: str = "") -> Decoder:
+    """Two layers of width 32 of one mixer and feed-forward, given as YAML; extra holds further model keys."""
+    recipe = parse_recipe(
+        f"""
+name: part
+model: {{dim: 32, n_layers: 2, pattern: a, blocks: {{a: {{mixer: {mixer}, ffn: {ffn}}}}}, {extra}}}
+train: {{steps: 1, seq_len: 8, batch_size: 1}}
+"""
+    )
+    return build_model(recipe.model, vocab_size=vocab_size)
+
+
+def randomise_(model: torch.nn.Module, scale: float = 0.2, seed: int = 0) -> torch.nn.Module:
+    """Move every parameter off its start: projections that start at zero would hide what a block computes."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            noise = torch.randn(parameter.shape, generator=generator).to(parameter)
+            parameter.add_(scale * noise * (parameter.abs().mean() if parameter.dim() < 2 else 1.0))
+    return model
