@@ -1,0 +1,37 @@
+"""Stopping on SIGINT and SIGTERM at a step boundary."""
+
+import signal
+import threading
+
+
+class StopSignal:
+    """Context in which the first SIGINT or SIGTERM sets `received` and a second one acts as it did before.
+
+    The handlers of before return at the first signal and at the end of the context. Outside the main thread, where
+    Python allows no handlers, signals are left alone.
+    """
+
+    _NUMBERS = (signal.SIGINT, signal.SIGTERM)
+
+    def __init__(self):
+        self.received: signal.Signals | None = None
+        self._previous = {}
+
+    def __enter__(self) -> "StopSignal":
+        if threading.current_thread() is threading.main_thread():
+            for number in self._NUMBERS:
+                self._previous[number] = signal.signal(number, self._handle)
+        return self
+
+    def __exit__(self, *exception) -> None:
+        self._restore()
+
+    def _handle(self, number, frame) -> None:
+        self.received = signal.Signals(number)
+        self._restore()
+
+    def _restore(self) -> None:
+        for number, handler in self._previous.items():
+            # None stands for a handler that was not installed from Python and cannot be put back from it.
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
+        self._previous = {}

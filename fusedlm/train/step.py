@@ -1,0 +1,68 @@
+"""One optimizer step."""
+
+import math
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+
+@dataclass(frozen=True)
+class StepResult:
+    loss: float  # nats a valid target token
+    grad_norm: float  # of the whole gradient, before clipping
+    skipped: bool  # loss or gradient norm was not finite, and parameters and optimizer are as they were
+
+
+def backward(
+    model: nn.Module,
+    batch,
+    micro_batch_size: int,
+    autocast: Callable[[], AbstractContextManager],
+) -> torch.Tensor:
+    """Accumulate the gradient of the mean over the valid targets of the whole batch, micro-batch by micro-batch.
+
+    Every micro-batch is divided by the same count, known on the host before the first forward pass, so that a token
+    weighs the same wherever it stands.
+
+    Returns:
+        The loss () float32 on the device, nats a valid target.
+    """
+    total = None
+    for start in range(0, len(batch.tokens), micro_batch_size):
+        rows = slice(start, start + micro_batch_size)
+        documents = None if batch.documents is None else batch.documents[rows]
+        with autocast():
+            nll = model.loss(batch.tokens[rows], batch.targets[rows], documents=documents)
+        loss = nll.sum() / batch.n_valid
+        loss.backward()
+        total = loss.detach() if total is None else total + loss.detach()
+    return total
+
+
+def train_step(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    batch,
+    *,
+    lr: float,
+    micro_batch_size: int,
+    grad_clip: float | None,
+    autocast: Callable[[], AbstractContextManager],
+) -> StepResult:
+    """Forward, backward, clipping by the norm of the whole gradient, update. The host waits for the device once."""
+    loss = backward(model, batch, micro_batch_size, autocast)
+    parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+    norm = torch.nn.utils.get_total_norm([p.grad for p in parameters])
+    if grad_clip is not None:
+        torch.nn.utils.clip_grads_with_norm_(parameters, grad_clip, norm)
+    loss_value, norm_value = torch.stack([loss.float(), norm.float()]).tolist()
+    finite = math.isfinite(loss_value) and math.isfinite(norm_value)
+    if finite:
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return StepResult(loss_value, norm_value, skipped=not finite)

@@ -1,0 +1,85 @@
+import pytest
+import torch
+from torch import nn
+
+from fusedlm.optim import ExponentialMovingAverage
+
+
+def walk(model, ema, steps):
+    """Random changes of the weights, each taken in; returns the weights after each."""
+    history = []
+    for _ in range(steps):
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.add_(torch.randn_like(parameter))
+        ema.update()
+        history.append(model.weight.detach().clone())
+    return history
+
+
+def test_follows_the_formula():
+    torch.manual_seed(0)
+    model = nn.Linear(3, 2)
+    expected = model.weight.detach().double()
+    ema = ExponentialMovingAverage(model, decay=0.5)
+    for t, weight in enumerate(walk(model, ema, 20), start=1):
+        decay = min(0.5, (1 + t) / (10 + t))
+        expected = decay * expected + (1 - decay) * weight.double()
+    torch.testing.assert_close(ema.state_dict()["weight"].double(), expected, rtol=0, atol=1e-6)
+
+
+def test_averages_of_bfloat16_weights_are_float32():
+    model = nn.Linear(3, 2).bfloat16()
+    ema = ExponentialMovingAverage(model, decay=0.9)
+    walk(model, ema, 2)
+    assert {tensor.dtype for tensor in ema.state_dict().values()} == {torch.float32}
+
+
+def test_applied_swaps_and_returns_the_weights_also_after_an_error():
+    torch.manual_seed(0)
+    model = nn.Linear(3, 2)
+    ema = ExponentialMovingAverage(model, decay=0.9)
+    own = walk(model, ema, 5)[-1]
+    with pytest.raises(KeyError), ema.applied():
+        assert torch.equal(model.weight, ema.state_dict()["weight"])
+        assert not torch.equal(model.weight, own)
+        raise KeyError
+    assert torch.equal(model.weight, own)
+
+
+def test_saved_and_loaded_it_goes_on_the_same():
+    torch.manual_seed(0)
+    model = nn.Linear(3, 2)
+    ema = ExponentialMovingAverage(model, decay=0.9)
+    walk(model, ema, 4)
+    saved = {name: tensor.clone() for name, tensor in ema.state_dict().items()}
+    other = ExponentialMovingAverage(model, decay=0.9)
+    other.load_state_dict(saved, updates=4)
+    ema.update()
+    other.update()
+    assert torch.equal(ema.state_dict()["weight"], other.state_dict()["weight"])
+
+
+def test_tied_weights_are_averaged_once():
+    embedding, head = nn.Embedding(5, 3), nn.Linear(3, 5, bias=False)
+    head.weight = embedding.weight
+    ema = ExponentialMovingAverage(nn.Sequential(embedding, head), decay=0.9)
+    assert list(ema.state_dict()) == ["0.weight"]
+
+
+@pytest.mark.parametrize(
+    ("tensors", "message"),
+    [
+        ({"weight": torch.zeros(2, 3)}, "'bias' is in only one"),
+        ({"weight": torch.zeros(2, 2), "bias": torch.zeros(2)}, r"'weight' was saved with shape \(2, 2\)"),
+    ],
+)
+def test_averages_of_another_model_are_refused(tensors, message):
+    with pytest.raises(ValueError, match=message):
+        ExponentialMovingAverage(nn.Linear(3, 2), decay=0.9).load_state_dict(tensors, updates=1)
+
+
+@pytest.mark.parametrize("decay", [0.0, 1.0, 1.5])
+def test_decay_out_of_range(decay):
+    with pytest.raises(ValueError, match=f"decay={decay}"):
+        ExponentialMovingAverage(nn.Linear(3, 2), decay=decay)

@@ -1,0 +1,61 @@
+"""A run small enough to train in a second: recipe, text and what its metrics say."""
+
+import random
+from pathlib import Path
+
+from fusedlm.config import Recipe, parse_recipe
+from fusedlm.train.metrics import read_metrics
+
+# What differs between two runs of one recipe without meaning anything.
+TIMINGS = {"tokens_per_second", "peak_memory_bytes", "loader_wait_seconds", "step_seconds"}
+
+_RECIPE = """
+name: tiny
+model:
+  dim: 16
+  n_layers: 2
+  pattern: ga
+  blocks:
+    g: {mixer: {type: gdn, n_heads: 2, chunk_size: 8}, ffn: {type: relu2, hidden: 32}}
+    a: {mixer: {type: attention, n_heads: 2}, ffn: {type: swiglu, hidden: 32}}
+  dropout: 0.1
+train:
+  steps: 12
+  seq_len: 16
+  batch_size: 4
+  micro_batch_size: 2
+  ema: 0.9
+  optimizer: {lr: 0.01}
+  eval_every: 4
+  eval_tokens: 100
+  checkpoint_every: 4
+  device: cpu
+"""
+
+
+def tiny_recipe(folder: Path, *overrides: str) -> Recipe:
+    """A hybrid with dropout, averages and accumulation over generated text in `folder`."""
+    text = folder / "text.txt"
+    if not text.exists():
+        rng = random.Random(0)
+        words = ["tea", "water", "stone", "a", "river", "old", "bridge", "and"]
+        text.write_text("\n---\n".join(" ".join(rng.choices(words, k=12)) for _ in range(60)), encoding="utf-8")
+    source = f"data.source={{type: text, path: {text}, separator: '---'}}"
+    return parse_recipe(
+        _RECIPE, [source, f"data.dir={folder / 'prepared'}", "data.split={type: hash, fraction: 0.2}", *overrides]
+    )
+
+
+def records(run: Path) -> list[dict]:
+    """The run's metrics without timings."""
+    found, damaged = read_metrics(run / "metrics.jsonl")
+    assert damaged == []
+    return [{key: value for key, value in record.items() if key not in TIMINGS} for record in found]
+
+
+def losses(run: Path) -> list[float]:
+    return [record["loss"] for record in records(run) if "loss" in record]
+
+
+def checkpoint_names(run: Path) -> list[str]:
+    return sorted(entry.name for entry in (run / "checkpoints").iterdir())
