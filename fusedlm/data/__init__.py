@@ -1,7 +1,7 @@
 """Text to tokens: sources, tokenizers, preparation into shards, and the loader that reads them."""
 
 from fusedlm.data.loader import Batch, Loader
-from fusedlm.data.prepare import prepare
+from fusedlm.data.preparation import prepare
 from fusedlm.data.shards import PreparedData, TokenShards, open_prepared
 from fusedlm.data.tokenizer import Tokenizer, load_tokenizer
 

@@ -19,13 +19,14 @@ from pathlib import Path
 
 import numpy as np
 
+from fusedlm.data.meter import Meter, Progress, silent
 from fusedlm.data.tokenizer import Tokenizer, load_tokenizer
 
 FORMAT = "fusedlm prepared data"
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
 SPLITS = ("train", "validation")
-Progress = Callable[[str, int, int | None], None]
+_CHUNK_BYTES = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -132,7 +133,7 @@ def write_manifest(directory: Path, manifest: dict, checksums: dict[str, str]) -
     (directory / MANIFEST).write_text(text, encoding="utf-8")
 
 
-def open_prepared(directory: str | Path, *, verify: bool = True, progress: Progress | None = None) -> PreparedData:
+def open_prepared(directory: str | Path, *, verify: bool = True, progress: Progress = silent) -> PreparedData:
     """Open a prepared folder.
 
     Sizes, the manifest's checksum and the tokenizer's fingerprint are always checked.
@@ -166,10 +167,15 @@ def open_prepared(directory: str | Path, *, verify: bool = True, progress: Progr
     return PreparedData(directory, manifest, tokenizer, train, validation)
 
 
-def sha256_file(path: Path) -> str:
-    """sha256 (hex) of a file."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def sha256_file(path: Path, advance: Callable[[int], None] | None = None) -> str:
+    """sha256 (hex) of a file; `advance` is told the bytes read."""
+    digest = hashlib.sha256()
+    with open(path, "rb", buffering=0) as file:
+        while chunk := file.read(_CHUNK_BYTES):
+            digest.update(chunk)
+            if advance is not None:
+                advance(len(chunk))
+    return digest.hexdigest()
 
 
 def _read_manifest(directory: Path) -> dict:
@@ -196,15 +202,12 @@ def _manifest_checksum(manifest: dict) -> str:
     return hashlib.sha256(json.dumps(rest, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
-def _verify(directory: Path, files: dict, progress: Progress | None) -> None:
-    total = sum(entry["bytes"] for entry in files.values())
-    done = 0
+def _verify(directory: Path, files: dict, progress: Progress) -> None:
+    meter = Meter(progress, "verifying", sum(entry["bytes"] for entry in files.values()))
     for name, entry in files.items():
-        if sha256_file(directory / name) != entry["sha256"]:
+        if sha256_file(directory / name, meter.advance) != entry["sha256"]:
             raise _damaged(directory / name, "does not match its sha256")
-        done += entry["bytes"]
-        if progress is not None:
-            progress("verifying", done, total)
+    meter.finish()
 
 
 def _open_split(directory: Path, manifest: dict, split: str) -> TokenShards:

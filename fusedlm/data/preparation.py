@@ -9,10 +9,10 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from fusedlm.config.data import BPETokenizerConfig, DataConfig, FileTokenizerConfig
+from fusedlm.data.meter import Meter, Progress, silent
 from fusedlm.data.shards import (
     FORMAT_VERSION,
     PreparedData,
-    Progress,
     ShardWriter,
     open_prepared,
     sha256_file,
@@ -24,7 +24,6 @@ from fusedlm.data.staging import clean_remains, exclusive, staged
 from fusedlm.data.tokenizer import ByteTokenizer, Tokenizer, read_tokenizer_file, train_bpe
 
 _BATCH_CHARACTERS = 1 << 22
-_REPORT_BYTES = 1 << 20
 
 
 def prepare(config: DataConfig, progress: Progress | None = None) -> PreparedData:
@@ -46,11 +45,13 @@ def prepare(config: DataConfig, progress: Progress | None = None) -> PreparedDat
             hold out, or the folder prepared earlier is damaged; one line.
         OSError: the disk is full, a folder cannot be written, and so on.
     """
-    report = progress or _silent
+    report = progress or silent
     corpus = _Corpus(config, report)
     stamps = corpus.stamps()
     fingerprint = _fingerprint(config, corpus, report)
     target = Path(config.dir, f"{_name(config)}-{fingerprint[:12]}").absolute()
+    if target.exists():
+        return open_prepared(target, progress=report)
     target.parent.mkdir(parents=True, exist_ok=True)
     with exclusive(target, lambda: report("waiting for another preparation", 0, None)):
         clean_remains(target)
@@ -59,8 +60,7 @@ def prepare(config: DataConfig, progress: Progress | None = None) -> PreparedDat
                 _write(temporary, config, corpus, fingerprint)
                 if corpus.stamps() != stamps:
                     raise ValueError(f"{corpus.source.name}: a file changed while it was being prepared; prepare again")
-            return open_prepared(target, verify=False)
-    return open_prepared(target, progress=progress)
+    return open_prepared(target, verify=False)
 
 
 class _Corpus:
@@ -75,6 +75,7 @@ class _Corpus:
         self.validation = None if config.validation is None else open_source(config.validation)
         self.seen: Counter = Counter()
         self._split, self._report = config.split, report
+        self._total: int | None = None  # bytes of text, known after a pass
 
     def files(self) -> list[Path]:
         return self.source.files + (self.validation.files if self.validation else [])
@@ -90,14 +91,14 @@ class _Corpus:
             ValueError: at the end, when there was no text or a split had none.
         """
         self.seen = Counter()
-        self._bytes = self._reported = 0
+        meter = Meter(self._report, stage, self._total)
         held_out = set()
         if self.validation is not None:
-            for text in self._texts(self.validation, stage):
+            for text in self._texts(self.validation, meter):
                 held_out.add(content_digest(text))
                 self.seen[VALIDATION] += 1
                 yield VALIDATION, text
-        for text in self._texts(self.source, stage):
+        for text in self._texts(self.source, meter):
             self.seen["documents"] += 1
             if self.validation is None:
                 for split, part in split_document(text, self._split):
@@ -109,17 +110,15 @@ class _Corpus:
                 self.seen[TRAIN] += 1
                 yield TRAIN, text
         self._check()
-        self._report(stage, self._bytes, self._bytes)
+        meter.finish()
+        self._total = meter.done
 
-    def _texts(self, source: Source, stage: str) -> Iterator[str]:
+    def _texts(self, source: Source, meter: Meter) -> Iterator[str]:
         for document in source.documents():
             if not document.text or document.text.isspace():
                 self.seen["empty"] += 1
                 continue
-            self._bytes += len(document.text.encode())
-            if self._bytes - self._reported >= _REPORT_BYTES:
-                self._report(stage, self._bytes, None)
-                self._reported = self._bytes
+            meter.advance(len(document.text.encode()))
             yield document.text
 
     def _check(self) -> None:
@@ -208,14 +207,12 @@ def _tokenizer(config: DataConfig, corpus: _Corpus) -> Tokenizer:
 
 
 def _fingerprint(config: DataConfig, corpus: _Corpus, report: Progress) -> str:
-    total = sum(path.stat().st_size for path in corpus.files())
-    done, content = 0, []
-    for source in (corpus.source, corpus.validation):
-        content.append(None if source is None else [])
-        for path in source.files if source else ():
-            content[-1].append(sha256_file(path))
-            done += path.stat().st_size
-            report("hashing", done, total)
+    meter = Meter(report, "hashing", sum(path.stat().st_size for path in corpus.files()))
+    content = [
+        None if source is None else [sha256_file(path, meter.advance) for path in source.files]
+        for source in (corpus.source, corpus.validation)
+    ]
+    meter.finish()
     settings = config.model_dump(mode="json", exclude={"dir", "document_mask"})
     for section in ("source", "validation", "tokenizer"):
         if settings[section] is not None:
@@ -238,7 +235,3 @@ def _name(config: DataConfig) -> str:
 
 def _count(n: int, noun: str) -> str:
     return f"{n} {noun}" if n == 1 else f"{n} {noun}s"
-
-
-def _silent(stage: str, done: int, total: int | None) -> None:
-    pass

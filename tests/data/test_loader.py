@@ -1,0 +1,242 @@
+"""The loader: order, coverage, resuming, sharing, document numbers, and its thread."""
+
+import threading
+
+import numpy as np
+import pytest
+import torch
+
+from fusedlm.data import Loader
+from fusedlm.data.loader import Permutation, WindowOrder
+from fusedlm.data.shards import Shard, TokenShards
+
+EOT = 0
+
+
+def shard(lengths: list[int], first: int = 1) -> Shard:
+    """Documents of the given lengths, end-of-text included, whose other tokens are all different."""
+    n = sum(lengths)
+    tokens = np.arange(first, first + n, dtype=np.uint32)
+    offsets = np.cumsum([0, *lengths])
+    tokens[offsets[:-1]] = EOT
+    return Shard(tokens, offsets, np.asarray(lengths) - 1)
+
+
+@pytest.fixture
+def shards() -> TokenShards:
+    return TokenShards([shard([5, 1, 30, 14, 9]), shard([40, 23], 1000), shard([3], 2000)])
+
+
+def draw(shards: TokenShards, n: int, **options) -> list:
+    options = {"seq_len": 8, "batch_size": 4, "seed": 0} | options
+    with Loader(shards, **options) as loader:
+        return [next(loader) for _ in range(n)]
+
+
+def rows(batches, field: str = "tokens") -> torch.Tensor:
+    return torch.cat([getattr(batch, field) for batch in batches])
+
+
+def test_shapes_and_numbers(shards):
+    batch = draw(shards, 1)[0]
+    for field in ("tokens", "targets", "documents"):
+        value = getattr(batch, field)
+        assert value.shape == (4, 8) and value.dtype == torch.int64 and value.is_contiguous()
+    assert batch.n_valid == 32 and type(batch.n_valid) is int and batch.next_sample == 4
+    assert draw(shards, 1, document_mask=False)[0].documents is None
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 4, 5, 7, 64, 1000, 1025])
+def test_permutation_reaches_every_index_once(size):
+    for key in (bytes(64), bytes(range(64))):
+        assert sorted(Permutation(size, key)(np.arange(size))) == list(range(size))
+
+
+def test_permutation_of_any_size_answers_at_once():
+    size = 2**62
+    images = Permutation(size, bytes(range(64)))(np.arange(1000))
+    assert len(set(images.tolist())) == 1000 and images.min() >= 0 and images.max() < size
+    assert abs(images.astype(float).mean() / size - 0.5) < 0.05
+
+
+def test_permutation_looks_random():
+    size, keys = 100, [np.random.default_rng(i).bytes(64) for i in range(400)]
+    images = np.stack([Permutation(size, key)(np.arange(size)) for key in keys])
+    assert np.abs(images.mean(axis=0) - (size - 1) / 2).max() < 4.5 * size / np.sqrt(12 * len(keys))
+    neighbours = np.abs(np.diff(images, axis=1)) == 1
+    assert 0.01 < neighbours.mean() < 0.03
+
+
+def test_each_epoch_covers_every_window_once():
+    order = WindowOrder([59, 63, 3], seq_len=8, seed=5)
+    assert order.windows == 7 + 7
+    for epoch in range(3):
+        shard_numbers, starts = order.locate(np.arange(14) + 14 * epoch)
+        for i, length in ((0, 59), (1, 63)):
+            inside = np.sort(starts[shard_numbers == i])
+            assert len(inside) == 7 and inside.max() < length
+            covered = np.concatenate([np.arange(start, start + 8) % length for start in inside])
+            assert len(set(covered.tolist())) == 56
+        assert 2 not in shard_numbers
+
+
+def test_epochs_differ_in_phase_and_order():
+    order = WindowOrder([800], seq_len=8, seed=5)
+    first, second = (order.locate(np.arange(100) + 100 * epoch)[1] for epoch in range(2))
+    assert set((first % 8).tolist()) != set((second % 8).tolist()) or first[0] % 8 == second[0] % 8
+    assert (first != second).mean() > 0.9
+
+
+def test_targets_follow_tokens_around_the_ring(shards):
+    batches = draw(shards, 12, seq_len=7)
+    tokens, targets = rows(batches), rows(batches, "targets")
+    assert torch.equal(tokens[:, 1:], targets[:, :-1])
+    after = {}
+    for part in shards.shards:
+        ring = part.tokens.astype(np.int64)
+        after |= {int(a): int(b) for a, b in zip(ring, np.roll(ring, -1), strict=True) if a != EOT}
+    for token, target in zip(tokens.flatten().tolist(), targets.flatten().tolist(), strict=True):
+        assert token == EOT or after[token] == target
+
+
+def test_order_is_that_of_the_seed(shards):
+    straight = rows(draw(shards, 10))
+    assert torch.equal(straight, rows(draw(shards, 10)))
+    assert not torch.equal(straight, rows(draw(shards, 10, seed=1)))
+
+
+def test_order_does_not_depend_on_the_batch_size(shards):
+    assert torch.equal(rows(draw(shards, 10)), rows(draw(shards, 5, batch_size=8)))
+    assert torch.equal(rows(draw(shards, 10)), rows(draw(shards, 40, batch_size=1)))
+
+
+@pytest.mark.parametrize("readers", [1, 2, 4])
+def test_readers_share_the_same_samples_in_the_same_order(shards, readers):
+    whole = draw(shards, 9)
+    parts = [draw(shards, 9, rank=rank, world_size=readers) for rank in range(readers)]
+    for field in ("tokens", "targets", "documents"):
+        shared = [torch.cat([getattr(part[i], field) for part in parts]) for i in range(9)]
+        assert all(torch.equal(a, getattr(b, field)) for a, b in zip(shared, whole, strict=True))
+    assert [batch.next_sample for batch in parts[-1]] == [batch.next_sample for batch in whole]
+    assert sum(part[0].n_valid for part in parts) == whole[0].n_valid
+
+
+@pytest.mark.parametrize("after", [1, 4, 9])
+def test_going_on_at_a_counter_is_never_having_stopped(shards, after):
+    straight = draw(shards, 14)
+    resumed = draw(shards, 14 - after, start_sample=straight[after - 1].next_sample)
+    for field in ("tokens", "targets", "documents"):
+        assert torch.equal(rows(straight[after:], field), rows(resumed, field))
+    assert resumed[-1].next_sample == straight[-1].next_sample
+
+
+def test_a_far_counter_costs_nothing(shards):
+    assert draw(shards, 1, start_sample=10**15)[0].next_sample == 10**15 + 4
+
+
+@pytest.mark.parametrize("lengths", [[5, 1, 1, 30, 14, 9], [17], [1] * 20, [16, 1]])
+@pytest.mark.parametrize("seq_len", [1, 4, 16])
+def test_document_numbers(lengths, seq_len):
+    batches = draw(TokenShards([shard(lengths)]), 30, seq_len=seq_len)
+    tokens, documents = rows(batches), rows(batches, "documents")
+    # Documents start at end-of-text alone, and the ring is closed by one.
+    starts = (tokens == EOT).long()
+    starts[:, 0] = 0
+    assert torch.equal(documents, starts.cumsum(1))
+
+
+def test_a_window_as_long_as_its_shard_wraps_into_itself():
+    batch = draw(TokenShards([shard([8])]), 1, batch_size=16)[0]
+    for tokens, targets, documents in zip(batch.tokens, batch.targets, batch.documents, strict=True):
+        assert sorted(tokens.tolist()) == [0, 2, 3, 4, 5, 6, 7, 8] and targets[-1] == tokens[0]
+        assert documents.max() == (0 if tokens[0] == EOT else 1)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            {"seq_len": 100},
+            "seq_len=100 is longer than the text: 125 tokens, 63 in the longest shard; lower seq_len, or raise",
+        ),
+        (
+            {"seq_len": 126},
+            "seq_len=126 is longer than the text: 125 tokens, 63 in the longest shard; lower seq_len or add",
+        ),
+        ({"batch_size": 4, "world_size": 3}, "batch_size=4 is not a multiple of the 3 ranks"),
+        ({"rank": 2, "world_size": 2}, "rank=2 is not in 0..1"),
+        ({"seq_len": 0}, "seq_len=0 must be at least 1"),
+        ({"start_sample": -1}, "start_sample=-1 must be at least 0"),
+        ({"prefetch": 0}, "prefetch=0 must be at least 1"),
+    ],
+)
+def test_numbers_that_do_not_fit(shards, options, message):
+    with pytest.raises(ValueError) as caught:
+        draw(shards, 1, **options)
+    assert str(caught.value).startswith(message) and "\n" not in str(caught.value)
+
+
+def test_no_text_at_all():
+    with pytest.raises(ValueError, match="0 tokens"):
+        draw(TokenShards([]), 1)
+
+
+def test_errors_of_the_thread_reach_the_consumer_after_the_good_batches(shards, monkeypatch):
+    read = Loader._read
+
+    def fail(self, sample):
+        if sample == 8:
+            raise OSError(5, "Input/output error")
+        return read(self, sample)
+
+    monkeypatch.setattr(Loader, "_read", fail)
+    with Loader(shards, seq_len=8, batch_size=4, seed=0) as loader:
+        assert [next(loader).next_sample for _ in range(2)] == [4, 8]
+        for _ in range(2):
+            with pytest.raises(OSError, match="Input/output error"):
+                next(loader)
+
+
+@pytest.mark.parametrize("drawn", [0, 3])
+def test_close_ends_the_thread(shards, drawn):
+    before = threading.active_count()
+    loader = Loader(shards, seq_len=8, batch_size=4, seed=0, prefetch=2)
+    for _ in range(drawn):
+        next(loader)
+    loader.close()
+    loader.close()
+    assert threading.active_count() == before
+    with pytest.raises(RuntimeError, match="closed"):
+        next(loader)
+
+
+def test_the_thread_reads_no_further_ahead_than_asked(shards, monkeypatch):
+    samples, read = [], Loader._read
+    monkeypatch.setattr(Loader, "_read", lambda self, sample: samples.append(sample) or read(self, sample))
+    with Loader(shards, seq_len=8, batch_size=4, seed=0, prefetch=2) as loader:
+        for _ in range(5):
+            next(loader)
+    assert max(samples) <= 4 * (5 + 2)
+
+
+def test_waiting_is_measured_in_the_consumer(shards):
+    with Loader(shards, seq_len=8, batch_size=4, seed=0) as loader:
+        assert loader.wait_seconds == 0
+        next(loader)
+        assert loader.wait_seconds > 0
+
+
+@pytest.mark.gpu
+def test_batches_on_the_gpu_equal_those_on_the_cpu():
+    shards = TokenShards([shard([997, 5, 20_000, 12_345])])
+    options = {"seq_len": 1024, "batch_size": 16}
+    expected = draw(shards, 40, **options)
+    busy = torch.randn(2048, 2048, device="cuda")
+    with Loader(shards, seed=0, device="cuda", prefetch=2, **options) as loader:
+        for host in expected:
+            batch = next(loader)
+            busy = torch.tanh(busy @ busy)  # keeps the consumer's stream behind the copies
+            for field in ("tokens", "targets", "documents"):
+                value = getattr(batch, field)
+                assert value.is_cuda and torch.equal((value + 0).cpu(), getattr(host, field))
+            assert batch.n_valid == host.n_valid and batch.next_sample == host.next_sample
