@@ -11,8 +11,9 @@ from torch.nn import functional as F
 from fusedlm.evaluate.windows import batches, document_windows
 from fusedlm.model.precision import autocast
 
-_CHUNK = 2048  # tokens that enter the state at once
-_HEAD_ROWS = 512  # positions whose logits exist at once: 100 MB in float32 at a vocabulary of 50k
+_CHUNK = 2048  # most tokens that enter the state at once
+_SCORES = 2**22  # most pairs of a new token and an earlier one at once: attention masks or scores them, for every head
+_LOGITS = 2**25  # most logits that exist at once: 128 MiB in float32
 
 
 @dataclass(frozen=True)
@@ -67,7 +68,7 @@ def score_documents(
     """
     stride = _check(window, stride, batch_tokens, max_tokens)
     device = torch.device(device)
-    taken = _Taken(documents, max_tokens)
+    taken = _Taken(documents, max_tokens, model.vocab_size)
     sums, scored = [], 0
     was_training = model.training
     model.eval()
@@ -113,8 +114,8 @@ def _check(window: int | None, stride: int | None, batch_tokens: int, max_tokens
 class _Taken:
     """Documents in order until the budget is met, counted as they pass."""
 
-    def __init__(self, documents: Iterable[tuple[np.ndarray, int]], max_tokens: int | None):
-        self._source, self._max_tokens = documents, max_tokens
+    def __init__(self, documents: Iterable[tuple[np.ndarray, int]], max_tokens: int | None, vocab_size: int):
+        self._source, self._max_tokens, self._vocab_size = documents, max_tokens, vocab_size
         self.tokens = self.bytes = self.documents = 0
 
     def __iter__(self) -> Iterator[tuple[int, np.ndarray]]:
@@ -124,6 +125,12 @@ class _Taken:
                 raise ValueError(
                     f"document {self.documents}: got {tokens.dtype} of shape {tokens.shape}; "
                     "expected a line of token ids that starts with end-of-text"
+                )
+            low, high = int(tokens.min()), int(tokens.max())
+            if low < 0 or high >= self._vocab_size:
+                raise ValueError(
+                    f"document {self.documents}: token id {low if low < 0 else high} is not one of the model's "
+                    f"{self._vocab_size}; the text was prepared with another tokenizer"
                 )
             self.documents += 1
             self.tokens += len(tokens) - 1
@@ -140,8 +147,9 @@ def _score_whole(model, documents, device, dtype) -> Iterator[tuple[float, int]]
         if n == 0:
             continue
         state = model.init_state(1, max_tokens=n)
-        for start in range(0, n, _CHUNK):
-            stop = min(start + _CHUNK, n)
+        stop = 0
+        while stop < n:
+            start, stop = stop, min(n, stop + max(16, min(_CHUNK, _SCORES // max(stop, 1))))
             ids = torch.from_numpy(tokens[start : stop + 1].astype(np.int64)).to(device)
             with autocast(device, dtype):
                 hidden = model.hidden(ids[None, :-1], state=state)
@@ -175,11 +183,11 @@ def _score_windows(model, documents, window, stride, batch_tokens, device, dtype
 def _nll(model, hidden: torch.Tensor, targets: torch.Tensor, device, dtype) -> torch.Tensor:
     """hidden (n, dim), targets (n,) -> (n,) float64 on the CPU; the softmax is in float32."""
     parts = []
-    for start in range(0, len(targets), _HEAD_ROWS):
-        rows = slice(start, start + _HEAD_ROWS)
+    size = max(1, _LOGITS // model.vocab_size)
+    for rows, wanted in zip(hidden.split(size), targets.split(size), strict=True):
         with autocast(device, dtype):
-            logits = model.head.logits(hidden[None, rows])[0]
-        parts.append(F.cross_entropy(logits.float(), targets[rows], reduction="none"))
+            logits = model.head.logits(rows[None])[0]
+        parts.append(F.cross_entropy(logits.float(), wanted, reduction="none"))
     return torch.cat(parts).double().cpu()
 
 

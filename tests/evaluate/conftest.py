@@ -30,6 +30,7 @@ class History(nn.Module):
         generator = torch.Generator().manual_seed(seed)
         self.last = torch.randn(VOCAB, VOCAB, generator=generator)
         self.seen = torch.randn(5, VOCAB, generator=generator)
+        self.vocab_size = VOCAB
         self.head = _Head()
         self.shapes = []
 

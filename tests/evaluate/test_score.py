@@ -68,11 +68,14 @@ def test_a_long_document_goes_through_the_state_in_bounded_chunks(model):
     tokens = np.arange(10_001) % 6
     score = score_documents(model, [(tokens, 10_000)], window=None, **CPU)
     assert score.tokens == 10_000
-    assert max(rows * width for rows, width in model.shapes) <= 2048
+    widths = [width for _, width in model.shapes]
+    seen = np.cumsum([0, *widths])
+    assert max(widths) <= 2048 and (widths * seen[:-1]).max() <= 2**22
     assert score.nll == pytest.approx(score_documents(model, [(tokens, 10_000)], window=10_000, **CPU).nll, rel=1e-12)
 
 
-def test_logits_exist_for_few_positions_and_only_for_scored_ones(model):
+def test_logits_exist_for_few_positions_and_only_for_scored_ones(model, monkeypatch):
+    monkeypatch.setattr("fusedlm.evaluate.score._LOGITS", 512 * model.vocab_size)
     rows = []
     logits = model.head.logits
     model.head.logits = lambda hidden: (rows.append(hidden.shape[1]), logits(hidden))[1]
@@ -155,6 +158,8 @@ def test_impossible_arguments_are_named(model, documents, arguments, word):
         ([(np.array([6, 1]), 1), (np.array([6.0, 1.0]), 1)], "document 1"),
         ([(np.array([[6, 1]]), 1)], "document 0"),
         ([(np.array([6, 1]), 0)], "0 bytes"),
+        ([(np.array([6, 7]), 1)], "token id 7"),
+        ([(np.array([6, -1]), 1)], "token id -1"),
     ],
 )
 @pytest.mark.parametrize("window", [None, 8])

@@ -1,0 +1,129 @@
+"""Scoring with the real decoder: every kind of mixer, both kinds of tokenizer."""
+
+import numpy as np
+import pytest
+import torch
+
+from fusedlm.config.model import ModelConfig
+from fusedlm.data.tokenizer import ByteTokenizer, train_bpe
+from fusedlm.evaluate import score_documents, text_documents
+from fusedlm.model import build_model
+
+TEXT = "Fellow citizens — naïve or not: 日本語, 🙂.\r\n  The union of these States;\n\nthe union, the states.\t" * 3
+CPU = {"device": "cpu", "dtype": torch.float32}
+CONFIG = ModelConfig.model_validate(
+    {
+        "dim": 32,
+        "n_layers": 4,
+        "pattern": "agwm",
+        "blocks": {
+            "a": {
+                "mixer": {"type": "attention", "n_heads": 2, "n_kv_heads": 1},
+                "ffn": {"type": "swiglu", "hidden": 32},
+            },
+            "g": {"mixer": {"type": "gdn", "n_heads": 2, "chunk_size": 16}, "ffn": {"type": "relu2", "hidden": 32}},
+            "w": {"mixer": {"type": "attention", "n_heads": 2, "window": 9}, "ffn": {"type": "relu2", "hidden": 32}},
+            "m": {
+                "mixer": {"type": "mla", "n_heads": 2, "kv_rank": 8, "rope_dim": 8},
+                "ffn": {"type": "swiglu", "hidden": 32},
+            },
+        },
+        "logit_softcap": 15.0,
+        "dropout": 0.5,
+    }
+)
+
+
+@pytest.fixture(scope="module", params=["bytes", "bpe"])
+def tokenizer(request):
+    return ByteTokenizer() if request.param == "bytes" else train_bpe([TEXT], 300)
+
+
+@pytest.fixture(scope="module")
+def model(tokenizer):
+    torch.manual_seed(0)
+    model = build_model(CONFIG, vocab_size=tokenizer.vocab_size)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:  # the outputs of the blocks start at zero
+                parameter.normal_(std=0.2)
+    return model
+
+
+@pytest.fixture(scope="module")
+def documents(tokenizer):
+    return [document for n in (5, 60, len(TEXT), 31) for document in text_documents(TEXT[:n], tokenizer)]
+
+
+def plain_nll(model, documents):
+    """The whole document at once, in float64 after the logits."""
+    model.eval()
+    total = 0.0
+    for tokens, _ in documents:
+        with torch.no_grad():
+            logits = model(torch.tensor(tokens[None, :-1]))[0].double()
+        total -= logits.log_softmax(-1)[range(len(tokens) - 1), tokens[1:]].sum().item()
+    return total
+
+
+def test_bytes_scored_are_the_length_of_the_text(model, tokenizer):
+    documents = text_documents(TEXT, tokenizer)
+    for window in (None, 32):
+        score = score_documents(model, documents, window=window, **CPU)
+        assert score.bytes == len(TEXT.encode()) == len(tokenizer.decode_bytes(documents[0][0]))
+        assert score.tokens == len(tokenizer.encode(TEXT))
+
+
+def test_whole_documents_and_long_windows_agree_with_a_plain_count(model, documents):
+    expected = plain_nll(model, documents)
+    assert score_documents(model, documents, window=None, **CPU).nll == pytest.approx(expected, rel=1e-5)
+    longest = max(len(tokens) for tokens, _ in documents)
+    assert score_documents(model, documents, window=longest, **CPU).nll == pytest.approx(expected, rel=1e-5)
+
+
+def test_chunks_do_not_change_the_score(model, documents, monkeypatch):
+    expected = plain_nll(model, documents)
+    for chunk in (7, 100):
+        monkeypatch.setattr("fusedlm.evaluate.score._CHUNK", chunk)
+        assert score_documents(model, documents, window=None, **CPU).nll == pytest.approx(expected, rel=1e-5)
+
+
+def test_windows_agree_with_each_scored_alone(model, documents):
+    """A window is a text of its own: scoring its tokens as a document and leaving out the context gives the same."""
+    window, stride = 24, 10
+    expected = 0.0
+    for tokens, _ in documents:
+        n, first = len(tokens) - 1, 0
+        for start in range(0, n, stride):
+            stop = min(start + window, n)
+            if stop > first:
+                part = [(tokens[start : stop + 1], 1)]
+                context = [(tokens[start : first + 1], 1)]
+                expected += plain_nll(model, part) - (plain_nll(model, context) if first > start else 0)
+                first = stop
+    score = score_documents(model, documents, window=window, stride=stride, **CPU)
+    assert score.nll == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.mark.parametrize("batch_tokens", [1, 100])
+def test_score_does_not_depend_on_the_batch(model, documents, batch_tokens):
+    one = score_documents(model, documents, window=24, **CPU)
+    other = score_documents(model, documents, window=24, batch_tokens=batch_tokens, **CPU)
+    assert other.nll == pytest.approx(one.nll, rel=1e-6)
+
+
+def test_bfloat16_is_close(model, documents):
+    exact = score_documents(model, documents, window=64, **CPU).nll
+    rounded = score_documents(model, documents, window=64, device="cpu", dtype=torch.bfloat16).nll
+    assert rounded != exact and rounded == pytest.approx(exact, rel=0.02)
+
+
+def test_training_goes_on_after_scoring(model, documents):
+    """Nothing that scoring leaves behind, such as cached tables, may stop gradients."""
+    model.train()
+    score_documents(model, documents, window=24, **CPU)
+    score_documents(model, documents, window=None, **CPU)
+    tokens = torch.tensor(np.stack([documents[2][0][:33]]))
+    model.loss(tokens[:, :-1], tokens[:, 1:]).mean().backward()
+    assert all(torch.isfinite(p.grad).all() for p in model.parameters())
+    model.zero_grad()
