@@ -1,12 +1,14 @@
 """Token-by-token decoding with the model's state."""
 
-import codecs
 from collections.abc import Iterator
 
 import torch
 
 from fusedlm.generate.sampling import check_sampling, next_token_probabilities, sample
+from fusedlm.generate.text import TextStream
 from fusedlm.model.precision import autocast
+
+_RESERVED_TOKENS = 2**16  # a state that may get longer grows as it goes: nobody means to fill max_tokens=1000000000
 
 
 def generate(
@@ -60,23 +62,23 @@ def generate(
 
 def _stream(model, tokenizer, ids, max_tokens, choice, device, dtype) -> Iterator[str]:
     temperature, top_k, top_p, generator = choice
-    text = codecs.getincrementaldecoder("utf-8")(errors="replace")
+    text = TextStream(tokenizer, ids)
     was_training = model.training
     model.eval()
     try:
         # The last token is never read back, hence the -1.
-        state = model.init_state(1, max_tokens=len(ids) + max_tokens - 1)
+        reserved = len(ids) + max_tokens - 1
+        state = model.init_state(1, max_tokens=reserved if reserved <= _RESERVED_TOKENS else None)
         for _ in range(max_tokens):
-            logits = _last_logits(model, ids, state, device, dtype)
             # Rows that only pad the vocabulary lie beyond the tokenizer's ids.
-            logits = logits[: tokenizer.vocab_size]
+            logits = _last_logits(model, ids, state, device, dtype)[: tokenizer.vocab_size]
             token = sample(next_token_probabilities(logits, temperature, top_k, top_p), generator)
             if token == tokenizer.eot_id:
                 break
-            if piece := text.decode(tokenizer.decode_bytes([token])):
+            if piece := text.add(token):
                 yield piece
             ids = [token]
-        if piece := text.decode(b"", final=True):
+        if piece := text.finish():
             yield piece
     finally:
         model.train(was_training)

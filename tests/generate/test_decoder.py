@@ -1,0 +1,78 @@
+"""Generation with the real decoder and real tokenizers."""
+
+import pytest
+import torch
+
+from fusedlm.config.model import ModelConfig
+from fusedlm.data.tokenizer import ByteTokenizer, train_bpe
+from fusedlm.generate import generate
+from fusedlm.model import build_model
+
+CPU = {"device": "cpu", "dtype": torch.float32}
+CONFIG = ModelConfig.model_validate(
+    {
+        "dim": 32,
+        "n_layers": 4,
+        "pattern": "agwm",
+        "blocks": {
+            "a": {
+                "mixer": {"type": "attention", "n_heads": 2, "n_kv_heads": 1},
+                "ffn": {"type": "swiglu", "hidden": 32},
+            },
+            "g": {"mixer": {"type": "gdn", "n_heads": 2, "chunk_size": 16}, "ffn": {"type": "relu2", "hidden": 32}},
+            "w": {"mixer": {"type": "attention", "n_heads": 2, "window": 9}, "ffn": {"type": "relu2", "hidden": 32}},
+            "m": {
+                "mixer": {"type": "mla", "n_heads": 2, "kv_rank": 8, "rope_dim": 8},
+                "ffn": {"type": "swiglu", "hidden": 32},
+            },
+        },
+        "tie_embeddings": False,
+        "dropout": 0.5,
+    }
+)
+
+
+@pytest.fixture(scope="module", params=["bytes", "bpe"])
+def tokenizer(request):
+    return ByteTokenizer() if request.param == "bytes" else train_bpe(["the union of these united states " * 9], 280)
+
+
+@pytest.fixture(scope="module")
+def model(tokenizer):
+    torch.manual_seed(1)
+    model = build_model(CONFIG, vocab_size=tokenizer.vocab_size)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.normal_(std=0.3)
+    return model
+
+
+@pytest.mark.parametrize("prompt", ["", "the states — 日本 "])
+def test_greedy_with_the_state_equals_full_recomputation(model, tokenizer, prompt):
+    text = "".join(generate(model, tokenizer, prompt, max_tokens=40, temperature=0, **CPU))
+    model.eval()
+    ids = [tokenizer.eot_id, *tokenizer.encode(prompt)]
+    n_prompt = len(ids)
+    with torch.no_grad():
+        for _ in range(40):
+            token = int(model(torch.tensor([ids]))[0, -1].argmax())
+            if token == tokenizer.eot_id:
+                break
+            ids.append(token)
+    assert len(ids) > n_prompt
+    assert text == tokenizer.decode(ids[n_prompt:])
+
+
+def test_a_state_that_grows_gives_the_same_text(model, tokenizer, monkeypatch):
+    reserved = "".join(generate(model, tokenizer, "the", max_tokens=30, seed=4, **CPU))
+    monkeypatch.setattr("fusedlm.generate.decode._RESERVED_TOKENS", 0)
+    assert "".join(generate(model, tokenizer, "the", max_tokens=30, seed=4, **CPU)) == reserved
+
+
+def test_a_huge_limit_reserves_nothing(model, tokenizer):
+    assert next(generate(model, tokenizer, "the", max_tokens=10**12, seed=4, **CPU))
+
+
+def test_bfloat16(model, tokenizer):
+    assert "".join(generate(model, tokenizer, "the", max_tokens=10, device="cpu", dtype=torch.bfloat16))
