@@ -1,0 +1,5 @@
+"""What a run did, on one self-contained HTML page with plots."""
+
+from fusedlm.report.write import write_report
+
+__all__ = ["write_report"]

@@ -1,0 +1,181 @@
+"""Collect what a run folder holds and write its report."""
+
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import yaml
+
+from fusedlm import __version__
+from fusedlm.report.history import History, median, read_history
+from fusedlm.report.page import Page, render
+from fusedlm.report.plots import draw_plots
+from fusedlm.report.units import count, duration, memory, percent
+from fusedlm.train.files import write_atomic
+
+
+def write_report(run_dir: Path) -> Path:
+    """Write RUN/report.html, one self-contained page, and its plots as RUN/plots/*.png.
+
+    A run that is still going, was cut off or has no validation gets a page of what there is.
+
+    Returns:
+        The path of the page.
+
+    Raises:
+        ValueError: the folder is not that of a run, or its metrics or environment are damaged; names file and line.
+        OSError: the page or a plot cannot be written.
+    """
+    run_dir = Path(run_dir)
+    history = read_history(run_dir)
+    environment = _read_environment(run_dir / "environment.json")
+    recipe = _read_text(run_dir / "recipe.yaml")
+    name, description = _name(recipe)
+    plots = draw_plots(history)
+    head, rows = _validation_table(history)
+    page = Page(
+        title=name or run_dir.resolve().name,
+        description=description,
+        key_figures=_key_figures(history, environment),
+        plots=plots,
+        notes=_notes(history),
+        validation_head=head,
+        validation=rows,
+        best_row=_best(history),
+        sample=_read_text(run_dir / "sample.txt"),
+        recipe=recipe,
+        environment=_flatten(environment),
+        version=__version__,
+    )
+    folder = run_dir / "plots"
+    folder.mkdir(exist_ok=True)
+    for plot in plots:
+        (folder / f"{plot.name}.png").write_bytes(plot.png)
+    path = run_dir / "report.html"
+    write_atomic(path, render(page))
+    return path
+
+
+def _read_text(path: Path) -> str | None:
+    """None when there is no such file; bytes that are not UTF-8 show as U+FFFD."""
+    try:
+        return path.read_bytes().decode("utf-8", errors="replace").strip("\n") or None
+    except FileNotFoundError:
+        return None
+
+
+def _read_environment(path: Path) -> dict:
+    text = _read_text(path)
+    if text is None:
+        return {}
+    try:
+        environment = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        line = getattr(error, "lineno", 1)
+        raise ValueError(f"{path} line {line}: not JSON; remove the file to report without it") from None
+    if not isinstance(environment, dict):
+        raise ValueError(f"{path} line 1: expected a JSON object; remove the file to report without it")
+    return environment
+
+
+def _name(recipe: str | None) -> tuple[str, str]:
+    """Name and description, as far as the recipe can be read; a report does not fail on a recipe of another version."""
+    try:
+        tree = yaml.safe_load(recipe or "")
+    except (yaml.YAMLError, ValueError, RecursionError):
+        return "", ""
+    if not isinstance(tree, dict):
+        return "", ""
+    return str(tree.get("name") or ""), str(tree.get("description") or "")
+
+
+def _best(history: History) -> int | None:
+    bpb = history.validation["val_bpb"]
+    return int(np.nanargmin(bpb)) if np.isfinite(bpb).any() else None
+
+
+def _key_figures(history: History, environment: dict) -> list[tuple[str, str, str]]:
+    steps = history.steps
+    figures = []
+    if parameters := _parameters(environment):
+        figures.append(parameters)
+    best = _best(history)
+    if best is not None:
+        bpb, at = history.validation["val_bpb"], history.validation["step"]
+        last = int(np.flatnonzero(np.isfinite(bpb))[-1])
+        figures.append(("Validation, last", f"{bpb[last]:.4f}", f"bits per byte, step {at[last]:.0f}"))
+        if best != last:
+            figures.append(("Validation, best", f"{bpb[best]:.4f}", f"bits per byte, step {at[best]:.0f}"))
+    figures.append(("Tokens trained", count(float(steps["tokens"].max())), f"in {len(steps['step']):,} steps"))
+    seconds = float(np.nansum(steps["step_seconds"]))
+    if seconds:
+        figures.append(("Training time", duration(seconds), "validation not counted"))
+    rate = median(steps["tokens_per_second"])
+    if rate is not None:
+        figures.append(("Tokens per second", count(rate), "median"))
+    mfu = median(steps["mfu"])
+    if mfu is not None:
+        figures.append(("Model FLOPs utilisation", percent(mfu), "median"))
+    if np.isfinite(steps["peak_memory_bytes"]).any():
+        figures.append(("Peak memory", memory(float(np.nanmax(steps["peak_memory_bytes"]))), ""))
+    if seconds and np.isfinite(steps["loader_wait_seconds"]).any():
+        waited = float(np.nansum(steps["loader_wait_seconds"])) / seconds
+        figures.append(("Waiting for data", percent(waited), "of training time"))
+    return figures
+
+
+def _parameters(environment: dict) -> tuple[str, str, str] | None:
+    """From `parameters` of the environment: a number, or total and active."""
+    recorded = environment.get("parameters")
+    if isinstance(recorded, dict):
+        total, active = recorded.get("total"), recorded.get("active")
+    else:
+        total = active = recorded
+    if isinstance(total, bool) or not isinstance(total, int | float):
+        return None
+    differs = isinstance(active, int | float) and active != total
+    return "Parameters", count(total), f"{count(active)} active" if differs else ""
+
+
+def _notes(history: History) -> list[str]:
+    notes = []
+    if history.skipped:
+        shown = ", ".join(str(step) for step in history.skipped[:12])
+        more = f" and {len(history.skipped) - 12} more" if len(history.skipped) > 12 else ""
+        noun = "step was" if len(history.skipped) == 1 else "steps were"
+        notes.append(
+            f"{len(history.skipped)} {noun} skipped because the loss or the gradient was not finite: {shown}{more}."
+        )
+    if _best(history) is None:
+        notes.append("No validation is recorded.")
+    return notes
+
+
+def _validation_table(history: History) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+    """Head and rows; averaged weights only where a run has them."""
+    columns = history.validation
+    shown = {
+        "Step": (columns["step"], ",.0f"),
+        "Tokens": (columns["tokens"], ",.0f"),
+        "Bits per byte": (columns["val_bpb"], ".4f"),
+        "of averaged weights": (columns["val_bpb_ema"], ".4f"),
+        "Nats per token": (columns["val_nll_per_token"], ".4f"),
+    }
+    if not np.isfinite(columns["val_bpb_ema"]).any():
+        del shown["of averaged weights"]
+    cells = [[format(v, how) if math.isfinite(v) else "–" for v in values.tolist()] for values, how in shown.values()]
+    return tuple(shown), list(zip(*cells, strict=True))
+
+
+def _flatten(tree: dict, prefix: str = "") -> list[tuple[str, str]]:
+    """Rows of dotted names and values; what is not known is left out."""
+    rows = []
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            rows += _flatten(value, f"{prefix}{key}.")
+        elif isinstance(value, list):
+            rows.append((f"{prefix}{key}", ", ".join(map(str, value))))
+        elif value is not None:
+            rows.append((f"{prefix}{key}", str(value)))
+    return rows

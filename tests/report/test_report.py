@@ -1,0 +1,219 @@
+import base64
+import html
+import json
+import math
+import re
+from html.parser import HTMLParser
+
+import pytest
+
+from fusedlm.report import write_report
+
+
+@pytest.fixture(autouse=True)
+def coarse_plots(monkeypatch):
+    """Drawing is what takes time."""
+    monkeypatch.setattr("fusedlm.report.plots._DPI", 30)
+
+
+PNG = b"\x89PNG\r\n\x1a\n"
+
+
+class Checker(HTMLParser):
+    """Collects what the page refers to and its text, and insists that every element is closed in order."""
+
+    VOID = {"meta", "img", "br", "link"}
+
+    def __init__(self):
+        super().__init__()
+        self.open, self.sources, self.tags, self.words = [], [], set(), []
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.add(tag)
+        self.sources += [value for name, value in attributes if name in ("src", "href", "srcset", "data")]
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.words.append(data)
+
+
+def parse(path):
+    checker = Checker()
+    checker.feed(path.read_text(encoding="utf-8"))
+    assert not checker.open
+    checker.text = " ".join(checker.words)
+    return checker
+
+
+def write_run(path, n=30, validate=True, **changes):
+    """A run of n steps; `changes` maps a name to a function of the step."""
+    path.mkdir(exist_ok=True)
+    with (path / "metrics.jsonl").open("w") as file:
+        for step in range(1, n + 1):
+            record = {
+                "step": step,
+                "loss": 3 + 4 / step,
+                "lr": 1e-3,
+                "grad_norm": 1 / step,
+                "tokens": 100 * step,
+                "tokens_per_second": 5000.0,
+                "mfu": None,
+                "peak_memory_bytes": 2**30,
+                "loader_wait_seconds": 0.001,
+                "step_seconds": 0.1,
+            }
+            record |= {name: value(step) for name, value in changes.items()}
+            file.write(json.dumps(record) + "\n")
+            if validate and step % 10 == 0:
+                bpb = 2 + abs(step - 20) / 100
+                record = {"step": step, "val_bpb": bpb, "val_nll_per_token": 3.0, "tokens": 100 * step}
+                file.write(json.dumps(record) + "\n")
+    return path
+
+
+def test_a_full_run(tmp_path):
+    run = write_run(tmp_path / "run", mfu=lambda step: 0.456)
+    (run / "recipe.yaml").write_text("name: demo\ndescription: A small one.\n")
+    (run / "environment.json").write_text('{"torch": "2.13.0", "parameters": {"total": 2500000, "active": 1200000}}')
+    (run / "sample.txt").write_text("My fellow citizens")
+    path = write_report(run)
+    assert path == run / "report.html"
+    page = parse(path)
+    for words in ("demo", "A small one.", "2.50 M", "1.20 M active", "2.0000", "2.1000", "5.00 k", "45.6%", "1.00%"):
+        assert words in page.text
+    for words in ("1.00 GiB", "3.00 k", "My fellow citizens", "2.13.0"):
+        assert words in page.text
+    names = {"loss", "validation", "optimization", "throughput", "memory"}
+    assert {plot.stem for plot in (run / "plots").iterdir()} == names
+    assert len([source for source in page.sources if source.startswith("data:image/png;base64,")]) == 5
+
+
+def test_the_page_stands_alone(tmp_path):
+    run = write_run(tmp_path / "run")
+    page = parse(write_report(run))
+    assert page.sources and all(source.startswith("data:image/png;base64,") for source in page.sources)
+    assert "script" not in page.tags and "link" not in page.tags
+    source = (run / "report.html").read_text()
+    assert "http" not in source and "url(" not in source and "@import" not in source
+    embedded = {base64.b64decode(source.split(",")[1]) for source in page.sources}
+    assert embedded == {plot.read_bytes() for plot in (run / "plots").iterdir()}
+    assert all(data.startswith(PNG) for data in embedded)
+
+
+def test_everything_is_escaped(tmp_path):
+    evil = "<script>alert('x')</script>&\"<img src=http://example.com>"
+    run = write_run(tmp_path / "run")
+    (run / "recipe.yaml").write_text(json.dumps({"name": evil, "description": evil}))
+    (run / "environment.json").write_text(json.dumps({evil: evil, "nested": {evil: [evil]}}))
+    (run / "sample.txt").write_text(evil)
+    page = parse(write_report(run))
+    assert "script" not in page.tags and not any("example.com" in source for source in page.sources)
+    assert page.text.count(evil) >= 6
+    assert html.escape(evil) in (run / "report.html").read_text()
+
+
+@pytest.mark.parametrize("n", [1, 2, 19, 20])
+def test_short_runs_without_validation(tmp_path, n):
+    page = parse(write_report(write_run(tmp_path / "run", n=n, validate=False)))
+    assert "No validation is recorded." in page.text
+    assert f"in {n} steps" in page.text or n == 1
+    assert len(page.sources) == 4
+
+
+ODD = {
+    "nothing but the loss": {
+        name: lambda step: None
+        for name in ("lr", "grad_norm", "tokens_per_second", "peak_memory_bytes", "loader_wait_seconds", "step_seconds")
+    },
+    "no finite loss": {"loss": lambda step: None, "skipped": lambda step: True},
+    "constant loss": {"loss": lambda step: 2.0},
+    "loss zero": {"loss": lambda step: 0.0},
+    "a huge spike": {"loss": lambda step: 1e300 if step == 15 else 3.0 + 1 / step},
+    "gradient norm zero": {"grad_norm": lambda step: 0.0},
+    "gradient norms far apart": {"grad_norm": lambda step: 10.0 ** (step - 15)},
+    "no tokens yet": {"tokens": lambda step: 0},
+    "trillions of tokens": {"tokens": lambda step: step * 10**12},
+    "learning rate zero": {"lr": lambda step: 0.0},
+    "no memory": {"peak_memory_bytes": lambda step: 0},
+    "every other step skipped": {
+        "loss": lambda step: None if step % 2 else 3.0,
+        "skipped": lambda step: bool(step % 2),
+    },
+}
+
+
+@pytest.mark.parametrize("changes", ODD.values(), ids=ODD)
+@pytest.mark.filterwarnings("error")
+def test_odd_runs_make_a_page(tmp_path, changes):
+    page = parse(write_report(write_run(tmp_path / "run", **changes)))
+    assert "nan" not in re.findall(r"[a-z]+", page.text)
+
+
+def test_skipped_steps_are_named(tmp_path):
+    run = write_run(tmp_path / "run", loss=lambda s: None if s in (4, 7) else 3.0, skipped=lambda s: s in (4, 7))
+    page = parse(write_report(run))
+    assert "2 steps were skipped because the loss or the gradient was not finite: 4, 7." in page.text
+
+
+def test_a_spike_leaves_the_rest_readable_and_is_told(tmp_path):
+    run = write_run(tmp_path / "run", n=100, loss=lambda step: 5000.0 if step == 50 else 3.0 + math.sin(step))
+    assert "1 value lies above the plot, up to 5e+03" in parse(write_report(run)).text
+
+
+def test_averaged_weights_are_shown_where_a_run_has_them(tmp_path):
+    run = write_run(tmp_path / "run")
+    assert "of averaged weights" not in parse(write_report(run)).text
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 30, "val_bpb": 2.1, "val_bpb_ema": 1.9123, "val_nll_per_token": 3, "tokens": 3000}\n')
+    page = parse(write_report(run))
+    assert "of averaged weights" in page.text and "1.9123" in page.text
+
+
+def test_many_validations_are_folded(tmp_path):
+    assert "details" in parse(write_report(write_run(tmp_path / "run", n=130))).tags
+
+
+def test_a_run_that_is_still_going(tmp_path):
+    run = write_run(tmp_path / "run")
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 31, "loss": 2.')
+    assert "in 30 steps" in parse(write_report(run)).text
+
+
+def test_a_folder_without_recipe_is_called_by_its_name(tmp_path):
+    assert "<h1>my-run</h1>" in write_report(write_run(tmp_path / "my-run")).read_text()
+
+
+@pytest.mark.parametrize("recipe", [b"\xff\xfe", b"a: [", b"- 1", b"name: {a: b}", b"[" * 5000])
+def test_a_damaged_recipe_does_not_stand_in_the_way(tmp_path, recipe, monkeypatch):
+    monkeypatch.setattr("fusedlm.report.write.draw_plots", lambda history: [])
+    run = write_run(tmp_path / "run")
+    (run / "recipe.yaml").write_bytes(recipe)
+    parse(write_report(run))
+
+
+@pytest.mark.parametrize("environment", ['{"a": ', "[1]", "\0", "[" * 100_000])
+def test_a_damaged_environment_is_named(tmp_path, environment):
+    run = write_run(tmp_path / "run")
+    (run / "environment.json").write_text(environment)
+    with pytest.raises(ValueError, match=r"environment.json line 1.*remove the file") as caught:
+        write_report(run)
+    assert "\n" not in str(caught.value)
+
+
+def test_what_is_no_run_is_named(tmp_path):
+    for path in (tmp_path, tmp_path / "missing"):
+        with pytest.raises(ValueError, match="not the folder of a run"):
+            write_report(path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_same_run_gives_the_same_bytes_and_replaces_the_old_page(tmp_path):
+    run = write_run(tmp_path / "run")
+    first = write_report(run).read_bytes()
+    assert write_report(run).read_bytes() == first
+    assert sorted(p.name for p in run.iterdir()) == ["metrics.jsonl", "plots", "report.html"]
