@@ -129,7 +129,7 @@ class Checkpoints:
             except OSError as error:
                 raise DamagedCheckpoint(f"{path}: {error.strerror or error}") from None
             if found != files[name]:
-                raise DamagedCheckpoint(f"{path}: size or checksum of its {found['bytes']} bytes is not the manifest's")
+                raise DamagedCheckpoint(f"{path}: its {found['bytes']} bytes are not those that were written")
 
     def read_tensors(self, step: int, stem: str) -> dict[str, torch.Tensor]:
         """Tensors of one file by name, on the CPU; verify first."""

@@ -1,0 +1,65 @@
+"""Training in a process of its own that tells the test where it is, so that the test can stop it there."""
+
+import multiprocessing
+import signal
+from contextlib import contextmanager
+from pathlib import Path
+
+# One process imports torch; each child is forked from it before any thread of torch's runs.
+_CONTEXT = multiprocessing.get_context("forkserver")
+_CONTEXT.set_forkserver_preload(["fusedlm.train"])
+
+
+@contextmanager
+def training_child(recipe, run: Path, hold_in_save_at: int | None = None):
+    """A process that trains with resume, and a connection from it.
+
+    It sends ("step", n) after each step's record and ("result", TrainResult) at the end. With `hold_in_save_at` it
+    sends ("saving", n) in the middle of writing the checkpoint of that step, and stays there until it is killed; when
+    a first signal has come, it sends ("handlers restored", 0).
+    """
+    ours, theirs = _CONTEXT.Pipe()
+    process = _CONTEXT.Process(target=_train, args=(recipe, run, hold_in_save_at, theirs))
+    process.start()
+    theirs.close()
+    try:
+        yield process, ours
+    finally:
+        process.kill()
+        process.join()
+
+
+def wait_for(connection, kind: str, at_least: int = 0):
+    """The value of the next message of this kind that reaches a number."""
+    while True:
+        name, value = connection.recv()
+        if name == kind and (kind == "result" or value >= at_least):
+            return value
+
+
+def _train(recipe, run: Path, hold_in_save_at: int | None, connection) -> None:
+    import torch
+
+    from fusedlm.train import checkpoint, metrics, train
+
+    torch.set_num_threads(1)
+    write, save_file = metrics.MetricsFile.write, checkpoint.save_file
+
+    def telling_write(self, record):
+        write(self, record)
+        if "loss" in record:
+            connection.send(("step", record["step"]))
+
+    def holding_save_file(tensors, path):
+        save_file(tensors, path)
+        if path.parent.name == f"step-{hold_in_save_at:08d}.tmp":
+            connection.send(("saving", hold_in_save_at))
+            while signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
+                connection.poll(0.01)
+            connection.send(("handlers restored", 0))
+            connection.recv()
+
+    metrics.MetricsFile.write = telling_write
+    if hold_in_save_at is not None:
+        checkpoint.save_file = holding_save_file
+    connection.send(("result", train(recipe, run, resume=True)))

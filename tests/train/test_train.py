@@ -1,0 +1,213 @@
+import io
+import json
+import resource
+import sys
+
+import pytest
+import torch
+from rich.console import Console
+
+from fusedlm.config import load_recipe
+from fusedlm.train import TrainingDiverged, train, trainer
+from fusedlm.train.checkpoint import Checkpoints
+from fusedlm.train.folder import RunFolder
+from fusedlm.train.metrics import read_metrics
+from tests.train.runs import checkpoint_names, losses, records, tiny_recipe
+
+
+def test_the_run_folder_and_its_metrics(trained):
+    recipe, run = trained
+    assert load_recipe(run / "recipe.yaml") == recipe
+    assert json.loads((run / "environment.json").read_text())["torch"] == torch.__version__
+    found, _ = read_metrics(run / "metrics.jsonl")
+    steps = [record for record in found if "loss" in record]
+    assert [record["step"] for record in steps] == list(range(1, 13))
+    assert set(steps[0]) == {
+        "step",
+        "loss",
+        "lr",
+        "grad_norm",
+        "tokens",
+        "tokens_per_second",
+        "mfu",
+        "peak_memory_bytes",
+        "loader_wait_seconds",
+        "step_seconds",
+    }
+    assert steps[-1]["tokens"] == 12 * 4 * 16
+    assert steps[0]["mfu"] is None and steps[0]["peak_memory_bytes"] > 1e6
+    assert [record["lr"] for record in steps[-3:]] == pytest.approx([0.01, 0.0055, 0.001])
+    assert 0 <= steps[0]["loader_wait_seconds"] <= steps[0]["step_seconds"]
+    validations = [record for record in found if "val_bpb" in record]
+    assert [record["step"] for record in validations] == [4, 8, 12]
+    assert set(validations[0]) == {
+        "step",
+        "val_bpb",
+        "val_nll_per_token",
+        "val_tokens",
+        "val_bytes",
+        "tokens",
+        "val_bpb_ema",
+    }
+    assert validations[0]["val_bytes"] == validations[0]["val_tokens"] >= 100
+    assert validations[-1]["val_bpb"] < validations[0]["val_bpb"]
+    assert losses(run)[-1] < losses(run)[0]
+
+
+def test_training_twice_gives_the_same(trained, tmp_path):
+    recipe, run = trained
+    result = train(recipe, tmp_path / "run")
+    assert records(tmp_path / "run") == records(run)
+    assert result.val_bpb == records(run)[-1]["val_bpb"]
+    assert (result.step, result.run_dir, result.stopped_by_signal) == (12, tmp_path / "run", False)
+
+
+def test_without_cadence_there_is_one_validation_and_one_checkpoint(tmp_path):
+    recipe = tiny_recipe(tmp_path, "train.eval_every=0", "train.checkpoint_every=0", "train.steps=3", "train.ema=null")
+    result = train(recipe, tmp_path / "run")
+    assert [record["step"] for record in records(tmp_path / "run") if "val_bpb" in record] == [3]
+    assert checkpoint_names(tmp_path / "run") == ["step-00000003"]
+    assert result.val_bpb is not None
+    assert "ema.safetensors" not in Checkpoints(tmp_path / "run" / "checkpoints").files(3)
+
+
+def test_accumulation_gives_the_losses_of_the_whole_batch(tmp_path):
+    common = ["train.steps=3", "model.dropout=0", "train.ema=null", "train.eval_every=0"]
+    for name, size in (("whole", "null"), ("parts", "1")):
+        recipe = tiny_recipe(tmp_path, *common, f"train.micro_batch_size={size}")
+        train(recipe, tmp_path / name)
+    assert losses(tmp_path / "whole") == pytest.approx(losses(tmp_path / "parts"), rel=1e-5)
+
+
+def test_the_best_checkpoint_is_kept_besides_the_newest(tmp_path, monkeypatch):
+    values = iter([3.0, 1.0, 2.0, 2.5, 4.0])
+
+    class Score:
+        nll_per_token, tokens, bytes = 1.0, 1, 1
+
+        def __init__(self):
+            self.bpb = next(values)
+
+    monkeypatch.setattr(trainer, "score_documents", lambda *_, **__: Score())
+    overrides = ["train.steps=5", "train.eval_every=1", "train.checkpoint_every=1", "train.ema=null"]
+    train(tiny_recipe(tmp_path, *overrides), tmp_path / "run")
+    assert checkpoint_names(tmp_path / "run") == ["step-00000002", "step-00000004", "step-00000005"]
+    state = Checkpoints(tmp_path / "run" / "checkpoints").read_json(5, "state.json")
+    assert (state["best_step"], state["best_val_bpb"], state["val_bpb"]) == (2, 1.0, 4.0)
+
+
+def break_steps(monkeypatch, broken):
+    """Make the gradient of these steps (from 1) infinite; returns the samples that each step read."""
+    taken, train_step = [], trainer.train_step
+
+    def broken_step(model, optimizer, batch, **options):
+        taken.append(batch.next_sample)
+        if len(taken) not in broken:
+            return train_step(model, optimizer, batch, **options)
+        with model.head.norm.weight.register_hook(lambda gradient: gradient * float("inf")):
+            return train_step(model, optimizer, batch, **options)
+
+    monkeypatch.setattr(trainer, "train_step", broken_step)
+    return taken
+
+
+def test_bad_steps_are_skipped_counted_and_survived(tmp_path, monkeypatch):
+    taken = break_steps(monkeypatch, {2, 3, 6})
+    recipe = tiny_recipe(tmp_path, "train.max_bad_steps=3")
+    output = io.StringIO()
+    train(recipe, tmp_path / "run", console=Console(file=output, width=200))
+    assert taken == [4 * step for step in range(1, 13)]
+    found = [record for record in records(tmp_path / "run") if "loss" in record]
+    assert [record["step"] for record in found if record.get("skipped")] == [2, 3, 6]
+    assert found[1]["grad_norm"] is None
+    assert all("skipped" not in record for record in found if record["step"] not in (2, 3, 6))
+    assert "step 6: loss or gradient norm is not finite; step skipped" in output.getvalue()
+    state = Checkpoints(tmp_path / "run" / "checkpoints").read_json(12, "state.json")
+    assert (state["skipped"], state["skipped_in_row"], state["ema_updates"]) == (3, 0, 9)
+
+
+def test_too_many_bad_steps_in_a_row_name_the_last_good_checkpoint(tmp_path, monkeypatch):
+    break_steps(monkeypatch, {3, 5, 6, 7, 8})
+    run = tmp_path / "run"
+    with pytest.raises(TrainingDiverged, match="not finite in 3 steps in a row, up to step 7; .*step-00000004; lower"):
+        train(tiny_recipe(tmp_path, "train.max_bad_steps=3"), run)
+    assert len(losses(run)) == 7
+    assert checkpoint_names(run) == ["step-00000004"]
+    assert issubclass(TrainingDiverged, ValueError)
+
+
+def test_bad_steps_are_remembered_over_a_resume(tmp_path, monkeypatch):
+    run = tmp_path / "run"
+    recipe = tiny_recipe(tmp_path, "train.max_bad_steps=3")
+    break_steps(monkeypatch, {3, 4, 5})
+    for _ in range(2):
+        with pytest.raises(TrainingDiverged, match="up to step 5"):
+            train(recipe, run, resume=True)
+        monkeypatch.undo()
+        break_steps(monkeypatch, {1})
+
+
+def test_a_full_disk_stops_the_run_and_keeps_what_was_saved(trained, tmp_path):
+    recipe, straight = trained
+    run = tmp_path / "run"
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    # Enough for the metrics, too little for the model.
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
+    try:
+        with pytest.raises(OSError, match="checkpoint .*step-00000004 could not be written: ") as caught:
+            train(recipe, run)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert "\n" not in str(caught.value)
+    assert checkpoint_names(run) == []
+    train(recipe, run, resume=True)
+    assert records(run) == records(straight)
+
+
+def test_a_full_disk_for_the_metrics_names_the_file(trained, tmp_path):
+    recipe = tiny_recipe(trained[1].parent, "train.checkpoint_every=0", "train.eval_every=0")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2_000, limits[1]))
+    try:
+        with pytest.raises(OSError, match="metrics.jsonl could not be written: File too large"):
+            train(recipe, tmp_path / "run")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+def test_a_run_folder_that_is_a_file(trained, tmp_path):
+    (tmp_path / "run").write_text("")
+    with pytest.raises(ValueError, match="is a file; name a folder with --out"):
+        train(trained[0], tmp_path / "run")
+
+
+def test_two_processes_do_not_train_into_one_folder(trained, tmp_path):
+    with (
+        RunFolder(tmp_path / "run"),
+        pytest.raises(ValueError, match="run is in use by another training process"),
+    ):
+        train(trained[0], tmp_path / "run")
+    with RunFolder(tmp_path / "run") as folder:
+        assert not folder.holds_run()
+
+
+def test_a_missing_logger_is_told_before_anything_is_done(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(ValueError, match="'wandb', but its package is not installed: pip install wandb"):
+        train(tiny_recipe(tmp_path, "train.loggers=[wandb]"), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_global_switches_are_as_before(tmp_path):
+    recipe = tiny_recipe(tmp_path, "train.deterministic=true", "train.steps=2", "train.eval_every=0")
+    train(recipe, tmp_path / "run")
+    assert not torch.are_deterministic_algorithms_enabled()
+    assert torch.get_float32_matmul_precision() == "highest"
+
+
+def test_a_seed_decides_the_initial_weights_whatever_was_drawn_before(tmp_path):
+    common = ["train.steps=1", "train.eval_every=0", "train.ema=null"]
+    for name, seed in (("one", 3), ("two", 3), ("other", 4)):
+        torch.rand(7)
+        train(tiny_recipe(tmp_path, *common, f"train.seed={seed}"), tmp_path / name)
+    assert losses(tmp_path / "one") == losses(tmp_path / "two") != losses(tmp_path / "other")
