@@ -87,7 +87,7 @@ def median(values: np.ndarray) -> float | None:
 
 def half_life(n: int) -> int:
     """Steps after which a value counts half in the smoothed curve of n steps."""
-    return max(2, n // 100)
+    return max(1, n // 100)
 
 
 def smooth(values: np.ndarray, half_life: float) -> np.ndarray:

@@ -112,7 +112,7 @@ def _key_figure(name: str, value: str, remark: str) -> str:
 def _figure(plot: Plot) -> str:
     data = base64.b64encode(plot.png).decode("ascii")
     return (
-        f'<figure{" class=wide" if plot.wide else ""}><h3>{escape(plot.title)}</h3>'
+        f"<figure{' class=wide' if plot.wide else ''}><h3>{escape(plot.title)}</h3>"
         f'<img alt="{escape(plot.title + ": " + plot.caption)}" src="data:image/png;base64,{data}">'
         f"<figcaption>{escape(plot.caption)}</figcaption></figure>"
     )

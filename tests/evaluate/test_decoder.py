@@ -127,3 +127,17 @@ def test_training_goes_on_after_scoring(model, documents):
     model.loss(tokens[:, :-1], tokens[:, 1:]).mean().backward()
     assert all(torch.isfinite(p.grad).all() for p in model.parameters())
     model.zero_grad()
+
+
+@pytest.mark.gpu
+def test_the_gpu_agrees(model, documents):
+    settings = [(None, None), (24, 10)]
+    expected = [score_documents(model, documents, window=w, stride=s, **CPU).nll for w, s in settings]
+    for dtype, bound in ((torch.float32, 1e-4), (torch.bfloat16, 0.02)):
+        torch.manual_seed(0)
+        on_gpu = build_model(CONFIG, vocab_size=model.vocab_size, device="cuda", dtype=dtype)
+        on_gpu.load_state_dict(model.state_dict())
+        for (window, stride), nll in zip(settings, expected, strict=True):
+            score = score_documents(on_gpu, documents, window=window, stride=stride, device="cuda", dtype=dtype)
+            assert score.nll == pytest.approx(nll, rel=bound)
+            assert score == score_documents(on_gpu, documents, window=window, stride=stride, device="cuda", dtype=dtype)

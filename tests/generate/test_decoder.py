@@ -76,3 +76,13 @@ def test_a_huge_limit_reserves_nothing(model, tokenizer):
 
 def test_bfloat16(model, tokenizer):
     assert "".join(generate(model, tokenizer, "the", max_tokens=10, device="cpu", dtype=torch.bfloat16))
+
+
+@pytest.mark.gpu
+def test_a_seed_gives_the_same_text_on_the_gpu(model, tokenizer):
+    expected = "".join(generate(model, tokenizer, "the", max_tokens=30, seed=4, **CPU))
+    on_gpu = build_model(CONFIG, vocab_size=tokenizer.vocab_size, device="cuda", dtype=torch.float32)
+    on_gpu.load_state_dict(model.state_dict())
+    text = generate(on_gpu, tokenizer, "the", max_tokens=30, seed=4, device="cuda", dtype=torch.float32)
+    assert "".join(text) == expected
+    assert "".join(generate(on_gpu, tokenizer, "the", max_tokens=8, device="cuda", dtype=torch.bfloat16))
