@@ -5,7 +5,7 @@ import torch
 
 from fusedlm.model import build_model
 from fusedlm.model.precision import autocast
-from fusedlm.testing import FFN_CASES, MIXER_CASES, assert_close, part_model, randomise_
+from fusedlm.testing import FFN_CASES, MIXER_CASES, assert_close, error_ratio, part_model, randomise_
 
 CASES = [(mixer, FFN_CASES["swiglu"][0]) for cases in MIXER_CASES.values() for mixer in cases]
 CASES += [(MIXER_CASES["attention"][0], ffn) for cases in FFN_CASES.values() for ffn in cases]
@@ -40,47 +40,47 @@ def test_full_graph(mixer, ffn, packed):
         assert_close(graphs[name], expected, 1e-10, name)
 
 
+GPU_MIXERS = [
+    "{type: attention, n_heads: 2}",
+    "{type: attention, n_heads: 2, n_kv_heads: 1, window: 40}",
+    "{type: mla, n_heads: 2, kv_rank: 64, rope_dim: 32}",
+    "{type: gdn, n_heads: 2}",
+]
+
+
+def _loss_and_gradients(model, tokens, documents, device, dtype):
+    model.zero_grad()
+    on_device = None if documents is None else documents.to(device)
+    with autocast(device, dtype):
+        loss = model.loss(tokens[:, :-1].to(device), tokens[:, 1:].to(device), on_device)
+    loss.mean().backward()
+    return {"loss": loss.detach().cpu()} | {name: p.grad.cpu() for name, p in model.named_parameters()}
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("packed", [False, True])
-@pytest.mark.parametrize(
-    "mixer",
-    [
-        "{type: attention, n_heads: 2}",
-        "{type: mla, n_heads: 2, kv_rank: 64, rope_dim: 32}",
-        "{type: gdn, n_heads: 2}",
-        "{type: attention, n_heads: 2, n_kv_heads: 1, window: 40}",
-    ],
-)
+@pytest.mark.parametrize("mixer", GPU_MIXERS)
 def test_compiled_training_on_the_gpu(mixer, packed):
-    """bfloat16, compiled, the fast kernels, against float64 on the CPU without any of them."""
+    """bfloat16, the fast kernels, compiled and not, against float64 on the CPU: no worse than twice what bfloat16
+    autocast itself costs there."""
     torch._dynamo.reset()
     torch.manual_seed(0)
     config = part_model(mixer).config.model_copy(update={"dim": 256})
-    model = randomise_(build_model(config, vocab_size=1000, device="cuda"), scale=0.02)
-    exact = build_model(config, vocab_size=1000).double()
-    exact.load_state_dict(model.state_dict())
+    model = randomise_(build_model(config, vocab_size=1000), scale=0.02)
     tokens = torch.randint(0, 1000, (3, 200))
-    documents = (torch.arange(200) // 70).expand(3, -1) if packed else None
-    on_gpu = None if documents is None else documents.cuda()
+    documents = (torch.arange(199) // 70).expand(3, -1) if packed else None
 
-    def run(compiled_model):
-        compiled_model.zero_grad()
-        with autocast(torch.device("cuda"), torch.bfloat16):
-            loss = compiled_model.loss(
-                tokens[:, :-1].cuda(), tokens[:, 1:].cuda(), None if on_gpu is None else on_gpu[:, :-1]
-            )
-        loss.mean().backward()
-        return [loss, *[p.grad for p in compiled_model.parameters()]]
-
-    expected = exact.loss(tokens[:, :-1], tokens[:, 1:], None if documents is None else documents[:, :-1])
-    expected.mean().backward()
-    expected = [expected, *[p.grad for p in exact.parameters()]]
-    eager = run(model)
-    eager = [x.clone() for x in eager]
-    model.compile_blocks()
-    compiled = run(model)
-    names = ["loss", *[name for name, _ in model.named_parameters()]]
-    for name, a, e, x in zip(names, compiled, eager, expected, strict=True):
-        bound = 2e-2 if name == "loss" else 8e-2
-        assert_close(e.cpu(), x, bound, f"{name}, eager")
-        assert_close(a.cpu(), x, bound, f"{name}, compiled")
+    cpu, gpu = torch.device("cpu"), torch.device("cuda")
+    rounded = _loss_and_gradients(model, tokens, documents, cpu, torch.bfloat16)
+    exact_model = build_model(config, vocab_size=1000).double()
+    exact_model.load_state_dict(model.state_dict())
+    exact = _loss_and_gradients(exact_model, tokens, documents, cpu, torch.float32)
+    fast_model = build_model(config, vocab_size=1000, device=gpu)
+    fast_model.load_state_dict(model.state_dict())
+    eager = _loss_and_gradients(fast_model, tokens, documents, gpu, torch.bfloat16)
+    fast_model.compile_blocks()
+    compiled = _loss_and_gradients(fast_model, tokens, documents, gpu, torch.bfloat16)
+    for name, expected in exact.items():
+        bound = max(2 * error_ratio(rounded[name], expected), 5e-3)
+        assert_close(eager[name], expected, bound, f"{name}, eager")
+        assert_close(compiled[name], expected, bound, f"{name}, compiled")

@@ -31,6 +31,8 @@ def causal(q_BTHD, k_BTGD, v_BTGE, scale: float) -> torch.Tensor:
 
 
 def cudnn_causal(q_BTHD, k_BTGD, v_BTGE, scale: float) -> torch.Tensor:
+    if q_BTHD.shape[1] == 1:  # cuDNN refuses a single key
+        return causal(q_BTHD, k_BTGD, v_BTGE, scale)
     with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
         return _sdpa(q_BTHD, k_BTGD, v_BTGE, scale, is_causal=True)
 
@@ -45,6 +47,8 @@ def flash_packed(q_BTHD, k_BTGD, v_BTGE, scale: float, positions_BT, window, bou
     batch, n_tokens, n_heads, head_dim = q_BTHD.shape
     cumulative, longest = boundaries
     value_dim = v_BTGE.shape[-1]
+    if k_BTGD.shape[2] != n_heads:  # torch 2.11's kernel takes no groups
+        k_BTGD, v_BTGE = (x.repeat_interleave(n_heads // x.shape[2], dim=2) for x in (k_BTGD, v_BTGE))
     if value_dim < head_dim:  # the kernel wants one width; zero columns give zero columns
         v_BTGE = F.pad(v_BTGE, (0, head_dim - value_dim))
     out = varlen_attn(
@@ -57,7 +61,6 @@ def flash_packed(q_BTHD, k_BTGD, v_BTGE, scale: float, positions_BT, window, bou
         longest,
         scale=scale,
         window_size=(-1 if window is None else window - 1, 0),
-        **({"enable_gqa": True} if n_heads != k_BTGD.shape[2] else {}),
     )
     return out.view(batch, n_tokens, n_heads, head_dim)[..., :value_dim]
 
