@@ -108,60 +108,60 @@ def _direct(pairs: list[tuple[str, str]]) -> set[tuple[str, str]]:
 
 
 def draw(pairs: list[tuple[str, str]], path: Path) -> None:
-    """The layers as rows, an arrow from each importer to what it imports."""
+    """The layers as rows, and the arrows from importer to imported that no longer path implies."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
     from matplotlib.patches import FancyArrowPatch, FancyBboxPatch
+    from matplotlib.path import Path as Curve
 
-    width, height, row_gap, column_gap = 1.7, 0.52, 1.15, 2.5
+    width, height, row_gap = 1.8, 0.56, 1.1
     center = {}
     for depth, layer in enumerate(LAYERS):
         for column, package in enumerate(layer):
+            column_gap = 2.6 if len(layer) == 2 else 3.0
             center[package] = ((column - (len(layer) - 1) / 2) * column_gap, -depth * row_gap)
     bottom = -(len(LAYERS) - 1) * row_gap
-    figure, axes = plt.subplots(figsize=(9, 8.2))
+    figure, axes = plt.subplots(figsize=(10, 8))
 
     def box(x, y, w, h, label, face, edge, **text):
         shape = "round,pad=0,rounding_size=0.1"
-        axes.add_patch(FancyBboxPatch((x - w / 2, y - h / 2), w, h, boxstyle=shape, fc=face, ec=edge, lw=1.2, zorder=3))
-        axes.text(x, y, label, ha="center", va="center", zorder=4, **text)
+        axes.add_patch(FancyBboxPatch((x - w / 2, y - h / 2), w, h, boxstyle=shape, fc=face, ec=edge, lw=1.3, zorder=3))
+        axes.text(x, y, label, ha="center", va="center", family="monospace", zorder=4, **text)
 
-    direct = _direct([pair for pair in pairs if READ_BY_ALL not in pair])
-    for importer, imported in pairs:
-        if importer not in center or imported not in center:
-            continue
+    def arrow(importer, imported):
         (x0, y0), (x1, y1) = center[importer], center[imported]
-        solid = (importer, imported) in direct
-        bend = 0.0 if DEPTH[imported] - DEPTH[importer] == 1 else (0.28 if x1 >= x0 else -0.28)
+        top = y1 + height / 2 + 0.02
+        if DEPTH[imported] == DEPTH[importer] + 1:
+            enter = x1 + 0.18 * (x0 - x1)
+            curve = Curve([(x0 + 0.18 * (x1 - x0), y0 - height / 2), (enter, top)])
+        else:  # out at the side and down past the rows between
+            side = 1 if x1 >= x0 else -1
+            if x1 == x0:
+                lane = x0 + side * (width / 2 + 0.5)
+                points = [(x0 + width / 2, y0), (lane, y0), (lane, y1), (x1 + width / 2 + 0.02, y1)]
+            else:
+                down = x1 + side * 0.3
+                points = [(x0 + side * width / 2, y0), (down, y0), (down, y0 - 0.3 * row_gap), (down, top)]
+            curve = Curve(points, [Curve.MOVETO, Curve.CURVE4, Curve.CURVE4, Curve.CURVE4])
         axes.add_patch(
-            FancyArrowPatch(
-                (x0, y0 - height / 2),
-                (x1, y1 + height / 2),
-                connectionstyle=f"arc3,rad={bend}",
-                arrowstyle="-|>",
-                mutation_scale=12,
-                lw=1.5 if solid else 0.9,
-                color="#334155" if solid else "#b6c2d1",
-                zorder=2 if solid else 1,
-                shrinkA=0,
-                shrinkB=1,
-            )
+            FancyArrowPatch(path=curve, arrowstyle="-|>", mutation_scale=14, lw=1.5, color="#334155", zorder=2)
         )
+
+    for importer, imported in sorted(_direct([pair for pair in pairs if set(pair) <= DEPTH.keys()])):
+        arrow(importer, imported)
     for package, (x, y) in center.items():
-        box(x, y, width, height, package, "#e8f0fe", "#3b6fd4", fontsize=12, family="monospace")
-    bar = max(x for x, _ in center.values()) + column_gap
-    box(
-        bar, bottom / 2, 0.8, -bottom + height, f"{READ_BY_ALL}   (read by every layer, imports none)",
-        "#f3f4f6", "#9ca3af", fontsize=11, family="monospace", rotation=270,
-    )
-    axes.set_xlim(-column_gap - width / 2 - 0.2, bar + 0.6)
-    axes.set_ylim(bottom - height, height)
+        box(x, y, width, height, package, "#e8f0fe", "#3b6fd4", fontsize=13)
+    bar = max(x for x, _ in center.values()) + width / 2 + 0.9
+    label = f"{READ_BY_ALL}: read by every layer, imports none"
+    box(bar, bottom / 2, 0.6, height - bottom, label, "#f3f4f6", "#9ca3af", fontsize=12, rotation=270)
+    axes.set_xlim(min(x for x, _ in center.values()) - width / 2 - 0.1, bar + 0.4)
+    axes.set_ylim(bottom - height / 2 - 0.1, height / 2 + 0.1)
     axes.set_aspect("equal")
     axes.axis("off")
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=110, bbox_inches="tight", metadata={"Software": None})
+    figure.savefig(path, dpi=100, bbox_inches="tight", metadata={"Software": None})
     plt.close(figure)
 
 

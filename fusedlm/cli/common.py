@@ -56,7 +56,7 @@ def progress_bars(*, plain: bool = False) -> Iterator[ReportProgress]:
     Elsewhere it prints a line to stdout when a stage begins if `plain`, and nothing otherwise.
     """
     from rich.console import Console
-    from rich.progress import MofNCompleteColumn, Progress, TimeElapsedColumn
+    from rich.progress import Progress, TimeElapsedColumn
 
     console = Console(stderr=True)
     stages = {}
@@ -70,9 +70,7 @@ def progress_bars(*, plain: bool = False) -> Iterator[ReportProgress]:
         yield report_line
         return
 
-    with Progress(
-        *Progress.get_default_columns(), MofNCompleteColumn(), TimeElapsedColumn(), console=console
-    ) as progress:
+    with Progress(*Progress.get_default_columns(), TimeElapsedColumn(), console=console) as progress:
 
         def report_bar(stage: str, done: int, total: int | None) -> None:
             if stage not in stages:

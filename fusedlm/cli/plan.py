@@ -122,7 +122,7 @@ def _rows(estimate: dict) -> list[tuple[str, str, str]]:
         ("training FLOPs per token", f"{estimate['training_flops_per_token']:.4g}", "forward and backward"),
         ("tokens", f"{estimate['tokens']:,}", "steps × batch × length"),
         ("training FLOPs", f"{estimate['training_flops']:.4g}", ""),
-        ("weights, gradients, optimizer", _bytes(memory), "float32; activations come on top"),
+        ("weights, gradients, optimizer", _bytes(memory), "float32, without activations"),
         *states,
         ("time", _duration(estimate["seconds"]), f"at {estimate['mfu']:.0%} of {estimate['device_flops']:.4g} FLOP/s"),
     ]

@@ -1,5 +1,6 @@
 """fusedlm train: a recipe to a trained model."""
 
+import shlex
 from pathlib import Path
 from typing import Annotated
 
@@ -8,6 +9,7 @@ import typer
 from fusedlm.cli.common import OverridesArgument, RecipeArgument
 
 _SAMPLE_TOKENS = 200
+_SAMPLE_TEMPERATURE = 0.8  # less than 1: small models draw too many unlikely tokens
 
 
 def train(
@@ -38,33 +40,37 @@ def train(
 
     result = train(config, run, resume=resume, console=Console())
     if result.stopped_by_signal:
-        again = " ".join(["fusedlm train", str(recipe), *(overrides or []), "--out", str(run), "--resume"])
+        again = shlex.join(["fusedlm", "train", str(recipe), *(overrides or []), "--out", str(run), "--resume"])
         print(f"stopped at step {result.step}; go on with: {again}")
         return
     if result.val_bpb is not None:
         print(f"held-out text: {result.val_bpb:.4f} bits per byte after {result.step} steps")
-    _print_sample(run)
-    for command in (f"eval {run}", f"generate {run} --prompt {config.sample_prompt!r}", f"report {run}"):
-        print("next: fusedlm", command)
+    _print_sample(run, config.train.device)
+    for command in ("eval", "generate --prompt TEXT", "report"):
+        name, *options = command.split(maxsplit=1)
+        print("next:", " ".join(["fusedlm", name, shlex.quote(str(run)), *options]))
 
 
-def _print_sample(run: Path) -> None:
-    """A continuation of the recipe's prompt, also written to sample.txt for the report."""
+def _print_sample(run: Path, device: str) -> None:
+    """Continue the recipe's prompt on stdout, and keep the text in sample.txt for the report."""
     from fusedlm.generate import generate
     from fusedlm.model.precision import resolve_device, resolve_dtype
     from fusedlm.train.run import load
 
-    model, tokenizer, recipe = load(run)
-    device = resolve_device("auto")
-    pieces = generate(
+    model, tokenizer, recipe = load(run, device=device)
+    where = resolve_device(device)
+    sample = recipe.sample_prompt
+    print(f"\n{sample}", end="", flush=True)
+    for piece in generate(
         model,
         tokenizer,
         recipe.sample_prompt,
         max_tokens=_SAMPLE_TOKENS,
-        temperature=0.8,
-        device=device,
-        dtype=resolve_dtype(recipe.train.dtype, device),
-    )
-    sample = recipe.sample_prompt + "".join(pieces)
+        temperature=_SAMPLE_TEMPERATURE,
+        device=where,
+        dtype=resolve_dtype(recipe.train.dtype, where),
+    ):
+        sample += piece
+        print(piece, end="", flush=True)
+    print("\n")
     (run / "sample.txt").write_text(sample + "\n", encoding="utf-8")
-    print(f"\n{sample}\n")
