@@ -224,6 +224,8 @@ class Loader:
 
     def _fill(self, sample: int) -> None:
         try:
+            if self._copies is not None:
+                torch.cuda.set_device(self._device)  # of this thread; pinned memory would open a context on device 0
             while True:
                 data, copied = self._send(self._read(sample))
                 sample += self._batch_size

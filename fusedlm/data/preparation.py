@@ -220,8 +220,10 @@ def _fingerprint(config: DataConfig, corpus: _Corpus, report: Progress) -> str:
     if config.validation is not None:
         settings.pop("split")
     if isinstance(config.tokenizer, FileTokenizerConfig):
-        tokenizer = read_tokenizer_file(config.tokenizer.path, config.tokenizer.end_of_text)
-        settings["tokenizer"]["fingerprint"] = tokenizer.fingerprint
+        try:
+            settings["tokenizer"]["sha256"] = sha256_file(Path(config.tokenizer.path).expanduser())
+        except OSError as error:
+            raise ValueError(f"tokenizer {config.tokenizer.path}: {error.strerror or error}") from None
     key = json.dumps([FORMAT_VERSION, settings, content], sort_keys=True)
     return hashlib.sha256(key.encode()).hexdigest()
 

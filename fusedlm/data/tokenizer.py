@@ -26,6 +26,7 @@ _SPLIT = r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}
 # Both that split and GPT-2's always cut between a single line end and a letter, whatever stands around.
 _PIECE_END = re.compile(r"(?<=[!-~])\n(?=[A-Za-z])")
 _PIECE_CHARACTERS = 1 << 17
+_GROUP_CHARACTERS = 1 << 22
 
 
 class Tokenizer(ABC):
@@ -130,12 +131,18 @@ class SubwordTokenizer(Tokenizer):
             cut = list(_pieces(text)) if self._can_cut else [text]
             pieces += cut
             counts.append(len(cut))
-        encoded = iter(self._model.encode_batch_fast(pieces, add_special_tokens=False))
-        result = []
-        for count in counts:
-            parts = [np.asarray(next(encoded).ids, dtype=np.int64) for _ in range(count)]
-            result.append(parts[0] if count == 1 else np.concatenate(parts))
-        return result
+        parts = iter(self._encode_pieces(pieces))
+        return [np.concatenate([next(parts) for _ in range(count)]) for count in counts]
+
+    def _encode_pieces(self, pieces: list[str]) -> Iterator[np.ndarray]:
+        """Ids of each piece, a few megabytes of text at a time: the library's results take over 100 bytes a token."""
+        start = size = 0
+        for end, piece in enumerate(pieces, 1):
+            size += len(piece)
+            if size >= _GROUP_CHARACTERS or end == len(pieces):
+                for encoding in self._model.encode_batch_fast(pieces[start:end], add_special_tokens=False):
+                    yield np.asarray(encoding.ids, dtype=np.int64)
+                start, size = end, 0
 
     def decode_bytes(self, ids):
         ids = [i for i in map(int, ids) if i != self.eot_id]

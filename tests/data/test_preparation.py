@@ -288,6 +288,14 @@ def test_a_file_that_changes_meanwhile_is_refused(corpus):
     assert not list((corpus.parent / "prepared").glob("corpus-*"))
 
 
+def test_tokenizer_files_that_cannot_be_used(corpus):
+    path = corpus.with_name("none.json")
+    tokenizer = FileTokenizerConfig(path=str(path))
+    assert error(config(corpus, tokenizer=tokenizer)) == f"tokenizer {path}: No such file or directory"
+    path.write_text("{}")
+    assert error(config(corpus, tokenizer=tokenizer)).startswith(f"tokenizer {path}: not a tokenizer.json")
+
+
 def test_a_folder_that_cannot_be_made(corpus):
     with pytest.raises(OSError):
         prepare(config(corpus, dir=str(corpus / "prepared")))
@@ -370,59 +378,3 @@ def test_preparations_at_the_same_time_do_the_work_once(corpus, monkeypatch):
     second.join()
     assert len(written) == 1 and len(results) == 2
     assert results[0].manifest == results[1].manifest
-
-
-class TestDamage:
-    """Opening names the file that is not as it was written, and the way out."""
-
-    @pytest.fixture
-    def folder(self, corpus) -> Path:
-        return prepare(config(corpus, tokenizer=TOKENIZERS["bpe"])).directory
-
-    def error(self, folder: Path, **options) -> str:
-        with pytest.raises(ValueError) as caught:
-            open_prepared(folder, **options)
-        message = str(caught.value)
-        assert "\n" not in message and message.endswith(f"delete the folder {folder} and prepare again")
-        return message
-
-    def test_every_flipped_byte_is_found(self, folder):
-        for path in sorted(folder.iterdir()):
-            content = path.read_bytes()
-            for at in (0, len(content) // 2, len(content) - 2):
-                path.write_bytes(content[:at] + bytes([content[at] ^ 1]) + content[at + 1 :])
-                assert str(path) in self.error(folder)
-            path.write_bytes(content)
-        open_prepared(folder)
-
-    def test_every_cut_or_missing_file_is_found_without_reading_it(self, folder):
-        for path in sorted(folder.iterdir()):
-            content = path.read_bytes()
-            path.write_bytes(content[: len(content) // 2])
-            assert str(path) in self.error(folder, verify=False)
-            path.unlink()
-            assert str(path) in self.error(folder, verify=False)
-            path.write_bytes(content)
-        open_prepared(folder)
-
-    def test_manifests_of_other_kinds(self, folder):
-        path = folder / "manifest.json"
-        manifest = json.loads(path.read_text())
-        for content, what in (
-            ("[]", "is no manifest"),
-            ("{}", "is no manifest"),
-            (json.dumps(manifest | {"version": 99}), "has format version 99"),
-            (json.dumps(manifest | {"dtype": "<u4"}), "does not match its own checksum"),
-        ):
-            path.write_text(content)
-            assert self.error(folder).startswith(f"{path} {what}")
-
-    def test_preparing_again_says_so_too(self, corpus, folder):
-        shard = next(folder.glob("train-*.bin"))
-        shard.write_bytes(shard.read_bytes()[:-2] + b"\0\0")
-        with pytest.raises(ValueError, match=r"train-00000\.bin does not match its sha256; delete the folder"):
-            prepare(config(corpus, tokenizer=TOKENIZERS["bpe"]))
-
-    def test_no_folder(self, tmp_path):
-        with pytest.raises(ValueError, match="no such folder; run `fusedlm data prepare` first"):
-            open_prepared(tmp_path / "none")

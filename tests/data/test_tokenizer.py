@@ -104,8 +104,9 @@ def test_long_documents_in_pieces_give_the_tokens_of_the_whole(bpe, speeches, mo
     texts = ["\n".join(speeches[:2]), "a\n" * 500, "a\n\n\nb .\nC '\nd 12\n34\t\nx" * 50, "-" * 5000, "é\n" * 3000]
     whole = [bpe.encode(text) for text in texts]
     monkeypatch.setattr("fusedlm.data.tokenizer._PIECE_CHARACTERS", 40)
-    pieces = [bpe.encode(text) for text in texts]
-    assert pieces == whole
+    monkeypatch.setattr("fusedlm.data.tokenizer._GROUP_CHARACTERS", 100)
+    assert [bpe.encode(text) for text in texts] == whole
+    assert [ids.tolist() for ids in bpe.encode_batch(texts)] == whole
 
 
 def test_pieces_are_cut_only_where_the_tokenizer_cuts_anyway():

@@ -1,0 +1,80 @@
+"""Opening a prepared folder names the file that is not as it was written, and the way out."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from fusedlm.config.data import BPETokenizerConfig, DataConfig, HashSplit, TextSource
+from fusedlm.data import open_prepared, prepare
+
+
+@pytest.fixture
+def config(tmp_path) -> DataConfig:
+    path = tmp_path / "corpus.txt"
+    path.write_text("\n--\n".join(f"Document {i} of words" for i in range(40)))
+    return DataConfig(
+        source=TextSource(path=str(path), separator="--"),
+        split=HashSplit(fraction=0.3),
+        tokenizer=BPETokenizerConfig(vocab_size=280),
+        dir=str(tmp_path / "prepared"),
+    )
+
+
+@pytest.fixture
+def folder(config) -> Path:
+    return prepare(config).directory
+
+
+def error(folder: Path, **options) -> str:
+    with pytest.raises(ValueError) as caught:
+        open_prepared(folder, **options)
+    message = str(caught.value)
+    assert "\n" not in message and message.endswith(f"delete the folder {folder} and prepare again")
+    return message
+
+
+def test_every_flipped_byte_is_found(folder):
+    for path in sorted(folder.iterdir()):
+        content = path.read_bytes()
+        for at in (0, len(content) // 2, len(content) - 2):
+            path.write_bytes(content[:at] + bytes([content[at] ^ 1]) + content[at + 1 :])
+            assert str(path) in error(folder)
+        path.write_bytes(content)
+    open_prepared(folder)
+
+
+def test_every_cut_or_missing_file_is_found_without_reading_it(folder):
+    for path in sorted(folder.iterdir()):
+        content = path.read_bytes()
+        path.write_bytes(content[: len(content) // 2])
+        assert str(path) in error(folder, verify=False)
+        path.unlink()
+        assert str(path) in error(folder, verify=False)
+        path.write_bytes(content)
+    open_prepared(folder)
+
+
+def test_manifests_of_other_kinds(folder):
+    path = folder / "manifest.json"
+    manifest = json.loads(path.read_text())
+    for content, what in (
+        ("[]", "is no manifest"),
+        ("{}", "is no manifest"),
+        (json.dumps(manifest | {"version": 99}), "has format version 99"),
+        (json.dumps(manifest | {"dtype": "<u4"}), "does not match its own checksum"),
+    ):
+        path.write_text(content)
+        assert error(folder).startswith(f"{path} {what}")
+
+
+def test_preparing_again_says_so_too(config, folder):
+    shard = next(folder.glob("train-*.bin"))
+    shard.write_bytes(shard.read_bytes()[:-2] + b"\0\0")
+    with pytest.raises(ValueError, match=r"train-00000\.bin does not match its sha256; delete the folder"):
+        prepare(config)
+
+
+def test_no_folder(tmp_path):
+    with pytest.raises(ValueError, match="no such folder; run `fusedlm data prepare` first"):
+        open_prepared(tmp_path / "none")
