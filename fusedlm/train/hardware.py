@@ -14,6 +14,8 @@ from pathlib import Path
 
 import torch
 
+from fusedlm import __version__
+
 # Dense bfloat16 peaks in FLOP/s from the vendors' data sheets, by words of the name that the driver reports. More
 # special names come first.
 _PEAK_FLOPS = (
@@ -90,7 +92,7 @@ def environment(device: torch.device, dtype: torch.dtype) -> dict:
     """Versions and hardware, as RUN/environment.json holds them."""
     return {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "fusedlm": _version("fusedlm"),
+        "fusedlm": __version__,
         "python": platform.python_version(),
         "torch": torch.__version__,
         "triton": _version("triton"),

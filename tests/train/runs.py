@@ -7,7 +7,7 @@ from fusedlm.config import Recipe, parse_recipe
 from fusedlm.train.metrics import read_metrics
 
 # What differs between two runs of one recipe without meaning anything.
-TIMINGS = {"tokens_per_second", "peak_memory_bytes", "loader_wait_seconds", "step_seconds"}
+TIMINGS = {"tokens_per_second", "mfu", "peak_memory_bytes", "loader_wait_seconds", "step_seconds"}
 
 _RECIPE = """
 name: tiny

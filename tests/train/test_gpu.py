@@ -1,0 +1,83 @@
+import os
+import signal
+import warnings
+
+import pytest
+import torch
+
+from fusedlm.config.train import AdamWConfig
+from fusedlm.data import Batch
+from fusedlm.model import build_model
+from fusedlm.model.precision import autocast
+from fusedlm.optim import ExponentialMovingAverage, build_optimizer
+from fusedlm.train import train, trainer
+from fusedlm.train.metrics import read_metrics
+from fusedlm.train.step import train_step
+from tests.train.runs import checkpoint_names, losses, records, tiny_recipe
+
+pytestmark = pytest.mark.gpu
+
+
+def gpu_recipe(tmp_path, *overrides):
+    return tiny_recipe(tmp_path, "train.device=cuda", "model.dim=64", "train.batch_size=8", *overrides)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_stopped_and_resumed_deterministically_it_goes_on_bit_for_bit(tmp_path, monkeypatch, dtype):
+    recipe = gpu_recipe(tmp_path, "train.deterministic=true", f"train.dtype={dtype}")
+    train(recipe, tmp_path / "straight")
+    train_step = trainer.train_step
+
+    def interrupted(*arguments, **options):
+        if len(losses(tmp_path / "run")) == 6:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return train_step(*arguments, **options)
+
+    monkeypatch.setattr(trainer, "train_step", interrupted)
+    assert train(recipe, tmp_path / "run").step == 7
+    monkeypatch.undo()
+    train(recipe, tmp_path / "run", resume=True)
+    assert records(tmp_path / "run") == records(tmp_path / "straight")
+    assert checkpoint_names(tmp_path / "run")[-1] == "step-00000012"
+
+
+def test_a_compiled_run_in_bfloat16_learns_what_the_plain_one_learns(tmp_path):
+    common = ["model.dropout=0", "train.steps=6", "train.dtype=bfloat16"]
+    for name in ("false", "true"):
+        train(gpu_recipe(tmp_path, *common, f"train.compile={name}"), tmp_path / name)
+    assert losses(tmp_path / "true") == pytest.approx(losses(tmp_path / "false"), rel=0.02)
+    first = read_metrics(tmp_path / "true" / "metrics.jsonl")[0][0]
+    assert 0 < first["peak_memory_bytes"] < 1e9
+
+
+def test_the_host_waits_for_the_device_once_a_step(tmp_path):
+    recipe = gpu_recipe(tmp_path)
+    device = torch.device("cuda")
+    model = build_model(recipe.model, vocab_size=64, device=device, dtype=torch.bfloat16)
+    optimizer = build_optimizer(model, AdamWConfig(), device)
+    ema = ExponentialMovingAverage(model, 0.9)
+    tokens = torch.randint(64, (8, 16), device=device)
+    batch = Batch(tokens, tokens.roll(-1, 1), None, tokens.numel(), 8)
+
+    def step():
+        train_step(
+            model,
+            optimizer,
+            batch,
+            lr=0.01,
+            micro_batch_size=4,
+            grad_clip=1.0,
+            autocast=lambda: autocast(device, torch.bfloat16),
+        )
+        ema.update()
+
+    step()
+    torch.cuda.set_sync_debug_mode("warn")
+    try:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    waits = [str(warning.message) for warning in caught if "synchroniz" in str(warning.message)]
+    assert len(waits) == 1, waits
