@@ -3,6 +3,7 @@
 Commands import the library when they run, so that `fusedlm --help` does not wait for torch.
 """
 
+import logging
 import os
 import sys
 from collections.abc import Sequence
@@ -21,7 +22,7 @@ from fusedlm.cli.train import train
 
 BAD_INPUT = 2
 INTERRUPTED = 130  # 128 + SIGINT
-PIPE_CLOSED = 141  # 128 + SIGPIPE
+PIPE_CLOSED = 1  # what typer exits with when it is the one to meet the closed pipe
 
 app = typer.Typer(
     add_completion=False,
@@ -61,6 +62,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Bad input (ValueError, OSError, misuse of the command line) is one line on stderr and exit code 2; an interrupt and
     a closed pipe end quietly. Any other exception is a defect and keeps its traceback.
     """
+    logging.basicConfig(format="warning: %(message)s", level=logging.WARNING)
     try:
         code = app(args=arguments, prog_name="fusedlm", standalone_mode=False)
         sys.stdout.flush()

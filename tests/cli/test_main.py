@@ -1,0 +1,85 @@
+"""The frame around the commands: help, version, exit codes."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+import fusedlm as package
+from fusedlm.cli import main
+
+COMMANDS = ["train", "eval", "generate", "data", "report", "plan", "doctor"]
+PROGRAM = [sys.executable, "-c", "import sys; from fusedlm.cli import main; sys.exit(main())"]
+
+
+def test_help_names_every_command_and_does_not_load_torch():
+    code = "import sys; from fusedlm.cli import main; main(['--help']); sys.exit('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    for command in COMMANDS:
+        assert f" {command} " in done.stdout
+
+
+@pytest.mark.parametrize("arguments", [[], ["-h"], ["data"], *([command, "--help"] for command in COMMANDS)])
+def test_help(arguments, fusedlm):
+    outcome = fusedlm(*arguments)
+    assert (outcome.code, outcome.err) == (0, "")
+    assert "Usage: fusedlm" in outcome.out
+
+
+def test_version(fusedlm):
+    assert fusedlm("--version").out == f"fusedlm {package.__version__}\n"
+
+
+def _raising(error, monkeypatch):
+    def write_report(run):
+        raise error
+
+    monkeypatch.setattr("fusedlm.report.write_report", write_report)
+
+
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (ValueError("dim=3 is odd;\n  use 4"), "error: dim=3 is odd; use 4"),
+        (ValueError(), "error: ValueError"),
+        (
+            OSError(28, "No space left on device", "runs/x/report.html"),
+            "error: runs/x/report.html: No space left on device",
+        ),
+        (OSError(28, "No space left on device"), "error: No space left on device"),
+        (OSError("12 requested and 8 written"), "error: 12 requested and 8 written"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_code_2(error, line, fusedlm, monkeypatch):
+    _raising(error, monkeypatch)
+    outcome = fusedlm("report", "runs/x")
+    assert (outcome.code, outcome.out, outcome.err) == (2, "", line + "\n")
+
+
+def test_interrupt_is_quiet(fusedlm, monkeypatch):
+    _raising(KeyboardInterrupt(), monkeypatch)
+    outcome = fusedlm("report", "runs/x")
+    assert (outcome.code, outcome.out, outcome.err) == (130, "", "")
+
+
+def test_defects_keep_their_traceback(monkeypatch):
+    _raising(RuntimeError("a defect"), monkeypatch)
+    with pytest.raises(RuntimeError, match="a defect"):
+        main(["report", "runs/x"])
+
+
+def test_closed_pipe_is_quiet():
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = subprocess.run([*PROGRAM, "--help"], stdout=writer, stderr=subprocess.PIPE, text=True)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (1, "")
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="the system has no /dev/full")
+def test_full_disk_behind_stdout():
+    with open("/dev/full", "w") as full:
+        done = subprocess.run([*PROGRAM, "--version"], stdout=full, stderr=subprocess.PIPE, text=True)
+    assert (done.returncode, done.stderr) == (2, "error: No space left on device\n")
