@@ -1,11 +1,13 @@
 """The shape of the repository: layers, file sizes, and the picture of the import graph."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
 
 from scripts.import_graph import RECORD, REPOSITORY, edges, find_imports
+from scripts.results import HEADLINES, headline_table, read_records, replace_table, results_page
 
 
 def test_imports_run_downwards():
@@ -15,6 +17,34 @@ def test_imports_run_downwards():
 def test_picture_is_up_to_date():
     recorded = [tuple(pair) for pair in json.loads(RECORD.read_text())]
     assert recorded == edges(find_imports(REPOSITORY)), "the import graph has changed: make graph"
+
+
+def test_published_numbers_are_those_of_the_records():
+    records = read_records(REPOSITORY / "benchmarks/results")
+    readme = (REPOSITORY / "README.md").read_text(encoding="utf-8")
+    assert replace_table(readme, headline_table(records)) == readme, "python scripts/results.py"
+    page = (REPOSITORY / "docs/results.md").read_text(encoding="utf-8")
+    assert page == results_page(records), "python scripts/results.py"
+
+
+def test_headlines_come_from_records():
+    record = {"val_bpb": 1.98765, "best_val_nll_per_token": 1.46049, "mfu": 0.4567, "device": "H100"}
+    for name, what, _ in HEADLINES:
+        table = headline_table([record | {"name": name}])
+        assert table.count("not measured yet") == len(HEADLINES) - 1
+        row = next(line for line in table.splitlines() if f"recipes/{name}.yaml" in line)
+        assert "H100" in row and what in row
+        assert (REPOSITORY / "recipes" / f"{name}.yaml").is_file()
+
+
+PAGES = [*REPOSITORY.glob("*.md"), *(REPOSITORY / "docs").glob("*.md")]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_somewhere(page: Path):
+    links = re.findall(r"(?<!!)\[[^]]*\]\(([^)#]+)", page.read_text(encoding="utf-8"))
+    broken = [link for link in links if "://" not in link and not (page.parent / link).exists()]
+    assert broken == []
 
 
 def test_no_file_has_two_subjects():

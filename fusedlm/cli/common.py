@@ -1,6 +1,8 @@
 """What several commands share: their arguments and the progress of long work."""
 
 import contextlib
+import sys
+import unicodedata
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated
@@ -47,6 +49,13 @@ def checkpoint_name(text: str) -> str | int:
     if text.isascii() and text.isdigit():
         return int(text)
     raise ValueError(f"--checkpoint {text!r} is not last, best or the number of a step")
+
+
+def show(text: str) -> None:
+    """Print a piece of generated text as it comes. A terminal gets no control characters: a model may draw any."""
+    if sys.stdout.isatty():
+        text = "".join(c if c in "\n\t" or unicodedata.category(c) != "Cc" else "\ufffd" for c in text)
+    print(text, end="", flush=True)
 
 
 @contextlib.contextmanager

@@ -11,6 +11,7 @@ from fusedlm.cli.common import (
     WeightsOption,
     checkpoint_name,
     number,
+    show,
     whole_number,
 )
 
@@ -61,7 +62,7 @@ def generate(
         device=where,
         dtype=resolve_dtype(recipe.train.dtype, where),
     )
-    print(prompt, end="", flush=True)
+    show(prompt)
     for piece in pieces:
-        print(piece, end="", flush=True)
+        show(piece)
     print()

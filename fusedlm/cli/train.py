@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from fusedlm.cli.common import OverridesArgument, RecipeArgument
+from fusedlm.cli.common import OverridesArgument, RecipeArgument, show
 
 _SAMPLE_TOKENS = 200
 _SAMPLE_TEMPERATURE = 0.8  # less than 1: small models draw too many unlikely tokens
@@ -60,7 +60,7 @@ def _print_sample(run: Path, device: str) -> None:
     model, tokenizer, recipe = load(run, device=device)
     where = resolve_device(device)
     sample = recipe.sample_prompt
-    print(f"\n{sample}", end="", flush=True)
+    show(f"\n{sample}")
     for piece in generate(
         model,
         tokenizer,
@@ -71,6 +71,6 @@ def _print_sample(run: Path, device: str) -> None:
         dtype=resolve_dtype(recipe.train.dtype, where),
     ):
         sample += piece
-        print(piece, end="", flush=True)
+        show(piece)
     print("\n")
     (run / "sample.txt").write_text(sample + "\n", encoding="utf-8")

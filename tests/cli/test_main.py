@@ -8,6 +8,7 @@ import pytest
 
 import fusedlm as package
 from fusedlm.cli import main
+from fusedlm.cli.common import show
 
 COMMANDS = ["train", "eval", "generate", "data", "report", "plan", "doctor"]
 PROGRAM = [sys.executable, "-c", "import sys; from fusedlm.cli import main; sys.exit(main())"]
@@ -83,3 +84,10 @@ def test_full_disk_behind_stdout():
     with open("/dev/full", "w") as full:
         done = subprocess.run([*PROGRAM, "--version"], stdout=full, stderr=subprocess.PIPE, text=True)
     assert (done.returncode, done.stderr) == (2, "error: No space left on device\n")
+
+
+@pytest.mark.parametrize(("terminal", "shown"), [(True, "a\ufffd[31m\tb\n\ufffdé"), (False, "a\x1b[31m\tb\n\x9bé")])
+def test_generated_text_cannot_drive_a_terminal(terminal: bool, shown: str, capsys, monkeypatch):
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: terminal)
+    show("a\x1b[31m\tb\n\x9bé")
+    assert capsys.readouterr().out == shown
