@@ -117,13 +117,13 @@ class ModelConfig(Config):
         if unknown:
             raise ValueError(f"pattern={self.pattern!r} names block {unknown[0]!r}; blocks has {sorted(self.blocks)}")
         for name, block in self.blocks.items():
-            mixer = block.mixer
+            mixer, where = block.mixer, f"blocks.{name}.mixer"
             if mixer.head_dim is None and self.dim % mixer.n_heads:
-                raise ValueError(f"blocks.{name}.mixer: n_heads={mixer.n_heads} does not divide dim={self.dim}; set head_dim")
+                raise ValueError(f"{where}: n_heads={mixer.n_heads} does not divide dim={self.dim}; set head_dim")
             if isinstance(mixer, AttentionConfig):
                 _check_rope_dim(mixer.rope_dim, mixer.head_dim or self.dim // mixer.n_heads)
                 if mixer.rope_dim is None and (mixer.head_dim or self.dim // mixer.n_heads) % 2:
-                    raise ValueError(f"blocks.{name}.mixer: rotary embedding needs an even head_dim; set rope_dim or head_dim")
+                    raise ValueError(f"{where}: rotary embedding needs an even head_dim; set rope_dim or head_dim")
         return self
 
     def layer_blocks(self) -> list[str]:

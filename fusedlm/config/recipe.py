@@ -109,7 +109,8 @@ def _apply_override(tree: dict, override: str) -> None:
             tree[part] = {}
         tree = tree[part]
         if not isinstance(tree, dict):
-            raise ValueError(f"override {override!r}: {'.'.join(parts[: depth + 1])} is a value and has no keys of its own")
+            above = ".".join(parts[: depth + 1])
+            raise ValueError(f"override {override!r}: {above} is a value and has no keys of its own")
     try:
         tree[parts[-1]] = _parse_yaml(value)
     except ValueError as error:

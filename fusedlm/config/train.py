@@ -29,7 +29,7 @@ class WSDConfig(Config):
     @model_validator(mode="after")
     def _check(self):
         if self.warmup + self.decay > 1:
-            raise ValueError(f"warmup={self.warmup} and decay={self.decay} are fractions of all steps and pass 1 together")
+            raise ValueError(f"warmup={self.warmup} and decay={self.decay} are shares of all steps and pass 1 together")
         return self
 
 
