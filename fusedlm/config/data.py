@@ -41,7 +41,7 @@ Source = Annotated[SotuSource | TextSource | JSONLSource | ParquetSource, Field(
 
 
 class HashSplit(Config):
-    """A document is held out when a hash of its content falls below the fraction, whatever other documents there are."""
+    """A document is held out when a hash of its content falls below the fraction, whatever else the text holds."""
 
     type: Literal["hash"] = "hash"
     fraction: float = Field(0.05, gt=0, lt=1)
