@@ -2,7 +2,7 @@
 
 import contextlib
 import time
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -95,7 +95,11 @@ class Trainer:
     def run(self) -> TrainResult:
         """Train to the end of the recipe or to the first signal; see `fusedlm.train.train`."""
         self._announce()
-        self.folder.write_header(self.recipe, environment(self.device, self.dtype), self.data.tokenizer)
+        record = environment(self.device, self.dtype) | {
+            "parameters": asdict(count_parameters(self.model)),
+            "implementations": {name: choice.name for name, choice in self.model.implementations.items()},
+        }
+        self.folder.write_header(self.recipe, record, self.data.tokenizer)
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
         with contextlib.ExitStack() as stack:
@@ -130,7 +134,7 @@ class Trainer:
             if self._validation_is_due():
                 off_clock = self._validate(stop)
             every = self.settings.checkpoint_every
-            if every and self.progress.step % every == 0:
+            if (every and self.progress.step % every == 0) or self._is_best():
                 self._save()
                 off_clock = True
             if off_clock:
@@ -241,10 +245,16 @@ class Trainer:
             progress=interrupt,
         )
 
+    def _is_best(self) -> bool:
+        """Whether the weights as they are were validated and no checkpoint scored better."""
+        progress = self.progress
+        if progress.val_bpb is None or progress.validated_step != progress.step:
+            return False
+        return progress.best_val_bpb is None or progress.val_bpb < progress.best_val_bpb
+
     def _save(self) -> None:
         progress = self.progress
-        validated = progress.validated_step == progress.step and progress.val_bpb is not None
-        if validated and (progress.best_val_bpb is None or progress.val_bpb < progress.best_val_bpb):
+        if self._is_best():
             progress.best_step, progress.best_val_bpb = progress.step, progress.val_bpb
         self._metrics.sync()
         checkpoints = self.folder.checkpoints

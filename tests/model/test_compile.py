@@ -41,10 +41,10 @@ def test_full_graph(mixer, ffn, packed):
 
 
 GPU_MIXERS = [
-    "{type: attention, n_heads: 2}",
-    "{type: attention, n_heads: 2, n_kv_heads: 1, window: 40}",
-    "{type: mla, n_heads: 2, kv_rank: 64, rope_dim: 32}",
-    "{type: gdn, n_heads: 2}",
+    "{type: attention, n_heads: 8}",
+    "{type: attention, n_heads: 8, n_kv_heads: 2, window: 40}",
+    "{type: mla, n_heads: 8, kv_rank: 64, rope_dim: 32}",
+    "{type: gdn, n_heads: 8}",
 ]
 
 
@@ -67,8 +67,8 @@ def test_compiled_training_on_the_gpu(mixer, packed):
     torch.manual_seed(0)
     config = part_model(mixer).config.model_copy(update={"dim": 256})
     model = randomise_(build_model(config, vocab_size=1000), scale=0.02)
-    tokens = torch.randint(0, 1000, (3, 200))
-    documents = (torch.arange(199) // 70).expand(3, -1) if packed else None
+    tokens = torch.randint(0, 1000, (8, 200))
+    documents = (torch.arange(199) // 70).expand(8, -1) if packed else None
 
     cpu, gpu = torch.device("cpu"), torch.device("cuda")
     rounded = _loss_and_gradients(model, tokens, documents, cpu, torch.bfloat16)

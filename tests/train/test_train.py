@@ -79,7 +79,11 @@ def test_accumulation_gives_the_losses_of_the_whole_batch(tmp_path):
     assert losses(tmp_path / "whole") == pytest.approx(losses(tmp_path / "parts"), rel=1e-5)
 
 
-def test_the_best_checkpoint_is_kept_besides_the_newest(tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    "every, kept", [(1, ["step-00000002", "step-00000004", "step-00000005"]), (5, ["step-00000002", "step-00000005"])]
+)
+def test_the_best_checkpoint_is_kept_besides_the_newest(tmp_path, monkeypatch, every, kept):
+    """Also when it was not on the checkpoint cadence."""
     values = iter([3.0, 1.0, 2.0, 2.5, 4.0])
 
     class Score:
@@ -89,9 +93,9 @@ def test_the_best_checkpoint_is_kept_besides_the_newest(tmp_path, monkeypatch):
             self.bpb = next(values)
 
     monkeypatch.setattr(trainer, "score_documents", lambda *_, **__: Score())
-    overrides = ["train.steps=5", "train.eval_every=1", "train.checkpoint_every=1", "train.ema=null"]
+    overrides = ["train.steps=5", "train.eval_every=1", f"train.checkpoint_every={every}", "train.ema=null"]
     train(tiny_recipe(tmp_path, *overrides), tmp_path / "run")
-    assert checkpoint_names(tmp_path / "run") == ["step-00000002", "step-00000004", "step-00000005"]
+    assert checkpoint_names(tmp_path / "run") == kept
     state = Checkpoints(tmp_path / "run" / "checkpoints").read_json(5, "state.json")
     assert (state["best_step"], state["best_val_bpb"], state["val_bpb"]) == (2, 1.0, 4.0)
 

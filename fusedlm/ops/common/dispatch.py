@@ -63,7 +63,7 @@ class Op:
             passed_over = []
             for name, reason in reasons.items():
                 if reason is None:
-                    why = "; ".join(passed_over) or "the fastest"
+                    why = "; ".join(passed_over) or ("the fastest" if len(reasons) > 1 else "the only one")
                     return Choice(self.name, name, why, self.implementations[name].function)
                 passed_over.append(f"{name}: {reason}")
             raise ValueError(f"op {self.name}: no implementation can run here ({'; '.join(passed_over)})")

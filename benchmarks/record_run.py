@@ -1,0 +1,68 @@
+"""Record what a finished run measured as one JSON file for benchmarks/results.
+
+    python benchmarks/record_run.py RUN benchmarks/results/NAME.json --command "fusedlm train ..."
+
+Rates are medians over the steps after the first tenth, which compile and warm up; the loader's share is of the sum.
+"""
+
+import argparse
+import json
+import statistics
+from pathlib import Path
+
+from fusedlm import load_recipe
+
+
+def summarise(run: Path, command: str) -> dict:
+    """The record of one run folder."""
+    recipe = load_recipe(run / "recipe.yaml")
+    environment = json.loads((run / "environment.json").read_text())
+    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    steps = [record for record in records if "loss" in record]
+    settled = steps[len(steps) // 10 :]
+    validations = [record for record in records if "val_bpb" in record]
+    best = min(validations, key=lambda record: record["val_bpb"])
+    seconds = sum(record["step_seconds"] for record in steps)
+    waited = sum(record["loader_wait_seconds"] for record in settled)
+    busy = sum(record["step_seconds"] for record in settled)
+    return {
+        "name": recipe.name,
+        "description": recipe.description,
+        "command": command,
+        "date": environment["date"][:10],
+        "device": environment["device_name"],
+        "versions": {name: environment[name] for name in ("fusedlm", "python", "torch", "triton", "git_commit")},
+        "steps": steps[-1]["step"],
+        "tokens": steps[-1]["tokens"],
+        "training_seconds": round(seconds, 1),
+        "tokens_per_second": round(statistics.median(record["tokens_per_second"] for record in settled), 1),
+        "mfu": _median_or_none([record["mfu"] for record in settled]),
+        "peak_memory_gib": round(max(record["peak_memory_bytes"] for record in steps) / 2**30, 2),
+        "loader_wait_share": round(waited / busy, 5),
+        "final_loss": steps[-1]["loss"],
+        "val_bpb": validations[-1]["val_bpb"],
+        "best_val_bpb": best["val_bpb"],
+        "best_val_nll_per_token": best["val_nll_per_token"],
+        "best_step": best["step"],
+        "validation": [[record["step"], record["val_bpb"], record["val_nll_per_token"]] for record in validations],
+    }
+
+
+def _median_or_none(values: list[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return round(statistics.median(known), 4) if known else None
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("run", type=Path)
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--command", required=True, help="what was run, for the reader who wants to repeat it")
+    arguments = parser.parse_args()
+    record = summarise(arguments.run, arguments.command)
+    arguments.out.write_text(json.dumps(record, indent=1) + "\n")
+    print(json.dumps({key: value for key, value in record.items() if key != "validation"}, indent=1))
+
+
+if __name__ == "__main__":
+    main()
