@@ -13,7 +13,7 @@ from pathlib import Path
 from fusedlm import load_recipe
 
 
-def summarise(run: Path, command: str) -> dict:
+def summarise(run: Path, name: str, command: str) -> dict:
     """The record of one run folder."""
     recipe = load_recipe(run / "recipe.yaml")
     environment = json.loads((run / "environment.json").read_text())
@@ -26,7 +26,7 @@ def summarise(run: Path, command: str) -> dict:
     waited = sum(record["loader_wait_seconds"] for record in settled)
     busy = sum(record["step_seconds"] for record in settled)
     return {
-        "name": recipe.name,
+        "name": name,
         "description": recipe.description,
         "command": command,
         "date": environment["date"][:10],
@@ -59,7 +59,7 @@ def main() -> None:
     parser.add_argument("out", type=Path)
     parser.add_argument("--command", required=True, help="what was run, for the reader who wants to repeat it")
     arguments = parser.parse_args()
-    record = summarise(arguments.run, arguments.command)
+    record = summarise(arguments.run, arguments.out.stem, arguments.command)
     arguments.out.write_text(json.dumps(record, indent=1) + "\n")
     print(json.dumps({key: value for key, value in record.items() if key != "validation"}, indent=1))
 

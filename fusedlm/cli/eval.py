@@ -53,10 +53,11 @@ def evaluate(
     """Score held-out text with the model of RUN, each token once, and print bits per byte."""
     from fusedlm.evaluate import score_documents
     from fusedlm.model.precision import resolve_device, resolve_dtype
-    from fusedlm.train.run import load
+    from fusedlm.train.run import choose_checkpoint, load
 
     where = resolve_device(device)
-    model, tokenizer, recipe = load(run, checkpoint=checkpoint_name(checkpoint), weights=weights, device=device)
+    step = choose_checkpoint(run, checkpoint_name(checkpoint))
+    model, tokenizer, recipe = load(run, checkpoint=step, weights=weights, device=device)
     if window is None:
         window = recipe.train.seq_len
     with progress_bars() as progress:
@@ -78,7 +79,7 @@ def evaluate(
         "documents": score.documents,
         "window": window or None,
         "stride": (stride or max(1, window // 2)) if window else None,
-        "checkpoint": checkpoint,
+        "checkpoint": step,
         "weights": weights,
     }
     if as_json:

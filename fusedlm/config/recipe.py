@@ -106,7 +106,9 @@ def _apply_override(tree: dict, override: str) -> None:
         raise ValueError(f"override {override!r} is not of the form key.path=value, such as train.steps=100")
     for depth, part in enumerate(parts[:-1]):
         if tree.get(part) is None:
-            tree[part] = {}
+            # What is left out is of the default type where that has the key that the override changes.
+            default = _default_at(parts[: depth + 1])
+            tree[part] = {"type": default.type} if {"type", parts[depth + 1]} <= _field_names(default) else {}
         tree = tree[part]
         if not isinstance(tree, dict):
             above = ".".join(parts[: depth + 1])
@@ -115,6 +117,16 @@ def _apply_override(tree: dict, override: str) -> None:
         tree[parts[-1]] = _parse_yaml(value)
     except ValueError as error:
         raise ValueError(f"override {override!r}: {error}") from None
+
+
+def _default_at(parts: list[str]):
+    """The default of a dotted key; None where it has none."""
+    fields = [c.model_fields[parts[-1]] for c in _walk(tuple(parts[:-1]))[0] if parts[-1] in c.model_fields]
+    return fields[0].default if len(fields) == 1 else None
+
+
+def _field_names(value) -> set[str]:
+    return set(type(value).model_fields) if isinstance(value, Config) else set()
 
 
 def _describe(error: pydantic.ValidationError) -> str:

@@ -8,9 +8,6 @@ from fusedlm.nn.norm import RMSNorm
 from fusedlm.ops.common import Setting
 from fusedlm.ops.softcap_cross_entropy.op import IGNORE_INDEX, SOFTCAP_CROSS_ENTROPY, softcap, softcap_cross_entropy
 
-EVAL_CHUNK_LOGITS = 2**27  # logits held at once when no gradient is wanted: 512 MiB of float32
-
-
 class LMHead(torch.nn.Module):
     """The embedding's weight when tied, else one of its own that starts at zero."""
 
@@ -44,13 +41,9 @@ class LMHead(torch.nn.Module):
         )
 
     def loss(self, hidden_BTD: torch.Tensor, targets_BT: torch.Tensor) -> torch.Tensor:
-        """(B, T) nll in nats; without gradients the logits exist only in pieces."""
-        hidden, targets = hidden_BTD.flatten(0, 1), targets_BT.flatten()
-        if torch.is_grad_enabled():
-            return self(hidden, targets).view_as(targets_BT)
-        size = max(1, EVAL_CHUNK_LOGITS // self.weight.shape[0])
-        pieces = [self.forward(h, t) for h, t in zip(hidden.split(size), targets.split(size), strict=True)]
-        return torch.cat(pieces).view_as(targets_BT)
+        """(B, T) nll in nats."""
+        run = self if torch.is_grad_enabled() else self.forward  # compiled for training only, as the blocks are
+        return run(hidden_BTD.flatten(0, 1), targets_BT.flatten()).view_as(targets_BT)
 
     def flops(self, n_tokens: int) -> int:
         return 2 * self.weight.numel() * n_tokens

@@ -41,14 +41,13 @@ def load(
     run_dir = Path(run_dir)
     if weights not in ("model", "ema"):
         raise ValueError(f"weights {weights!r} is neither model nor ema")
-    if not (run_dir / RECIPE).is_file():
-        raise ValueError(f"{run_dir} holds no run; train one with: fusedlm train RECIPE --out {run_dir}")
+    _require_run(run_dir)
     recipe = load_recipe(run_dir / RECIPE)
     if weights == "ema" and recipe.train.ema is None:
         raise ValueError(f"run {run_dir} has no averaged weights; train with train.ema, or use weights model")
     target = resolve_device(device)
     checkpoints = Checkpoints(run_dir / CHECKPOINTS)
-    step = _choose(checkpoints, run_dir, checkpoint)
+    step = choose_checkpoint(run_dir, checkpoint)
     tokenizer = load_tokenizer(run_dir)
     model = _build(recipe, tokenizer.vocab_size, target)
     tensors = checkpoints.read_tensors(step, MODEL)
@@ -67,8 +66,16 @@ def _build(recipe: Recipe, vocab_size: int, device: torch.device) -> Decoder:
         )
 
 
-def _choose(checkpoints: Checkpoints, run_dir: Path, wanted: Literal["last", "best"] | int) -> int:
-    """The step to read, its files verified."""
+def _require_run(run_dir: Path) -> None:
+    if not (run_dir / RECIPE).is_file():
+        raise ValueError(f"{run_dir} holds no run; train one with: fusedlm train RECIPE --out {run_dir}")
+
+
+def choose_checkpoint(run_dir: str | Path, wanted: Literal["last", "best"] | int) -> int:
+    """The step whose weights `load` reads for these words, its files verified; errors as there."""
+    run_dir = Path(run_dir)
+    _require_run(run_dir)
+    checkpoints = Checkpoints(run_dir / CHECKPOINTS)
     steps = checkpoints.steps()
     if not steps:
         raise ValueError(f"run {run_dir} has no checkpoint yet; go on with it by: fusedlm train --resume")
@@ -88,14 +95,17 @@ def _choose(checkpoints: Checkpoints, run_dir: Path, wanted: Literal["last", "be
 
 
 def _newest_intact(checkpoints: Checkpoints, run_dir: Path) -> int:
+    damages = []
     for step in reversed(checkpoints.steps()):
         try:
             _verify(checkpoints, step)
         except DamagedCheckpoint as damage:
-            _log.warning("damaged checkpoint: %s; using the one before it", damage)
+            damages.append(damage)
         else:
+            for damage in damages:
+                _log.warning("damaged checkpoint: %s; using the one before it", damage)
             return step
-    raise ValueError(f"run {run_dir} has no intact checkpoint")
+    raise ValueError(f"run {run_dir} has no intact checkpoint: {'; '.join(map(str, damages))}")
 
 
 def _verify(checkpoints: Checkpoints, step: int) -> None:

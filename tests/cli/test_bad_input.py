@@ -228,6 +228,13 @@ def _():
     return ["eval", RUN, "--checkpoint", "1"]
 
 
+@case("every-checkpoint-damaged", "step-00000001")
+def _():
+    for checkpoint in checkpoints():
+        flip_byte(checkpoint / "model.safetensors")
+    return ["eval", RUN]
+
+
 @case("no-checkpoint", RUN)
 def _():
     shutil.rmtree(Path(RUN, "checkpoints"))

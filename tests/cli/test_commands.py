@@ -83,6 +83,7 @@ def test_eval_of_an_earlier_checkpoint(workspace: Path, fusedlm):
     first = json.loads(fusedlm("eval", "runs/small", "--checkpoint", 1, "--json").out)
     last = json.loads(fusedlm("eval", "runs/small", "--json").out)
     assert first["bpb"] != last["bpb"]
+    assert (first["checkpoint"], last["checkpoint"]) == (1, 2)
 
 
 def test_eval_says_the_same_to_people(workspace: Path, fusedlm):
