@@ -3,7 +3,7 @@
     python benchmarks/train_step.py recipes/gpt-350m.yaml [key=value ...] [--documents 1024] [--profile] [--json FILE]
 
 Prints the median of forward + backward of a micro-batch and of the optimizer, the model-FLOPs utilisation that they
-give for the recipe's batch, peak memory and, with --profile, the ten kernels that take the most time. Whole runs with
+give for the recipe's batch, peak memory and, with --profile, the kernels that take the most time. Whole runs with
 a loader are measured by the metrics of `fusedlm train`; this shows where a step's time goes.
 """
 
@@ -131,7 +131,7 @@ def _profile(function, device) -> None:
             rows[event.name] = (count + 1, total + elapsed)
     total = sum(elapsed for _, elapsed in rows.values())
     print(f"{'share':>6} {'ms':>9} {'calls':>6}  kernel")
-    for name, (count, elapsed) in sorted(rows.items(), key=lambda row: -row[1][1])[:10]:
+    for name, (count, elapsed) in sorted(rows.items(), key=lambda row: -row[1][1])[:24]:
         print(f"{elapsed / total:6.1%} {elapsed / 1e3:9.3f} {count:6}  {name[:110]}")
 
 

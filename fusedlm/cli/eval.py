@@ -88,7 +88,7 @@ def evaluate(
     how = f"window {window}, stride {result['stride']}" if window else "whole documents"
     print(f"{score.bpb:.4f} bits per byte on {text or 'held-out text'} ({how})")
     print(f"{score.nll_per_token:.4f} nats a token, {score.tokens:,} tokens")
-    print(f"{score.bytes:,} bytes in {score.documents:,} documents")
+    print(f"{score.bytes:,} bytes in {score.documents:,} document{'' if score.documents == 1 else 's'}")
 
 
 def _file_documents(path: Path, tokenizer):

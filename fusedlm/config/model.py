@@ -107,7 +107,7 @@ class ModelConfig(Config):
     logit_softcap: PositiveFloat | None = None  # cap * tanh(logits / cap)
     norm_eps: PositiveFloat = 1e-6
     dropout: float = Field(0.0, ge=0, lt=1)  # on each residual branch and on the embedding, while training
-    embedding_std: PositiveFloat = 0.02
+    embedding_std: PositiveFloat | None = None  # None: 0.02, with tied embeddings at most 2 / dim
     vocab_multiple: PositiveInt = 64  # rows of the embedding are padded to this; padding is never predicted
     impl: ImplConfig = ImplConfig()
 
@@ -125,6 +125,14 @@ class ModelConfig(Config):
                 if mixer.rope_dim is None and (mixer.head_dim or self.dim // mixer.n_heads) % 2:
                     raise ValueError(f"{where}: rotary embedding needs an even head_dim; set rope_dim or head_dim")
         return self
+
+    @property
+    def initial_embedding_std(self) -> float:
+        """A tied embedding whose residual stream is still the embedding itself gives its own token the logit dim * std;
+        at 2 / dim that is 2, and training starts at ln(vocab)."""
+        if self.embedding_std is not None:
+            return self.embedding_std
+        return min(0.02, 2 / self.dim) if self.tie_embeddings else 0.02
 
     def layer_blocks(self) -> list[str]:
         """The block name of each layer, first to last."""

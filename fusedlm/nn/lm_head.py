@@ -8,6 +8,7 @@ from fusedlm.nn.norm import RMSNorm
 from fusedlm.ops.common import Setting
 from fusedlm.ops.softcap_cross_entropy.op import IGNORE_INDEX, SOFTCAP_CROSS_ENTROPY, softcap, softcap_cross_entropy
 
+
 class LMHead(torch.nn.Module):
     """The embedding's weight when tied, else one of its own that starts at zero."""
 
@@ -15,15 +16,11 @@ class LMHead(torch.nn.Module):
         super().__init__()
         self.vocab_size = vocab_size
         self.cap = model.logit_softcap
-        gain = 1.0
         if model.tie_embeddings:
-            # With blocks that start as the identity the own token's logit would be dim * std, far above the others'
-            # (25 at width 1280): the gain brings it to 1, so that training starts at ln(vocab).
-            gain = min(1.0, 1 / (model.dim * model.embedding_std))
             self.weight = embedding.weight
         else:
             self.weight = torch.nn.Parameter(torch.zeros_like(embedding.weight))
-        self.norm = RMSNorm(model.dim, model.norm_eps, gain)
+        self.norm = RMSNorm(model.dim, model.norm_eps)
         self.choices = [SOFTCAP_CROSS_ENTROPY.choose(model.impl.softcap_cross_entropy, setting)]
 
     def logits(self, hidden_BTD: torch.Tensor) -> torch.Tensor:

@@ -13,11 +13,11 @@ def rms_norm(x: torch.Tensor, eps: float, weight: torch.Tensor | None = None) ->
 
 
 class RMSNorm(torch.nn.Module):
-    """Learnt gain, starting at `gain`."""
+    """Learnt gain, starting at one."""
 
-    def __init__(self, dim: int, eps: float, gain: float = 1.0):
+    def __init__(self, dim: int, eps: float):
         super().__init__()
-        self.weight = torch.nn.Parameter(torch.full((dim,), gain))
+        self.weight = torch.nn.Parameter(torch.ones(dim))
         self.eps = eps
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
