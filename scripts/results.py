@@ -82,6 +82,8 @@ def results_page(records: list[dict]) -> str:
         page += f"\n## {r['name']}\n\n{r['description']}\n\n    {r['command']}\n\n{r['date']}; {versions}."
         page += f" Best validation at step {r['best_step']:,}: {r['best_val_bpb']:.4f} bits per byte,"
         page += f" {r['best_val_nll_per_token']:.4f} nats a token.\n"
+        if "note" in r:
+            page += f"\n{r['note']}\n"
     return page
 
 

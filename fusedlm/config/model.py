@@ -108,6 +108,7 @@ class ModelConfig(Config):
     norm_eps: PositiveFloat = 1e-6
     dropout: float = Field(0.0, ge=0, lt=1)  # on each residual branch and on the embedding, while training
     embedding_std: PositiveFloat | None = None  # None: 0.02, with tied embeddings at most 2 / dim
+    embedding_rms: PositiveFloat | None = 1.0  # of the embedding as it enters the first block; None: embedding_std
     vocab_multiple: PositiveInt = 64  # rows of the embedding are padded to this; padding is never predicted
     impl: ImplConfig = ImplConfig()
 
@@ -133,6 +134,11 @@ class ModelConfig(Config):
         if self.embedding_std is not None:
             return self.embedding_std
         return min(0.02, 2 / self.dim) if self.tie_embeddings else 0.02
+
+    @property
+    def embedding_scale(self) -> float:
+        """Factor on the embedding as it enters the first block."""
+        return 1.0 if self.embedding_rms is None else self.embedding_rms / self.initial_embedding_std
 
     def layer_blocks(self) -> list[str]:
         """The block name of each layer, first to last."""

@@ -44,7 +44,6 @@ class Decoder(torch.nn.Module):
         rows = -(-vocab_size // config.vocab_multiple) * config.vocab_multiple
         self.embedding = torch.nn.Embedding(rows, config.dim)
         torch.nn.init.normal_(self.embedding.weight, std=config.initial_embedding_std)
-        self.embedding_scale = 1 / config.initial_embedding_std
         self.dropout = torch.nn.Dropout(config.dropout)
         self.layer_names = config.layer_blocks()
         self.blocks = torch.nn.ModuleList(Block(config.blocks[name], config, setting) for name in self.layer_names)
@@ -85,7 +84,7 @@ class Decoder(torch.nn.Module):
         """(B, T, dim) before the head; arguments as in `forward`."""
         self._check(tokens, documents, state)
         context = self._context(tokens, documents, state)
-        x = self.embedding(tokens) * self.embedding_scale  # the residual stream starts with a mean square of one
+        x = self.embedding(tokens) * self.config.embedding_scale
         if torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))  # a float32 residual stream would double its traffic
         x = self.dropout(x)

@@ -15,7 +15,7 @@ def _gradients(model, run_block, run_head, tokens, documents):
     """Loss and gradients with the given ways to call a block and the head."""
     model.zero_grad()
     context = model._context(tokens, documents, None)
-    x = model.embedding(tokens) * model.embedding_scale
+    x = model.embedding(tokens) * model.config.embedding_scale
     first, second = model.blocks
     x = second(run_block(first)(x, context), context)
     loss = run_head(model.head)(x.flatten(0, 1), tokens.roll(-1, 1).flatten()).sum()
