@@ -19,7 +19,7 @@ LAYERS = [
     ["evaluate", "generate"],
     ["data", "model", "optim"],
     ["nn"],
-    ["ops"],
+    ["files", "ops"],
 ]
 READ_BY_ALL = "config"
 FOR_TESTS = "testing"

@@ -7,6 +7,8 @@ import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from fusedlm.files import sync
+
 
 @contextlib.contextmanager
 def exclusive(target: Path, waiting: Callable[[], None]) -> Iterator[None]:
@@ -39,13 +41,13 @@ def staged(target: Path) -> Iterator[Path]:
     try:
         yield temporary
         for path in temporary.iterdir():
-            _sync(path)
-        _sync(temporary)
+            sync(path)
+        sync(temporary)
         os.rename(temporary, target)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
-    _sync(target.parent)
+    sync(target.parent)
 
 
 def clean_remains(target: Path) -> None:
@@ -68,11 +70,3 @@ def _temporary_path(target: Path) -> Path:
 
 def _lock_path(target: Path) -> Path:
     return target.with_name(f".{target.name}.lock")
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -8,11 +8,11 @@ import numpy as np
 import yaml
 
 from fusedlm import __version__
+from fusedlm.files import write_atomic
 from fusedlm.report.history import History, median, read_history
 from fusedlm.report.page import Page, render
 from fusedlm.report.plots import draw_plots
 from fusedlm.report.units import count, duration, memory, percent
-from fusedlm.train.files import write_atomic
 
 
 def write_report(run_dir: Path) -> Path:

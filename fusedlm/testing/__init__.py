@@ -1,6 +1,6 @@
 """Helpers for numerical tests: error ratios, random weights, a small model of any part."""
 
 from fusedlm.testing.compare import assert_close, error_ratio
-from fusedlm.testing.models import FFN_CASES, MIXER_CASES, part_model, randomise_
+from fusedlm.testing.models import FFN_CASES, MIXER_CASES, every_mixer_config, part_model, randomise_
 
-__all__ = ["FFN_CASES", "MIXER_CASES", "assert_close", "error_ratio", "part_model", "randomise_"]
+__all__ = ["FFN_CASES", "MIXER_CASES", "assert_close", "error_ratio", "every_mixer_config", "part_model", "randomise_"]

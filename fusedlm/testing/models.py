@@ -1,8 +1,10 @@
 """Small models of every part there is, for the laws. A mixer or feed-forward without a case here fails a test."""
 
 import torch
+import yaml
 
 from fusedlm.config import parse_recipe
+from fusedlm.config.model import BlockConfig, ModelConfig
 from fusedlm.model import Decoder, build_model
 
 MIXER_CASES = {
@@ -40,6 +42,23 @@ train: {{steps: 1, seq_len: 8, batch_size: 1}}
 """
     )
     return build_model(recipe.model, vocab_size=vocab_size)
+
+
+def every_mixer_config(**changes) -> ModelConfig:
+    """Four layers of width 32: attention with grouped queries, gdn, attention with a window, mla."""
+    blocks = {
+        "a": "{mixer: {type: attention, n_heads: 2, n_kv_heads: 1}, ffn: {type: swiglu, hidden: 32}}",
+        "g": "{mixer: {type: gdn, n_heads: 2, chunk_size: 16}, ffn: {type: relu2, hidden: 32}}",
+        "w": "{mixer: {type: attention, n_heads: 2, window: 9}, ffn: {type: relu2, hidden: 32}}",
+        "m": "{mixer: {type: mla, n_heads: 2, kv_rank: 8, rope_dim: 8}, ffn: {type: swiglu, hidden: 32}}",
+    }
+    return ModelConfig(
+        dim=32,
+        n_layers=4,
+        pattern="".join(blocks),
+        blocks={name: BlockConfig.model_validate(yaml.safe_load(block)) for name, block in blocks.items()},
+        **changes,
+    )
 
 
 def randomise_(model: torch.nn.Module, scale: float = 0.2, seed: int = 0) -> torch.nn.Module:

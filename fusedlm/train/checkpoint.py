@@ -11,7 +11,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from fusedlm.train.files import sync
+from fusedlm.files import sync
 
 MANIFEST = "manifest.json"
 _FORMAT = 1

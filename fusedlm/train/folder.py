@@ -5,8 +5,8 @@ import json
 from pathlib import Path
 
 from fusedlm.config import Recipe, dump_recipe, load_recipe
+from fusedlm.files import write_atomic
 from fusedlm.train.checkpoint import Checkpoints
-from fusedlm.train.files import write_atomic
 
 RECIPE, ENVIRONMENT, METRICS = "recipe.yaml", "environment.json", "metrics.jsonl"
 CHECKPOINTS, LOCK = "checkpoints", ".lock"

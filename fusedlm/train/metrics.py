@@ -6,7 +6,7 @@ import math
 import os
 from pathlib import Path
 
-from fusedlm.train.files import write_atomic
+from fusedlm.files import write_atomic
 
 
 def read_metrics(path: Path) -> tuple[list[dict], list[int]]:

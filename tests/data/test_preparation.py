@@ -308,7 +308,7 @@ def test_a_folder_that_cannot_be_made(corpus):
         "fusedlm.data.shards.ShardWriter._finish",
         "fusedlm.data.tokenizer.Tokenizer.save",
         "fusedlm.data.shards._manifest_checksum",
-        "fusedlm.data.staging._sync",
+        "fusedlm.data.staging.sync",
         "fusedlm.data.staging.os.rename",
     ],
 )

@@ -4,34 +4,14 @@ import numpy as np
 import pytest
 import torch
 
-from fusedlm.config.model import ModelConfig
 from fusedlm.data.tokenizer import ByteTokenizer, train_bpe
 from fusedlm.evaluate import score_documents, text_documents
 from fusedlm.model import build_model
+from fusedlm.testing import every_mixer_config
 
 TEXT = "Fellow citizens — naïve or not: 日本語, 🙂.\r\n  The union of these States;\n\nthe union, the states.\t" * 3
 CPU = {"device": "cpu", "dtype": torch.float32}
-CONFIG = ModelConfig.model_validate(
-    {
-        "dim": 32,
-        "n_layers": 4,
-        "pattern": "agwm",
-        "blocks": {
-            "a": {
-                "mixer": {"type": "attention", "n_heads": 2, "n_kv_heads": 1},
-                "ffn": {"type": "swiglu", "hidden": 32},
-            },
-            "g": {"mixer": {"type": "gdn", "n_heads": 2, "chunk_size": 16}, "ffn": {"type": "relu2", "hidden": 32}},
-            "w": {"mixer": {"type": "attention", "n_heads": 2, "window": 9}, "ffn": {"type": "relu2", "hidden": 32}},
-            "m": {
-                "mixer": {"type": "mla", "n_heads": 2, "kv_rank": 8, "rope_dim": 8},
-                "ffn": {"type": "swiglu", "hidden": 32},
-            },
-        },
-        "logit_softcap": 15.0,
-        "dropout": 0.5,
-    }
-)
+CONFIG = every_mixer_config(logit_softcap=15.0, dropout=0.5)
 
 
 @pytest.fixture(scope="module", params=["bytes", "bpe"])
