@@ -13,11 +13,12 @@ _RECIPE = """
 name: tiny
 model:
   dim: 16
-  n_layers: 2
-  pattern: ga
+  n_layers: 3
+  pattern: gam
   blocks:
     g: {mixer: {type: gdn, n_heads: 2, chunk_size: 8}, ffn: {type: relu2, hidden: 32}}
     a: {mixer: {type: attention, n_heads: 2}, ffn: {type: swiglu, hidden: 32}}
+    m: {mixer: {type: mla, n_heads: 2, kv_rank: 8, rope_dim: 4}, ffn: {type: swiglu, hidden: 32}}
   dropout: 0.1
 train:
   steps: 12

@@ -1,0 +1,83 @@
+"""Kill a run again and again, resume it, and compare its losses with a run that was left alone, bit for bit.
+
+    python scripts/resume_check.py recipes/demo.yaml [key=value ...] [--steps 60] [--kills 5] [--seed 0]
+
+The kills are SIGKILL: all but the last after a random number of seconds, the last while a checkpoint is being written.
+Exit code 0 when every recorded loss, gradient norm and validation agrees exactly, 1 when one differs.
+"""
+
+import argparse
+import json
+import random
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+TIMINGS = {"tokens_per_second", "mfu", "peak_memory_bytes", "loader_wait_seconds", "step_seconds"}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("recipe")
+    parser.add_argument("overrides", nargs="*")
+    parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--kills", type=int, default=5)
+    parser.add_argument("--seed", type=int, default=0)
+    arguments = parser.parse_intermixed_args()
+    draw = random.Random(arguments.seed)
+    with tempfile.TemporaryDirectory() as folder:
+        straight, killed = Path(folder, "straight"), Path(folder, "killed")
+        command = [sys.executable, "-c", "from fusedlm.cli import main; main()", "train", arguments.recipe]
+        command += [*arguments.overrides, f"train.steps={arguments.steps}", f"data.dir={folder}/prepared"]
+        started = time.monotonic()
+        subprocess.run([*command, "--out", str(straight)], check=True, stdout=subprocess.DEVNULL)
+        whole = time.monotonic() - started
+        for kill in range(arguments.kills):
+            process = subprocess.Popen([*command, "--out", str(killed), "--resume"], stdout=subprocess.DEVNULL)
+            if kill == arguments.kills - 1:
+                moment = "while writing a checkpoint"
+                _wait_until(lambda: any(killed.glob("checkpoints/step-*.tmp")), process)
+            else:
+                seconds = draw.uniform(0.1, 0.5) * whole
+                moment = f"after {seconds:.1f} s"
+                time.sleep(seconds)
+            process.kill()
+            process.wait()
+            last = (_records(killed) or [{"step": 0}])[-1]["step"]
+            half_written = [path.name for path in killed.glob("checkpoints/step-*.tmp")]
+            print(f"kill {kill + 1} {moment}: last recorded step {last}, half-written: {half_written or 'none'}")
+        subprocess.run([*command, "--out", str(killed), "--resume"], check=True, stdout=subprocess.DEVNULL)
+        return _compare(_records(straight), _records(killed))
+
+
+def _wait_until(condition, process) -> None:
+    while not condition():
+        if process.poll() is not None:
+            raise SystemExit("the run ended before a checkpoint was seen being written; raise --steps")
+
+
+def _records(run: Path) -> list[dict]:
+    """The metrics without timings; a line cut off by a kill is left out."""
+    path, records = run / "metrics.jsonl", []
+    for line in path.read_text().splitlines() if path.exists() else []:
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError:
+            continue
+        records.append({key: value for key, value in record.items() if key not in TIMINGS})
+    return records
+
+
+def _compare(straight: list[dict], killed: list[dict]) -> int:
+    if straight == killed:
+        print(f"identical: {len(straight)} records, final loss {straight[-2]['loss']!r}")
+        return 0
+    first = next((a for a, b in zip(straight, killed, strict=False) if a != b), None)
+    print(f"DIFFERENT: {len(straight)} and {len(killed)} records, first difference: {first}")
+    return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
