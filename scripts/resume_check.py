@@ -2,7 +2,7 @@
 
     python scripts/resume_check.py recipes/demo.yaml [key=value ...] [--steps 60] [--kills 5] [--seed 0]
 
-The kills are SIGKILL: all but the last after a random number of seconds, the last while a checkpoint is being written.
+The kills are SIGKILL at random steps, one of them while a checkpoint is being written.
 Exit code 0 when every recorded loss, gradient norm and validation agrees exactly, 1 when one differs.
 """
 
@@ -31,23 +31,20 @@ def main() -> int:
         straight, killed = Path(folder, "straight"), Path(folder, "killed")
         command = [sys.executable, "-c", "from fusedlm.cli import main; main()", "train", arguments.recipe]
         command += [*arguments.overrides, f"train.steps={arguments.steps}", f"data.dir={folder}/prepared"]
-        started = time.monotonic()
         subprocess.run([*command, "--out", str(straight)], check=True, stdout=subprocess.DEVNULL)
-        whole = time.monotonic() - started
-        for kill in range(arguments.kills):
+        moments = sorted(draw.sample(range(1, arguments.steps), arguments.kills))
+        in_checkpoint = arguments.kills // 2
+        for kill, step in enumerate(moments):
             process = subprocess.Popen([*command, "--out", str(killed), "--resume"], stdout=subprocess.DEVNULL)
-            if kill == arguments.kills - 1:
-                moment = "while writing a checkpoint"
+            if kill == in_checkpoint:
                 _wait_until(lambda: any(killed.glob("checkpoints/step-*.tmp")), process)
             else:
-                seconds = draw.uniform(0.1, 0.5) * whole
-                moment = f"after {seconds:.1f} s"
-                time.sleep(seconds)
+                _wait_until(lambda step=step: _last_step(killed) >= step, process)
+                time.sleep(draw.uniform(0, 0.2))
             process.kill()
             process.wait()
-            last = (_records(killed) or [{"step": 0}])[-1]["step"]
-            half_written = [path.name for path in killed.glob("checkpoints/step-*.tmp")]
-            print(f"kill {kill + 1} {moment}: last recorded step {last}, half-written: {half_written or 'none'}")
+            half_written = ", ".join(path.name for path in killed.glob("checkpoints/step-*.tmp"))
+            print(f"kill {kill + 1}: last recorded step {_last_step(killed)}, half-written: {half_written or 'none'}")
         subprocess.run([*command, "--out", str(killed), "--resume"], check=True, stdout=subprocess.DEVNULL)
         return _compare(_records(straight), _records(killed))
 
@@ -55,7 +52,11 @@ def main() -> int:
 def _wait_until(condition, process) -> None:
     while not condition():
         if process.poll() is not None:
-            raise SystemExit("the run ended before a checkpoint was seen being written; raise --steps")
+            raise SystemExit("the run ended before the moment to kill it came; raise --steps or lower --kills")
+
+
+def _last_step(run: Path) -> int:
+    return (_records(run) or [{"step": 0}])[-1]["step"]
 
 
 def _records(run: Path) -> list[dict]:
