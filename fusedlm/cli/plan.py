@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from fusedlm.cli.common import OverridesArgument, RecipeArgument, number
+from fusedlm.cli.common import OverridesArgument, RecipeArgument, number, whole_number
 
 H100_BF16_FLOPS = 989e12  # dense bfloat16, NVIDIA's data sheet
 _LENGTHS = (1024, 8192, 65536)
@@ -20,19 +20,31 @@ def plan(
     device_flops: Annotated[
         float, typer.Option(parser=number, metavar="F", help="Peak FLOP/s of the device.")
     ] = H100_BF16_FLOPS,
+    vocab_size: Annotated[
+        int | None,
+        typer.Option(
+            parser=whole_number,
+            metavar="N",
+            help="Vocabulary (default: that of the recipe's tokenizer).",
+            show_default=False,
+        ),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")] = False,
 ) -> None:
     """Print parameters, training FLOPs, memory, decoding state and time of RECIPE; trains nothing."""
     from fusedlm.config import load_recipe
 
-    estimate = make_plan(load_recipe(recipe, overrides or []), mfu=mfu, device_flops=device_flops)
+    config = load_recipe(recipe, overrides or [])
+    estimate = make_plan(config, mfu=mfu, device_flops=device_flops, vocab_size=vocab_size)
     if as_json:
         print(json.dumps(estimate))
     else:
         print_plan(estimate)
 
 
-def make_plan(recipe, *, mfu: float = 0.45, device_flops: float = H100_BF16_FLOPS) -> dict:
+def make_plan(
+    recipe, *, mfu: float = 0.45, device_flops: float = H100_BF16_FLOPS, vocab_size: int | None = None
+) -> dict:
     """The costs of a recipe as plain numbers: parameters, FLOPs, bytes, tokens, seconds.
 
     Raises:
@@ -48,7 +60,8 @@ def make_plan(recipe, *, mfu: float = 0.45, device_flops: float = H100_BF16_FLOP
         raise ValueError(f"--mfu {mfu} is not above 0 and up to 1")
     if not 0 < device_flops < float("inf"):
         raise ValueError(f"--device-flops {device_flops} is not a positive number of FLOP/s")
-    vocab_size = planned_vocab_size(recipe.data.tokenizer)
+    if vocab_size is None:
+        vocab_size = planned_vocab_size(recipe.data.tokenizer)
     model = build_model(recipe.model, vocab_size=vocab_size, device="meta")
     parameters = count_parameters(model)
     train = recipe.train
@@ -91,7 +104,7 @@ def planned_vocab_size(tokenizer) -> int:
     try:
         return Tokenizer.from_file(tokenizer.path).get_vocab_size()
     except Exception as error:  # tokenizers raises plain Exception for whatever is wrong with the file
-        raise ValueError(f"data.tokenizer.path={tokenizer.path}: {error}") from None
+        raise ValueError(f"data.tokenizer.path={tokenizer.path}: {error}; to plan without it: --vocab-size N") from None
 
 
 def print_plan(estimate: dict) -> None:

@@ -5,7 +5,7 @@ import torch
 from fusedlm.config.model import ModelConfig
 from fusedlm.model.precision import resolve_dtype
 from fusedlm.nn.block import Block
-from fusedlm.nn.context import Context, document_positions, varlen_boundaries
+from fusedlm.nn.context import Context, document_positions, row_boundaries, varlen_boundaries
 from fusedlm.nn.lm_head import LMHead
 from fusedlm.ops.common import Choice, Setting
 
@@ -125,18 +125,14 @@ class Decoder(torch.nn.Module):
             if n_past:
                 positions = state.next_position_B[:, None] + positions
         context = Context(positions.expand(batch, -1) if packed else positions[:1], packed, n_past)
-        if packed and n_past == 0 and self.needs_boundaries:
-            context.boundaries = varlen_boundaries(context.positions_BT)
-        elif self.needs_boundaries and n_past == 0:
-            context.boundaries = self._row_boundaries(batch, n_tokens, tokens.device)
+        if self.needs_boundaries and n_past == 0:
+            if packed:
+                context.boundaries = varlen_boundaries(context.positions_BT)
+            else:  # for windows; known without asking the device
+                context.boundaries = row_boundaries(batch, n_tokens, tokens.device)
         wide = torch.promote_types(self.embedding.weight.dtype, torch.float32)
         context.add_rope(self.rope_specs, wide)
         return context
-
-    @staticmethod
-    def _row_boundaries(batch: int, n_tokens: int, device) -> tuple[torch.Tensor, int]:
-        """Every row one document, for windows."""
-        return torch.arange(0, (batch + 1) * n_tokens, n_tokens, dtype=torch.int32, device=device), n_tokens
 
     @staticmethod
     def _advance(state: State, context: Context, tokens, documents) -> None:

@@ -58,3 +58,9 @@ def varlen_boundaries(positions_BT: torch.Tensor) -> tuple[torch.Tensor, int]:
     cumulative = torch.full((-(-(starts.numel() + 1) // 64) * 64,), positions_BT.numel(), device=positions_BT.device)
     cumulative[: starts.numel()] = starts
     return cumulative.to(torch.int32), positions_BT.shape[1]
+
+
+def row_boundaries(batch_size: int, n_tokens: int, device: torch.device) -> tuple[torch.Tensor, int]:
+    """The same when every row is one document."""
+    end = batch_size * n_tokens
+    return torch.arange(0, end + 1, n_tokens, dtype=torch.int32, device=device), n_tokens

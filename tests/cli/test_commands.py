@@ -150,3 +150,10 @@ def _held_out_bytes(workspace: Path) -> int:
     from fusedlm.data import prepare
 
     return prepare(load_recipe(workspace / "small.yaml").data).validation.n_bytes
+
+
+def test_plan_without_the_tokenizer(workspace: Path, fusedlm):
+    missing = "data.tokenizer={type: file, path: none.json}"
+    outcome = fusedlm("plan", "small.yaml", missing, "--vocab-size", 1000, "--json")
+    assert json.loads(outcome.out)["vocab_size"] == 1000
+    assert "--vocab-size" in fusedlm("plan", "small.yaml", missing).err

@@ -1,6 +1,6 @@
 import torch
 
-from fusedlm.nn.context import document_positions, varlen_boundaries
+from fusedlm.nn.context import document_positions, row_boundaries, varlen_boundaries
 
 
 def test_positions_restart_where_the_number_changes():
@@ -19,3 +19,8 @@ def test_boundaries_cover_all_rows():
     cumulative, longest = varlen_boundaries(positions)
     assert cumulative.dtype == torch.int32 and cumulative.shape == (64,) and longest == 4
     assert cumulative[:5].tolist() == [0, 2, 4, 7, 8] and (cumulative[4:] == 8).all()
+
+
+def test_boundaries_of_whole_rows():
+    cumulative, longest = row_boundaries(3, 5, torch.device("cpu"))
+    assert cumulative.tolist() == [0, 5, 10, 15] and cumulative.dtype == torch.int32 and longest == 5
