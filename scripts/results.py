@@ -78,7 +78,7 @@ def results_page(records: list[dict]) -> str:
         lines.append(f"| {' | '.join(cells)} |")
     page = HEADER + "\n".join(lines) + "\n"
     for r in records:
-        versions = ", ".join(f"{name} {version}" for name, version in r["versions"].items())
+        versions = ", ".join(f"{name} {version}" for name, version in r["versions"].items() if version)
         page += f"\n## {r['name']}\n\n{r['description']}\n\n    {r['command']}\n\n{r['date']}; {versions}."
         page += f" Best validation at step {r['best_step']:,}: {r['best_val_bpb']:.4f} bits per byte,"
         page += f" {r['best_val_nll_per_token']:.4f} nats a token.\n"
