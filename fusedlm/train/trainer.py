@@ -147,15 +147,21 @@ class Trainer:
     def _step(self, batch, loader: Loader) -> None:
         scale = schedule_scale(self.settings.schedule, self.progress.step, self.settings.steps)
         lr = self.settings.optimizer.lr * scale
-        result = train_step(
-            self.model,
-            self.optimizer,
-            batch,
-            lr=lr,
-            micro_batch_size=self.micro_batch_size,
-            grad_clip=self.settings.grad_clip,
-            autocast=partial(autocast, self.device, self.dtype),
-        )
+        try:
+            result = train_step(
+                self.model,
+                self.optimizer,
+                batch,
+                lr=lr,
+                micro_batch_size=self.micro_batch_size,
+                grad_clip=self.settings.grad_clip,
+                autocast=partial(autocast, self.device, self.dtype),
+            )
+        except torch.OutOfMemoryError:
+            raise ValueError(
+                f"the GPU's memory does not hold a micro-batch of {self.micro_batch_size} x {self.settings.seq_len} "
+                "tokens; lower train.micro_batch_size (the batch stays what it is)"
+            ) from None
         progress = self.progress
         progress.step += 1
         progress.next_sample = batch.next_sample

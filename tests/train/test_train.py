@@ -215,3 +215,12 @@ def test_a_seed_decides_the_initial_weights_whatever_was_drawn_before(tmp_path):
         torch.rand(7)
         train(tiny_recipe(tmp_path, *common, f"train.seed={seed}"), tmp_path / name)
     assert losses(tmp_path / "one") == losses(tmp_path / "two") != losses(tmp_path / "other")
+
+
+def test_out_of_memory_names_the_way_out(tmp_path, monkeypatch):
+    def exhausted(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    monkeypatch.setattr(trainer, "train_step", exhausted)
+    with pytest.raises(ValueError, match="micro-batch of 2 x 16 tokens; lower train.micro_batch_size"):
+        train(tiny_recipe(tmp_path), tmp_path / "run")
