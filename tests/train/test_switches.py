@@ -1,0 +1,86 @@
+"""Every switch of a recipe does something: turning it changes the losses of a run, or what is called."""
+
+import pytest
+import torch
+
+from fusedlm.train import train
+from tests.train.runs import losses, tiny_recipe
+
+BASE = ["train.steps=3", "train.eval_every=0", "train.checkpoint_every=0", "train.ema=null"]
+
+
+@pytest.fixture(scope="module")
+def base_losses(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("switches")
+    train(tiny_recipe(folder, *BASE), folder / "run")
+    return losses(folder / "run")
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "model.dropout=0",
+        "model.tie_embeddings=false",
+        "model.logit_softcap=1.0",
+        "model.embedding_std=0.1",
+        "model.embedding_rms=null",
+        "model.norm_eps=0.1",
+        "model.blocks.a.mixer.qk_norm=false",
+        "model.blocks.a.mixer.rope_dim=2",
+        "model.blocks.a.mixer.rope_base=10",
+        "model.blocks.a.mixer.n_kv_heads=1",
+        "model.blocks.a.mixer.window=2",
+        "model.blocks.m.mixer.q_rank=4",
+        "model.blocks.m.mixer.n_kv_groups=1",
+        "model.blocks.m.mixer.rope_dim=0",
+        "model.blocks.g.mixer.conv_size=1",
+        "model.blocks.g.mixer.value_head_dim=4",
+        "model.blocks.g.ffn.slope=0.5",
+        "data.document_mask=false",
+        "data.tokenizer={type: bpe, vocab_size: 280}",
+        "data.split.fraction=0.5",
+        "train.seed=1",
+        "train.grad_clip=0.01",
+        "train.optimizer.lr=0.02",
+        "train.optimizer.beta1=0.5",
+        "train.optimizer.beta2=0.5",
+        "train.optimizer.eps=0.1",
+        "train.optimizer.weight_decay=5.0",
+        "train.schedule={type: cosine, warmup: 0.9}",
+        "train.dtype=bfloat16",
+    ],
+)
+def test_changes_the_losses(base_losses, tmp_path, override):
+    train(tiny_recipe(tmp_path, *BASE, override), tmp_path / "run")
+    changed = losses(tmp_path / "run")
+    assert len(changed) == 3 and changed != base_losses
+
+
+def test_the_same_recipe_gives_the_same_losses(base_losses, tmp_path):
+    """Without this the test above could not fail."""
+    train(tiny_recipe(tmp_path, *BASE), tmp_path / "run")
+    assert losses(tmp_path / "run") == base_losses
+
+
+@pytest.mark.parametrize("wanted", [True, False])
+def test_compile_compiles_every_block_and_the_head(tmp_path, monkeypatch, wanted):
+    compiled = []
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **options: compiled.append((self, options)))
+    train(tiny_recipe(tmp_path, *BASE, f"train.compile={str(wanted).lower()}"), tmp_path / "run")
+    names = sorted(type(module).__name__ for module, _ in compiled)
+    assert names == (["Block", "Block", "Block", "LMHead"] if wanted else [])
+    assert all(options == {"fullgraph": True} for _, options in compiled)
+
+
+def test_deterministic_is_on_during_the_run_and_off_after_it(tmp_path, monkeypatch):
+    from fusedlm.train import trainer
+
+    seen, train_step = [], trainer.train_step
+
+    def spy(*arguments, **options):
+        seen.append(torch.are_deterministic_algorithms_enabled())
+        return train_step(*arguments, **options)
+
+    monkeypatch.setattr(trainer, "train_step", spy)
+    train(tiny_recipe(tmp_path, *BASE, "train.deterministic=true"), tmp_path / "run")
+    assert seen == [True, True, True] and not torch.are_deterministic_algorithms_enabled()
