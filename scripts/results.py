@@ -1,6 +1,6 @@
 """Write docs/results.md and the table of README.md from the records in benchmarks/results.
 
-A record is what benchmarks/record_run.py makes of a finished run. Numbers are copied, never typed.
+A record is what benchmarks/record_run.py makes of a finished run; its note says so where it was made otherwise.
 """
 
 import json
@@ -13,7 +13,11 @@ BEGIN, END = "<!-- results -->\n", "<!-- end of results -->\n"
 HEADLINES = [
     ("demo", "held-out bits per byte", lambda r: f"{r['val_bpb']:.3f}"),
     # A token is a byte there, and the text is ASCII: nats a token are nats a character.
-    ("shakespeare", "validation loss, nats a character", lambda r: f"{r['best_val_nll_per_token']:.4f}"),
+    (
+        "shakespeare",
+        "lowest validation loss, nats a character (the recipe was chosen by it)",
+        lambda r: f"{r['best_val_nll_per_token']:.4f}",
+    ),
     ("gpt-350m", "model-FLOPs utilisation", lambda r: f"{r['mfu']:.1%}"),
     ("hybrid-350m", "model-FLOPs utilisation", lambda r: f"{r['mfu']:.1%}"),
 ]
@@ -33,8 +37,9 @@ COLUMNS = [
 HEADER = """# Results
 
 Written by `python scripts/results.py` from the records in benchmarks/results, which `python benchmarks/record_run.py`
-makes of finished runs. Rates are medians over the steps after the first tenth. Utilisation is counted as decisions.md
-says. Bits per byte are on the recipe's own held-out text, so they compare where that text is the same.
+makes of finished runs, or whose note says how else they were made. Rates are medians over the steps after the first
+tenth. Utilisation is counted as decisions.md says. Bits per byte are on the recipe's own held-out text, so they compare
+where that text is the same.
 
 """
 

