@@ -14,6 +14,8 @@ from pathlib import Path
 # From the top: a package imports packages of lower layers only.
 LAYERS = [
     ["cli"],
+    ["compare"],
+    ["probes"],
     ["report"],
     ["train"],
     ["evaluate", "generate"],

@@ -46,7 +46,9 @@ class Decoder(torch.nn.Module):
         torch.nn.init.normal_(self.embedding.weight, std=config.initial_embedding_std)
         self.dropout = torch.nn.Dropout(config.dropout)
         self.layer_names = config.layer_blocks()
-        self.blocks = torch.nn.ModuleList(Block(config.blocks[name], config, setting) for name in self.layer_names)
+        self.blocks = torch.nn.ModuleList(
+            Block(config.blocks[name], config, setting, layer) for layer, name in enumerate(self.layer_names)
+        )
         self.head = LMHead(config, self.embedding, vocab_size, setting)
         self.rope_specs = set().union(*(block.mixer.rope_specs() for block in self.blocks))
         self.needs_boundaries = any(

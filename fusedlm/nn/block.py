@@ -13,10 +13,10 @@ from fusedlm.ops.common import Setting
 class Block(torch.nn.Module):
     """x + mixer(norm(x)), then x + ffn(norm(x))."""
 
-    def __init__(self, config: BlockConfig, model: ModelConfig, setting: Setting):
+    def __init__(self, config: BlockConfig, model: ModelConfig, setting: Setting, layer: int):
         super().__init__()
         self.mixer_norm = RMSNorm(model.dim, model.norm_eps)
-        self.mixer = MIXERS[config.mixer.type](config.mixer, model, setting)
+        self.mixer = MIXERS[config.mixer.type](config.mixer, model, setting, layer)
         self.ffn_norm = RMSNorm(model.dim, model.norm_eps)
         self.ffn = FFNS[config.ffn.type](config.ffn, model)
         self.dropout = torch.nn.Dropout(model.dropout)

@@ -3,7 +3,8 @@
 import torch
 import torch.nn.functional as F
 
-from fusedlm.config.model import ModelConfig, ReLU2Config
+from fusedlm.config.ffn import ReLU2Config
+from fusedlm.config.model import ModelConfig
 from fusedlm.nn.linear import Linear
 
 

@@ -3,7 +3,8 @@
 import torch
 import torch.nn.functional as F
 
-from fusedlm.config.model import ModelConfig, SwiGLUConfig
+from fusedlm.config.ffn import SwiGLUConfig
+from fusedlm.config.model import ModelConfig
 from fusedlm.nn.linear import Linear
 
 

@@ -1,4 +1,5 @@
-"""Sequence mixers by name. All share one protocol:
+"""Sequence mixers by name. All are built from (config, model config, setting,
+index of the layer from 0) and share one protocol:
 
 `forward(x_BTD, context, state=None) -> y_BTD`; with a state from `init_state(batch_size, max_tokens)` the tokens are
 appended to those seen before, any number at a time, and the state is updated in place. `state_bytes(n_tokens, dtype)`

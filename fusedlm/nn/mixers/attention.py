@@ -2,7 +2,8 @@
 
 import torch
 
-from fusedlm.config.model import AttentionConfig, ModelConfig
+from fusedlm.config.mixers import AttentionConfig
+from fusedlm.config.model import ModelConfig
 from fusedlm.nn.cache import TokenCache, cached_tokens
 from fusedlm.nn.context import Context
 from fusedlm.nn.linear import Linear
@@ -17,7 +18,7 @@ Q_GAIN = 1.5  # start of the learnt gain on normalised queries: unit vectors alo
 
 
 class Attention(torch.nn.Module):
-    def __init__(self, config: AttentionConfig, model: ModelConfig, setting: Setting):
+    def __init__(self, config: AttentionConfig, model: ModelConfig, setting: Setting, layer: int):
         super().__init__()
         self.n_heads = config.n_heads
         self.n_kv_heads = config.n_kv_heads or config.n_heads

@@ -5,7 +5,8 @@ import math
 import torch
 import torch.nn.functional as F
 
-from fusedlm.config.model import GDNConfig, ModelConfig
+from fusedlm.config.mixers import GDNConfig
+from fusedlm.config.model import ModelConfig
 from fusedlm.nn.context import Context
 from fusedlm.nn.conv import ShortConv
 from fusedlm.nn.linear import Linear
@@ -26,7 +27,7 @@ class GDNState:
 
 
 class GatedDeltaNet(torch.nn.Module):
-    def __init__(self, config: GDNConfig, model: ModelConfig, setting: Setting):
+    def __init__(self, config: GDNConfig, model: ModelConfig, setting: Setting, layer: int):
         super().__init__()
         self.n_heads = config.n_heads
         self.key_dim = config.head_dim or model.dim // config.n_heads

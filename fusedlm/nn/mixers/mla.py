@@ -2,7 +2,8 @@
 
 import torch
 
-from fusedlm.config.model import MLAConfig, ModelConfig
+from fusedlm.config.mixers import MLAConfig
+from fusedlm.config.model import ModelConfig
 from fusedlm.nn.cache import TokenCache
 from fusedlm.nn.context import Context
 from fusedlm.nn.linear import Linear
@@ -21,7 +22,7 @@ class LatentAttention(torch.nn.Module):
     the latents themselves, which is the same function.
     """
 
-    def __init__(self, config: MLAConfig, model: ModelConfig, setting: Setting):
+    def __init__(self, config: MLAConfig, model: ModelConfig, setting: Setting, layer: int):
         super().__init__()
         self.n_heads = config.n_heads
         self.n_groups = config.n_kv_groups or config.n_heads
