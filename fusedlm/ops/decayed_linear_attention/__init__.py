@@ -1,0 +1,1 @@
+"""Linear attention with a scalar decay, chunked and recurrent."""

@@ -1,0 +1,1 @@
+"""A leaky running mean per channel, its gate known beforehand: a parallel scan."""

@@ -1,0 +1,46 @@
+"""h_t = (1 - g_t) h_{t-1} + u_t per channel in plain PyTorch, token by token and in blocks."""
+
+import torch
+
+
+def recurrent(keep_BTC, input_BTC, state_BC):
+    """One token after another: the definition, and what decoding runs. keep is 1 - g."""
+    outputs, state = [], state_BC
+    for keep, new in zip(keep_BTC.unbind(1), input_BTC.unbind(1), strict=True):
+        state = torch.addcmul(new, keep, state)
+        outputs.append(state)
+    return torch.stack(outputs, dim=1)
+
+
+def blocked(keep_BTC, input_BTC, state_BC, block_size=8):
+    """The same in O(T) work and block_size * log(T) sequential steps.
+
+    All blocks run through their tokens side by side, each from nothing, with the running product of keep; what enters
+    a block is again such a recurrence, over the blocks. Products of numbers up to one only: nothing is divided.
+    """
+    n_tokens = keep_BTC.shape[1]
+    if n_tokens <= block_size:
+        return recurrent(keep_BTC, input_BTC, state_BC)
+    pad = (0, 0, 0, -n_tokens % block_size)  # after the end, where it is cut off again
+    keep, new = (
+        torch.nn.functional.pad(x, pad).unflatten(1, (-1, block_size)).unbind(2) for x in (keep_BTC, input_BTC)
+    )
+    alone, product = [new[0]], [keep[0]]  # each (B, N, C)
+    for i in range(1, block_size):
+        alone.append(torch.addcmul(new[i], keep[i], alone[-1]))
+        product.append(keep[i] * product[-1])
+    ends = blocked(product[-1], alone[-1], state_BC, block_size)
+    entering = torch.cat([state_BC[:, None], ends[:, :-1]], dim=1)
+    states = torch.addcmul(torch.stack(alone, dim=2), torch.stack(product, dim=2), entering[:, :, None])
+    return states.flatten(1, 2)[:, :n_tokens]
+
+
+def gated_scan(gate_BTC, input_BTC, state_BC, reset_BT):
+    wide = torch.promote_types(input_BTC.dtype, torch.float32)
+    keep, new = 1 - gate_BTC.to(wide), input_BTC.to(wide)
+    if reset_BT is not None:
+        keep = keep.masked_fill(reset_BT[..., None], 0.0)
+    if state_BC is None:
+        state_BC = new.new_zeros(new.shape[0], new.shape[2])
+    states = blocked(keep, new, state_BC)
+    return states, states[:, -1].clone()  # a view would keep all the others alive
