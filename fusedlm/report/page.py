@@ -4,7 +4,7 @@ import base64
 from dataclasses import dataclass, field
 from html import escape
 
-from fusedlm.report.plots import Plot
+from fusedlm.report.style import Plot
 
 # Plots are drawn on white. Blending drops the white into the page, and in dark mode the inverted plot, hues turned
 # back, does the same with black.
@@ -73,35 +73,59 @@ _FOLDED_ROWS = 12
 
 
 def render(page: Page) -> str:
+    """The page of a run."""
+    body = [
+        key_figures(page.key_figures),
+        *(f"<p>{escape(note)}</p>" for note in page.notes),
+        figures(page.plots),
+        *_validation(page),
+        *section("Sample", f'<div class="sample">{escape(page.sample)}</div>' if page.sample else None),
+        *section("Environment", facts_table(page.environment)),
+        *section("Recipe", f"<pre>{escape(page.recipe)}</pre>" if page.recipe else None),
+    ]
+    return document(page.title, page.description, body, page.version)
+
+
+def document(title: str, description: str, body: list[str], version: str) -> str:
+    """A whole page around HTML parts; title and description are plain text."""
     parts = [
         "<!doctype html>",
         '<html lang="en">',
         "<head>",
         '<meta charset="utf-8">',
         '<meta name="viewport" content="width=device-width, initial-scale=1">',
-        f"<title>{escape(page.title)} – fusedlm</title>",
+        f"<title>{escape(title)} – fusedlm</title>",
         f"<style>{_STYLE}</style>",
         "</head>",
         "<body>",
-        f"<header><h1>{escape(page.title)}</h1>",
-        *([f"<p>{escape(page.description)}</p>"] if page.description else []),
+        f"<header><h1>{escape(title)}</h1>",
+        *([f"<p>{escape(description)}</p>"] if description else []),
         "</header>",
-        '<dl class="figures">',
-        *(_key_figure(*figure) for figure in page.key_figures),
-        "</dl>",
-        *(f"<p>{escape(note)}</p>" for note in page.notes),
-        '<div class="plots">',
-        *(_figure(plot) for plot in page.plots),
-        "</div>",
-        *_validation(page),
-        *_section("Sample", f'<div class="sample">{escape(page.sample)}</div>' if page.sample else None),
-        *_section("Environment", _environment(page.environment)),
-        *_section("Recipe", f"<pre>{escape(page.recipe)}</pre>" if page.recipe else None),
-        f"<footer>fusedlm {escape(page.version)}</footer>",
+        *body,
+        f"<footer>fusedlm {escape(version)}</footer>",
         "</body>",
         "</html>",
     ]
     return "\n".join(parts) + "\n"
+
+
+def key_figures(entries: list[tuple[str, str, str]]) -> str:
+    """The numbers at the head: (name, value, remark)."""
+    return "\n".join(['<dl class="figures">', *(_key_figure(*entry) for entry in entries), "</dl>"])
+
+
+def figures(plots: list[Plot]) -> str:
+    return "\n".join(['<div class="plots">', *(_figure(plot) for plot in plots), "</div>"])
+
+
+def numbers_table(head: tuple[str, ...], rows: list[tuple[str, ...]], *, bold_row: int | None = None) -> str:
+    """A table of plain text whose columns, but for names in the first, line up at the right."""
+    head_cells = "".join(f"<th>{escape(name)}</th>" for name in head)
+    body = [
+        f"<tr{' class=best' if i == bold_row else ''}>{''.join(f'<td>{escape(cell)}</td>' for cell in row)}</tr>"
+        for i, row in enumerate(rows)
+    ]
+    return f'<table class="numbers"><thead><tr>{head_cells}</tr></thead><tbody>{"".join(body)}</tbody></table>'
 
 
 def _key_figure(name: str, value: str, remark: str) -> str:
@@ -118,25 +142,27 @@ def _figure(plot: Plot) -> str:
     )
 
 
-def _section(title: str, content: str | None) -> list[str]:
-    return [f"<section><h2>{title}</h2>", content, "</section>"] if content else []
+def section(title: str, content: str | None) -> list[str]:
+    """A heading and its HTML; nothing when there is none."""
+    return [f"<section><h2>{escape(title)}</h2>", content, "</section>"] if content else []
 
 
 def _validation(page: Page) -> list[str]:
     if not page.validation:
         return []
-    head = "".join(f"<th>{name}</th>" for name in page.validation_head)
-    rows = [
-        f"<tr{' class=best' if i == page.best_row else ''}>{''.join(f'<td>{escape(cell)}</td>' for cell in row)}</tr>"
-        for i, row in enumerate(page.validation)
-    ]
-    table = f'<table class="numbers"><thead><tr>{head}</tr></thead><tbody>{"".join(rows)}</tbody></table>'
-    if len(rows) <= _FOLDED_ROWS:
-        return _section("Validations", table)
-    return [f"<details><summary><h2>All {len(rows)} validations</h2></summary>", table, "</details>"]
+    table = numbers_table(page.validation_head, page.validation, bold_row=page.best_row)
+    if len(page.validation) <= _FOLDED_ROWS:
+        return section("Validations", table)
+    return folded(f"All {len(page.validation)} validations", table)
 
 
-def _environment(rows: list[tuple[str, str]]) -> str | None:
+def folded(title: str, content: str) -> list[str]:
+    """A section that opens on a click."""
+    return [f"<details><summary><h2>{escape(title)}</h2></summary>", content, "</details>"]
+
+
+def facts_table(rows: list[tuple[str, str]]) -> str | None:
+    """Names and values of plain text; None when there are none."""
     if not rows:
         return None
     body = "".join(f"<tr><th>{escape(name)}</th><td>{escape(value)}</td></tr>" for name, value in rows)

@@ -1,30 +1,14 @@
 """The plots of a run, as PNG."""
 
-import io
-from dataclasses import dataclass
-
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
+from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
 from fusedlm.report.history import History, half_life, median, smooth, thin
+from fusedlm.report.style import FULL, HALF, INK, MUTED, Plot, canvas, padded, plain_axes, png
 from fusedlm.report.units import count, memory, memory_unit, percent, power_of
 
-_INK, _MUTED, _FAINT = "#24292f", "#6e7781", "#d8dee4"
 _RAW, _LINE, _SECOND = "#a9c4e6", "#1f5fad", "#c9762b"
-_FULL, _HALF = (9.2, 3.3), (4.5, 3.1)  # inches
-_DPI = 200  # twice the pixels of the page
-
-
-@dataclass(frozen=True)
-class Plot:
-    name: str  # of the file, without .png
-    title: str
-    caption: str  # what it shows, plain text
-    png: bytes
-    wide: bool = False
 
 
 def draw_plots(history: History) -> list[Plot]:
@@ -37,7 +21,7 @@ def _loss(history: History) -> Plot | None:
     loss = history.steps["loss"]
     if not np.isfinite(loss).any():
         return None
-    figure, axes, x = _figure(history, _FULL)
+    figure, axes, x = _figure(history, FULL)
     _curve(axes, x, loss)
     axes.set_ylabel("Loss (nats per token)")
     values = loss[np.isfinite(loss)]
@@ -57,28 +41,28 @@ def _loss(history: History) -> Plot | None:
         )
     if above:
         caption += f" {above} {'value lies' if above == 1 else 'values lie'} above the plot, up to {values.max():.3g}."
-    return Plot("loss", "Training loss", caption, _png(figure), wide=True)
+    return Plot("loss", "Training loss", caption, png(figure), wide=True)
 
 
 def _validation(history: History) -> Plot | None:
     bpb = history.validation["val_bpb"]
     if not np.isfinite(bpb).any():
         return None
-    figure, axes, x = _figure(history, _HALF, history.validation["tokens"])
+    figure, axes, x = _figure(history, HALF, history.validation["tokens"])
     averaged = history.validation["val_bpb_ema"]
     dots = {"linewidth": 1.6, "marker": "o", "markersize": 4 if len(bpb) <= 40 else 0, "clip_on": False}
     if np.isfinite(averaged).any():
         axes.plot(x, averaged, color=_SECOND, label="averaged weights", **dots)
     axes.plot(x, bpb, color=_LINE, label="weights as trained", **dots)
     if np.isfinite(averaged).any():
-        axes.legend(frameon=False, fontsize=8, labelcolor=_INK)
+        axes.legend(frameon=False, fontsize=8, labelcolor=INK)
     best = int(np.nanargmin(bpb))
     axes.plot(x[best : best + 1], bpb[best : best + 1], color=_LINE, marker="o", markersize=7, clip_on=False)
     axes.set_ylabel("Bits per byte")
     both = np.concatenate([bpb, averaged])
-    axes.set_ylim(*_padded(np.nanmin(both), np.nanmax(both)))
+    axes.set_ylim(*padded(np.nanmin(both), np.nanmax(both)))
     caption = f"Held-out text; the best, {bpb[best]:.4f} at step {history.validation['step'][best]:.0f}, is marked."
-    return Plot("validation", "Validation bits per byte", caption, _png(figure))
+    return Plot("validation", "Validation bits per byte", caption, png(figure))
 
 
 def _optimization(history: History) -> Plot | None:
@@ -86,7 +70,7 @@ def _optimization(history: History) -> Plot | None:
     shown = [name for name, values in (("lr", lr), ("norm", norm)) if np.isfinite(values).any()]
     if not shown:
         return None
-    figure = _canvas(_HALF)
+    figure = canvas(HALF)
     panels = figure.subplots(len(shown), 1, sharex=True, squeeze=False)[:, 0]
     for name, axes in zip(shown, panels, strict=True):
         x = _style(axes, history)
@@ -97,7 +81,7 @@ def _optimization(history: History) -> Plot | None:
             _line(axes, x, lr)
             axes.set_ylim(bottom=0)
             axes.ticklabel_format(axis="y", style="sci", scilimits=(-2, 3), useMathText=True)
-            axes.yaxis.get_offset_text().set(fontsize=7.5, color=_MUTED)
+            axes.yaxis.get_offset_text().set(fontsize=7.5, color=MUTED)
             axes.set_ylabel("Learning rate")
         else:
             _curve(axes, x, norm)
@@ -109,7 +93,7 @@ def _optimization(history: History) -> Plot | None:
     caption = "Gradient norm is that of the whole gradient before clipping."
     if "norm" not in shown:
         caption = "Learning rate of each step."
-    return Plot("optimization", "Learning rate and gradient norm", caption, _png(figure))
+    return Plot("optimization", "Learning rate and gradient norm", caption, png(figure))
 
 
 def _throughput(history: History) -> Plot | None:
@@ -118,7 +102,7 @@ def _throughput(history: History) -> Plot | None:
     if typical is None:
         return None
     power, word = power_of(typical)
-    figure, axes, x = _figure(history, _HALF)
+    figure, axes, x = _figure(history, HALF)
     _line(axes, x, rate / power, color=_RAW, width=1.0)
     axes.axhline(typical / power, color=_LINE, linewidth=1.6)
     axes.set_ylim(0, 1.1 * _robust_top(rate[np.isfinite(rate)]) / power or 1)
@@ -126,7 +110,7 @@ def _throughput(history: History) -> Plot | None:
     caption = f"Each step, and the median of {count(typical)} tokens per second"
     if (utilisation := median(mfu)) is not None:
         caption += f", which is {percent(utilisation)} of the device's peak FLOP/s"
-    return Plot("throughput", "Throughput", caption + ".", _png(figure))
+    return Plot("throughput", "Throughput", caption + ".", png(figure))
 
 
 def _memory(history: History) -> Plot | None:
@@ -135,21 +119,15 @@ def _memory(history: History) -> Plot | None:
         return None
     highest = float(np.nanmax(used))
     size, unit = memory_unit(highest)
-    figure, axes, x = _figure(history, _HALF)
+    figure, axes, x = _figure(history, HALF)
     _line(axes, x, used / size)
     axes.set_ylim(0, 1.15 * highest / size or 1)
     axes.set_ylabel(f"Peak memory ({unit})")
-    return Plot("memory", "Memory", f"Most memory in use up to each step; {memory(highest)} at the most.", _png(figure))
-
-
-def _canvas(size: tuple[float, float]) -> Figure:
-    figure = Figure(figsize=size, dpi=_DPI, layout="constrained", facecolor="white")
-    FigureCanvasAgg(figure)
-    return figure
+    return Plot("memory", "Memory", f"Most memory in use up to each step; {memory(highest)} at the most.", png(figure))
 
 
 def _figure(history: History, size: tuple[float, float], tokens: np.ndarray | None = None):
-    figure = _canvas(size)
+    figure = canvas(size)
     axes = figure.subplots()
     return figure, axes, _style(axes, history, tokens)
 
@@ -160,19 +138,10 @@ def _style(axes: Axes, history: History, tokens: np.ndarray | None = None) -> np
     if len(history.validation["tokens"]):
         last = max(last, float(history.validation["tokens"].max()))
     power, word = power_of(last)
-    for side in ("top", "right"):
-        axes.spines[side].set_visible(False)
-    for side in ("left", "bottom"):
-        axes.spines[side].set_color(_FAINT)
-    axes.grid(axis="y", color=_FAINT, linewidth=0.6)
-    axes.set_axisbelow(True)
-    axes.tick_params(colors=_MUTED, labelcolor=_INK, labelsize=8, length=3, width=0.6)
-    axes.xaxis.set_major_locator(MaxNLocator(6))
-    axes.yaxis.set_major_locator(MaxNLocator(5))
+    plain_axes(axes)
     axes.set_xlim(0, last / power or 1)
     axes.margins(x=0)
-    axes.set_xlabel(f"Tokens ({word})" if word else "Tokens", fontsize=8.5, color=_INK)
-    axes.yaxis.label.set(fontsize=8.5, color=_INK)
+    axes.set_xlabel(f"Tokens ({word})" if word else "Tokens")
     return (history.steps["tokens"] if tokens is None else tokens) / power
 
 
@@ -204,15 +173,3 @@ def _log_scale(axes: Axes, positive: np.ndarray) -> None:
     axes.yaxis.set_major_locator(LogLocator(subs=(1, 3) if decades < 2.5 else (1,)))
     axes.yaxis.set_minor_locator(NullLocator())
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-
-
-def _padded(low: float, high: float) -> tuple[float, float]:
-    margin = 0.08 * (high - low) or 0.05 * abs(high) or 1.0
-    return low - margin, high + margin
-
-
-def _png(figure: Figure) -> bytes:
-    out = io.BytesIO()
-    # Without the version of matplotlib in it, so that the same run gives the same file.
-    figure.savefig(out, format="png", metadata={"Software": None})
-    return out.getvalue()

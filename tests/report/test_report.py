@@ -13,7 +13,7 @@ from fusedlm.report import write_report
 @pytest.fixture(autouse=True)
 def coarse_plots(monkeypatch):
     """Drawing is what takes time."""
-    monkeypatch.setattr("fusedlm.report.plots._DPI", 30)
+    monkeypatch.setattr("fusedlm.report.style.DPI", 30)
 
 
 PNG = b"\x89PNG\r\n\x1a\n"

@@ -1,0 +1,57 @@
+"""The look that the plots of every report share."""
+
+import io
+from dataclasses import dataclass
+
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+INK, MUTED, FAINT = "#24292f", "#6e7781", "#d8dee4"
+FULL, HALF = (9.2, 3.3), (4.5, 3.1)  # inches
+DPI = 200  # twice the pixels of the page
+
+
+@dataclass(frozen=True)
+class Plot:
+    name: str  # of the file, without .png
+    title: str
+    caption: str  # what it shows, plain text
+    png: bytes
+    wide: bool = False
+
+
+def canvas(size: tuple[float, float]) -> Figure:
+    """An empty figure that needs no display."""
+    figure = Figure(figsize=size, dpi=DPI, layout="constrained", facecolor="white")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def plain_axes(axes: Axes) -> None:
+    """Two spines, a grid across, few ticks."""
+    for side in ("top", "right"):
+        axes.spines[side].set_visible(False)
+    for side in ("left", "bottom"):
+        axes.spines[side].set_color(FAINT)
+    axes.grid(axis="y", color=FAINT, linewidth=0.6)
+    axes.set_axisbelow(True)
+    axes.tick_params(colors=MUTED, labelcolor=INK, labelsize=8, length=3, width=0.6)
+    axes.xaxis.set_major_locator(MaxNLocator(6))
+    axes.yaxis.set_major_locator(MaxNLocator(5))
+    axes.xaxis.label.set(fontsize=8.5, color=INK)
+    axes.yaxis.label.set(fontsize=8.5, color=INK)
+
+
+def padded(low: float, high: float) -> tuple[float, float]:
+    """Limits of an axis a little beyond the values."""
+    margin = 0.08 * (high - low) or 0.05 * abs(high) or 1.0
+    return low - margin, high + margin
+
+
+def png(figure: Figure) -> bytes:
+    out = io.BytesIO()
+    # Without the version of matplotlib in it, so that the same run gives the same file.
+    figure.savefig(out, format="png", metadata={"Software": None})
+    return out.getvalue()
