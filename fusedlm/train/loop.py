@@ -14,7 +14,14 @@ from fusedlm.train.progress import Display
 from fusedlm.train.trainer import Trainer, TrainResult
 
 
-def train(recipe: Recipe, run_dir: Path, *, resume: bool = False, console: Console | None = None) -> TrainResult:
+def train(
+    recipe: Recipe,
+    run_dir: Path,
+    *,
+    resume: bool = False,
+    console: Console | None = None,
+    display: Display | None = None,
+) -> TrainResult:
     """Train a recipe into a folder, preparing its text first.
 
     On the first SIGINT or SIGTERM (when called in the main thread) the step is finished and saved, and the result says
@@ -25,6 +32,7 @@ def train(recipe: Recipe, run_dir: Path, *, resume: bool = False, console: Conso
             `train.steps`.
         run_dir: RUN/, holding recipe.yaml, environment.json, the tokenizer, metrics.jsonl and checkpoints/.
         console: where progress is shown; None: nowhere.
+        display: what shows it, in place of the usual one on `console`.
 
     Raises:
         ValueError: the folder holds a run and `resume` is not set, or is in use, or its run is of another recipe or
@@ -36,7 +44,7 @@ def train(recipe: Recipe, run_dir: Path, *, resume: bool = False, console: Conso
     check_loggers(recipe.train.loggers)
     device = resolve_device(recipe.train.device)
     dtype = resolve_dtype(recipe.train.dtype, device)
-    display = Display(console)
+    display = display or Display(console)
     try:
         with RunFolder(Path(run_dir)) as folder, numerics(device, dtype, recipe.train.deterministic):
             steps_before = folder.admit(recipe, resume)

@@ -1,0 +1,181 @@
+"""An experiment: variants of one recipe, over seeds, and what is held equal among them."""
+
+import json
+from pathlib import Path
+from typing import Annotated, Literal
+
+import pydantic
+import yaml
+from pydantic import Field, field_validator, model_validator
+
+from fusedlm.config.reading import apply_override, describe, parse_yaml, read_text
+from fusedlm.config.recipe import Recipe, parse_recipe
+from fusedlm.config.schema import Config, PositiveInt
+
+Name = Annotated[str, Field(min_length=1, max_length=60, pattern=r"^[A-Za-z0-9._-]+$")]
+
+PREFIX = "experiment."  # of keys on the command line that change the experiment; others change the base recipe
+
+# Keys of a recipe that the experiment decides, and where it does.
+_DECIDED = {"name": f"{PREFIX}name", "train.seed": f"{PREFIX}seeds"}
+
+
+class Experiment(Config):
+    """Variants × seeds of a base recipe.
+
+    Overrides are `dotted.key=value` as on the command line; where a file gives a mapping of dotted keys to values
+    instead, it is turned into such a list.
+    """
+
+    name: Name
+    description: str = ""
+    base: str = Field(min_length=1)  # path of a recipe; in a file, relative to that file
+    overrides: list[str] = []  # of the base recipe, for every variant
+    variants: dict[Name, list[str]] = Field(min_length=1)  # overrides of each; the first is the baseline
+    seeds: list[int] = Field([0], min_length=1)  # of weights and order of data; a count n stands for 0 to n - 1
+    match: Literal["none", "params", "flops", "tokens", "time"] = "none"  # what all have as much of as the baseline
+    # What is solved for with params and flops: hidden width of the feed-forwards, model.dim or model.n_layers.
+    match_by: Literal["ffn", "width", "depth"] = "ffn"
+    tolerance: float = Field(0.01, gt=0, le=0.1)  # of the match, relative
+    calibration_steps: int = Field(40, ge=10)  # steps that a variant's time a step is measured on, for match: time
+    decode_lengths: list[PositiveInt] = [1024, 8192, 65536]  # tokens seen at which decoding is measured; []: it is not
+
+    @field_validator("overrides", mode="before")
+    @classmethod
+    def _list_overrides(cls, value):
+        return _as_list(value)
+
+    @field_validator("variants", mode="before")
+    @classmethod
+    def _list_variants(cls, value):
+        return {name: _as_list(entry) for name, entry in value.items()} if isinstance(value, dict) else value
+
+    @field_validator("seeds", mode="before")
+    @classmethod
+    def _count_seeds(cls, value):
+        if isinstance(value, bool) or not isinstance(value, int):
+            return value
+        if value < 1:
+            raise ValueError(f"{value} seeds are none; give a list such as [0, 1, 2] or a count from 1")
+        return list(range(value))
+
+    @model_validator(mode="after")
+    def _check(self):
+        if bad := [seed for seed in self.seeds if seed < 0]:
+            raise ValueError(f"seeds={self.seeds} has {bad[0]}; a seed is not negative")
+        if len(set(self.seeds)) != len(self.seeds):
+            raise ValueError(f"seeds={self.seeds} names one twice")
+        if sorted(set(self.decode_lengths)) != self.decode_lengths:
+            raise ValueError(f"decode_lengths={self.decode_lengths} does not rise")
+        named = {"overrides": self.overrides} | {f"variants.{name}": own for name, own in self.variants.items()}
+        for where, overrides in named.items():
+            for override in overrides:
+                _check_decided(override, where)
+        return self
+
+
+def load_experiment(
+    path: str | Path, overrides: list[str] | tuple[str, ...] = ()
+) -> tuple[Experiment, dict[str, Recipe]]:
+    """Read an experiment and the base recipe that it names.
+
+    Args:
+        path: a YAML file.
+        overrides: `experiment.key=value` changes the experiment (`experiment.seeds=[0]`); any other `key=value` the
+            base recipe, and with it every variant (`train.steps=100`).
+
+    Returns:
+        The experiment, `base` as a path from here and the recipe's overrides among its own; and the recipe of each
+        variant, before anything is matched and with the first seed.
+
+    Raises:
+        ValueError: a file cannot be read, or a key or value is not right, or a variant sets a key that the command line
+            sets too; one line with the key, the value and the way out.
+    """
+    text = read_text("experiment", path)
+    try:
+        experiment = _parse(text, Path(path).parent, overrides)
+    except ValueError as error:
+        raise ValueError(f"experiment {path}: {error}") from None
+    base = read_text(f"experiment {path}: base recipe", experiment.base)
+    return experiment, {name: _variant(path, experiment, base, name) for name in experiment.variants}
+
+
+def dump_experiment(experiment: Experiment) -> str:
+    """YAML of the resolved experiment."""
+    return yaml.safe_dump(experiment.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=120)
+
+
+def run_name(variant: str, seed: int) -> str:
+    """Of a run's folder."""
+    return f"{variant}-seed{seed}"
+
+
+def _parse(text: str, folder: Path, overrides) -> Experiment:
+    tree = parse_yaml(text)
+    if not isinstance(tree, dict):
+        raise ValueError("expected keys such as name, base, variants and seeds at the top level")
+    of_recipes = []
+    for override in overrides:
+        if override.startswith(PREFIX):
+            apply_override(tree, override.removeprefix(PREFIX), Experiment)
+        else:
+            _check_recipe_override(override)
+            of_recipes.append(override)
+    try:
+        experiment = Experiment.model_validate(tree)
+    except pydantic.ValidationError as error:
+        raise ValueError(describe(error, Experiment)) from None
+    for override in of_recipes:
+        _check_reaches(override, experiment.variants)
+    changes = {"base": str(folder / experiment.base), "overrides": [*experiment.overrides, *of_recipes]}
+    return experiment.model_copy(update=changes)
+
+
+def _variant(path, experiment: Experiment, base: str, name: str) -> Recipe:
+    overrides = [
+        *experiment.overrides,
+        *experiment.variants[name],
+        f"name={experiment.name}-{run_name(name, experiment.seeds[0])}",
+        f"train.seed={experiment.seeds[0]}",
+    ]
+    try:
+        return parse_recipe(base, overrides)
+    except ValueError as error:
+        raise ValueError(f"experiment {path}: variant {name} of {experiment.base}: {error}") from None
+
+
+def _as_list(value):
+    if value is None:
+        return []
+    if isinstance(value, dict):
+        return [f"{key}={json.dumps(entry, ensure_ascii=False, default=str)}" for key, entry in value.items()]
+    return value
+
+
+def _check_recipe_override(override: str) -> None:
+    key = override.partition("=")[0]
+    first = key.split(".")[0]
+    if key in _DECIDED:
+        _check_decided(override, "the command line")
+    if first in Experiment.model_fields and first not in Recipe.model_fields:
+        raise ValueError(f"override {override!r}: no key of recipes; the experiment's own is {PREFIX}{key}")
+
+
+def _check_decided(override: str, where: str) -> None:
+    key = override.partition("=")[0]
+    if key in _DECIDED:
+        raise ValueError(f"{where} sets {key}, which the experiment decides by {_DECIDED[key]}")
+
+
+def _check_reaches(override: str, variants: dict[str, list[str]]) -> None:
+    """A variant's own override would undo that of the command line in this variant alone."""
+    key = override.partition("=")[0]
+    for name, own in variants.items():
+        for other in own:
+            other_key = other.partition("=")[0]
+            if f"{key}.".startswith(f"{other_key}."):
+                raise ValueError(
+                    f"override {override!r} does not reach variant {name}, which sets {other_key} itself; change "
+                    f"that with {PREFIX}variants.{name}=[...]"
+                )
