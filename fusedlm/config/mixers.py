@@ -57,6 +57,12 @@ class DiffMLAConfig(MLAConfig):
     lambda_form: Literal["static", "token"] = "static"  # one a layer, with head norm; or one a token and head, without
     lambda_init: float | None = Field(None, ge=0, lt=1)  # None: 0.8 - 0.6 exp(-0.3 layer), layers counted from 0
 
+    @model_validator(mode="after")
+    def _check_lambda(self):
+        if self.lambda_form == "token" and self.lambda_init is not None:
+            raise ValueError(f"lambda_init={self.lambda_init} has no part in lambda_form=token; leave it out")
+        return self
+
 
 class CMDMLAConfig(MLAConfig):
     """Common-mode differential attention: one noise head without position, shared by all signal heads."""

@@ -2,9 +2,10 @@
 
 import torch
 
-from fusedlm.config.model import ModelConfig
+from fusedlm.config.model import ModelConfig, YaRNConfig
 from fusedlm.model.precision import resolve_dtype
 from fusedlm.nn.block import Block
+from fusedlm.nn.cache import TokenCache
 from fusedlm.nn.context import Context, document_positions, row_boundaries, varlen_boundaries
 from fusedlm.nn.lm_head import LMHead
 from fusedlm.ops.common import Choice, Setting
@@ -25,13 +26,21 @@ class State:
 
     def nbytes(self) -> int:
         """Bytes of the live tensors of the mixers."""
-        tensors = [
-            tensor
-            for layer in self.layers
-            for part in (layer if isinstance(layer, list) else [layer])
-            for tensor in part.tensors()
-        ]
-        return sum(tensor.untyped_storage().nbytes() for tensor in tensors)
+        return sum(tensor.untyped_storage().nbytes() for part in self._parts() for tensor in part.tensors())
+
+    def extend_to(self, n_tokens: int) -> None:
+        """Stand as after n_tokens, the rows of the caches repeated: bytes and speed of decoding at a length do not
+        depend on what the tokens were, and can so be measured without computing them."""
+        if n_tokens < self.length:
+            raise ValueError(f"the state has seen {self.length} tokens, which is more than {n_tokens}")
+        for part in self._parts():
+            if isinstance(part, TokenCache):
+                part.extend_to(n_tokens)
+        self.next_position_B += n_tokens - self.length
+        self.length = n_tokens
+
+    def _parts(self) -> list:
+        return [part for layer in self.layers for part in (layer if isinstance(layer, list) else [layer])]
 
 
 class Decoder(torch.nn.Module):
@@ -41,6 +50,7 @@ class Decoder(torch.nn.Module):
         super().__init__()
         self.config = config
         self.vocab_size = vocab_size
+        self.yarn = config.yarn
         rows = -(-vocab_size // config.vocab_multiple) * config.vocab_multiple
         self.embedding = torch.nn.Embedding(rows, config.dim)
         torch.nn.init.normal_(self.embedding.weight, std=config.initial_embedding_std)
@@ -109,6 +119,21 @@ class Decoder(torch.nn.Module):
         layers = [block.mixer.init_state(batch_size, max_tokens) for block in self.blocks]
         return State(layers, batch_size, self.embedding.weight.device)
 
+    def set_yarn(self, yarn: YaRNConfig | None) -> None:
+        """Stretch the rotary embedding of all mixers, in place of what the recipe says; None: not at all.
+
+        Raises:
+            ValueError: no mixer has rotary embedding.
+        """
+        if yarn is not None and not any(dim for dim, _ in self.rope_specs):
+            raise ValueError("YaRN stretches rotary embedding, and no mixer of this model has any")
+        self.yarn = yarn
+
+    def recompute_mixers(self) -> None:
+        """Keep of each mixer, for the backward pass, its input and what its attention gives; compute the rest again."""
+        for block in self.blocks:
+            block.recompute_mixer()
+
     def compile_blocks(self) -> None:
         """torch.compile each block and the head's loss for training, a full graph each."""
         for block in self.blocks:
@@ -133,7 +158,7 @@ class Decoder(torch.nn.Module):
             else:  # for windows; known without asking the device
                 context.boundaries = row_boundaries(batch, n_tokens, tokens.device)
         wide = torch.promote_types(self.embedding.weight.dtype, torch.float32)
-        context.add_rope(self.rope_specs, wide)
+        context.add_rope(self.rope_specs, wide, self.yarn)
         return context
 
     @staticmethod

@@ -1,6 +1,9 @@
 """The pre-norm residual block."""
 
+from functools import partial
+
 import torch
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from fusedlm.config.model import BlockConfig, ModelConfig
 from fusedlm.nn.context import Context
@@ -20,10 +23,49 @@ class Block(torch.nn.Module):
         self.ffn_norm = RMSNorm(model.dim, model.norm_eps)
         self.ffn = FFNS[config.ffn.type](config.ffn, model)
         self.dropout = torch.nn.Dropout(model.dropout)
+        self.recomputes = False
 
     def forward(self, x_BTD: torch.Tensor, context: Context, state=None) -> torch.Tensor:
-        x_BTD = x_BTD + self.dropout(self.mixer(self.mixer_norm(x_BTD), context, state))
+        mixed = self._mix_again(x_BTD, context) if self._recomputing(state) else self._mix(x_BTD, context, state)
+        x_BTD = x_BTD + self.dropout(mixed)
         return x_BTD + self.dropout(self.ffn(self.ffn_norm(x_BTD)))
+
+    def recompute_mixer(self) -> None:
+        """See `Decoder.recompute_mixers`.
+
+        Raises:
+            ValueError: the mixer has a value residual, whose values leave it other than as its output.
+        """
+        if getattr(self.mixer, "value_residual", None) is not None:
+            raise ValueError("recompute=mixer does not go with value_residual; turn one of them off")
+        self.recomputes = True
+
+    def _recomputing(self, state) -> bool:
+        return self.recomputes and state is None and torch.is_grad_enabled()
+
+    def _mix(self, x_BTD: torch.Tensor, context: Context, state) -> torch.Tensor:
+        return self.mixer(self.mixer_norm(x_BTD), context, state)
+
+    def _mix_again(self, x_BTD: torch.Tensor, context: Context) -> torch.Tensor:
+        return checkpoint(lambda x: self._mix(x, context, None), x_BTD, use_reentrant=False, context_fn=_keep_attention)
 
     def flops(self, n_tokens: int) -> int:
         return self.mixer.flops(n_tokens) + self.ffn.flops(n_tokens)
+
+
+def _keep(context, op, *args, **kwargs) -> CheckpointPolicy:
+    return CheckpointPolicy.MUST_SAVE if op in _ATTENTION else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+_keep_attention = partial(create_selective_checkpoint_contexts, _keep)
+
+# What costs more to compute again than to keep.
+_ATTENTION = {
+    getattr(torch.ops.aten, name).default
+    for name in (
+        "_scaled_dot_product_cudnn_attention",
+        "_scaled_dot_product_efficient_attention",
+        "_scaled_dot_product_flash_attention",
+        "_scaled_dot_product_flash_attention_for_cpu",
+    )
+} | ({torch.ops.torch_attn._varlen_attn.default} if hasattr(torch.ops.torch_attn, "_varlen_attn") else set())

@@ -36,6 +36,22 @@ class TokenCache:
         self.length = end
         return self.rows[:, :end]
 
+    def extend_to(self, n_tokens: int) -> None:
+        """Stand as after n_tokens, with the rows held so far repeated: what is held at that length can then be
+        measured without computing it."""
+        target = cached_tokens(n_tokens, self.window)
+        if self.rows is None or self.length == 0:
+            raise ValueError("an empty cache has no rows to repeat; feed it a token first")
+        while self.length < target:
+            self._repeat(min(self.length, target - self.length))
+
+    def _repeat(self, n: int) -> None:
+        held = self.rows[:, : self.length]
+        if self.window is not None:
+            self.rows, self.length = torch.cat([held, held[:, :n]], dim=1), self.length + n
+        else:
+            self.append(held[:, :n].clone())
+
     def tensors(self) -> list[torch.Tensor]:
         return [] if self.rows is None else [self.rows]
 

@@ -4,7 +4,8 @@ from dataclasses import dataclass, field
 
 import torch
 
-from fusedlm.nn.rope import RopeTable, rope_table
+from fusedlm.config.model import YaRNConfig
+from fusedlm.nn.rope import RopeTable, rope_table, yarn_score_gain
 
 
 @dataclass
@@ -17,6 +18,8 @@ class Context:
     boundaries: cumulative document lengths (N + 1,) int32 over the B * T tokens, and the longest; for the
         variable-length kernels on the GPU, None elsewhere.
     rope: one table for each (dim, base) that the model's mixers use.
+    score_gain: factor on the attention scores of mixers with rotary embedding; not 1 with YaRN.
+    first_values: what the first layers with a value residual publish for later ones, by type and width.
     """
 
     positions_BT: torch.Tensor
@@ -24,15 +27,22 @@ class Context:
     n_past: int = 0
     boundaries: tuple[torch.Tensor, int] | None = None
     rope: dict[tuple[int, float], RopeTable] = field(default_factory=dict)
+    score_gain: float = 1.0
+    first_values: dict[tuple[str, int], torch.Tensor] = field(default_factory=dict)
 
     @property
     def reset_BT(self) -> torch.Tensor | None:
         """(B, T) bool, first tokens of documents; None when there are none inside."""
         return self.positions_BT == 0 if self.packed else None
 
-    def add_rope(self, specs: set[tuple[int, float]], dtype: torch.dtype) -> None:
+    def add_rope(self, specs: set[tuple[int, float]], dtype: torch.dtype, yarn: YaRNConfig | None = None) -> None:
         for dim, base in sorted(specs):
-            self.rope[dim, base] = rope_table(self.positions_BT, dim, base, dtype)
+            self.rope[dim, base] = rope_table(self.positions_BT, dim, base, dtype, yarn)
+        self.score_gain = yarn_score_gain(yarn)
+
+    def scale_scores(self, scale: float, rope_dim: int) -> float:
+        """The scale of a mixer's scores, with YaRN's gain when it has rotary dimensions."""
+        return scale * self.score_gain if rope_dim else scale
 
 
 def document_positions(documents_BT, last_document_B=None, next_position_B=None) -> torch.Tensor:

@@ -2,14 +2,20 @@
 
 from fusedlm.ops.attention.op import cached_attention, causal_attention, packed_attention
 from fusedlm.ops.common import OPS
+from fusedlm.ops.decayed_linear_attention.op import decayed_linear_attention
+from fusedlm.ops.differential_combine.op import differential_combine
 from fusedlm.ops.gated_delta_rule.op import gated_delta_rule
+from fusedlm.ops.gated_scan.op import gated_scan
 from fusedlm.ops.softcap_cross_entropy.op import softcap_cross_entropy
 
 __all__ = [
     "OPS",
     "cached_attention",
     "causal_attention",
+    "decayed_linear_attention",
+    "differential_combine",
     "gated_delta_rule",
+    "gated_scan",
     "packed_attention",
     "softcap_cross_entropy",
 ]

@@ -14,21 +14,47 @@ MIXER_CASES = {
         "{type: attention, n_heads: 2, rope_dim: 0, qk_norm: false}",
         "{type: attention, n_heads: 4, n_kv_heads: 1, window: 5}",
         "{type: attention, n_heads: 2, window: 2}",
+        "{type: attention, n_heads: 4, n_kv_heads: 2, xsa: true, value_residual: true}",
+        "{type: attention, n_heads: 2, window: 5, xsa: true, value_residual: true}",
     ],
     "mla": [
         "{type: mla, n_heads: 4, kv_rank: 12, rope_dim: 4}",
         "{type: mla, n_heads: 4, kv_rank: 12, q_rank: 20, rope_dim: 6, n_kv_groups: 2, head_dim: 10}",
         "{type: mla, n_heads: 2, kv_rank: 8, rope_dim: 0}",
+        "{type: mla, n_heads: 4, kv_rank: 12, rope_dim: 4, n_kv_groups: 2, xsa: true, value_residual: true}",
+    ],
+    "diff_mla": [
+        "{type: diff_mla, n_heads: 4, kv_rank: 12, rope_dim: 4}",
+        "{type: diff_mla, n_heads: 4, kv_rank: 12, q_rank: 20, rope_dim: 6, n_kv_groups: 2, head_dim: 10}",
+        "{type: diff_mla, n_heads: 2, kv_rank: 8, rope_dim: 0, lambda_form: token}",
+        "{type: diff_mla, n_heads: 2, kv_rank: 8, rope_dim: 4, lambda_init: 0.5, xsa: true, value_residual: true}",
+    ],
+    "cmd_mla": [
+        "{type: cmd_mla, n_heads: 4, kv_rank: 12, rope_dim: 4}",
+        "{type: cmd_mla, n_heads: 4, kv_rank: 12, q_rank: 20, rope_dim: 6, n_kv_groups: 2, head_dim: 10, noise_dim: 6}",
+        "{type: cmd_mla, n_heads: 2, kv_rank: 8, rope_dim: 0, lambda_init: 0.5, xsa: true, value_residual: true}",
     ],
     "gdn": [
         "{type: gdn, n_heads: 2, chunk_size: 8}",
         "{type: gdn, n_heads: 4, head_dim: 6, value_head_dim: 10, conv_size: 2, chunk_size: 16}",
         "{type: gdn, n_heads: 1, conv_size: 1}",
     ],
+    "sdla": [
+        "{type: sdla, n_heads: 4, rope_dim: 4, chunk_size: 8}",
+        "{type: sdla, n_heads: 2, head_dim: 6, rank: 10, rope_dim: 6, lambda_init: 0.5, chunk_size: 7}",
+        "{type: sdla, n_heads: 2, rope_dim: 0, chunk_size: 16}",
+        "{type: sdla, n_heads: 1, rope_dim: 2, memory: false}",
+    ],
+    "mamba2": [
+        "{type: mamba2, n_heads: 4, state_dim: 8, chunk_size: 8}",
+        "{type: mamba2, n_heads: 4, head_dim: 6, state_dim: 10, n_groups: 2, conv_size: 2, chunk_size: 7}",
+        "{type: mamba2, n_heads: 3, head_dim: 8, state_dim: 5, n_groups: 3, conv_size: 1}",
+    ],
 }
 FFN_CASES = {
     "swiglu": ["{type: swiglu}", "{type: swiglu, hidden: 40}"],
     "relu2": ["{type: relu2}", "{type: relu2, slope: 0.5, hidden: 48}"],
+    "routed": ["{type: routed}", "{type: routed, hidden: 40, light: 0.5, low: 0.6, high: 0.8, n_classes: 3}"],
 }
 
 

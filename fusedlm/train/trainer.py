@@ -70,6 +70,8 @@ class Trainer:
         self._saved: Progress | None = None
         if checkpoint is not None:
             self._restore(checkpoint)
+        if self.settings.recompute == "mixer":
+            self.model.recompute_mixers()
         if self.settings.compile:
             self.model.compile_blocks()
         self.micro_batch_size = self.settings.micro_batch_size or self.settings.batch_size
@@ -189,6 +191,8 @@ class Trainer:
             "loader_wait_seconds": loader_wait,
             "step_seconds": seconds,
         }
+        if result.routing is not None:
+            record |= result.routing.record()
         if result.skipped:
             record["skipped"] = True
         self._record(record)
@@ -223,6 +227,8 @@ class Trainer:
                 "val_bytes": score.bytes,
                 "tokens": self.progress.step * self.tokens_per_step,
             }
+            if score.routing is not None:
+                record |= {f"val_{name}": value for name, value in score.routing.record().items()}
             if self.ema is not None:
                 with self.ema.applied():
                     record["val_bpb_ema"] = self._score(stop).bpb

@@ -11,12 +11,16 @@ from torch.utils.flop_counter import FlopCounterMode
 from fusedlm import build_model, load_recipe
 from fusedlm.model.accounting import count_parameters, forward_flops, state_bytes, training_flops_per_token
 from fusedlm.nn.ffn import FFNS
+from fusedlm.nn.ffn.routed import RoutedFFN
 from fusedlm.nn.mixers import MIXERS
 from fusedlm.nn.mixers.gdn import GatedDeltaNet
+from fusedlm.nn.mixers.mamba2 import Mamba2
+from fusedlm.nn.mixers.sdla import SelectiveDifferentialLinearAttention
 from fusedlm.testing import FFN_CASES, MIXER_CASES, assert_close, part_model, randomise_
 
 RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("*.yaml"))
 VOCAB = 61
+LINEAR_TIME = (GatedDeltaNet, Mamba2, SelectiveDifferentialLinearAttention)
 N_TOKENS = 43  # odd, longer than windows and chunks, not a multiple of any
 
 
@@ -152,20 +156,30 @@ def _solve_flops(a, b, *args, out_val=None, **kwargs) -> int:
 SOLVE = {torch.ops.aten.linalg_solve_triangular: _solve_flops}
 
 
+def _forward_flops(model, batch, n_tokens) -> int:
+    """Of the last forward pass: where tokens choose what runs, what they chose and not what is planned for them."""
+    flops = batch * forward_flops(model, n_tokens)
+    for module in model.modules():
+        if isinstance(module, RoutedFFN):
+            flops += module.flops_of(batch * n_tokens, *module.counts().tolist()[3:]) - batch * module.flops(n_tokens)
+    return flops
+
+
 @ALL_MODELS
 @pytest.mark.parametrize("n_tokens", [1, 6, N_TOKENS, 64])
-def test_account_flops(make, n_tokens):
+def test_account_flops(make, n_tokens, monkeypatch):
+    monkeypatch.setattr("fusedlm.ops.attention.sdpa.one_width", lambda *heads: heads)  # padding is no work of the model
     model = make()
     tokens = _tokens(batch=3, n=n_tokens)
     with FlopCounterMode(display=False, custom_mapping=SOLVE) as counter, sdpa_kernel(SDPBackend.MATH):
         loss = model.loss(tokens, tokens)
-    recurrent = any(isinstance(block.mixer, GatedDeltaNet) for block in model.blocks)
+    recurrent = any(isinstance(block.mixer, LINEAR_TIME) for block in model.blocks)
     if n_tokens > 1 or not recurrent:  # a single token goes through the recurrent form, which has no matrix product
-        assert counter.get_total_flops() == 3 * forward_flops(model, n_tokens)
+        assert counter.get_total_flops() == _forward_flops(model, 3, n_tokens)
     with FlopCounterMode(display=False, custom_mapping=SOLVE) as counter:
         loss.sum().backward()
     if not recurrent:  # the first state is a constant, so a recurrence has less to differentiate
-        assert counter.get_total_flops() == 2 * 3 * forward_flops(model, n_tokens)
+        assert counter.get_total_flops() == 2 * _forward_flops(model, 3, n_tokens)
     assert training_flops_per_token(model, n_tokens) == 3 * forward_flops(model, n_tokens) / n_tokens
 
 
@@ -181,3 +195,14 @@ def test_account_state(make, dtype):
                 if n_tokens // 2 + 1 < n_tokens:
                     model(tokens[:, n_tokens // 2 + 1 :], state=state)
             assert state.nbytes() == 3 * state_bytes(model, n_tokens, dtype)
+
+
+@pytest.mark.parametrize("case", [case for name in ("gdn", "sdla", "mamba2") for case in MIXER_CASES[name]])
+def test_the_state_of_linear_mixers_does_not_grow(case):
+    model = part_model(case, vocab_size=VOCAB)
+    state, sizes = model.init_state(1), []
+    with torch.no_grad():
+        for _ in range(4):
+            model(_tokens(batch=1), state=state)
+            sizes.append(state.nbytes())
+    assert set(sizes) == {state_bytes(model, 1, torch.float32)} == {state_bytes(model, 10**9, torch.float32)}

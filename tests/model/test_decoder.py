@@ -3,8 +3,9 @@ import math
 import pytest
 import torch
 
+from fusedlm.model import build_model
 from fusedlm.model.precision import autocast
-from fusedlm.testing import MIXER_CASES, assert_close, part_model, randomise_
+from fusedlm.testing import MIXER_CASES, assert_close, every_mixer_config, part_model, randomise_
 
 ATTENTION = MIXER_CASES["attention"][0]
 TOKENS = torch.randint(0, 61, (2, 12), generator=torch.Generator().manual_seed(0))
@@ -112,3 +113,29 @@ def test_a_state_that_is_full_says_so():
 def test_inputs_that_do_not_fit(call, message):
     with pytest.raises(ValueError, match=message):
         call(part_model(ATTENTION))
+
+
+@pytest.mark.parametrize("reserve", [False, True])
+def test_a_state_extended_is_as_large_as_one_that_was_fed(reserve):
+    model = build_model(every_mixer_config(), vocab_size=61)
+    fed, extended = (model.init_state(2, max_tokens=41 if reserve else None) for _ in range(2))
+    with torch.no_grad():
+        model(torch.zeros(2, 40, dtype=torch.int64), state=fed)
+        model(torch.zeros(2, 3, dtype=torch.int64), state=extended)
+        extended.extend_to(40)
+        assert extended.nbytes() == fed.nbytes() and extended.length == 40
+        again = model(torch.zeros(2, 1, dtype=torch.int64), state=extended)
+        model(torch.zeros(2, 1, dtype=torch.int64), state=fed)
+    assert torch.isfinite(again).all() and extended.nbytes() == fed.nbytes()
+    assert extended.next_position_B.tolist() == fed.next_position_B.tolist()
+
+
+def test_a_state_is_not_shortened_or_made_of_nothing():
+    model = build_model(every_mixer_config(), vocab_size=61)
+    state = model.init_state(1)
+    with pytest.raises(ValueError, match="empty cache"):
+        state.extend_to(4)
+    with torch.no_grad():
+        model(torch.zeros(1, 5, dtype=torch.int64), state=state)
+    with pytest.raises(ValueError, match="more than 4"):
+        state.extend_to(4)

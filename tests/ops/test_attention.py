@@ -22,7 +22,10 @@ def _compare(run, expected_run, qkv):
     weight = torch.randn_like(out)
     gradients = [torch.autograd.grad((y * weight).sum(), qkv) for y in (out, expected)]
     for name, a, b in zip("qkv", *gradients, strict=True):
-        assert_close(a, b, 1e-11, f"gradient of {name}")
+        if b.any():
+            assert_close(a, b, 1e-11, f"gradient of {name}")
+        else:  # where every token sees one key, scores do not matter; a kernel may leave the rounding of a difference
+            assert a.norm() < 1e-13 * weight.norm(), f"gradient of {name}"
 
 
 @pytest.mark.parametrize("groups", [1, 2, 4])

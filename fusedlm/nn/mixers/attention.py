@@ -10,6 +10,8 @@ from fusedlm.nn.linear import Linear
 from fusedlm.nn.mixers.softmax import SoftmaxAttention, attention_flops
 from fusedlm.nn.norm import rms_norm
 from fusedlm.nn.rope import apply_rope
+from fusedlm.nn.value_residual import ValueResidual
+from fusedlm.nn.xsa import exclude_own_value
 from fusedlm.ops.attention.op import cached_attention
 from fusedlm.ops.attention.reference import reach
 from fusedlm.ops.common import Setting
@@ -30,6 +32,13 @@ class Attention(torch.nn.Module):
         self.qkv = Linear(model.dim, (self.n_heads + 2 * self.n_kv_heads) * self.head_dim)
         self.out = Linear(self.n_heads * self.head_dim, model.dim, zero=True)
         self.q_gain = torch.nn.Parameter(torch.full((self.n_heads,), Q_GAIN)) if config.qk_norm else None
+        self.xsa = config.xsa
+        self.value_residual = None
+        if config.value_residual:
+            width = self.n_kv_heads * self.head_dim
+            self.value_residual = ValueResidual(
+                model, layer, width, lambda c: (c.n_kv_heads or c.n_heads) * (c.head_dim or model.dim // c.n_heads)
+            )
         self.attend = SoftmaxAttention(
             model.impl, setting, head_dim=self.head_dim, value_dim=self.head_dim, window=self.window
         )
@@ -45,14 +54,20 @@ class Attention(torch.nn.Module):
             q = (rms_norm(q, self.eps) * self.q_gain[:, None]).to(x_BTD.dtype)
             k = rms_norm(k, self.eps)
         q, k = (apply_rope(x, context.rope[self.rope]) for x in (q, k))
+        if self.value_residual is not None:
+            v = self.value_residual(v.flatten(-2), context).view_as(v)
+        own = v
+        scale = context.scale_scores(self.scale, self.rope[0])
         if state is not None:
             k, v = (cache.append(new) for cache, new in zip(state, (k, v), strict=True))
         if context.n_past == 0:
-            y = self.attend(q, k, v, self.scale, context)
+            y = self.attend(q, k, v, scale, context)
         else:
             alone = q.shape[1] == 1 and not context.packed  # then it sees all that the cache holds
             reach_BT = None if alone else reach(context.positions_BT, self.window)
-            y = cached_attention(q, k, v, scale=self.scale, reach_BT=reach_BT)
+            y = cached_attention(q, k, v, scale=scale, reach_BT=reach_BT)
+        if self.xsa:
+            y = exclude_own_value(y, own)
         return self.out(y.flatten(-2))
 
     def init_state(self, batch_size: int, max_tokens: int | None = None) -> list[TokenCache]:

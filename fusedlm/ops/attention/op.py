@@ -17,7 +17,7 @@ def _flash(setting: Setting, *, head_dim: int, value_dim: int) -> str | None:
         return f"needs bfloat16 or float16, not {_short(setting.dtype)}"
     if setting.capability < (8, 0):
         return f"needs compute capability 8.0, this is {'.'.join(map(str, setting.capability))}"
-    if head_dim > 256 or head_dim % 8 or value_dim % 8:
+    if max(head_dim, value_dim) > 256 or head_dim % 8 or value_dim % 8:
         return f"needs head widths that are multiples of 8 up to 256, not {head_dim} and {value_dim}"
     return None
 
@@ -31,9 +31,7 @@ def _flash_causal(setting: Setting, *, head_dim: int, value_dim: int) -> str | N
 def _flash_packed(setting: Setting, *, head_dim: int, value_dim: int) -> str | None:
     if sdpa.varlen_attn is None:
         return "this torch has no torch.nn.attention.varlen"
-    if value_dim > head_dim:
-        return f"needs values no wider than keys, not {value_dim} and {head_dim}"
-    return _flash(setting, head_dim=head_dim, value_dim=value_dim)
+    return _flash(setting, head_dim=max(head_dim, value_dim), value_dim=value_dim)
 
 
 def _cudnn(setting: Setting, *, head_dim: int, value_dim: int) -> str | None:

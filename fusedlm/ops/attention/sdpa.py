@@ -12,6 +12,22 @@ except ImportError:  # a torch built without it; flash_packed then says so in su
     varlen_attn = None
 
 
+def one_width(q, k, v) -> list[torch.Tensor]:
+    """Padded for kernels that take keys and values of one width only: zero columns add nothing to scores and give zero
+    columns."""
+    width = max(q.shape[-1], v.shape[-1])
+    return [x if x.shape[-1] == width else F.pad(x, (0, width - x.shape[-1])) for x in (q, k, v)]
+
+
+def _sdpa_whole(q_BTHD, k_BSGD, v_BSGE, scale, **options):
+    """Over whole sequences. On the CPU torch's flash kernel takes one width, and what it falls back to is the matrix of
+    all scores: three times slower at 1024 tokens."""
+    value_dim = v_BSGE.shape[-1]
+    if q_BTHD.device.type == "cpu":
+        q_BTHD, k_BSGD, v_BSGE = one_width(q_BTHD, k_BSGD, v_BSGE)
+    return _sdpa(q_BTHD, k_BSGD, v_BSGE, scale, **options)[..., :value_dim]
+
+
 def _sdpa(q_BTHD, k_BSGD, v_BSGE, scale, mask=None, is_causal=False):
     out = F.scaled_dot_product_attention(
         q_BTHD.transpose(1, 2),
@@ -27,7 +43,7 @@ def _sdpa(q_BTHD, k_BSGD, v_BSGE, scale, mask=None, is_causal=False):
 
 def causal(q_BTHD, k_BTGD, v_BTGE, scale: float) -> torch.Tensor:
     """torch's own choice of back end."""
-    return _sdpa(q_BTHD, k_BTGD, v_BTGE, scale, is_causal=True)
+    return _sdpa_whole(q_BTHD, k_BTGD, v_BTGE, scale, is_causal=True)
 
 
 def cudnn_causal(q_BTHD, k_BTGD, v_BTGE, scale: float) -> torch.Tensor:
@@ -44,17 +60,16 @@ def flash_causal(q_BTHD, k_BTGD, v_BTGE, scale: float) -> torch.Tensor:
 
 def flash_packed(q_BTHD, k_BTGD, v_BTGE, scale: float, positions_BT, window, boundaries) -> torch.Tensor:
     """The variable-length kernel: no mask is ever built. boundaries is (cumulative lengths (N + 1,) int32, longest)."""
-    batch, n_tokens, n_heads, head_dim = q_BTHD.shape
+    batch, n_tokens, n_heads, _ = q_BTHD.shape
     cumulative, longest = boundaries
     value_dim = v_BTGE.shape[-1]
     if k_BTGD.shape[2] != n_heads:  # torch 2.11's kernel takes no groups
         k_BTGD, v_BTGE = (x.repeat_interleave(n_heads // x.shape[2], dim=2) for x in (k_BTGD, v_BTGE))
-    if value_dim < head_dim:  # the kernel wants one width; zero columns give zero columns
-        v_BTGE = F.pad(v_BTGE, (0, head_dim - value_dim))
+    q, k, v = (x.reshape(batch * n_tokens, n_heads, -1) for x in one_width(q_BTHD, k_BTGD, v_BTGE))
     out = varlen_attn(
-        q_BTHD.reshape(batch * n_tokens, n_heads, head_dim),
-        k_BTGD.reshape(batch * n_tokens, -1, head_dim),
-        v_BTGE.reshape(batch * n_tokens, -1, head_dim),
+        q,
+        k,
+        v,
         cumulative,
         cumulative,
         longest,
@@ -62,7 +77,7 @@ def flash_packed(q_BTHD, k_BTGD, v_BTGE, scale: float, positions_BT, window, bou
         scale=scale,
         window_size=(-1 if window is None else window - 1, 0),
     )
-    return out.view(batch, n_tokens, n_heads, head_dim)[..., :value_dim]
+    return out.view(batch, n_tokens, n_heads, -1)[..., :value_dim]
 
 
 def packed(q_BTHD, k_BTGD, v_BTGE, scale: float, positions_BT, window, boundaries=None) -> torch.Tensor:
@@ -70,7 +85,7 @@ def packed(q_BTHD, k_BTGD, v_BTGE, scale: float, positions_BT, window, boundarie
     n_tokens = q_BTHD.shape[1]
     reach_BT = reach(positions_BT, window)
     if window is None or n_tokens <= 2 * window:
-        return _sdpa(q_BTHD, k_BTGD, v_BTGE, scale, mask=reach_mask(reach_BT, n_tokens))
+        return _sdpa_whole(q_BTHD, k_BTGD, v_BTGE, scale, mask=reach_mask(reach_BT, n_tokens))
     batch = q_BTHD.shape[0]
     pad = -n_tokens % window
     n_blocks = (n_tokens + pad) // window
@@ -84,7 +99,7 @@ def packed(q_BTHD, k_BTGD, v_BTGE, scale: float, positions_BT, window, boundarie
         return torch.cat([x[:, :-1], x[:, 1:]], dim=2).flatten(0, 1)
 
     mask = reach_mask(queries(reach_BT.expand(batch, -1)), 2 * window)
-    out = _sdpa(queries(q_BTHD), keys(k_BTGD), keys(v_BTGE), scale, mask=mask)
+    out = _sdpa_whole(queries(q_BTHD), keys(k_BTGD), keys(v_BTGE), scale, mask=mask)
     return out.unflatten(0, (batch, n_blocks)).flatten(1, 2)[:, :n_tokens]
 
 

@@ -1,0 +1,122 @@
+"""What mixers over a shared latent have in common: the projections, the state, absorbed decoding."""
+
+import torch
+
+from fusedlm.config.mixers import MLAConfig
+from fusedlm.config.model import ModelConfig
+from fusedlm.nn.cache import TokenCache
+from fusedlm.nn.context import Context
+from fusedlm.nn.linear import Linear
+from fusedlm.nn.norm import RMSNorm
+from fusedlm.nn.rope import apply_rope
+from fusedlm.nn.value_residual import ValueResidual
+from fusedlm.nn.xsa import exclude_own_value
+
+
+class LatentMixer(torch.nn.Module):
+    """Keys and values come from one normalised latent of kv_rank numbers a token; position enters through rope_dim
+    more, shared by all heads and stored rotated. The state is that latent and that key, whatever the number of heads.
+
+    Whole sequences go through `expanded`, which makes keys and values of the latents. Later tokens go through
+    `absorbed`, which attends to the latents themselves with the up-projections moved to query and output.
+    """
+
+    def __init__(self, config: MLAConfig, model: ModelConfig, layer: int, *, n_streams: int):
+        """n_streams: sets of queries and keys without position, side by side in each head."""
+        super().__init__()
+        self.n_heads = config.n_heads
+        self.n_groups = config.n_kv_groups or config.n_heads
+        self.head_dim = config.head_dim or model.dim // config.n_heads
+        self.rank = config.kv_rank
+        self.rope = (config.rope_dim, config.rope_base)
+        self.scale = (self.head_dim + config.rope_dim) ** -0.5
+        self.n_streams = n_streams
+        self.xsa = config.xsa
+        query_in = config.q_rank or model.dim
+        self.q_down = None
+        if config.q_rank is not None:
+            self.q_down = torch.nn.Sequential(Linear(model.dim, config.q_rank), RMSNorm(config.q_rank, model.norm_eps))
+        self.q_up = Linear(query_in, self.n_heads * (n_streams * self.head_dim + config.rope_dim))
+        self.kv_down = Linear(model.dim, self.rank + config.rope_dim)
+        self.kv_norm = RMSNorm(self.rank, model.norm_eps)
+        self.k_up = Linear(self.rank, self.n_groups * n_streams * self.head_dim)
+        self.v_up = Linear(self.rank, self.n_groups * self.head_dim)
+        self.out = Linear(self.n_heads * self.head_dim, model.dim, zero=True)
+        self.value_residual = None
+        if config.value_residual:
+            self.value_residual = ValueResidual(model, layer, self.rank, lambda c: c.kv_rank)
+
+    def forward(self, x_BTD: torch.Tensor, context: Context, state: TokenCache | None = None) -> torch.Tensor:
+        q_in = x_BTD if self.q_down is None else self.q_down(x_BTD)
+        q = self.q_up(q_in).unflatten(-1, (self.n_heads, -1))
+        q_content, q_rope = q.split([self.n_streams * self.head_dim, self.rope[0]], dim=-1)
+        latent, k_rope = self.kv_down(x_BTD).split([self.rank, self.rope[0]], dim=-1)
+        latent = self.kv_norm(latent)
+        if self.value_residual is not None:
+            latent = self.value_residual(latent, context)
+        table = context.rope[self.rope]
+        q_rope, k_rope = apply_rope(q_rope, table), apply_rope(k_rope[:, :, None], table)
+        memory = None if state is None else state.append(torch.cat([latent, k_rope[:, :, 0]], dim=-1))
+        v = self.values(latent) if context.n_past == 0 or self.xsa else None
+        if context.n_past == 0:
+            y = self.expanded(x_BTD, q_in, q_content, q_rope, latent, k_rope, v, context)
+        else:
+            y = self.absorbed(x_BTD, q_in, q_content, q_rope, memory, context)
+        if self.xsa:
+            y = exclude_own_value(y, v)
+        return self.out(y.flatten(-2))
+
+    def expanded(self, x_BTD, q_in, q_content, q_rope, latent, k_rope, v, context: Context) -> torch.Tensor:
+        """(B, T, H, head_dim) of whole sequences."""
+        raise NotImplementedError
+
+    def absorbed(self, x_BTD, q_in, q_content, q_rope, memory, context: Context) -> torch.Tensor:
+        """(B, T, H, head_dim) of tokens after those in memory (B, S, rank + rope_dim), which holds them too."""
+        raise NotImplementedError
+
+    def values(self, latent_BTR: torch.Tensor) -> torch.Tensor:
+        """(B, T, G, head_dim)."""
+        return self.v_up(latent_BTR).unflatten(-1, (self.n_groups, self.head_dim))
+
+    def keys(self, latent_BTR: torch.Tensor, k_rope_BT1R: torch.Tensor) -> list[torch.Tensor]:
+        """For each stream (B, T, G, head_dim + rope_dim)."""
+        streams = self.k_up(latent_BTR).unflatten(-1, (self.n_groups, self.n_streams, self.head_dim)).unbind(3)
+        k_rope = k_rope_BT1R.expand(-1, -1, self.n_groups, -1)
+        return [torch.cat([k, k_rope], dim=-1) for k in streams]
+
+    def queries(self, q_content: torch.Tensor, q_rope: torch.Tensor) -> list[torch.Tensor]:
+        """For each stream (B, T, H, head_dim + rope_dim)."""
+        return [torch.cat([q, q_rope], dim=-1) for q in q_content.split(self.head_dim, dim=-1)]
+
+    def absorbed_queries(self, q_content: torch.Tensor, q_rope: torch.Tensor) -> list[torch.Tensor]:
+        """The same against the memory: (B, T, H, rank + rope_dim)."""
+        k_up = self.k_up.weight.unflatten(0, (self.n_groups, self.n_streams, self.head_dim))
+        in_groups = q_content.unflatten(2, (self.n_groups, -1)).unflatten(-1, (self.n_streams, self.head_dim))
+        latent = torch.einsum("btgisd,gsdr->sbtgir", in_groups, k_up).flatten(3, 4)
+        return [torch.cat([q, q_rope], dim=-1) for q in latent.unbind(0)]
+
+    def raised(self, read_BTHR: torch.Tensor) -> torch.Tensor:
+        """What each head read of the latents (B, T, H, rank), as values (B, T, H, head_dim)."""
+        v_up = self.v_up.weight.unflatten(0, (self.n_groups, self.head_dim))
+        in_groups = read_BTHR.unflatten(2, (self.n_groups, -1))
+        return torch.einsum("btgir,gdr->btgid", in_groups, v_up).flatten(2, 3)
+
+    def init_state(self, batch_size: int, max_tokens: int | None = None) -> TokenCache:
+        return TokenCache(max_tokens)
+
+    def state_bytes(self, n_tokens: int, dtype: torch.dtype) -> int:
+        return n_tokens * (self.rank + self.rope[0]) * dtype.itemsize
+
+    def projection_flops(self, n_tokens: int) -> int:
+        linears = [self.q_up, self.kv_down, self.k_up, self.v_up, self.out]
+        if self.q_down is not None:
+            linears.append(self.q_down[0])
+        return sum(linear.flops(n_tokens) for linear in linears)
+
+    def rope_specs(self) -> set[tuple[int, float]]:
+        return {self.rope}
+
+
+def reach_of(q_BTHD: torch.Tensor, context: Context) -> torch.Tensor | None:
+    """How far back each query sees; None for a single token outside packed documents, which sees all."""
+    return None if q_BTHD.shape[1] == 1 and not context.packed else context.positions_BT

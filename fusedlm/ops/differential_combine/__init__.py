@@ -1,0 +1,1 @@
+"""Signal minus weighted noise, head norm and scale of differential attention."""
