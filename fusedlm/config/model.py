@@ -39,6 +39,7 @@ class ImplConfig(Config):
     packed_attention: Literal["auto", "flash", "sdpa", "reference"] = "auto"  # with document boundaries or a window
     gated_delta_rule: Literal["auto", "reference"] = "auto"
     decayed_linear_attention: Literal["auto", "reference"] = "auto"  # of sdla and mamba2
+    gated_scan: Literal["auto", "reference"] = "auto"  # of sdla's working memory
     differential_combine: Literal["auto", "reference"] = "auto"  # of diff_mla and cmd_mla
     softcap_cross_entropy: Literal["auto", "reference"] = "auto"
 
