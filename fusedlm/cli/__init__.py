@@ -12,6 +12,7 @@ from typing import Annotated
 import typer
 
 from fusedlm import __version__
+from fusedlm.cli.compare import compare
 from fusedlm.cli.data import data
 from fusedlm.cli.doctor import doctor
 from fusedlm.cli.eval import evaluate
@@ -32,6 +33,7 @@ app = typer.Typer(
 app.command()(train)
 app.command("eval")(evaluate)
 app.command()(generate)
+app.command()(compare)
 app.add_typer(data, name="data")
 app.command()(report)
 app.command()(plan)

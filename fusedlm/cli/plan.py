@@ -52,6 +52,7 @@ def make_plan(
     """
     import torch
 
+    from fusedlm.data.vocabulary import planned_vocab_size
     from fusedlm.model import build_model
     from fusedlm.model.accounting import count_parameters, state_bytes, training_flops_per_token
     from fusedlm.model.precision import resolve_dtype
@@ -87,24 +88,6 @@ def make_plan(
         "device_flops": device_flops,
         "seconds": flops * tokens / (mfu * device_flops),
     }
-
-
-def planned_vocab_size(tokenizer) -> int:
-    """The vocabulary that a tokenizer section asks for; a BPE trained on little text can end up with fewer.
-
-    Raises:
-        ValueError: a tokenizer file is missing or damaged.
-    """
-    if tokenizer.type == "bytes":
-        return 257
-    if tokenizer.type == "bpe":
-        return tokenizer.vocab_size
-    from tokenizers import Tokenizer
-
-    try:
-        return Tokenizer.from_file(tokenizer.path).get_vocab_size()
-    except Exception as error:  # tokenizers raises plain Exception for whatever is wrong with the file
-        raise ValueError(f"data.tokenizer.path={tokenizer.path}: {error}; to plan without it: --vocab-size N") from None
 
 
 def print_plan(estimate: dict) -> None:

@@ -58,3 +58,13 @@ def percent(fraction: float | None) -> str:
     if fraction is None or not math.isfinite(fraction):
         return "–"
     return f"{100 * fraction:.1f}%" if fraction >= 0.0995 or fraction == 0 else f"{100 * fraction:.2f}%"
+
+
+def size(n_bytes: float | None) -> str:
+    """1536 as 1.5 KiB, in the largest unit that leaves at least 1."""
+    if n_bytes is None or not math.isfinite(n_bytes):
+        return "–"
+    for power, unit in ((2.0**30, "GiB"), (2.0**20, "MiB"), (2.0**10, "KiB")):
+        if n_bytes >= power:
+            return f"{n_bytes / power:.3g} {unit}" if n_bytes < 1000 * power else f"{n_bytes / power:.0f} {unit}"
+    return f"{n_bytes:.0f} B"

@@ -1,0 +1,122 @@
+"""fusedlm compare: variants of a recipe over seeds, held equal, measured, with a verdict."""
+
+import shlex
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from fusedlm.cli.common import whole_number
+
+ExperimentArgument = Annotated[
+    Path, typer.Argument(metavar="EXPERIMENT", help="Experiment, a YAML file.", show_default=False)
+]
+OverridesArgument = Annotated[
+    list[str] | None,
+    typer.Argument(
+        metavar="KEY=VALUE",
+        help="Changes to the base recipe, such as train.steps=100, or to the experiment, such as experiment.seeds=[0].",
+        show_default=False,
+    ),
+]
+
+
+def compare(
+    experiment: ExperimentArgument,
+    overrides: OverridesArgument = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder (default: runs/NAME of the experiment).", show_default=False)
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print the runs and the matched sizes; train nothing.")
+    ] = False,
+    report_only: Annotated[bool, typer.Option("--report-only", help="Report what is finished; train nothing.")] = False,
+    vocab_size: Annotated[
+        int | None,
+        typer.Option(
+            parser=whole_number,
+            metavar="N",
+            help="Vocabulary of a dry run (default: that of the recipe's tokenizer).",
+            show_default=False,
+        ),
+    ] = None,
+) -> None:
+    """Run EXPERIMENT, or go on with it, and report what it shows."""
+    from fusedlm.config.experiment import load_experiment
+
+    config, recipes = load_experiment(experiment, overrides or [])
+    folder = out or Path("runs") / config.name
+    if vocab_size is not None and (vocab_size < 1 or not dry_run):
+        raise ValueError(f"--vocab-size {vocab_size}: a positive number, and for --dry-run alone")
+    if dry_run:
+        from fusedlm.compare import plan_experiment
+
+        _print_plan(config, plan_experiment(config, recipes, vocab_size))
+        return
+
+    from rich.console import Console
+
+    from fusedlm.compare import run_experiment
+
+    outcome = run_experiment(config, recipes, folder, console=Console(), train=not report_only)
+    if outcome.report is not None:
+        _print_results(outcome.results)
+        print(outcome.report)
+    if outcome.stopped:
+        again = shlex.join(["fusedlm", "compare", str(experiment), *(overrides or []), "--out", str(folder)])
+        print(f"stopped; what is finished is kept; go on with: {again}")
+    elif outcome.report is None:
+        print(f"{folder}: no run is finished yet, so there is nothing to report")
+
+
+def _print_plan(config, variants: dict) -> None:
+    n_seeds = len(config.seeds)
+    runs = f"{len(variants) * n_seeds} run{'s' * (len(variants) * n_seeds > 1)}"
+    seeds = f"seed{'s' * (n_seeds > 1)} {', '.join(map(str, config.seeds))}"
+    by = f" by {config.match_by}" if config.match in ("params", "flops") else ""
+    head = ("variant", "parameters", "FLOPs/token", "steps", "tokens", "training FLOPs", "match")
+    rows = [
+        (
+            name,
+            f"{variant.account.parameters:,}",
+            f"{variant.account.flops_per_token:,.0f}",
+            f"{variant.recipe.train.steps:,}",
+            f"{variant.tokens:,}",
+            f"{variant.account.flops_per_token * variant.tokens:.3g}",
+            "–" if variant.deviation is None else f"{100 * variant.deviation:+.2f}%",
+        )
+        for name, variant in variants.items()
+    ]
+    _print_table(f"{config.name}: {runs}, {seeds}, match: {config.match}{by}", head, rows)
+    for name, variant in variants.items():
+        if variant.changes:
+            print(f"{name}, to match: {', '.join(map(str, variant.changes))}")
+    if config.match == "time":
+        print("steps are timed, and set, when the experiment runs")
+
+
+def _print_results(results) -> None:
+    from fusedlm.compare.tables import summary_table
+
+    _print_table(results.experiment.name, *summary_table(results))
+    for sentence in results.verdicts():
+        print(sentence)
+
+
+def _print_table(title: str, head: tuple[str, ...], rows: list[tuple[str, ...]]) -> None:
+    from rich import box
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.measure import Measurement
+    from rich.table import Table
+
+    table = Table(title=escape(title), title_justify="left", box=box.SIMPLE)
+    for index, name in enumerate(head):
+        table.add_column(escape(name), justify="left" if index == 0 else "right")
+    for row in rows:
+        table.add_row(*map(escape, row))
+    console = Console()
+    if not console.is_terminal:  # a file has no edge to fold at
+        unbounded = console.options.update(max_width=1000)
+        console.width = max(console.width, Measurement.get(console, unbounded, table).maximum)
+    console.print(table)

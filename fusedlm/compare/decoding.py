@@ -1,0 +1,71 @@
+"""Decoding as it is: bytes of the live state, and one-token steps against it."""
+
+import statistics
+import time
+from collections.abc import Sequence
+
+import torch
+
+from fusedlm.model import Decoder
+from fusedlm.model.precision import autocast
+
+_PROMPT = 64  # tokens that are really computed; the rest of a length is made by State.extend_to
+_WARM_UP, _STEPS = 8, 32
+
+
+@torch.no_grad()
+def measure_decoding(
+    model: Decoder, lengths: Sequence[int], device: torch.device, dtype: torch.dtype
+) -> dict[int, tuple[int, float] | None]:
+    """Decoding of one sequence after so many tokens.
+
+    The prompt is drawn at random. Steps are run as `generate` runs them: one token, the caches reserved, the weights in
+    float32 under autocast to dtype.
+
+    Returns:
+        length -> (bytes of the state's live tensors, tokens a second by the median of the steps); None where the
+        device's memory does not hold it.
+    """
+    was_training = model.training
+    model.eval()
+    try:
+        return {length: _measure(model, length, device, dtype) for length in lengths}
+    finally:
+        model.train(was_training)
+
+
+def _measure(model: Decoder, length: int, device: torch.device, dtype: torch.dtype) -> tuple[int, float] | None:
+    try:
+        n_bytes = _state(model, length, None, device, dtype).nbytes()
+        return n_bytes, 1 / _step_seconds(model, length, device, dtype)
+    except torch.OutOfMemoryError:
+        return None
+
+
+def _state(model: Decoder, length: int, max_tokens: int | None, device: torch.device, dtype: torch.dtype):
+    generator = torch.Generator().manual_seed(0)
+    prompt = torch.randint(0, model.vocab_size, (1, min(_PROMPT, length)), generator=generator).to(device)
+    state = model.init_state(1, max_tokens)
+    with autocast(device, dtype):
+        model.hidden(prompt, state=state)
+    state.extend_to(length)
+    return state
+
+
+def _step_seconds(model: Decoder, length: int, device: torch.device, dtype: torch.dtype) -> float:
+    state = _state(model, length, length + _WARM_UP + _STEPS, device, dtype)
+    token = torch.zeros(1, 1, dtype=torch.int64, device=device)
+    seconds = []
+    for _ in range(_WARM_UP + _STEPS):
+        _wait(device)
+        start = time.perf_counter()
+        with autocast(device, dtype):
+            model(token, state=state)
+        _wait(device)
+        seconds.append(time.perf_counter() - start)
+    return statistics.median(seconds[_WARM_UP:])
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

@@ -1,0 +1,240 @@
+"""What is held equal: sizes, steps, and what was changed to make them so."""
+
+import bisect
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+
+import torch
+
+from fusedlm.config import Recipe
+from fusedlm.config.experiment import Experiment
+from fusedlm.config.model import ModelConfig
+from fusedlm.model import build_model
+from fusedlm.model.accounting import count_parameters, training_flops_per_token
+
+_NAMES = {"params": "parameters", "flops": "training FLOPs a token", "tokens": "training tokens", "time": "seconds"}
+_WAYS = {"ffn": "hidden width of the feed-forwards", "width": "model.dim", "depth": "model.n_layers"}
+
+
+@dataclass(frozen=True)
+class Account:
+    """What a recipe's model has and costs."""
+
+    parameters: int
+    active_parameters: int
+    embedding_parameters: int
+    flops_per_token: float  # of training, at the recipe's seq_len
+
+
+@dataclass(frozen=True)
+class Change:
+    """A key that was set so that something is equal."""
+
+    key: str
+    before: int
+    after: int
+
+    def __str__(self) -> str:
+        return f"{self.key} {self.before:,} → {self.after:,}"
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One variant as it will be trained."""
+
+    name: str
+    recipe: Recipe  # with the first seed
+    vocab_size: int
+    account: Account
+    changes: tuple[Change, ...] = ()
+    deviation: float | None = None  # of the matched quantity from the baseline's, relative; None: nothing is matched
+
+    @property
+    def tokens(self) -> int:
+        """Of a whole training."""
+        return tokens_per_step(self.recipe) * self.recipe.train.steps
+
+
+def match_variants(
+    experiment: Experiment,
+    recipes: dict[str, Recipe],
+    vocab_sizes: dict[str, int],
+    step_seconds: dict[str, float] | None = None,
+) -> dict[str, Variant]:
+    """Give every variant as much as the first has of what the experiment holds equal.
+
+    Args:
+        vocab_sizes: of each variant's tokenizer.
+        step_seconds: measured time of a step of each variant, for `match: time`. None: not measured yet, and the steps
+            stay as they are.
+
+    Raises:
+        ValueError: nothing that can be reached is within the tolerance; names the nearest.
+    """
+    baseline, *_ = recipes
+    variants = {}
+    for name, recipe in recipes.items():
+        variant = Variant(name, recipe, vocab_sizes[name], account(recipe, vocab_sizes[name]))
+        first = variants.get(baseline, variant)
+        if experiment.match in ("params", "flops"):
+            variant = _match_size(variant, first, experiment)
+        elif experiment.match == "tokens":
+            variant = _match_steps(variant, first, experiment, first.tokens / tokens_per_step(recipe))
+        elif experiment.match == "time" and step_seconds is not None:
+            steps = first.recipe.train.steps * step_seconds[baseline] / step_seconds[name]
+            variant = _match_steps(variant, first, experiment, steps)
+        variants[name] = variant
+    return variants
+
+
+def tokens_per_step(recipe: Recipe) -> int:
+    return recipe.train.batch_size * recipe.train.seq_len
+
+
+def account(recipe: Recipe, vocab_size: int) -> Account:
+    """Counted on a model without memory."""
+    return _account(recipe.model, recipe.train.seq_len, vocab_size)
+
+
+def _account(config: ModelConfig, seq_len: int, vocab_size: int) -> Account:
+    model = build_model(config, vocab_size=vocab_size, device="meta")
+    count = count_parameters(model)
+    return Account(count.total, count.active, count.embedding, training_flops_per_token(model, seq_len))
+
+
+def _match_steps(variant: Variant, first: Variant, experiment: Experiment, wanted: float) -> Variant:
+    before, after = variant.recipe.train.steps, max(1, round(wanted))
+    deviation = after / wanted - 1
+    if abs(deviation) > experiment.tolerance:
+        raise ValueError(
+            f"variant {variant.name}: {_NAMES[experiment.match]} of {first.name} take {wanted:.2f} steps; {after} miss "
+            f"them by {deviation:+.1%}; train longer or raise experiment.tolerance={experiment.tolerance}"
+        )
+    changes = () if before == after else (Change("train.steps", before, after),)
+    recipe = _with_train(variant.recipe, steps=after)
+    return replace(variant, recipe=recipe, changes=changes, deviation=deviation)
+
+
+def _with_train(recipe: Recipe, **changes) -> Recipe:
+    return recipe.model_copy(update={"train": recipe.train.model_copy(update=changes)})
+
+
+def _match_size(variant: Variant, first: Variant, experiment: Experiment) -> Variant:
+    seq_len = variant.recipe.train.seq_len
+    quantity = _quantity(experiment.match)
+    target = quantity(first.account)
+
+    def measure(config: ModelConfig) -> float:
+        return quantity(_account(config, seq_len, variant.vocab_size))
+
+    config = variant.recipe.model
+    ways = {"ffn": _ffn_ladder, "width": _width_ladder, "depth": _depth_ladder}
+    own = quantity(variant.account) / target - 1
+    if abs(own) <= experiment.tolerance / 10:
+        return replace(variant, deviation=own)
+    # Sizes in multiples of 8 suit the matrix units of GPUs; finer ones only where those stay away from the target.
+    for grain, admitted in ((8, experiment.tolerance / 4), (1, experiment.tolerance)):
+        ladder = ways[experiment.match_by](config, variant.vocab_size, grain)
+        found = _nearest(ladder, measure, target)
+        deviation = measure(found.make()) / target - 1
+        if abs(deviation) <= admitted:
+            recipe = variant.recipe.model_copy(update={"model": found.make()})
+            changes = tuple(change for change in found.changes if change.before != change.after)
+            return replace(
+                variant,
+                recipe=recipe,
+                account=account(recipe, variant.vocab_size),
+                changes=changes,
+                deviation=deviation,
+            )
+    reached = measure(found.make())
+    others = " or ".join(way for way in ways if way != experiment.match_by)
+    tried = ", ".join(f"{change.key}={change.after}" for change in found.changes)
+    raise ValueError(
+        f"variant {variant.name}: {target:,.0f} {_NAMES[experiment.match]} of {first.name} cannot be met within "
+        f"{experiment.tolerance:.2g} by {_WAYS[experiment.match_by]}; the nearest is {reached:,.0f} ({deviation:+.1%}) "
+        f"with {tried}; try experiment.match_by={others}"
+    )
+
+
+def _quantity(match: str) -> Callable[[Account], float]:
+    return (lambda found: found.parameters) if match == "params" else (lambda found: found.flops_per_token)
+
+
+@dataclass(frozen=True)
+class _Rung:
+    """A size that can be tried."""
+
+    make: Callable[[], ModelConfig]
+    changes: tuple[Change, ...]
+
+
+def _nearest(ladder: Sequence[_Rung], measure: Callable[[ModelConfig], float], target: float) -> _Rung:
+    """The rung whose measure, which rises along the ladder, lies nearest."""
+    index = bisect.bisect_left(ladder, target, key=lambda rung: measure(rung.make()))
+    around = ladder[max(0, index - 1) : index + 1]
+    return min(around, key=lambda rung: abs(measure(rung.make()) - target))
+
+
+def _ffn_ladder(config: ModelConfig, vocab_size: int, grain: int) -> list[_Rung]:
+    """All feed-forwards scaled together, the widest in steps of the grain."""
+    widths = _ffn_widths(config, vocab_size)
+    widest = max(widths.values())
+    rungs = []
+    for width in range(grain, 16 * widest + grain, grain):
+        scaled = {name: max(grain, grain * round(before * width / widest / grain)) for name, before in widths.items()}
+        changes = tuple(
+            Change(f"model.blocks.{name}.ffn.hidden", widths[name], after) for name, after in scaled.items()
+        )
+        rungs.append(_Rung(partial(_with_ffn_widths, config, scaled), changes))
+    return rungs
+
+
+def _ffn_widths(config: ModelConfig, vocab_size: int) -> dict[str, int]:
+    """Hidden width of the feed-forward of each block that the pattern uses; a routed one's full width."""
+    model = build_model(config, vocab_size=vocab_size, device="meta")
+    return {
+        name: max(
+            linear.in_features
+            for linear in block.ffn.modules()
+            if isinstance(linear, torch.nn.Linear) and linear.out_features == config.dim
+        )
+        for name, block in zip(model.layer_names, model.blocks, strict=True)
+    }
+
+
+def _with_ffn_widths(config: ModelConfig, widths: dict[str, int]) -> ModelConfig:
+    blocks = dict(config.blocks)
+    for name, hidden in widths.items():
+        blocks[name] = blocks[name].model_copy(update={"ffn": blocks[name].ffn.model_copy(update={"hidden": hidden})})
+    return config.model_copy(update={"blocks": blocks})
+
+
+def _width_ladder(config: ModelConfig, vocab_size: int, grain: int) -> list[_Rung]:
+    """Widths that the heads divide; what was set for itself, such as a hidden width or a rank, stays."""
+    dims = [dim for dim in range(grain, 4 * config.dim + grain, grain) if _admitted(config, dim)]
+    return [_Rung(partial(_with_dim, config, dim), (Change("model.dim", config.dim, dim),)) for dim in dims]
+
+
+def _with_dim(config: ModelConfig, dim: int) -> ModelConfig:
+    return ModelConfig.model_validate(config.model_dump() | {"dim": dim})
+
+
+def _admitted(config: ModelConfig, dim: int) -> bool:
+    try:
+        _with_dim(config, dim)
+    except ValueError:
+        return False
+    return True
+
+
+def _depth_ladder(config: ModelConfig, vocab_size: int, grain: int) -> list[_Rung]:
+    """Layers, the pattern tiled as before."""
+    return [
+        _Rung(
+            partial(config.model_copy, update={"n_layers": layers}),
+            (Change("model.n_layers", config.n_layers, layers),),
+        )
+        for layers in range(1, 4 * config.n_layers + 1)
+    ]

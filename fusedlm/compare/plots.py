@@ -1,0 +1,320 @@
+"""The plots of an experiment, as PNG."""
+
+from collections.abc import Callable
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
+
+from fusedlm.compare.results import Results
+from fusedlm.report.history import History, half_life, smooth, thin
+from fusedlm.report.style import FULL, HALF, INK, MUTED, Plot, canvas, padded, plain_axes, png
+from fusedlm.report.units import count, memory, memory_unit, power_of
+
+# Told apart in print and by colour-blind readers, as far as ten can be (after Okabe and Ito); then again, dashed.
+_COLOURS = (
+    "#1f5fad",
+    "#c9762b",
+    "#1d8a6c",
+    "#b0457e",
+    "#7a6fc4",
+    "#a39a1f",
+    "#4aa3d6",
+    "#8c4b2a",
+    "#5b6570",
+    "#d1495b",
+)
+_DASHES = ("-", (0, (4, 2)), (0, (1, 1.5)))
+_WARM = 0.1  # share of training whose losses may lie above a plot
+
+Curve = Callable[[History], tuple[np.ndarray, np.ndarray]]
+
+
+def draw_plots(results: Results) -> list[Plot]:
+    """Every plot for which something was measured."""
+    plots = (
+        _final(results),
+        _validation(results),
+        _training(results),
+        _flops(results),
+        _cost(results),
+        _state(results),
+        _decoding(results),
+    )
+    return [plot for plot in plots if plot is not None]
+
+
+def _look(results: Results, name: str) -> dict:
+    index = list(results.variants).index(name)
+    return {"color": _COLOURS[index % len(_COLOURS)], "linestyle": _DASHES[index // len(_COLOURS) % len(_DASHES)]}
+
+
+def _final(results: Results) -> Plot | None:
+    """Every seed, the mean and its interval, a row a variant."""
+    column, what, unit = results.metric
+    names = [name for name in results.variants if results.values(name, column)]
+    if not names:
+        return None
+    figure = canvas((FULL[0], 1.0 + 0.34 * len(names)))
+    axes = figure.subplots()
+    plain_axes(axes)
+    axes.grid(visible=False)
+    intervals = False
+    dots = [value for name in names for value in results.values(name, column).values()]
+    for row, name in enumerate(names):
+        colour = _look(results, name)["color"]
+        values, summary = list(results.values(name, column).values()), results.summary(name, column)
+        if summary.low is not None:
+            axes.plot(
+                [summary.low, summary.high], [row, row], color=colour, linewidth=5, alpha=0.25, solid_capstyle="butt"
+            )
+            intervals = True
+        axes.plot(values, [row] * len(values), "o", color=colour, markersize=4.5, alpha=0.8, markeredgewidth=0)
+        axes.plot([summary.mean] * 2, [row - 0.3, row + 0.3], color=colour, linewidth=2)
+    if names[0] == results.baseline:
+        axes.axvline(
+            results.summary(names[0], column).mean, color=MUTED, linewidth=0.8, linestyle=(0, (4, 3)), zorder=0
+        )
+    axes.yaxis.set_major_locator(FixedLocator(range(len(names))))
+    axes.set_yticklabels(names)
+    axes.set_ylim(len(names) - 0.5, -0.5)
+    span = max(dots) - min(dots) or 0.02 * abs(dots[0]) or 1.0
+    axes.set_xlim(min(dots) - 0.6 * span, max(dots) + 0.6 * span)
+    axes.set_xlabel(f"{_capital(what)} ({unit})")
+    caption = (
+        "All held-out text at the end of training: every seed (dots) and the mean (bar); dashed, the mean of the first."
+    )
+    if intervals:
+        caption += " The band is the 95% interval of the mean; one that reaches the edge goes on."
+    return Plot("final", f"Final {what}", caption, png(figure), wide=True)
+
+
+def _validation(results: Results) -> Plot | None:
+    column, what, unit = results.metric
+    key = "val_nll_per_token" if column == "val_loss" else "val_bpb"
+    curves = _curves(results, lambda history: (history.validation["tokens"], history.validation[key]))
+    return _lines(results, curves, "validation", "Validation loss", f"{_capital(what)} ({unit})", dots=True)
+
+
+def _training(results: Results) -> Plot | None:
+    def smoothed(history: History):
+        loss = history.steps["loss"]
+        return history.steps["tokens"], smooth(loss, half_life(len(loss)))
+
+    curves = _curves(results, smoothed)
+    label = "Training loss (nats a token)"
+    return _lines(results, curves, "training", "Training loss", label, dots=False)
+
+
+def _flops(results: Results) -> Plot | None:
+    column, what, unit = results.metric
+    key = "val_nll_per_token" if column == "val_loss" else "val_bpb"
+    curves = _curves(results, lambda history: (history.validation["tokens"], history.validation[key]))
+    curves = {name: (x * results.variants[name].account.flops_per_token, *rest) for name, (x, *rest) in curves.items()}
+    if not curves:
+        return None
+    figure, axes = _with_legend(results, curves)
+    for name, (x, mean, low, high) in curves.items():
+        _band(axes, results, name, x, mean, low, high, dots=len(x) <= 40)
+    axes.set_xscale("log")
+    _between(axes, [x for x, *_ in curves.values()])
+    _limit(axes, curves)
+    axes.set_xlabel("Training FLOPs (multiplications and additions of matrix products)")
+    axes.set_ylabel(f"{_capital(what)} ({unit})")
+    caption = "The same validations against the FLOPs spent until then, as the recipe's shapes give them."
+    return Plot("flops", "Loss against training FLOPs", caption + _overflow(curves), png(figure), wide=True)
+
+
+def _cost(results: Results) -> Plot | None:
+    names = [name for name in results.variants if results.values(name, "tokens_per_second")]
+    if not names:
+        return None
+    figure = canvas((FULL[0], 1.1 + 0.3 * len(names)))
+    left, right = figure.subplots(1, 2, sharey=True)
+    rates = {name: results.summary(name, "tokens_per_second").mean for name in names}
+    peaks = {name: max(results.values(name, "peak_memory_bytes").values()) for name in names}
+    power, word = power_of(max(rates.values()))
+    size, memory_name = memory_unit(max(peaks.values()))
+    for axes, values, scale, label, written in (
+        (left, rates, power, f"Training tokens per second ({word})" if word else "Training tokens per second", count),
+        (right, peaks, size, f"Peak memory ({memory_name})", memory),
+    ):
+        plain_axes(axes)
+        axes.grid(visible=False)
+        for row, name in enumerate(names):
+            axes.barh(row, values[name] / scale, height=0.62, color=_look(results, name)["color"])
+            axes.text(values[name] / scale, row, f" {written(values[name])}", va="center", fontsize=8, color=INK)
+        axes.set_xlim(0, 1.22 * max(values.values()) / scale)
+        axes.set_ylim(len(names) - 0.5, -0.5)
+        axes.yaxis.set_major_locator(FixedLocator(range(len(names))))
+        axes.set_xlabel(label)
+    left.set_yticklabels(names)
+    right.tick_params(labelleft=False)
+    caption = (
+        "Median over settled steps, mean over seeds; and the highest memory of any seed, which on the GPU is that of "
+        "tensors and on the CPU that of the whole process."
+    )
+    return Plot("cost", "Training throughput and memory", caption, png(figure), wide=True)
+
+
+def _state(results: Results) -> Plot | None:
+    found = _by_length(results, 0)
+    if not found:
+        return None
+    figure, axes = _length_axes(results, found)
+    axes.set_yscale("log", base=2)
+    axes.yaxis.set_minor_locator(NullLocator())
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: _bytes(value)))
+    axes.set_ylabel("State of one sequence")
+    caption = "Bytes of the live tensors that decoding keeps for one sequence."
+    return Plot("state", "Decoding state against length", caption, png(figure))
+
+
+def _decoding(results: Results) -> Plot | None:
+    found = _by_length(results, 1)
+    if not found:
+        return None
+    figure, axes = _length_axes(results, found)
+    axes.set_ylim(0, 1.08 * max(max(values) for _, values in found.values()))
+    axes.set_ylabel("Tokens per second")
+    caption = "One token a step, one sequence: the median step after so many tokens."
+    return Plot("decoding", "Decoding throughput against length", caption, png(figure))
+
+
+def _curves(results: Results, curve: Curve) -> dict[str, tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]]:
+    """variant -> (x, mean, lowest, highest) over its seeds, at the x that all of them have."""
+    curves = {}
+    for name in results.variants:
+        tables = []
+        for row in results.of(name):
+            x, y = curve(results.histories[name, row["seed"]])
+            tables.append({a: b for a, b in zip(x.tolist(), y.tolist(), strict=True) if np.isfinite(b)})
+        shared = sorted(set.intersection(*(set(table) for table in tables))) if tables else []
+        if shared:
+            values = np.array([[table[x] for x in shared] for table in tables])
+            curves[name] = (np.array(shared), values.mean(0), values.min(0), values.max(0))
+    return curves
+
+
+def _lines(results: Results, curves: dict, name: str, title: str, label: str, dots: bool) -> Plot | None:
+    if not curves:
+        return None
+    figure, axes = _with_legend(results, curves)
+    power, word = power_of(max(x[-1] for x, *_ in curves.values()))
+    for variant, (x, mean, low, high) in curves.items():
+        _band(axes, results, variant, x / power, mean, low, high, dots=dots and len(x) <= 40)
+    axes.set_xlim(0, max(x[-1] for x, *_ in curves.values()) / power)
+    _limit(axes, curves)
+    axes.set_xlabel(f"Tokens ({word})" if word else "Tokens")
+    axes.set_ylabel(label)
+    n_seeds = max(len(results.of(variant)) for variant in curves)
+    caption = "Mean over seeds; the band goes from the lowest to the highest." if n_seeds > 1 else "One seed."
+    if name == "training" and (most := max(len(x) for x, *_ in curves.values())) >= 20:
+        caption += f" Smoothed with a half-life of {half_life(most)} steps to both sides."
+    return Plot(name, title, caption + _overflow(curves), png(figure), wide=True)
+
+
+def _with_legend(results: Results, names) -> tuple[Figure, Axes]:
+    """Wide axes with the names of variants to the right of them."""
+    figure = canvas((FULL[0], max(FULL[1], 0.9 + 0.2 * len(names))))
+    axes = figure.subplots()
+    plain_axes(axes)
+    for name in names:
+        axes.plot([], [], label=name, linewidth=1.8, **_look(results, name))
+    axes.legend(
+        loc="center left",
+        bbox_to_anchor=(1.01, 0.5),
+        frameon=False,
+        fontsize=8,
+        labelcolor=INK,
+        handlelength=2.2,
+        borderaxespad=0,
+    )
+    return figure, axes
+
+
+def _band(axes: Axes, results: Results, name: str, x, mean, low, high, dots: bool) -> None:
+    look = _look(results, name)
+    if (high > low).any():
+        axes.fill_between(x, low, high, color=look["color"], alpha=0.18, linewidth=0)
+    marker = {"marker": "o", "markersize": 3.5} if dots else {}
+    axes.plot(*thin(x, mean), linewidth=1.5, **look, **marker)
+
+
+def _limit(axes: Axes, curves: dict) -> None:
+    top, lowest = _top(curves), min(low.min() for _, _, low, _ in curves.values())
+    axes.set_ylim(padded(lowest, top))
+
+
+def _top(curves: dict) -> float:
+    """The highest loss behind the first tenth of training, from where differences can be seen."""
+    kept = [high[x >= _WARM * x[-1]] for x, _, _, high in curves.values()]
+    return max(high.max() for high in kept)
+
+
+def _overflow(curves: dict) -> str:
+    top = _top(curves)
+    return (
+        " Losses of the first tenth of training that lie above are cut off."
+        if any(high.max() > top for *_, high in curves.values())
+        else ""
+    )
+
+
+def _between(axes: Axes, columns: list[np.ndarray]) -> None:
+    """Few ticks on a logarithmic axis: 1, 2 and 5 of each decade, within the values."""
+    low, high = min(x[x > 0].min() for x in columns), max(x.max() for x in columns)
+    decades = range(int(np.floor(np.log10(low))), int(np.ceil(np.log10(high))) + 1)
+    ticks = [digit * 10.0**decade for decade in decades for digit in (1, 2, 5)]
+    axes.set_xlim(low / 1.1, high * 1.1)
+    axes.xaxis.set_major_locator(
+        FixedLocator([tick for tick in ticks if low / 1.1 <= tick <= high * 1.1] or [low, high])
+    )
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.0e}".replace("e+", "e")))
+
+
+def _by_length(results: Results, which: int) -> dict[str, tuple[list[int], list[float]]]:
+    """variant -> (lengths, values) as far as they were measured; 0 is bytes, 1 is tokens a second."""
+    found = {}
+    for name in results.variants:
+        measured = {int(n): value for n, value in (results.decoding[name] or {}).items() if value is not None}
+        lengths = sorted(n for n in measured if n in results.experiment.decode_lengths)
+        if lengths:
+            found[name] = (lengths, [measured[n][which] for n in lengths])
+    return found
+
+
+def _length_axes(results: Results, found: dict) -> tuple[Figure, Axes]:
+    """Curves against length, the legend below."""
+    rows = -(-len(found) // 3)
+    figure = canvas((HALF[0], HALF[1] + 0.17 * rows))
+    axes = figure.subplots()
+    plain_axes(axes)
+    for name, (lengths, values) in found.items():
+        axes.plot(lengths, values, marker="o", markersize=4, linewidth=1.6, label=name, **_look(results, name))
+    ticks = sorted({length for lengths, _ in found.values() for length in lengths})
+    axes.set_xscale("log", base=2)
+    axes.xaxis.set_major_locator(FixedLocator(ticks))
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: length_name(int(value))))
+    axes.set_xlabel("Tokens seen")
+    figure.legend(loc="outside lower center", ncols=3, frameon=False, fontsize=7.5, labelcolor=INK, handlelength=1.8)
+    return figure, axes
+
+
+def length_name(length: int) -> str:
+    """1024 as 1k."""
+    return f"{length // 1024}k" if length % 1024 == 0 else f"{length:,}"
+
+
+def _bytes(value: float) -> str:
+    for size, unit in ((2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB")):
+        if value >= size:
+            return f"{value / size:g} {unit}"
+    return f"{value:g} B"
+
+
+def _capital(text: str) -> str:
+    return text[0].upper() + text[1:]

@@ -1,0 +1,201 @@
+"""From records and metrics of runs to what was found: a row a run, a summary and a verdict a variant."""
+
+import csv
+import io
+import math
+from dataclasses import asdict, dataclass
+
+import numpy as np
+
+from fusedlm.compare.folder import ExperimentFolder
+from fusedlm.compare.matching import Variant
+from fusedlm.compare.statistics import Verdict, judge, summarise
+from fusedlm.config.experiment import Experiment
+from fusedlm.report.history import History, median, read_history
+
+# Of a run; the columns of results.csv.
+ROW = (
+    "variant",
+    "seed",
+    "outcome",  # finished, diverged or not run
+    "steps",
+    "tokens",
+    "val_loss",  # nats a token on all held-out text at the end
+    "val_bpb",
+    "best_val_loss",  # lowest of the validations along the way
+    "best_val_bpb",
+    "best_val_step",
+    "train_loss",  # of the last step
+    "train_loss_last_10",  # mean of the last ten
+    "tokens_per_second",  # median of the settled steps
+    "step_seconds",
+    "training_seconds",  # of all steps, warm-up included, validations not
+    "peak_memory_bytes",
+    "skipped_steps",
+    "message",
+)
+_LAST = 10
+_SETTLED = 10  # one part in so many is warm-up
+
+LOSS, BPB = ("val_loss", "validation loss", "nats a token"), ("val_bpb", "validation bits per byte", "bits per byte")
+
+
+@dataclass(frozen=True)
+class Results:
+    experiment: Experiment
+    variants: dict[str, Variant]
+    rows: list[dict]  # of every run, keys as in ROW
+    histories: dict[tuple[str, int], History]  # of runs that began
+    decoding: dict[str, dict | None]  # variant -> length (text) -> (bytes, tokens a second), or None
+    environments: list[dict]  # that runs were made in, each once, with the number of its "runs"
+    dates: tuple[str, ...]  # days on which runs were last worked on, each once
+    implementations: dict[str, dict]  # variant -> op -> name of the implementation that ran
+
+    @property
+    def baseline(self) -> str:
+        return next(iter(self.variants))
+
+    @property
+    def metric(self) -> tuple[str, str, str]:
+        """(column, name, unit) that verdicts are on: nats a token only where all have the same tokens."""
+        tokenizers = {variant.recipe.data.tokenizer.model_dump_json() for variant in self.variants.values()}
+        return LOSS if len(tokenizers) == 1 else BPB
+
+    def of(self, variant: str, outcome: str | None = "finished") -> list[dict]:
+        """Rows of a variant."""
+        return [row for row in self.rows if row["variant"] == variant and outcome in (None, row["outcome"])]
+
+    def values(self, variant: str, column: str) -> dict[int, float]:
+        """seed -> value of the finished runs."""
+        return {row["seed"]: row[column] for row in self.of(variant) if row[column] is not None}
+
+    def summary(self, variant: str, column: str):
+        return summarise(list(self.values(variant, column).values()))
+
+    def verdict(self, variant: str, metric: tuple[str, str, str] | None = None) -> Verdict:
+        column, what, unit = metric or self.metric
+        own, other = self.values(variant, column), self.values(self.baseline, column)
+        return judge(variant, self.baseline, own, other, what, unit)
+
+    def verdicts(self) -> list[str]:
+        """A sentence for each variant but the first, and one for runs that did not finish."""
+        sentences = [self.verdict(name).sentence for name in self.variants if name != self.baseline]
+        for name in self.variants:
+            if diverged := [row["seed"] for row in self.of(name, "diverged")]:
+                seeds = ", ".join(map(str, diverged))
+                sentences.append(f"{name} diverged on seed{'s' * (len(diverged) > 1)} {seeds}, which no value counts")
+        missing = sum(row["outcome"] == "not run" for row in self.rows)
+        if missing:
+            sentences.append(f"{missing} of {len(self.rows)} runs are not finished yet")
+        return sentences
+
+    def as_json(self) -> dict:
+        """All of it as plain values."""
+        return {
+            "experiment": self.experiment.model_dump(mode="json"),
+            "baseline": self.baseline,
+            "metric": dict(zip(("column", "name", "unit"), self.metric, strict=True)),
+            "variants": {name: self._variant_json(name) for name in self.variants},
+            "verdicts": self.verdicts(),
+            "runs": self.rows,
+            "environments": self.environments,
+            "dates": list(self.dates),
+        }
+
+    def _variant_json(self, name: str) -> dict:
+        variant = self.variants[name]
+        summarised = ("val_loss", "val_bpb", "best_val_loss", "best_val_bpb", "train_loss", "train_loss_last_10")
+        measured = ("tokens_per_second", "step_seconds", "training_seconds", "peak_memory_bytes")
+        tree = {
+            **asdict(variant.account),
+            "vocab_size": variant.vocab_size,
+            "steps": variant.recipe.train.steps,
+            "tokens": variant.tokens,
+            "training_flops": variant.account.flops_per_token * variant.tokens,
+            "changed_to_match": [asdict(change) for change in variant.changes],
+            "deviation": variant.deviation,
+            **{column: asdict(self.summary(name, column)) for column in (*summarised, *measured)},
+            "decoding": {
+                length: None if found is None else {"state_bytes": found[0], "tokens_per_second": found[1]}
+                for length, found in (self.decoding[name] or {}).items()
+            },
+            "implementations": self.implementations.get(name, {}),
+            "recipe": variant.recipe.model_dump(mode="json"),
+        }
+        if name != self.baseline:
+            tree["against_baseline"] = {metric[0]: asdict(self.verdict(name, metric)) for metric in (LOSS, BPB)}
+        return tree
+
+    def as_csv(self) -> str:
+        text = io.StringIO()
+        writer = csv.DictWriter(text, ROW, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(self.rows)
+        return text.getvalue()
+
+
+def collect(experiment: Experiment, variants: dict[str, Variant], folder: ExperimentFolder) -> Results:
+    """What the folder holds so far.
+
+    Raises:
+        ValueError: a record or the metrics of a run are damaged; names file and line.
+    """
+    rows, histories, environments, dates, implementations = [], {}, [], set(), {}
+    for name, variant in variants.items():
+        for seed in experiment.seeds:
+            record = folder.record(name, seed)
+            history = None
+            if record is not None:
+                history = histories[name, seed] = read_history(folder.run(name, seed))
+                environment = folder.environment(name, seed)
+                environment.pop("parameters", None)
+                dates.add(environment.pop("date", "")[:10])
+                implementations[name] = environment.pop("implementations", {})
+                _count_environment(environments, environment)
+            rows.append(_row(variant, seed, record, history))
+    decoding = {name: folder.decoding(name) for name in variants}
+    days = tuple(sorted(dates - {""}))
+    return Results(experiment, variants, rows, histories, decoding, environments, days, implementations)
+
+
+def _count_environment(environments: list[dict], found: dict) -> None:
+    for known in environments:
+        if {key: value for key, value in known.items() if key != "runs"} == found:
+            known["runs"] += 1
+            return
+    environments.append(found | {"runs": 1})
+
+
+def _row(variant: Variant, seed: int, record: dict | None, history: History | None) -> dict:
+    row = dict.fromkeys(ROW) | {"variant": variant.name, "seed": seed, "outcome": "not run"}
+    if record is None:
+        return row
+    steps, validation = history.steps, history.validation
+    settled = slice(len(steps["step"]) // _SETTLED, None)
+    row |= {
+        "outcome": record["outcome"],
+        "steps": int(steps["step"][-1]),
+        "tokens": int(steps["tokens"][-1]),
+        "train_loss": _finite(steps["loss"][-1]),
+        "train_loss_last_10": _finite(np.mean(steps["loss"][-_LAST:])),
+        "tokens_per_second": median(steps["tokens_per_second"][settled]),
+        "step_seconds": median(steps["step_seconds"][settled]),
+        "training_seconds": _finite(np.nansum(steps["step_seconds"])),
+        "peak_memory_bytes": int(np.nanmax(steps["peak_memory_bytes"])),
+        "skipped_steps": len(history.skipped),
+        "message": record["message"],
+    }
+    if record["final"] is not None:
+        row |= {"val_loss": record["final"]["val_nll_per_token"], "val_bpb": record["final"]["val_bpb"]}
+    if np.isfinite(validation["val_bpb"]).any():
+        best = int(np.nanargmin(validation["val_bpb"]))
+        row |= {
+            "best_val_loss": _finite(validation["val_nll_per_token"][best]),
+            "best_val_bpb": _finite(validation["val_bpb"][best]),
+            "best_val_step": int(validation["step"][best]),
+        }
+    return row
+
+
+def _finite(value: float) -> float | None:
+    return float(value) if math.isfinite(value) else None

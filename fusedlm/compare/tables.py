@@ -1,0 +1,150 @@
+"""What was found as rows of text, for the page and for the terminal."""
+
+from fusedlm.compare.plots import length_name
+from fusedlm.compare.results import Results
+from fusedlm.compare.statistics import Summary
+from fusedlm.report.units import count, duration, memory, size
+
+Table = tuple[tuple[str, ...], list[tuple[str, ...]]]  # head, rows
+
+_NONE = "–"
+
+
+def loss_table(results: Results) -> Table:
+    """What was learnt."""
+    head = (
+        "Variant",
+        "Seeds",
+        "Validation loss",
+        "± std",
+        "95% interval",
+        "Bits per byte",
+        "± std",
+        "Lowest loss on the way",
+        "Training loss, last 10",
+    )
+    rows = []
+    for name in results.variants:
+        loss, bpb = results.summary(name, "val_loss"), results.summary(name, "val_bpb")
+        n_all = len(results.of(name, None))
+        rows.append(
+            (
+                name,
+                str(loss.n) if loss.n == n_all else f"{loss.n} of {n_all}",
+                _value(loss.mean),
+                _value(loss.std),
+                _interval(loss),
+                _value(bpb.mean),
+                _value(bpb.std),
+                _value(results.summary(name, "best_val_loss").mean),
+                _value(results.summary(name, "train_loss_last_10").mean),
+            )
+        )
+    return head, rows
+
+
+def size_table(results: Results) -> Table:
+    """What the variants are."""
+    head = ("Variant", "Parameters", "of these embedding", "FLOPs a token", "Steps", "Tokens", "Training FLOPs")
+    rows = []
+    for name, variant in results.variants.items():
+        found = variant.account
+        parameters = count(found.parameters)
+        if found.active_parameters != found.parameters:
+            parameters += f" ({count(found.active_parameters)} active)"
+        rows.append(
+            (
+                name,
+                parameters,
+                count(found.embedding_parameters),
+                count(found.flops_per_token),
+                f"{variant.recipe.train.steps:,}",
+                count(variant.tokens),
+                f"{found.flops_per_token * variant.tokens:.3g}",
+            )
+        )
+    return head, rows
+
+
+def cost_table(results: Results) -> Table:
+    """What training took."""
+    head = ("Variant", "Tokens a second", "± std", "Step", "Training time", "Peak memory")
+    rows = []
+    for name in results.variants:
+        rate, step = results.summary(name, "tokens_per_second"), results.summary(name, "step_seconds").mean
+        peaks = results.values(name, "peak_memory_bytes")
+        rows.append(
+            (
+                name,
+                count(rate.mean),
+                count(rate.std),
+                _NONE if step is None else f"{1000 * step:.4g} ms",
+                duration(results.summary(name, "training_seconds").mean),
+                memory(max(peaks.values()) if peaks else None),
+            )
+        )
+    return head, rows
+
+
+def decoding_table(results: Results) -> Table | None:
+    """What decoding takes; None when it was not measured."""
+    lengths = results.experiment.decode_lengths
+    if not lengths or not any(results.decoding.values()):
+        return None
+    head = (
+        "Variant",
+        *(f"State, {length_name(length)}" for length in lengths),
+        *(f"Tokens a second, {length_name(length)}" for length in lengths),
+    )
+    rows = []
+    for name, measured in results.decoding.items():
+        found = [(measured or {}).get(str(length)) for length in lengths]
+        rows.append(
+            (
+                name,
+                *(size(None if pair is None else pair[0]) for pair in found),
+                *(count(None if pair is None else pair[1]) for pair in found),
+            )
+        )
+    return head, rows
+
+
+def summary_table(results: Results) -> Table:
+    """One line a variant, for the terminal."""
+    column, _, unit = results.metric
+    lengths = results.experiment.decode_lengths
+    last = lengths[-1] if lengths else None
+    head = ("variant", "parameters", "FLOPs/token", f"validation, {unit}", "bits per byte", "tokens/s", "memory")
+    if last is not None:
+        head += (f"state at {length_name(last)}", f"decode/s at {length_name(last)}")
+    rows = []
+    for name, variant in results.variants.items():
+        peaks = results.values(name, "peak_memory_bytes")
+        row = (
+            name,
+            count(variant.account.parameters),
+            count(variant.account.flops_per_token),
+            _with_std(results.summary(name, column)),
+            _with_std(results.summary(name, "val_bpb")),
+            count(results.summary(name, "tokens_per_second").mean),
+            memory(max(peaks.values()) if peaks else None),
+        )
+        if last is not None:
+            pair = (results.decoding[name] or {}).get(str(last)) or (None, None)
+            row += (size(pair[0]), count(pair[1]))
+        rows.append(row)
+    if column == "val_bpb":
+        return head[:4] + head[5:], [row[:4] + row[5:] for row in rows]
+    return head, rows
+
+
+def _value(value: float | None) -> str:
+    return _NONE if value is None else f"{value:.4f}"
+
+
+def _with_std(found: Summary) -> str:
+    return _value(found.mean) if found.std is None else f"{found.mean:.4f} ± {found.std:.4f}"
+
+
+def _interval(found: Summary) -> str:
+    return _NONE if found.low is None else f"{found.low:.4f} to {found.high:.4f}"
