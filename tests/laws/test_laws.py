@@ -125,9 +125,9 @@ def test_documents_gradients(make):
 def _starts():
     yield from _parts()
     for path in RECIPES:
-        config = load_recipe(path).model
-        vocab = {"demo": 2048, "shakespeare": 257}.get(path.stem, 50257)
-        yield pytest.param(lambda config=config, vocab=vocab: build_model(config, vocab_size=vocab), id=path.stem)
+        recipe = load_recipe(path)
+        vocab = {"bytes": 257, "bpe": 2048, "file": 50257}[recipe.data.tokenizer.type]
+        yield pytest.param(lambda config=recipe.model, vocab=vocab: build_model(config, vocab_size=vocab), id=path.stem)
 
 
 @pytest.mark.parametrize("make", list(_starts()))
