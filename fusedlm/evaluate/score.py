@@ -9,6 +9,7 @@ import torch
 from torch.nn import functional as F
 
 from fusedlm.evaluate.windows import batches, document_windows
+from fusedlm.model.auxiliary import Routing, RoutingTally
 from fusedlm.model.precision import autocast
 
 _CHUNK = 2048  # most tokens that enter the state at once
@@ -22,6 +23,7 @@ class Score:
     tokens: int  # scored tokens: every text token once; end-of-text is never scored
     bytes: int  # bytes of the scored text
     documents: int
+    routing: Routing | None = None  # levels of the scored tokens; None: the model has no routed feed-forward
 
     @property
     def bpb(self) -> float:
@@ -72,15 +74,15 @@ def score_documents(
         batch_tokens = 65536 if device.type == "cuda" else 4096
     stride = _check(window, stride, batch_tokens, max_tokens)
     taken = _Taken(documents, max_tokens, model.vocab_size)
-    sums, scored = [], 0
+    sums, scored, tally = [], 0, RoutingTally(model)
     was_training = model.training
     model.eval()
     try:
         with torch.no_grad():
             if window is None:
-                pieces = _score_whole(model, taken, device, dtype)
+                pieces = _score_whole(model, taken, device, dtype, tally)
             else:
-                pieces = _score_windows(model, taken, window, stride, batch_tokens, device, dtype)
+                pieces = _score_windows(model, taken, window, stride, batch_tokens, device, dtype, tally)
             for nll, n_tokens in pieces:
                 sums.append(nll)
                 scored += n_tokens
@@ -92,7 +94,13 @@ def score_documents(
         raise ValueError(f"no text to score: {taken.documents} documents hold no text token")
     if taken.bytes <= 0:
         raise ValueError(f"{scored} tokens were scored, but the documents count {taken.bytes} bytes")
-    return Score(nll=math.fsum(sums), tokens=scored, bytes=taken.bytes, documents=taken.documents)
+    return Score(
+        nll=math.fsum(sums),
+        tokens=scored,
+        bytes=taken.bytes,
+        documents=taken.documents,
+        routing=tally.result(tally.counts.flatten().tolist()) if tally else None,
+    )
 
 
 def _check(window: int | None, stride: int | None, batch_tokens: int, max_tokens: int | None) -> int | None:
@@ -143,25 +151,46 @@ class _Taken:
                 return
 
 
-def _score_whole(model, documents, device, dtype) -> Iterator[tuple[float, int]]:
+def stream_nll(model, tokens: np.ndarray, *, device: torch.device | str, dtype: torch.dtype) -> Iterator[torch.Tensor]:
+    """Score sequences of equal length through the model's state, in chunks, so that memory does not grow with the
+    length of the logits. The model should be in eval mode; no gradients are kept.
+
+    Args:
+        tokens: (B, 1 + n) of integers, the first of each context and not scored.
+        device, dtype: where the model is, and the precision of autocast.
+
+    Returns:
+        An iterator of (B, c) float64 on the CPU, nats of the next c tokens, until all n are scored.
+    """
+    n = tokens.shape[1] - 1
+    if n == 0:
+        return
+    device = torch.device(device)
+    batch = tokens.shape[0]
+    state = model.init_state(batch, max_tokens=n)
+    stop = 0
+    while stop < n:
+        start, stop = stop, min(n, stop + max(16, min(_CHUNK, _SCORES // max(stop, 1)) // batch))
+        ids = torch.from_numpy(tokens[:, start : stop + 1].astype(np.int64)).to(device)
+        with torch.no_grad(), autocast(device, dtype):
+            hidden = model.hidden(ids[:, :-1], state=state)
+        nll = _nll(model, hidden.flatten(0, 1), ids[:, 1:].flatten(), device, dtype)
+        yield nll.view(batch, stop - start)
+
+
+def _score_whole(model, documents, device, dtype, tally) -> Iterator[tuple[float, int]]:
     """(nats, tokens) of each chunk of each document."""
     for number, tokens in documents:
-        n = len(tokens) - 1
-        if n == 0:
-            continue
-        state = model.init_state(1, max_tokens=n)
-        stop = 0
-        while stop < n:
-            start, stop = stop, min(n, stop + max(16, min(_CHUNK, _SCORES // max(stop, 1))))
-            ids = torch.from_numpy(tokens[start : stop + 1].astype(np.int64)).to(device)
-            with autocast(device, dtype):
-                hidden = model.hidden(ids[None, :-1], state=state)
-            nll = math.fsum(_nll(model, hidden[0], ids[1:], device, dtype).tolist())
+        for chunk in stream_nll(model, tokens[None], device=device, dtype=dtype):
+            if tally is not None:
+                tally.add()
+            tally.add()
+            nll = math.fsum(chunk[0].tolist())
             _check_finite(nll, number)
-            yield nll, stop - start
+            yield nll, chunk.shape[1]
 
 
-def _score_windows(model, documents, window, stride, batch_tokens, device, dtype) -> Iterator[tuple[float, int]]:
+def _score_windows(model, documents, window, stride, batch_tokens, device, dtype, tally) -> Iterator[tuple[float, int]]:
     """(nats, tokens) of each batch."""
     windows = (w for number, tokens in documents for w in document_windows(number, tokens, window, stride))
     for rows, width in batches(windows, window, batch_tokens):
@@ -172,11 +201,13 @@ def _score_windows(model, documents, window, stride, batch_tokens, device, dtype
             n = len(row.inputs)
             ids[r, :n] = row.inputs
             targets[r, n - row.n_scored : n] = row.targets[n - row.n_scored :]
-        scored = np.flatnonzero(targets != -100)
+        scored = torch.from_numpy(np.flatnonzero(targets != -100))
         with autocast(device, dtype):
             hidden = model.hidden(torch.from_numpy(ids).to(device))
-        hidden = hidden.flatten(0, 1)[torch.from_numpy(scored).to(device)]
-        targets = torch.from_numpy(targets.reshape(-1)[scored]).to(device)
+        scored = scored.to(device)
+        tally.add(scored)
+        hidden = hidden.flatten(0, 1)[scored]
+        targets = torch.from_numpy(targets).to(device).flatten()[scored]
         nll = _nll(model, hidden, targets, device, dtype)
         for row, part in zip(rows, nll.split([row.n_scored for row in rows]), strict=True):
             _check_finite(part.sum().item(), row.document)

@@ -9,7 +9,8 @@ from fusedlm.model.decoder import Decoder
 
 @dataclass(frozen=True)
 class ParameterCount:
-    """total: all, shared ones once. active: those that a token passes through. embedding: the token table."""
+    """total: all, shared ones once. active: those that a token passes through, where tokens differ on average (routed
+    feed-forwards: at their budget). embedding: the token table."""
 
     total: int
     active: int
@@ -18,12 +19,18 @@ class ParameterCount:
 
 def count_parameters(model: Decoder) -> ParameterCount:
     total = sum(parameter.numel() for parameter in model.parameters())
-    return ParameterCount(total=total, active=total, embedding=model.embedding.weight.numel())
+    idle = sum(
+        sum(parameter.numel() for parameter in module.parameters()) - module.active_parameters()
+        for module in model.modules()
+        if hasattr(module, "active_parameters")
+    )
+    return ParameterCount(total=total, active=total - idle, embedding=model.embedding.weight.numel())
 
 
 def forward_flops(model: Decoder, n_tokens: int) -> int:
     """Matrix-multiply FLOPs of a forward pass over one sequence, as torch's FlopCounterMode counts them: a multiply-add
-    is two, causal attention counts in full (PaLM, arXiv 2204.02311, appendix B), elementwise work does not count."""
+    is two, causal attention counts in full (PaLM, arXiv 2204.02311, appendix B), elementwise work does not count.
+    Routed feed-forwards count at their budget, whatever they last ran."""
     return sum(block.flops(n_tokens) for block in model.blocks) + model.head.flops(n_tokens)
 
 

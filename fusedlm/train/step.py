@@ -8,12 +8,15 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from fusedlm.model.auxiliary import Routing, RoutingTally, auxiliary_loss
+
 
 @dataclass(frozen=True)
 class StepResult:
     loss: float  # nats a valid target token
     grad_norm: float  # of the whole gradient, before clipping
     skipped: bool  # loss or gradient norm was not finite, and parameters and optimizer are as they were
+    routing: Routing | None = None  # of the batch; None: the model has no routed feed-forward
 
 
 def backward(
@@ -21,11 +24,16 @@ def backward(
     batch,
     micro_batch_size: int,
     autocast: Callable[[], AbstractContextManager],
+    tally: RoutingTally | None = None,
 ) -> torch.Tensor:
     """Accumulate the gradient of the mean over the valid targets of the whole batch, micro-batch by micro-batch.
 
     Every micro-batch is divided by the same count, known on the host before the first forward pass, so that a token
-    weighs the same wherever it stands.
+    weighs the same wherever it stands. Auxiliary losses of the model are not linear in the tokens: theirs is the mean
+    over the micro-batches, each weighing as its rows; it enters the gradient and not the loss.
+
+    Args:
+        tally: counts each forward pass.
 
     Returns:
         The loss () float32 on the device, nats a valid target.
@@ -37,7 +45,13 @@ def backward(
         with autocast():
             nll = model.loss(batch.tokens[rows], batch.targets[rows], documents=documents)
         loss = nll.sum() / batch.n_valid
-        loss.backward()
+        auxiliary = auxiliary_loss(model)
+        if auxiliary is None:
+            loss.backward()
+        else:
+            (loss + auxiliary * (len(nll) / len(batch.tokens))).backward()
+        if tally is not None:
+            tally.add()
         total = loss.detach() if total is None else total + loss.detach()
     return total
 
@@ -52,17 +66,22 @@ def train_step(
     grad_clip: float | None,
     autocast: Callable[[], AbstractContextManager],
 ) -> StepResult:
-    """Forward, backward, clipping by the norm of the whole gradient, update. The host waits for the device once."""
-    loss = backward(model, batch, micro_batch_size, autocast)
+    """Forward, backward, clipping by the norm of the whole gradient, update. The host waits for the device once, and
+    routed feed-forwards wait for the number of their tokens."""
+    tally = RoutingTally(model)
+    loss = backward(model, batch, micro_batch_size, autocast, tally)
     parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
     norm = torch.nn.utils.get_total_norm([p.grad for p in parameters])
     if grad_clip is not None:
         torch.nn.utils.clip_grads_with_norm_(parameters, grad_clip, norm)
-    loss_value, norm_value = torch.stack([loss.float(), norm.float()]).tolist()
+    results = torch.stack([loss.float(), norm.float()])
+    if tally:
+        results = torch.cat([results.double(), tally.counts.flatten().double()])
+    loss_value, norm_value, *counts = results.tolist()
     finite = math.isfinite(loss_value) and math.isfinite(norm_value)
     if finite:
         for group in optimizer.param_groups:
             group["lr"] = lr
         optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    return StepResult(loss_value, norm_value, skipped=not finite)
+    return StepResult(loss_value, norm_value, skipped=not finite, routing=tally.result(counts) if tally else None)

@@ -87,7 +87,7 @@ def test_the_best_checkpoint_is_kept_besides_the_newest(tmp_path, monkeypatch, e
     values = iter([3.0, 1.0, 2.0, 2.5, 4.0])
 
     class Score:
-        nll_per_token, tokens, bytes = 1.0, 1, 1
+        nll_per_token, tokens, bytes, routing = 1.0, 1, 1, None
 
         def __init__(self):
             self.bpb = next(values)
