@@ -82,7 +82,7 @@ def run_experiment(
             return Outcome(None, True, None)
         results = collect(experiment, variants, folder)
         report = write_report(results, folder.path) if results.histories else None
-        return Outcome(results, stop.received is not None, report)
+        return Outcome(results, grid.stopped, report)
 
 
 def _check_same_text(recipes: dict[str, Recipe]) -> None:
@@ -118,6 +118,7 @@ def _identify(
 class _Grid:
     def __init__(self, experiment: Experiment, folder: ExperimentFolder, display: GridDisplay, stop: StopSignal):
         self.experiment, self.folder, self.display, self.stop = experiment, folder, display, stop
+        self.stopped = False
 
     def run(self, recipes: dict[str, Recipe], vocab_sizes: dict[str, int]) -> dict[str, Variant] | None:
         """None: stopped while steps were being timed."""
@@ -139,7 +140,7 @@ class _Grid:
             for variant in variants.values():
                 self._measure(variant)
         except Stopped:
-            pass
+            self.stopped = True
         return variants
 
     def match(

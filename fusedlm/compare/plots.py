@@ -26,9 +26,9 @@ _COLOURS = (
     "#d1495b",
 )
 _DASHES = ("-", (0, (4, 2)), (0, (1, 1.5)))
-_WARM = 0.1  # share of training whose losses may lie above a plot
+_WARM = 0.2  # share of training whose losses may lie above a plot
 
-Curve = Callable[[History], tuple[np.ndarray, np.ndarray]]
+Curve = Callable[[History, int], tuple[np.ndarray, np.ndarray]]  # of a run and its seed
 
 
 def draw_plots(results: Results) -> list[Plot]:
@@ -36,6 +36,7 @@ def draw_plots(results: Results) -> list[Plot]:
     plots = (
         _final(results),
         _validation(results),
+        _difference(results),
         _training(results),
         _flops(results),
         _cost(results),
@@ -93,12 +94,48 @@ def _final(results: Results) -> Plot | None:
 def _validation(results: Results) -> Plot | None:
     column, what, unit = results.metric
     key = "val_nll_per_token" if column == "val_loss" else "val_bpb"
-    curves = _curves(results, lambda history: (history.validation["tokens"], history.validation[key]))
+    curves = _curves(results, lambda history, _: (history.validation["tokens"], history.validation[key]))
     return _lines(results, curves, "validation", "Validation loss", f"{_capital(what)} ({unit})", dots=True)
 
 
+def _difference(results: Results) -> Plot | None:
+    """What the curves of losses are too close together to show."""
+    column, what, unit = results.metric
+    key = "val_nll_per_token" if column == "val_loss" else "val_bpb"
+    base = {row["seed"]: results.histories[results.baseline, row["seed"]] for row in results.of(results.baseline)}
+    at_base = {
+        seed: dict(zip(history.validation["tokens"].tolist(), history.validation[key].tolist(), strict=True))
+        for seed, history in base.items()
+    }
+
+    def difference(history: History, seed: int):
+        tokens = history.validation["tokens"]
+        own = history.validation[key]
+        return tokens, own - np.array([at_base.get(seed, {}).get(x, np.nan) for x in tokens.tolist()])
+
+    others = [name for name in results.variants if name != results.baseline]
+    curves = _curves(results, difference, others, [seed for seed in results.experiment.seeds if seed in at_base])
+    if not curves:
+        return None
+    figure, axes = _with_legend(results, curves)
+    power, word = power_of(max(x[-1] for x, *_ in curves.values()))
+    for name, (x, mean, low, high) in curves.items():
+        _band(axes, results, name, x / power, mean, low, high, dots=len(x) <= 40)
+    axes.axhline(0, color=MUTED, linewidth=0.8, linestyle=(0, (4, 3)))
+    axes.set_xlim(0, 1.01 * max(x[-1] for x, *_ in curves.values()) / power)
+    late = [bound[x >= _WARM * x[-1]] for x, _, *bounds in curves.values() for bound in bounds]
+    axes.set_ylim(padded(min(0, *(bound.min() for bound in late)), max(0, *(bound.max() for bound in late))))
+    axes.set_xlabel(f"Tokens ({word})" if word else "Tokens")
+    axes.set_ylabel(f"Difference ({unit})")
+    title = f"{_capital(what)} less that of {results.baseline}"
+    caption = "Of the same seed after the same tokens; below zero is better than the first variant."
+    if len(at_base) > 1:
+        caption += " Mean over seeds, and a band from the lowest to the highest."
+    return Plot("difference", title, caption, png(figure), wide=True)
+
+
 def _training(results: Results) -> Plot | None:
-    def smoothed(history: History):
+    def smoothed(history: History, _):
         loss = history.steps["loss"]
         return history.steps["tokens"], smooth(loss, half_life(len(loss)))
 
@@ -110,15 +147,19 @@ def _training(results: Results) -> Plot | None:
 def _flops(results: Results) -> Plot | None:
     column, what, unit = results.metric
     key = "val_nll_per_token" if column == "val_loss" else "val_bpb"
-    curves = _curves(results, lambda history: (history.validation["tokens"], history.validation[key]))
+    curves = _curves(results, lambda history, _: (history.validation["tokens"], history.validation[key]))
     curves = {name: (x * results.variants[name].account.flops_per_token, *rest) for name, (x, *rest) in curves.items()}
     if not curves:
         return None
     figure, axes = _with_legend(results, curves)
     for name, (x, mean, low, high) in curves.items():
         _band(axes, results, name, x, mean, low, high, dots=len(x) <= 40)
+    low, high = min(x[0] for x, *_ in curves.values()) / 1.1, max(x[-1] for x, *_ in curves.values()) * 1.1
     axes.set_xscale("log")
-    _between(axes, [x for x, *_ in curves.values()])
+    axes.set_xlim(low, high)
+    axes.xaxis.set_major_locator(FixedLocator(_ticks(low, high)))
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: _power(value)))
     _limit(axes, curves)
     axes.set_xlabel("Training FLOPs (multiplications and additions of matrix products)")
     axes.set_ylabel(f"{_capital(what)} ({unit})")
@@ -176,20 +217,31 @@ def _decoding(results: Results) -> Plot | None:
     if not found:
         return None
     figure, axes = _length_axes(results, found)
-    axes.set_ylim(0, 1.08 * max(max(values) for _, values in found.values()))
+    rates = [rate for _, values in found.values() for rate in values]
+    if max(rates) > 8 * min(rates):
+        axes.set_yscale("log")
+        axes.set_ylim(min(rates) / 1.3, max(rates) * 1.3)
+        axes.yaxis.set_major_locator(FixedLocator(_ticks(min(rates) / 1.3, max(rates) * 1.3)))
+        axes.yaxis.set_minor_locator(NullLocator())
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    else:
+        axes.set_ylim(0, 1.08 * max(rates))
     axes.set_ylabel("Tokens per second")
     caption = "One token a step, one sequence: the median step after so many tokens."
     return Plot("decoding", "Decoding throughput against length", caption, png(figure))
 
 
-def _curves(results: Results, curve: Curve) -> dict[str, tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]]:
+def _curves(
+    results: Results, curve: Curve, names: list[str] | None = None, seeds: list[int] | None = None
+) -> dict[str, tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]]:
     """variant -> (x, mean, lowest, highest) over its seeds, at the x that all of them have."""
     curves = {}
-    for name in results.variants:
+    for name in results.variants if names is None else names:
         tables = []
         for row in results.of(name):
-            x, y = curve(results.histories[name, row["seed"]])
-            tables.append({a: b for a, b in zip(x.tolist(), y.tolist(), strict=True) if np.isfinite(b)})
+            if seeds is None or row["seed"] in seeds:
+                x, y = curve(results.histories[name, row["seed"]], row["seed"])
+                tables.append({a: b for a, b in zip(x.tolist(), y.tolist(), strict=True) if np.isfinite(b)})
         shared = sorted(set.intersection(*(set(table) for table in tables))) if tables else []
         if shared:
             values = np.array([[table[x] for x in shared] for table in tables])
@@ -204,7 +256,7 @@ def _lines(results: Results, curves: dict, name: str, title: str, label: str, do
     power, word = power_of(max(x[-1] for x, *_ in curves.values()))
     for variant, (x, mean, low, high) in curves.items():
         _band(axes, results, variant, x / power, mean, low, high, dots=dots and len(x) <= 40)
-    axes.set_xlim(0, max(x[-1] for x, *_ in curves.values()) / power)
+    axes.set_xlim(0, 1.01 * max(x[-1] for x, *_ in curves.values()) / power)
     _limit(axes, curves)
     axes.set_xlabel(f"Tokens ({word})" if word else "Tokens")
     axes.set_ylabel(label)
@@ -248,7 +300,7 @@ def _limit(axes: Axes, curves: dict) -> None:
 
 
 def _top(curves: dict) -> float:
-    """The highest loss behind the first tenth of training, from where differences can be seen."""
+    """The highest loss behind the first fifth of training, from where differences can be seen."""
     kept = [high[x >= _WARM * x[-1]] for x, _, _, high in curves.values()]
     return max(high.max() for high in kept)
 
@@ -256,23 +308,23 @@ def _top(curves: dict) -> float:
 def _overflow(curves: dict) -> str:
     top = _top(curves)
     return (
-        " Losses of the first tenth of training that lie above are cut off."
+        " Losses of the first fifth of training that lie above are cut off."
         if any(high.max() > top for *_, high in curves.values())
         else ""
     )
 
 
-def _between(axes: Axes, columns: list[np.ndarray]) -> None:
-    """Few ticks on a logarithmic axis: 1, 2 and 5 of each decade, within the values."""
-    low, high = min(x[x > 0].min() for x in columns), max(x.max() for x in columns)
+def _ticks(low: float, high: float) -> list[float]:
+    """1, 2 and 5 of each decade between two positive numbers, or the two; for logarithmic axes."""
     decades = range(int(np.floor(np.log10(low))), int(np.ceil(np.log10(high))) + 1)
     ticks = [digit * 10.0**decade for decade in decades for digit in (1, 2, 5)]
-    axes.set_xlim(low / 1.1, high * 1.1)
-    axes.xaxis.set_major_locator(
-        FixedLocator([tick for tick in ticks if low / 1.1 <= tick <= high * 1.1] or [low, high])
-    )
-    axes.xaxis.set_minor_locator(NullLocator())
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.0e}".replace("e+", "e")))
+    return [tick for tick in ticks if low <= tick <= high] or [low, high]
+
+
+def _power(value: float) -> str:
+    """2e+09 as 2e9."""
+    mantissa, exponent = f"{value:.0e}".split("e")
+    return f"{mantissa}e{int(exponent)}"
 
 
 def _by_length(results: Results, which: int) -> dict[str, tuple[list[int], list[float]]]:
