@@ -13,15 +13,15 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def write_atomic(path: Path, text: str) -> None:
-    """Replace the file by UTF-8 text: after a crash it holds the old content or the new, never a part.
+def write_atomic(path: Path, content: str | bytes) -> None:
+    """Replace the file by bytes, or by text as UTF-8: after a crash it holds the old content or the new, never a part.
 
     Raises:
         OSError: the folder cannot be written; the file is as it was.
     """
     temporary = path.with_name(path.name + ".tmp")
     try:
-        temporary.write_text(text, encoding="utf-8")
+        temporary.write_bytes(content.encode("utf-8") if isinstance(content, str) else content)
         sync(temporary)
         os.replace(temporary, path)
     except OSError as error:

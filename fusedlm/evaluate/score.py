@@ -172,9 +172,10 @@ def stream_nll(model, tokens: np.ndarray, *, device: torch.device | str, dtype: 
     while stop < n:
         start, stop = stop, min(n, stop + max(16, min(_CHUNK, _SCORES // max(stop, 1)) // batch))
         ids = torch.from_numpy(tokens[:, start : stop + 1].astype(np.int64)).to(device)
-        with torch.no_grad(), autocast(device, dtype):
-            hidden = model.hidden(ids[:, :-1], state=state)
-        nll = _nll(model, hidden.flatten(0, 1), ids[:, 1:].flatten(), device, dtype)
+        with torch.no_grad():
+            with autocast(device, dtype):
+                hidden = model.hidden(ids[:, :-1], state=state)
+            nll = _nll(model, hidden.flatten(0, 1), ids[:, 1:].flatten(), device, dtype)
         yield nll.view(batch, stop - start)
 
 
