@@ -1,0 +1,204 @@
+"""Retrieval of a sentence planted in text, by length of the text and depth of the sentence in it."""
+
+import copy
+import math
+from collections.abc import Iterable, Iterator, Sequence
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from fusedlm.config.train import AdamWConfig
+from fusedlm.data import Loader
+from fusedlm.data.shards import TokenShards
+from fusedlm.model import Decoder
+from fusedlm.model.precision import autocast
+from fusedlm.probes.planting import Fact, Needle, plant
+from fusedlm.probes.stretches import stretches
+from fusedlm.probes.training import BATCH_TOKENS, NOT_SCORED, Progress, fit, silent
+
+LENGTHS = (0.5, 1.0, 2.0, 4.0, 8.0)  # in training lengths
+DEPTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
+_TEACHING, _TEST = 0, 1  # streams of random numbers
+_TOKENS_A_FACT = 64  # while teaching, a sequence holds a fact for each of these, at least one and
+_MOST_FACTS = 8  # at most these
+_TEACHING_LENGTHS = 4  # different ones, up to the training length
+
+
+def needle(
+    model,
+    documents: Iterable[tuple[np.ndarray, int]],
+    tokenizer,
+    *,
+    trained_length: int,
+    lengths: Sequence[float] = LENGTHS,
+    depths: Sequence[float] = DEPTHS,
+    samples: int = 16,
+    seed: int = 0,
+    device: torch.device,
+    dtype: torch.dtype,
+    progress: Progress = silent,
+) -> dict:
+    """Ask for a number that one sentence of a text names.
+
+    Every sequence has the length in full: end-of-text, text of one document with the sentence planted in it, the
+    question and the answer. The same texts, with the same facts, serve every depth.
+
+    Args:
+        model: a decoder on `device`, in eval mode.
+        documents: pairs of tokens (1 + n,), end-of-text first, and bytes.
+        lengths: in training lengths.
+        depths: share of the text before the sentence, from 0 to 1.
+        samples: sequences a length and depth.
+
+    Returns:
+        JSON-able: `cells`, a list of `{length, depth, accuracy, gain}` with length in tokens. accuracy: share of
+        sequences whose whole answer greedy decoding gives; gain: nats a token of the answer by which its
+        log-likelihood exceeds that after the same text with a sentence of another key and number. `left_out`: lengths
+        for which no document is long enough.
+
+    Raises:
+        ValueError: a value is out of range, no length can be tested, or the likelihood is not finite.
+    """
+    _check(lengths, depths, samples, seed)
+    wanted = sorted({round(multiple * trained_length) for multiple in lengths})
+    found, longest = stretches(documents, [(length, length) for length in wanted], samples)
+    found = {length: texts for (length, _), texts in found.items() if texts}
+    if not found:
+        raise ValueError(
+            f"the longest document has {longest} tokens, fewer than the shortest length to test, {wanted[0]}; "
+            "give a longer text or smaller lengths"
+        )
+    cells = []
+    for length in found:
+        generator = np.random.default_rng([seed, _TEST, length])
+        texts = [found[length][i % len(found[length])].tokens for i in range(samples)]
+        asked, others = zip(*(Fact.draw(generator, 2) for _ in range(samples)), strict=True)
+        asked, others = ([Needle.of(fact, tokenizer) for fact in facts] for facts in (asked, others))
+        for depth in depths:
+            nll, right = _answers(model, _rows(texts, asked, asked, depth, length, tokenizer), device, dtype)
+            control, _ = _answers(model, _rows(texts, others, asked, depth, length, tokenizer), device, dtype)
+            cells.append({"length": length, "depth": depth, "accuracy": right, "gain": control - nll})
+            progress("scoring", len(cells), len(found) * len(depths))
+    return {
+        "trained_length": trained_length,
+        "cells": cells,
+        "left_out": [length for length in wanted if length not in found],
+        "samples": samples,
+        "seed": seed,
+    }
+
+
+def teach(
+    model: Decoder,
+    texts: Iterator[np.ndarray],
+    tokenizer,
+    *,
+    trained_length: int,
+    steps: int,
+    batch_tokens: int,
+    optimizer: AdamWConfig,
+    seed: int = 0,
+    device: torch.device,
+    dtype: torch.dtype,
+    progress: Progress = silent,
+) -> tuple[Decoder, list[float]]:
+    """A copy of a model, trained to answer: texts of up to the training length, a fact planted in each for every 64
+    tokens, at most eight, and all of them asked at the end. Only answers are scored.
+
+    Args:
+        texts: arrays of text tokens without end-of-text, as long as one likes (short ones are repeated).
+        batch_tokens: of a step.
+
+    Returns:
+        The copy, in eval mode, and the loss of each step in nats a token of the answers.
+
+    Raises:
+        ValueError: the training length does not hold a sentence and a question, or training diverges.
+    """
+    model = copy.deepcopy(model)
+    batches = _lessons(texts, tokenizer, trained_length, batch_tokens, np.random.default_rng([seed, _TEACHING]))
+    devices = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices):
+        torch.manual_seed(seed)  # of dropout
+        losses = fit(
+            model,
+            batches,
+            steps=steps,
+            optimizer=optimizer,
+            device=device,
+            dtype=dtype,
+            progress=progress,
+            stage="teaching",
+        )
+    return model, losses
+
+
+def training_texts(shards: TokenShards, *, seq_len: int, eot_id: int, seed: int) -> Iterator[np.ndarray]:
+    """Windows of the training text in the loader's order, without their end-of-text tokens, for `teach`."""
+    with Loader(shards, seq_len=seq_len, batch_size=8, seed=seed, document_mask=False) as loader:
+        for batch in loader:
+            for row in batch.tokens.numpy():
+                text = row[row != eot_id]
+                if len(text):
+                    yield text
+
+
+def _check(lengths, depths, samples, seed) -> None:
+    if not lengths or not all(math.isfinite(length) and length > 0 for length in lengths):
+        raise ValueError(f"lengths={list(lengths)} must be finite multiples of the training length above 0")
+    if not depths or not all(0 <= depth <= 1 for depth in depths):
+        raise ValueError(f"depths={list(depths)} must be from 0, the beginning of the text, to 1, its end")
+    if samples < 1:
+        raise ValueError(f"samples={samples} must be at least 1")
+    if seed < 0:
+        raise ValueError(f"seed={seed} must be at least 0")
+
+
+def _rows(texts, planted, asked, depth: float, length: int, tokenizer) -> list[tuple[np.ndarray, np.ndarray]]:
+    return [
+        plant(text, [(depth, there)], [wanted], length=length, eot_id=tokenizer.eot_id)
+        for text, there, wanted in zip(texts, planted, asked, strict=True)
+    ]
+
+
+@torch.no_grad()
+def _answers(model, rows, device: torch.device, dtype: torch.dtype) -> tuple[float, float]:
+    """Mean nats a token of the answers, and the share of rows whose every answer token is the likeliest: those are the
+    rows in which greedy decoding, which would read the same tokens, gives the answer."""
+    size = max(1, BATCH_TOKENS[device.type] // len(rows[0][0]))
+    nats, right = [], 0
+    for first in range(0, len(rows), size):
+        tokens, scored = (np.stack(part) for part in zip(*rows[first : first + size], strict=True))
+        row, column = np.nonzero(scored)
+        tokens = torch.from_numpy(tokens).to(device)
+        with autocast(device, dtype):
+            hidden = model.hidden(tokens[:, :-1])
+            logits = model.head.logits(hidden[row, column - 1][None])[0].float()
+        answers = tokens[row, column]
+        nats += F.cross_entropy(logits, answers, reduction="none").tolist()
+        wrong = row[(logits.argmax(-1) != answers).cpu().numpy()]
+        right += len(tokens) - len(set(wrong.tolist()))
+    mean = math.fsum(nats) / len(nats)
+    if not math.isfinite(mean):
+        raise ValueError("the likelihood is not finite; the weights are damaged or diverged, or precision overflows")
+    return mean, right / len(rows)
+
+
+def _lessons(
+    texts: Iterator[np.ndarray], tokenizer, trained_length: int, batch_tokens: int, generator: np.random.Generator
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    while True:
+        length = round(trained_length * generator.integers(1, _TEACHING_LENGTHS + 1) / _TEACHING_LENGTHS)
+        tokens, scored = [], []
+        for _ in range(max(1, batch_tokens // length)):
+            n_facts = max(1, min(_MOST_FACTS, length // _TOKENS_A_FACT))
+            needles = [Needle.of(fact, tokenizer) for fact in Fact.draw(generator, n_facts)]
+            depths = generator.random(n_facts).tolist()
+            asked = [needles[i] for i in generator.permutation(n_facts)]
+            text = np.resize(next(texts), length)
+            row = plant(text, list(zip(depths, needles, strict=True)), asked, length=length, eot_id=tokenizer.eot_id)
+            tokens.append(row[0])
+            scored.append(row[1])
+        tokens, scored = np.stack(tokens), np.stack(scored)
+        yield tokens[:, :-1].copy(), np.where(scored, tokens, NOT_SCORED)[:, 1:].copy()

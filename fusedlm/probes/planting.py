@@ -1,0 +1,90 @@
+"""Texts with a planted sentence and a question for it at the end."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+# fmt: off
+KEYS = (
+    "Ararat", "Bergen", "Cadiz", "Delft", "Elba", "Fargo", "Genoa", "Havana", "Izmir", "Jaffa", "Kyoto",
+    "Lagos", "Malta", "Narvik", "Oslo", "Perth", "Quito", "Riga", "Sparta", "Tunis", "Utrecht", "Verona",
+    "Warsaw", "Yalta", "Zagreb", "Andes", "Baltic", "Corsica", "Danube", "Etna", "Ganges", "Hudson",
+)
+# fmt: on
+NUMBERS = range(100, 1000)  # all of three digits
+
+
+@dataclass(frozen=True)
+class Fact:
+    key: int  # index into KEYS
+    number: int
+
+    @staticmethod
+    def draw(generator: np.random.Generator, n: int) -> "list[Fact]":
+        """n facts of different keys and different numbers."""
+        keys = generator.choice(len(KEYS), n, replace=False).tolist()
+        numbers = generator.choice(np.array(NUMBERS), n, replace=False).tolist()
+        return [Fact(key, number) for key, number in zip(keys, numbers, strict=True)]
+
+
+@dataclass(frozen=True)
+class Needle:
+    """A fact as token ids: the question, the answer, and the end of the sentence that both make. Each is encoded on
+    its own, so that the answer has the same tokens in the sentence as after the question."""
+
+    question: list[int]
+    answer: list[int]
+    end: list[int]
+
+    @staticmethod
+    def of(fact: Fact, tokenizer) -> "Needle":
+        parts = (f" The secret number of {KEYS[fact.key]} is ", str(fact.number), ".")
+        return Needle(*(tokenizer.encode(part) for part in parts))
+
+    @property
+    def sentence(self) -> list[int]:
+        return self.question + self.answer + self.end
+
+
+def plant(
+    text: np.ndarray,
+    planted: Sequence[tuple[float, Needle]],
+    asked: Sequence[Needle],
+    *,
+    length: int,
+    eot_id: int,
+) -> tuple[np.ndarray, np.ndarray]:
+    """End-of-text, text with sentences planted in it, then the questions, each with its answer.
+
+    Args:
+        text: (n,) tokens; as many from its beginning are taken as the length leaves room for.
+        planted: depths in [0, 1] and needles; the sentence comes after that share of the text.
+        asked: needles whose questions end the sequence, the last without the end of its sentence.
+
+    Returns:
+        tokens (length,) int64, and (length,) bool, True where a token is part of an answer to a question at the end.
+
+    Raises:
+        ValueError: the length does not hold the sentences, or the text is too short.
+    """
+    tail, scored = [], []
+    for needle in asked:
+        tail += needle.sentence
+        scored += [False] * len(needle.question) + [True] * len(needle.answer) + [False] * len(needle.end)
+    last = len(asked[-1].end)
+    tail, scored = tail[: len(tail) - last], scored[: len(scored) - last]
+    fixed = 1 + sum(len(needle.sentence) for _, needle in planted) + len(tail)
+    room = length - fixed
+    if room < 0:
+        raise ValueError(f"length {length} does not hold a needle and its question, which take {fixed} tokens")
+    if room > len(text):
+        raise ValueError(f"length {length} takes {room} tokens of text, and there are {len(text)}")
+    parts, start = [[eot_id]], 0
+    for depth, needle in sorted(planted, key=lambda pair: pair[0]):
+        stop = round(depth * room)
+        parts += [text[start:stop], needle.sentence]
+        start = stop
+    parts += [text[start:room], tail]
+    tokens = np.concatenate([np.asarray(part, dtype=np.int64) for part in parts])
+    return tokens, np.array([False] * (length - len(scored)) + scored)

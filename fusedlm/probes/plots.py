@@ -1,0 +1,119 @@
+"""The plots of the probes, as PNG."""
+
+import numpy as np
+from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
+
+from fusedlm.report.style import FULL, HALF, INK, MUTED, canvas, padded, plain_axes, png
+
+_COLORS = ("#1f5fad", "#c9762b", "#3a8f5c", "#8250a8", "#b8395a", "#4c9fb0", "#8a7a1f", "#5b6470", "#d46fa8")
+_PANEL = (3.0, 2.6)  # inches of one heat map
+_PANELS_A_ROW = 3
+
+
+def recall_plot(series: dict[str, list[dict]]) -> bytes:
+    """Accuracy against the number of pairs, a line a model; dashed what a guess among the values shown reaches.
+
+    Args:
+        series: by name, `accuracy` of `mqar`'s results.
+    """
+    figure = canvas(FULL if len(series) > 1 else HALF)
+    axes = figure.subplots()
+    for (name, points), color in zip(series.items(), _cycle(len(series)), strict=True):
+        x, y = [point["pairs"] for point in points], [point["accuracy"] for point in points]
+        axes.plot(x, y, color=color, linewidth=1.6, marker="o", markersize=4, label=name, clip_on=False)
+    guesses = sorted({(point["pairs"], point["guess"]) for points in series.values() for point in points})
+    axes.plot(*zip(*guesses, strict=True), color=MUTED, linewidth=1.0, linestyle="--", label="guess among those shown")
+    axes.set_xlabel("Pairs to remember")
+    axes.set_ylabel("Queries answered")
+    plain_axes(axes)
+    pairs = [guess[0] for guess in guesses]
+    axes.set_xscale("log", base=2)
+    axes.xaxis.set_major_locator(FixedLocator(pairs))
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.set_ylim(0, 1)
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.0%}"))
+    _legend(axes, outside=len(series) > 1)
+    return png(figure)
+
+
+def needle_plot(results: dict[str, dict], value: str = "accuracy") -> bytes:
+    """A heat map a model: length along, depth down.
+
+    Args:
+        results: by name, those of `needle`.
+        value: "accuracy" (0 to 1) or "gain" (nats a token, the scale up to the largest).
+    """
+    columns = min(_PANELS_A_ROW, len(results))
+    rows = -(-len(results) // columns)
+    figure = canvas((_PANEL[0] * columns + 0.8, _PANEL[1] * rows))
+    panels = figure.subplots(rows, columns, squeeze=False).ravel()
+    most = max(cell[value] for result in results.values() for cell in result["cells"])
+    limits = (0, 1) if value == "accuracy" else (0, max(most, 1e-9))
+    image = None
+    for axes, (name, result) in zip(panels, results.items(), strict=False):
+        image = _heat_map(axes, result, value, limits)
+        axes.set_title(name, fontsize=9, color=INK)
+    for axes in panels[len(results) :]:
+        axes.set_axis_off()
+    bar = figure.colorbar(image, ax=panels, shrink=0.8)
+    bar.outline.set_visible(False)
+    bar.ax.tick_params(labelsize=8, labelcolor=INK, length=2)
+    word = "Whole answers right" if value == "accuracy" else "Gain (nats a token)"
+    bar.set_label(word, fontsize=8.5, color=INK)
+    return png(figure)
+
+
+def extend_plot(result: dict) -> bytes:
+    """Bits per byte against position, a line without and with each factor of YaRN; the training length is marked.
+
+    Args:
+        result: that of `extend`.
+    """
+    figure = canvas(FULL)
+    axes = figure.subplots()
+    trained = result["trained_length"]
+    ends = np.array(result["ends"])
+    middle = (ends + np.concatenate([[0], ends[:-1]])) / 2 / trained
+    for curve, color in zip(result["curves"], _cycle(len(result["curves"])), strict=True):
+        name = "as trained" if curve["yarn"] is None else f"YaRN, factor {curve['yarn']:g}"
+        axes.plot(middle, curve["bpb"], color=color, linewidth=1.6, label=name)
+    axes.axvline(1, color=MUTED, linewidth=0.8, linestyle="--")
+    axes.set_xlabel(f"Position in training lengths ({trained:,} tokens)")
+    axes.set_ylabel("Bits per byte")
+    plain_axes(axes)
+    axes.set_xlim(0, result["reach"])
+    values = np.array([curve["bpb"] for curve in result["curves"]])
+    axes.set_ylim(*padded(values.min(), values.max()))
+    _legend(axes, outside=True)
+    return png(figure)
+
+
+def _heat_map(axes, result: dict, value: str, limits: tuple[float, float]):
+    lengths = sorted({cell["length"] for cell in result["cells"]})
+    depths = sorted({cell["depth"] for cell in result["cells"]})
+    grid = np.full((len(depths), len(lengths)), np.nan)
+    for cell in result["cells"]:
+        grid[depths.index(cell["depth"]), lengths.index(cell["length"])] = cell[value]
+    image = axes.imshow(grid, cmap="Blues", vmin=limits[0], vmax=limits[1], aspect="auto")
+    for row, column in np.ndindex(*grid.shape):
+        shade = (grid[row, column] - limits[0]) / (limits[1] - limits[0])
+        text = f"{grid[row, column]:.0%}" if value == "accuracy" else f"{grid[row, column]:.1f}"
+        axes.text(column, row, text, ha="center", va="center", fontsize=6.5, color="white" if shade > 0.6 else INK)
+    axes.set_xticks(range(len(lengths)), [f"{length / result['trained_length']:g}×" for length in lengths])
+    axes.set_yticks(range(len(depths)), [f"{depth:.0%}" for depth in depths])
+    axes.set_xlabel("Length", fontsize=8.5, color=INK)
+    axes.set_ylabel("Depth", fontsize=8.5, color=INK)
+    axes.tick_params(colors=MUTED, labelcolor=INK, labelsize=7.5, length=0)
+    for spine in axes.spines.values():
+        spine.set_visible(False)
+    return image
+
+
+def _legend(axes, *, outside: bool) -> None:
+    place = {"loc": "center left", "bbox_to_anchor": (1.01, 0.5)} if outside else {"loc": "best"}
+    axes.legend(frameon=False, fontsize=8, labelcolor=INK, **place)
+
+
+def _cycle(n: int) -> list[str]:
+    return [_COLORS[i % len(_COLORS)] for i in range(n)]
