@@ -18,7 +18,6 @@ RunArgument = Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a ru
 CheckpointOption = Annotated[str, typer.Option(metavar="last|best|STEP", help="Which checkpoint.")]
 WeightsOption = Annotated[str, typer.Option(metavar="model|ema", help="Trained weights or their moving average.")]
 DeviceOption = Annotated[str, typer.Option(metavar="auto|cpu|cuda", help="Where to run.")]
-
 ReportProgress = Callable[[str, int, int | None], None]
 
 
@@ -36,6 +35,33 @@ def number(text: str) -> float:
         return float(text)
     except ValueError:
         raise typer.BadParameter(f"{text!r} is not a number") from None
+
+
+YaRNOption = Annotated[
+    float | None,
+    typer.Option(
+        parser=number,
+        metavar="FACTOR",
+        help="Stretch rotary embedding to FACTOR times the training length by YaRN.",
+        show_default=False,
+    ),
+]
+
+
+def stretch(model, recipe, factor: float | None) -> None:
+    """What --yarn asks for, done to a loaded model; nothing when it was not given.
+
+    Raises:
+        ValueError: the factor is out of range, or the model has no rotary embedding.
+    """
+    if factor is None:
+        return
+    from fusedlm.model.yarn import stretch_context
+
+    try:
+        stretch_context(model, factor, recipe.train.seq_len)
+    except ValueError as error:
+        raise ValueError(f"--yarn {factor:g}: {error}") from None
 
 
 def checkpoint_name(text: str) -> str | int:

@@ -11,10 +11,28 @@ from fusedlm.cli.common import (
     DeviceOption,
     RunArgument,
     WeightsOption,
+    YaRNOption,
     checkpoint_name,
     progress_bars,
+    stretch,
     whole_number,
 )
+from fusedlm.cli.probe_options import (
+    DepthsOption,
+    FactorsOption,
+    LearningRateOption,
+    LengthsOption,
+    OutOption,
+    PairsOption,
+    ProbeOption,
+    SamplesOption,
+    SeedOption,
+    StepsOption,
+    check_options,
+)
+from fusedlm.cli.probes import Target, run_probe
+from fusedlm.cli.routing import print_routing
+from fusedlm.cli.text import file_documents, held_out
 
 TextOption = Annotated[
     Path | None,
@@ -45,12 +63,29 @@ def evaluate(
     text: TextOption = None,
     window: WindowOption = None,
     stride: StrideOption = None,
+    yarn: YaRNOption = None,
+    probe: ProbeOption = None,
+    steps: StepsOption = None,
+    lr: LearningRateOption = None,
+    samples: SamplesOption = None,
+    seed: SeedOption = None,
+    pairs: PairsOption = None,
+    lengths: LengthsOption = None,
+    depths: DepthsOption = None,
+    factors: FactorsOption = None,
+    out: OutOption = None,
     checkpoint: CheckpointOption = "last",
     weights: WeightsOption = "model",
     device: DeviceOption = "auto",
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")] = False,
 ) -> None:
-    """Score held-out text with the model of RUN, each token once, and print bits per byte."""
+    """Score held-out text with the model of RUN, each token once, and print bits per byte; or run a probe."""
+    options = {"text": text, "window": window, "stride": stride, "yarn": yarn, "steps": steps, "lr": lr}
+    options |= {"samples": samples, "seed": seed, "pairs": pairs, "lengths": lengths, "depths": depths}
+    options = check_options(probe, options | {"factors": factors, "out": out})
+    if probe is not None:
+        run_probe(probe, Target(run, checkpoint, weights, device), options, as_json=as_json)
+        return
     from fusedlm.evaluate import score_documents
     from fusedlm.model.precision import resolve_device, resolve_dtype
     from fusedlm.train.run import choose_checkpoint, load
@@ -58,10 +93,11 @@ def evaluate(
     where = resolve_device(device)
     step = choose_checkpoint(run, checkpoint_name(checkpoint))
     model, tokenizer, recipe = load(run, checkpoint=step, weights=weights, device=device)
+    stretch(model, recipe, yarn)
     if window is None:
         window = recipe.train.seq_len
     with progress_bars() as progress:
-        documents, n_tokens = _file_documents(text, tokenizer) if text else _held_out(recipe, tokenizer, progress)
+        documents, n_tokens = file_documents(text, tokenizer) if text else held_out(recipe, tokenizer, progress)
         score = score_documents(
             model,
             documents,
@@ -79,9 +115,12 @@ def evaluate(
         "documents": score.documents,
         "window": window or None,
         "stride": (stride or max(1, window // 2)) if window else None,
+        "yarn": yarn,
         "checkpoint": step,
         "weights": weights,
     }
+    if score.routing is not None:
+        result |= score.routing.record()
     if as_json:
         print(json.dumps(result))
         return
@@ -89,31 +128,5 @@ def evaluate(
     print(f"{score.bpb:.4f} bits per byte on {text or 'held-out text'} ({how})")
     print(f"{score.nll_per_token:.4f} nats a token, {score.tokens:,} tokens")
     print(f"{score.bytes:,} bytes in {score.documents:,} document{'' if score.documents == 1 else 's'}")
-
-
-def _file_documents(path: Path, tokenizer):
-    """(documents, text tokens) of one file."""
-    from fusedlm.evaluate import text_documents
-
-    try:
-        text = path.read_bytes().decode("utf-8")  # not read_text, which would change line ends and with them the bytes
-        documents = text_documents(text, tokenizer)
-    except UnicodeDecodeError as error:
-        raise ValueError(f"--text {path}: not UTF-8 text (byte {error.start})") from None
-    except ValueError as error:
-        raise ValueError(f"--text {path}: {error}") from None
-    return documents, sum(len(tokens) - 1 for tokens, _ in documents)
-
-
-def _held_out(recipe, tokenizer, progress):
-    """(documents, text tokens) of the validation text of a run."""
-    from fusedlm.data import prepare
-
-    prepared = prepare(recipe.data, progress)
-    if prepared.tokenizer.fingerprint != tokenizer.fingerprint:
-        raise ValueError(
-            f"{prepared.directory}: its tokenizer is not the one of the run, whose text has changed since; "
-            "name the text to score with --text"
-        )
-    shards = prepared.validation
-    return shards.documents(), shards.n_tokens - shards.n_documents
+    if score.routing is not None:
+        print_routing(score.routing)

@@ -9,9 +9,11 @@ from fusedlm.cli.common import (
     DeviceOption,
     RunArgument,
     WeightsOption,
+    YaRNOption,
     checkpoint_name,
     number,
     show,
+    stretch,
     whole_number,
 )
 
@@ -39,6 +41,7 @@ def generate(
         ),
     ] = None,
     seed: Annotated[int, typer.Option(parser=whole_number, metavar="S", help="The same seed gives the same text.")] = 0,
+    yarn: YaRNOption = None,
     checkpoint: CheckpointOption = "last",
     weights: WeightsOption = "model",
     device: DeviceOption = "auto",
@@ -50,6 +53,7 @@ def generate(
 
     where = resolve_device(device)
     model, tokenizer, recipe = load(run, checkpoint=checkpoint_name(checkpoint), weights=weights, device=device)
+    stretch(model, recipe, yarn)
     pieces = generate(
         model,
         tokenizer,
