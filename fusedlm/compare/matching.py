@@ -1,9 +1,8 @@
 """What is held equal: sizes, steps, and what was changed to make them so."""
 
-import bisect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cache, partial
 
 import torch
 
@@ -171,10 +170,25 @@ class _Rung:
 
 
 def _nearest(ladder: Sequence[_Rung], measure: Callable[[ModelConfig], float], target: float) -> _Rung:
-    """The rung whose measure, which rises along the ladder, lies nearest."""
-    index = bisect.bisect_left(ladder, target, key=lambda rung: measure(rung.make()))
-    around = ladder[max(0, index - 1) : index + 1]
-    return min(around, key=lambda rung: abs(measure(rung.make()) - target))
+    """The rung whose measure, which rises along the ladder, lies nearest. A measure builds a model, so few are taken:
+    nearly linear ones, which is what widths give, are met by interpolation."""
+
+    @cache
+    def at(index: int) -> float:
+        return measure(ladder[index].make())
+
+    low, high = 0, len(ladder) - 1
+    last = None
+    while high - low > 1 and at(low) < target < at(high):
+        if last is None:
+            guess = low + round((high - low) * (target - at(low)) / (at(high) - at(low)))
+        else:  # the neighbour on the other side of the target, then halves
+            guess = last + 1 if at(last) < target else last - 1
+            guess = guess if low < guess < high else (low + high) // 2
+        guess = min(max(guess, low + 1), high - 1)
+        low, high = (guess, high) if at(guess) < target else (low, guess)
+        last = guess if last is None else None
+    return ladder[min((low, high), key=lambda index: abs(at(index) - target))]
 
 
 def _ffn_ladder(config: ModelConfig, vocab_size: int, grain: int) -> list[_Rung]:

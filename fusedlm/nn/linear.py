@@ -14,6 +14,8 @@ class Linear(torch.nn.Linear):
         super().__init__(in_features, out_features, bias=False)
 
     def reset_parameters(self) -> None:
+        if self.weight.is_meta:  # drawing nothing takes milliseconds there, and who counts sizes builds many models
+            return
         if self.zero:
             torch.nn.init.zeros_(self.weight)
         else:
