@@ -52,6 +52,8 @@ def measure(arguments) -> dict:
     for name, choice in model.implementations.items():
         print(f"{name}: {choice.name} ({choice.reason})")
     optimizer = build_optimizer(model, train.optimizer, device)
+    if train.recompute == "mixer":
+        model.recompute_mixers()
     if train.compile:
         model.compile_blocks()
     rows = train.micro_batch_size or train.batch_size

@@ -30,18 +30,20 @@ def _weights(q_BTHD, k_BTHD, scale):
     return scores.masked_fill(~torch.ones(N, N, dtype=torch.bool).tril(), -math.inf).softmax(-1)
 
 
-def _heads(mixer, x, n_streams):
-    """Queries and keys of each stream with their rotary parts, and values: (B, T, H, ...)."""
-    q_in = mixer.q_down(x)
-    q = mixer.q_up(q_in).unflatten(-1, (4, -1))
-    latent, k_rope = mixer.kv_down(x).split([12, 6], dim=-1)
+def _heads(mixer, x, n_streams, noise_dim=0):
+    """Queries and keys of each stream with their rotary parts, values (B, T, H, ...), latent, noise query and key."""
+    q_latent, latent, k_rope = mixer.down(x).split([16, 12, 6], dim=-1)
+    width = n_streams * 8 + 6
+    q, q_noise = mixer.q_up(mixer.q_norm(q_latent)).split([4 * width, noise_dim], dim=-1)
+    q = q.unflatten(-1, (4, width))
     latent = mixer.kv_norm(latent)
+    k, v, k_noise = mixer.kv_up(latent).split([4 * n_streams * 8, 4 * 8, noise_dim], dim=-1)
+    k, v = k.unflatten(-1, (4, -1)), v.unflatten(-1, (4, -1))
     table = _context(mixer).rope[mixer.rope]
     q_rope, k_rope = apply_rope(q[..., -6:], table), apply_rope(k_rope[:, :, None], table).expand(-1, -1, 4, -1)
-    k = mixer.k_up(latent).unflatten(-1, (4, -1))
     q = [torch.cat([q[..., 8 * s : 8 * s + 8], q_rope], dim=-1) for s in range(n_streams)]
     k = [torch.cat([k[..., 8 * s : 8 * s + 8], k_rope], dim=-1) for s in range(n_streams)]
-    return q_in, latent, q, k, mixer.v_up(latent).unflatten(-1, (4, -1))
+    return q, k, v, q_noise, k_noise
 
 
 def _finish(mixer, heads, start):
@@ -50,7 +52,7 @@ def _finish(mixer, heads, start):
 
 
 def _diff_by_definition(mixer, x):
-    _, _, (q1, q2), (k1, k2), v = _heads(mixer, x, 2)
+    (q1, q2), (k1, k2), v, _, _ = _heads(mixer, x, 2)
     (a, b), (c, d) = mixer.weight.q, mixer.weight.k
     lam = torch.exp(a @ c) - torch.exp(b @ d) + mixer.weight.start
     scale = (8 + 6) ** -0.5
@@ -60,8 +62,8 @@ def _diff_by_definition(mixer, x):
 
 def _cmd_by_definition(mixer, x):
     """The noise head repeated for every signal head and applied to its values."""
-    q_in, latent, (q,), (k,), v = _heads(mixer, x, 1)
-    noise = _weights(mixer.noise_q(q_in)[:, :, None], mixer.noise_k(latent)[:, :, None], 10**-0.5).expand(-1, 4, -1, -1)
+    (q,), (k,), v, q_noise, k_noise = _heads(mixer, x, 1, noise_dim=10)
+    noise = _weights(q_noise[:, :, None], k_noise[:, :, None], 10**-0.5).expand(-1, 4, -1, -1)
     lam = torch.exp((mixer.lambda_q * mixer.lambda_k).sum(-1)) - 1 + mixer.lambda_init
     weights = _weights(q, k, (8 + 6) ** -0.5) - lam[:, None, None] * noise
     return _finish(mixer, torch.einsum("bhts,bshe->bthe", weights, v), mixer.lambda_init)

@@ -6,7 +6,6 @@ import torch.nn.functional as F
 from fusedlm.config.mixers import CMDMLAConfig
 from fusedlm.config.model import ModelConfig
 from fusedlm.nn.context import Context
-from fusedlm.nn.linear import Linear
 from fusedlm.nn.mixers.lambda_init import initial_lambda
 from fusedlm.nn.mixers.latent import LatentMixer, reach_of
 from fusedlm.nn.mixers.softmax import SoftmaxAttention, attention_flops
@@ -28,11 +27,9 @@ class CommonModeLatentAttention(LatentMixer):
     """
 
     def __init__(self, config: CMDMLAConfig, model: ModelConfig, setting: Setting, layer: int):
-        super().__init__(config, model, layer, n_streams=1)
+        noise_dim = config.noise_dim or config.head_dim or model.dim // config.n_heads
+        super().__init__(config, model, layer, n_streams=1, noise_dim=noise_dim)
         self.eps = model.norm_eps
-        self.noise_dim = config.noise_dim or self.head_dim
-        self.noise_q = Linear(config.q_rank or model.dim, self.noise_dim)
-        self.noise_k = Linear(self.rank, self.noise_dim)
         self.lambda_q = torch.nn.Parameter(torch.randn(self.n_heads, self.head_dim) * _STD)
         self.lambda_k = torch.nn.Parameter(torch.zeros(self.n_heads, self.head_dim))
         # A buffer, not a number: layers differ in it, and compiled blocks that share a graph must not.
@@ -56,23 +53,19 @@ class CommonModeLatentAttention(LatentMixer):
         """lambda of each head, (H,)."""
         return torch.expm1((self.lambda_q * self.lambda_k).sum(-1)) + self.lambda_init
 
-    def expanded(self, x_BTD, q_in, q_content, q_rope, latent, k_rope, v, context: Context) -> torch.Tensor:
-        (q,), (k,) = self.queries(q_content, q_rope), self.keys(latent, k_rope)
-        signal = self.attend(q, k, v, context.scale_scores(self.scale, self.rope[0]), context)
+    def expanded(self, x_BTD, queries, keys, v, latent, q_noise, k_noise, context: Context) -> torch.Tensor:
+        signal = self.attend(queries[0], keys[0], v, context.scale_scores(self.scale, self.rope[0]), context)
         # Wide latents are cut into slices that the kernel takes: heads with the same query and key.
-        noise_q, noise_k = (
-            x[:, :, None].repeat(1, 1, self.n_slices, 1) for x in (self.noise_q(q_in), self.noise_k(latent))
-        )
+        q, k = (x[:, :, None].repeat(1, 1, self.n_slices, 1) for x in (q_noise, k_noise))
         slices = latent.unflatten(-1, (self.n_slices, -1))
-        read = self.attend_noise(noise_q, noise_k, slices, self.noise_dim**-0.5, context).flatten(2)
+        read = self.attend_noise(q, k, slices, self.noise_dim**-0.5, context).flatten(2)
         return self._combined(signal, self.values(read))
 
-    def absorbed(self, x_BTD, q_in, q_content, q_rope, memory, context: Context) -> torch.Tensor:
-        (q,) = self.absorbed_queries(q_content, q_rope)
+    def absorbed(self, x_BTD, queries, q_noise, memory, context: Context) -> torch.Tensor:
         scale = context.scale_scores(self.scale, self.rope[0])
         # One more head over the same memory. Its scores have a scale of their own and no rotary part.
-        noise = (self.noise_q(q_in) * (self.noise_dim**-0.5 / scale)) @ self.noise_k.weight.to(q.dtype)
-        q = torch.cat([q, F.pad(noise, (0, self.rope[0]))[:, :, None].to(q.dtype)], dim=2)
+        noise = (q_noise * (self.noise_dim**-0.5 / scale)) @ self.up_weights()[2].to(q_noise.dtype)
+        q = torch.cat([queries[0], F.pad(noise, (0, self.rope[0]))[:, :, None]], dim=2)
         keys = memory[:, :, None]
         read = cached_attention(q, keys, keys[..., : self.rank], scale=scale, reach_BT=reach_of(q, context))
         return self._combined(self.raised(read[:, :, :-1]), self.values(read[:, :, -1]))
@@ -94,8 +87,8 @@ class CommonModeLatentAttention(LatentMixer):
         """Of the expanded form, the noise as one head with values as wide as the latent."""
         signal = attention_flops(n_tokens, None, self.n_heads, self.head_dim + self.rope[0], self.head_dim)
         noise = attention_flops(n_tokens, None, 1, self.noise_dim, self.rank)
-        linears = (self.noise_q, self.noise_k, self.v_up)
-        return self.projection_flops(n_tokens) + signal + noise + sum(linear.flops(n_tokens) for linear in linears)
+        raised = 2 * self.rank * self.n_groups * self.head_dim * n_tokens
+        return self.projection_flops(n_tokens) + signal + noise + raised
 
 
 def _slices(rank: int) -> int:

@@ -81,14 +81,13 @@ class DifferentialLatentAttention(LatentMixer):
     def choices(self):
         return [*self.attend.choices, self.combine]
 
-    def expanded(self, x_BTD, q_in, q_content, q_rope, latent, k_rope, v, context: Context) -> torch.Tensor:
+    def expanded(self, x_BTD, queries, keys, v, latent, q_noise, k_noise, context: Context) -> torch.Tensor:
         scale = context.scale_scores(self.scale, self.rope[0])
-        streams = zip(self.queries(q_content, q_rope), self.keys(latent, k_rope), strict=True)
-        signal, noise = (self.attend(q, k, v, scale, context) for q, k in streams)
+        signal, noise = (self.attend(q, k, v, scale, context) for q, k in zip(queries, keys, strict=True))
         return self._combined(x_BTD, signal, noise)
 
-    def absorbed(self, x_BTD, q_in, q_content, q_rope, memory, context: Context) -> torch.Tensor:
-        q = torch.cat(self.absorbed_queries(q_content, q_rope), dim=2)  # 2 H heads, one read of the memory
+    def absorbed(self, x_BTD, queries, q_noise, memory, context: Context) -> torch.Tensor:
+        q = torch.cat(queries, dim=2)  # 2 H heads, one read of the memory
         keys = memory[:, :, None]
         scale = context.scale_scores(self.scale, self.rope[0])
         read = cached_attention(q, keys, keys[..., : self.rank], scale=scale, reach_BT=reach_of(q, context))

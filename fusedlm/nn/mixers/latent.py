@@ -1,6 +1,7 @@
 """What mixers over a shared latent have in common: the projections, the state, absorbed decoding."""
 
 import torch
+import torch.nn.functional as F
 
 from fusedlm.config.mixers import MLAConfig
 from fusedlm.config.model import ModelConfig
@@ -21,66 +22,74 @@ class LatentMixer(torch.nn.Module):
     `absorbed`, which attends to the latents themselves with the up-projections moved to query and output.
     """
 
-    def __init__(self, config: MLAConfig, model: ModelConfig, layer: int, *, n_streams: int):
-        """n_streams: sets of queries and keys without position, side by side in each head."""
+    def __init__(self, config: MLAConfig, model: ModelConfig, layer: int, *, n_streams: int, noise_dim: int = 0):
+        """n_streams: sets of queries and keys without position, side by side in each head. noise_dim: width of one more
+        query and key, which no head has to itself."""
         super().__init__()
         self.n_heads = config.n_heads
         self.n_groups = config.n_kv_groups or config.n_heads
         self.head_dim = config.head_dim or model.dim // config.n_heads
-        self.rank = config.kv_rank
+        self.rank, self.q_rank, self.noise_dim = config.kv_rank, config.q_rank, noise_dim
         self.rope = (config.rope_dim, config.rope_base)
         self.scale = (self.head_dim + config.rope_dim) ** -0.5
         self.n_streams = n_streams
         self.xsa = config.xsa
-        query_in = config.q_rank or model.dim
-        self.q_down = None
-        if config.q_rank is not None:
-            self.q_down = torch.nn.Sequential(Linear(model.dim, config.q_rank), RMSNorm(config.q_rank, model.norm_eps))
-        self.q_up = Linear(query_in, self.n_heads * (n_streams * self.head_dim + config.rope_dim))
-        self.kv_down = Linear(model.dim, self.rank + config.rope_dim)
+        # Projections of one input are one matrix: narrow ones leave most of a GPU idle.
+        self.down = Linear(model.dim, (config.q_rank or 0) + self.rank + config.rope_dim)
+        self.q_norm = RMSNorm(config.q_rank, model.norm_eps) if config.q_rank is not None else None
         self.kv_norm = RMSNorm(self.rank, model.norm_eps)
-        self.k_up = Linear(self.rank, self.n_groups * n_streams * self.head_dim)
-        self.v_up = Linear(self.rank, self.n_groups * self.head_dim)
+        self.q_widths = [self.n_heads * (n_streams * self.head_dim + config.rope_dim), noise_dim]
+        self.q_up = Linear(config.q_rank or model.dim, sum(self.q_widths))
+        self.kv_widths = [self.n_groups * n_streams * self.head_dim, self.n_groups * self.head_dim, noise_dim]
+        self.kv_up = Linear(self.rank, sum(self.kv_widths))
         self.out = Linear(self.n_heads * self.head_dim, model.dim, zero=True)
         self.value_residual = None
         if config.value_residual:
             self.value_residual = ValueResidual(model, layer, self.rank, lambda c: c.kv_rank)
 
     def forward(self, x_BTD: torch.Tensor, context: Context, state: TokenCache | None = None) -> torch.Tensor:
-        q_in = x_BTD if self.q_down is None else self.q_down(x_BTD)
-        q = self.q_up(q_in).unflatten(-1, (self.n_heads, -1))
-        q_content, q_rope = q.split([self.n_streams * self.head_dim, self.rope[0]], dim=-1)
-        latent, k_rope = self.kv_down(x_BTD).split([self.rank, self.rope[0]], dim=-1)
+        q_latent, latent, k_rope = self.down(x_BTD).split([self.q_rank or 0, self.rank, self.rope[0]], dim=-1)
+        q, q_noise = self.q_up(x_BTD if self.q_norm is None else self.q_norm(q_latent)).split(self.q_widths, dim=-1)
+        q = q.unflatten(-1, (self.n_heads, -1))
+        q, q_rope = q.split([self.n_streams * self.head_dim, self.rope[0]], dim=-1)
         latent = self.kv_norm(latent)
         if self.value_residual is not None:
             latent = self.value_residual(latent, context)
         table = context.rope[self.rope]
         q_rope, k_rope = apply_rope(q_rope, table), apply_rope(k_rope[:, :, None], table)
         memory = None if state is None else state.append(torch.cat([latent, k_rope[:, :, 0]], dim=-1))
-        v = self.values(latent) if context.n_past == 0 or self.xsa else None
         if context.n_past == 0:
-            y = self.expanded(x_BTD, q_in, q_content, q_rope, latent, k_rope, v, context)
+            k, v, k_noise = self.kv_up(latent).split(self.kv_widths, dim=-1)
+            v = v.unflatten(-1, (self.n_groups, self.head_dim))
+            keys = self.keys(k, k_rope)
+            y = self.expanded(x_BTD, self.queries(q, q_rope), keys, v, latent, q_noise, k_noise, context)
         else:
-            y = self.absorbed(x_BTD, q_in, q_content, q_rope, memory, context)
+            y = self.absorbed(x_BTD, self.absorbed_queries(q, q_rope), q_noise, memory, context)
         if self.xsa:
-            y = exclude_own_value(y, v)
+            y = exclude_own_value(y, v if context.n_past == 0 else self.values(latent))
         return self.out(y.flatten(-2))
 
-    def expanded(self, x_BTD, q_in, q_content, q_rope, latent, k_rope, v, context: Context) -> torch.Tensor:
-        """(B, T, H, head_dim) of whole sequences."""
+    def expanded(self, x_BTD, queries, keys, v, latent, q_noise, k_noise, context: Context) -> torch.Tensor:
+        """(B, T, H, head_dim) of whole sequences; queries and keys of each stream (B, T, H or G, head_dim + rope_dim),
+        v (B, T, G, head_dim), latent (B, T, rank), q_noise and k_noise (B, T, noise_dim)."""
         raise NotImplementedError
 
-    def absorbed(self, x_BTD, q_in, q_content, q_rope, memory, context: Context) -> torch.Tensor:
-        """(B, T, H, head_dim) of tokens after those in memory (B, S, rank + rope_dim), which holds them too."""
+    def absorbed(self, x_BTD, queries, q_noise, memory, context: Context) -> torch.Tensor:
+        """(B, T, H, head_dim) of tokens after those in memory (B, S, rank + rope_dim), which holds them too; queries of
+        each stream (B, T, H, rank + rope_dim)."""
         raise NotImplementedError
+
+    def up_weights(self) -> list[torch.Tensor]:
+        """The rows of kv_up that make keys, values and the noise key of a latent."""
+        return self.kv_up.weight.split(self.kv_widths)
 
     def values(self, latent_BTR: torch.Tensor) -> torch.Tensor:
         """(B, T, G, head_dim)."""
-        return self.v_up(latent_BTR).unflatten(-1, (self.n_groups, self.head_dim))
+        return F.linear(latent_BTR, self.up_weights()[1]).unflatten(-1, (self.n_groups, self.head_dim))
 
-    def keys(self, latent_BTR: torch.Tensor, k_rope_BT1R: torch.Tensor) -> list[torch.Tensor]:
+    def keys(self, k: torch.Tensor, k_rope_BT1R: torch.Tensor) -> list[torch.Tensor]:
         """For each stream (B, T, G, head_dim + rope_dim)."""
-        streams = self.k_up(latent_BTR).unflatten(-1, (self.n_groups, self.n_streams, self.head_dim)).unbind(3)
+        streams = k.unflatten(-1, (self.n_groups, self.n_streams, self.head_dim)).unbind(3)
         k_rope = k_rope_BT1R.expand(-1, -1, self.n_groups, -1)
         return [torch.cat([k, k_rope], dim=-1) for k in streams]
 
@@ -90,14 +99,14 @@ class LatentMixer(torch.nn.Module):
 
     def absorbed_queries(self, q_content: torch.Tensor, q_rope: torch.Tensor) -> list[torch.Tensor]:
         """The same against the memory: (B, T, H, rank + rope_dim)."""
-        k_up = self.k_up.weight.unflatten(0, (self.n_groups, self.n_streams, self.head_dim))
+        k_up = self.up_weights()[0].unflatten(0, (self.n_groups, self.n_streams, self.head_dim))
         in_groups = q_content.unflatten(2, (self.n_groups, -1)).unflatten(-1, (self.n_streams, self.head_dim))
         latent = torch.einsum("btgisd,gsdr->sbtgir", in_groups, k_up).flatten(3, 4)
         return [torch.cat([q, q_rope], dim=-1) for q in latent.unbind(0)]
 
     def raised(self, read_BTHR: torch.Tensor) -> torch.Tensor:
         """What each head read of the latents (B, T, H, rank), as values (B, T, H, head_dim)."""
-        v_up = self.v_up.weight.unflatten(0, (self.n_groups, self.head_dim))
+        v_up = self.up_weights()[1].unflatten(0, (self.n_groups, self.head_dim))
         in_groups = read_BTHR.unflatten(2, (self.n_groups, -1))
         return torch.einsum("btgir,gdr->btgid", in_groups, v_up).flatten(2, 3)
 
@@ -108,10 +117,7 @@ class LatentMixer(torch.nn.Module):
         return n_tokens * (self.rank + self.rope[0]) * dtype.itemsize
 
     def projection_flops(self, n_tokens: int) -> int:
-        linears = [self.q_up, self.kv_down, self.k_up, self.v_up, self.out]
-        if self.q_down is not None:
-            linears.append(self.q_down[0])
-        return sum(linear.flops(n_tokens) for linear in linears)
+        return sum(linear.flops(n_tokens) for linear in (self.down, self.q_up, self.kv_up, self.out))
 
     def rope_specs(self) -> set[tuple[int, float]]:
         return {self.rope}

@@ -24,13 +24,11 @@ class LatentAttention(LatentMixer):
     def choices(self):
         return self.attend.choices
 
-    def expanded(self, x_BTD, q_in, q_content, q_rope, latent, k_rope, v, context: Context) -> torch.Tensor:
-        (q,), (k,) = self.queries(q_content, q_rope), self.keys(latent, k_rope)
-        return self.attend(q, k, v, context.scale_scores(self.scale, self.rope[0]), context)
+    def expanded(self, x_BTD, queries, keys, v, latent, q_noise, k_noise, context: Context) -> torch.Tensor:
+        return self.attend(queries[0], keys[0], v, context.scale_scores(self.scale, self.rope[0]), context)
 
-    def absorbed(self, x_BTD, q_in, q_content, q_rope, memory, context: Context) -> torch.Tensor:
-        (q,) = self.absorbed_queries(q_content, q_rope)
-        keys = memory[:, :, None]
+    def absorbed(self, x_BTD, queries, q_noise, memory, context: Context) -> torch.Tensor:
+        (q,), keys = queries, memory[:, :, None]
         scale = context.scale_scores(self.scale, self.rope[0])
         read = cached_attention(q, keys, keys[..., : self.rank], scale=scale, reach_BT=reach_of(q, context))
         return self.raised(read)
