@@ -1,0 +1,70 @@
+"""A tiny experiment, and the work of its processes done in this one, counted."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+
+from fusedlm.compare import run_experiment
+from fusedlm.config import dump_recipe
+from fusedlm.config.experiment import load_experiment
+from tests.train.runs import tiny_recipe
+
+EXPERIMENT = """
+name: tiny
+description: <b>Two</b> mixers & two seeds.
+base: base.yaml
+match: params
+variants:
+  latent: [model.pattern=m]
+  softmax: {model.pattern: a}
+seeds: 2
+decode_lengths: [20, 70]
+"""
+
+
+@dataclass
+class Apart:
+    """Stands for fusedlm.compare.process.apart; `calls` are the names of the work and of the folder it was for."""
+
+    calls: list[tuple[str, str]] = field(default_factory=list)
+    before: object = None  # called with (name of the work, its arguments, report), may raise or return a report
+
+    def __call__(self, work, *arguments, report, stop):
+        folder = next((argument.name for argument in arguments if isinstance(argument, Path)), "")
+        self.calls.append((work.__name__, folder))
+        if self.before is not None:
+            report = self.before(work.__name__, arguments, report) or report
+        return work(*arguments, report)
+
+    def trained(self) -> list[str]:
+        return [folder for name, folder in self.calls if name == "train_run"]
+
+
+@pytest.fixture
+def apart(monkeypatch) -> Apart:
+    stand_in = Apart()
+    monkeypatch.setattr("fusedlm.compare.experiment.apart", stand_in)
+    monkeypatch.setattr("fusedlm.report.style.DPI", 30)
+    return stand_in
+
+
+@pytest.fixture(scope="session")
+def experiment_file(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("experiment")
+    recipe = tiny_recipe(folder, "train.steps=4", "train.eval_every=2", "train.checkpoint_every=2")
+    (folder / "base.yaml").write_text(dump_recipe(recipe))
+    (folder / "tiny.yaml").write_text(EXPERIMENT)
+    return folder / "tiny.yaml"
+
+
+@pytest.fixture(scope="session")
+def finished(experiment_file, tmp_path_factory):
+    """(Outcome, folder, calls) of the tiny experiment; read only."""
+    out = tmp_path_factory.mktemp("finished") / "out"
+    with pytest.MonkeyPatch.context() as patch:
+        stand_in = Apart()
+        patch.setattr("fusedlm.compare.experiment.apart", stand_in)
+        patch.setattr("fusedlm.report.style.DPI", 30)
+        outcome = run_experiment(*load_experiment(experiment_file), out)
+    return outcome, out, stand_in.calls
