@@ -63,6 +63,7 @@ class TrainConfig(Config):
     device: Literal["auto", "cpu", "cuda"] = "auto"
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of autocast; auto: bfloat16 on the GPU, float32 on the CPU
     compile: bool = False  # torch.compile, one full graph a block
+    cuda_graph: bool = False  # a micro-batch is one launch: for models whose kernels are shorter than their launches
     recompute: Literal["none", "mixer"] = "none"  # mixer: keep its input and attention's output, compute the rest again
     deterministic: bool = False  # refuse any operation whose result can differ between runs
     loggers: list[Literal["tensorboard", "wandb"]] = []

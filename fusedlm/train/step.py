@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from fusedlm.model.auxiliary import Routing, RoutingTally, auxiliary_loss
+from fusedlm.train.cuda_graph import CapturedBackward
 
 
 @dataclass(frozen=True)
@@ -25,6 +26,7 @@ def backward(
     micro_batch_size: int,
     autocast: Callable[[], AbstractContextManager],
     tally: RoutingTally | None = None,
+    captured: CapturedBackward | None = None,
 ) -> torch.Tensor:
     """Accumulate the gradient of the mean over the valid targets of the whole batch, micro-batch by micro-batch.
 
@@ -34,13 +36,21 @@ def backward(
 
     Args:
         tally: counts each forward pass.
+        captured: runs forward and backward as one graph; for batches without documents and models without auxiliary
+            loss.
 
     Returns:
         The loss () float32 on the device, nats a valid target.
     """
     total = None
+    if captured is not None:
+        captured.begin_step()
     for start in range(0, len(batch.tokens), micro_batch_size):
         rows = slice(start, start + micro_batch_size)
+        if captured is not None:
+            loss = captured(batch.tokens[rows], batch.targets[rows], batch.n_valid)
+            total = loss.clone() if total is None else total + loss
+            continue
         documents = None if batch.documents is None else batch.documents[rows]
         with autocast():
             nll = model.loss(batch.tokens[rows], batch.targets[rows], documents=documents)
@@ -65,11 +75,12 @@ def train_step(
     micro_batch_size: int,
     grad_clip: float | None,
     autocast: Callable[[], AbstractContextManager],
+    captured: CapturedBackward | None = None,
 ) -> StepResult:
     """Forward, backward, clipping by the norm of the whole gradient, update. The host waits for the device once, and
     routed feed-forwards wait for the number of their tokens."""
     tally = RoutingTally(model)
-    loss = backward(model, batch, micro_batch_size, autocast, tally)
+    loss = backward(model, batch, micro_batch_size, autocast, tally, captured)
     parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
     norm = torch.nn.utils.get_total_norm([p.grad for p in parameters])
     if grad_clip is not None:
@@ -83,5 +94,6 @@ def train_step(
         for group in optimizer.param_groups:
             group["lr"] = lr
         optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
+    if captured is None:  # a graph writes the next gradients where these are
+        optimizer.zero_grad(set_to_none=True)
     return StepResult(loss_value, norm_value, skipped=not finite, routing=tally.result(counts) if tally else None)

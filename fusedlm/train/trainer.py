@@ -13,8 +13,10 @@ from fusedlm.data import Loader, prepare
 from fusedlm.evaluate import score_documents
 from fusedlm.model import build_model
 from fusedlm.model.accounting import count_parameters, training_flops_per_token
+from fusedlm.model.auxiliary import RoutingTally
 from fusedlm.model.precision import autocast
 from fusedlm.optim import ExponentialMovingAverage, build_optimizer, schedule_scale
+from fusedlm.train.cuda_graph import CapturedBackward
 from fusedlm.train.folder import RunFolder
 from fusedlm.train.hardware import device_name, environment, peak_flops, peak_memory_bytes
 from fusedlm.train.loggers import open_loggers
@@ -75,6 +77,7 @@ class Trainer:
         if self.settings.compile:
             self.model.compile_blocks()
         self.micro_batch_size = self.settings.micro_batch_size or self.settings.batch_size
+        self._captured = self._capture() if self.settings.cuda_graph else None
         self.tokens_per_step = self.settings.batch_size * self.settings.seq_len
         peak = peak_flops(device)
         flops_per_token = training_flops_per_token(self.model, self.settings.seq_len)
@@ -93,6 +96,19 @@ class Trainer:
         if self.progress.best_step not in self.folder.checkpoints.steps():
             self.progress.best_step = self.progress.best_val_bpb = None
         self._saved = replace(self.progress)
+
+    def _capture(self) -> CapturedBackward:
+        """Refuses what waits for the device in the middle of a pass, which a graph cannot."""
+        if self.device.type != "cuda":
+            raise ValueError(f"train.cuda_graph=true needs a CUDA device, not {self.device.type}; turn it off")
+        if self.recipe.data.document_mask:
+            raise ValueError(
+                "train.cuda_graph=true does not go with documents of varying length; set data.document_mask=false"
+            )
+        if RoutingTally(self.model):
+            raise ValueError("train.cuda_graph=true does not go with routed feed-forwards; turn it off")
+        several = self.micro_batch_size < self.settings.batch_size
+        return CapturedBackward(self.model, partial(autocast, self.device, self.dtype), accumulates=several)
 
     def run(self) -> TrainResult:
         """Train to the end of the recipe or to the first signal; see `fusedlm.train.train`."""
@@ -158,6 +174,7 @@ class Trainer:
                 micro_batch_size=self.micro_batch_size,
                 grad_clip=self.settings.grad_clip,
                 autocast=partial(autocast, self.device, self.dtype),
+                captured=self._captured,
             )
         except torch.OutOfMemoryError:
             raise ValueError(

@@ -11,6 +11,7 @@ from fusedlm.model import build_model
 from fusedlm.model.precision import autocast
 from fusedlm.optim import ExponentialMovingAverage, build_optimizer
 from fusedlm.train import train, trainer
+from fusedlm.train.cuda_graph import CapturedBackward
 from fusedlm.train.metrics import read_metrics
 from fusedlm.train.step import train_step
 from tests.train.runs import checkpoint_names, losses, records, tiny_recipe
@@ -22,9 +23,20 @@ def gpu_recipe(tmp_path, *overrides):
     return tiny_recipe(tmp_path, "train.device=cuda", "model.dim=64", "train.batch_size=8", *overrides)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_stopped_and_resumed_deterministically_it_goes_on_bit_for_bit(tmp_path, monkeypatch, dtype):
-    recipe = gpu_recipe(tmp_path, "train.deterministic=true", f"train.dtype={dtype}")
+GRAPH = ["train.cuda_graph=true", "data.document_mask=false"]
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["train.dtype=float32"],
+        ["train.dtype=bfloat16"],
+        ["train.dtype=bfloat16", *GRAPH],
+        ["train.dtype=bfloat16", *GRAPH, "train.micro_batch_size=8", "train.compile=true"],
+    ],
+)
+def test_stopped_and_resumed_deterministically_it_goes_on_bit_for_bit(tmp_path, monkeypatch, overrides):
+    recipe = gpu_recipe(tmp_path, "train.deterministic=true", *overrides)
     train(recipe, tmp_path / "straight")
     train_step = trainer.train_step
 
@@ -48,6 +60,32 @@ def test_a_compiled_run_in_bfloat16_learns_what_the_plain_one_learns(tmp_path):
     assert losses(tmp_path / "true") == pytest.approx(losses(tmp_path / "false"), rel=0.02)
     first = read_metrics(tmp_path / "true" / "metrics.jsonl")[0][0]
     assert 0 < first["peak_memory_bytes"] < 1e9
+
+
+@pytest.mark.parametrize("micro_batch_size", [2, 8])
+@pytest.mark.parametrize("compiled", ["false", "true"])
+def test_a_graph_gives_the_losses_of_the_passes_it_was_captured_from(tmp_path, micro_batch_size, compiled):
+    common = ["model.dropout=0", "data.document_mask=false", "train.dtype=float32", f"train.compile={compiled}"]
+    common.append(f"train.micro_batch_size={micro_batch_size}")
+    train(gpu_recipe(tmp_path, *common), tmp_path / "plain")
+    train(gpu_recipe(tmp_path, *common, "train.cuda_graph=true"), tmp_path / "graph")
+    assert losses(tmp_path / "graph") == pytest.approx(losses(tmp_path / "plain"), rel=1e-4)
+
+
+def test_each_replay_draws_new_random_numbers(tmp_path):
+    """Dropout of one batch twice, on weights that do not move."""
+    recipe = gpu_recipe(tmp_path, "model.dropout=0.5")
+    model = build_model(recipe.model, vocab_size=64, device="cuda").train()
+    captured = CapturedBackward(model, lambda: autocast(torch.device("cuda"), torch.bfloat16), accumulates=False)
+    tokens = torch.randint(64, (8, 16), device="cuda")
+    before = torch.cuda.get_rng_state()
+    first = captured(tokens, tokens.roll(-1, 1), tokens.numel()).item()
+    gradient = model.embedding.weight.grad.clone()
+    second = captured(tokens, tokens.roll(-1, 1), tokens.numel()).item()
+    assert first != second and not torch.equal(gradient, model.embedding.weight.grad)
+    torch.cuda.set_rng_state(before)
+    assert captured(tokens, tokens.roll(-1, 1), tokens.numel()).item() == first
+    assert torch.equal(gradient, model.embedding.weight.grad)
 
 
 def test_the_host_waits_for_the_device_once_a_step(tmp_path):
