@@ -1,0 +1,47 @@
+"""Functions that test_process runs in processes of their own."""
+
+import os
+import signal
+
+import torch
+
+from fusedlm.train.hardware import peak_memory_bytes
+from fusedlm.train.signals import StopSignal
+
+
+def where(send):
+    send("step", 1)
+    send("step", 2)
+    return os.getpid(), os.getcwd()
+
+
+def refuse(send):
+    raise ValueError("no such thing")
+
+
+def fail(send):
+    return 1 / 0
+
+
+def die(send):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def clean_up(send):
+    with StopSignal() as stop:
+        send("begin", 0)
+        while stop.received is None:
+            pass
+    return "cleaned up"
+
+
+def wait(send):
+    send("begin", 0)
+    signal.pause()
+
+
+def peak_memory(*arguments):
+    *megabytes, _ = arguments
+    block = bytearray(sum(megabytes) * 2**20)
+    del block
+    return peak_memory_bytes(torch.device("cpu"))

@@ -1,0 +1,61 @@
+"""What a grid shows, on a terminal and elsewhere."""
+
+import io
+
+from rich.console import Console
+
+from fusedlm.compare.progress import GridDisplay
+
+
+def play(terminal: bool) -> str:
+    out = io.StringIO()
+    display = GridDisplay(Console(file=out, force_terminal=terminal, width=100))
+    display.open([10, 10, 20], done=10, n_done=1)
+    display.begin("new-seed0", 10)
+    display.report("begin", 5)
+    display.report("step", {"step": 6, "loss": 3.25, "tokens_per_second": 1234.5})
+    display.report("step", {"step": 7, "loss": float("nan"), "skipped": True})
+    display.report("validation", {"step": 10, "val_nll_per_token": 2.5, "val_bpb": 1.75})
+    display.report("note", "a [warning]")
+    display.end("validation 2.5000 nats a token")
+    display.begin("old-seed1", 20)
+    display.close()
+    return out.getvalue()
+
+
+def test_plain_lines_off_a_terminal():
+    assert play(terminal=False).splitlines() == [
+        "[2/3] new-seed0: 10 steps",
+        "new-seed0: going on from step 5",
+        "[2/3] new-seed0: step 6 of 10  loss 3.2500  1,234 tokens/s",
+        "[2/3] new-seed0: step 10 of 10, validation 2.5000 nats a token, 1.7500 bits per byte",
+        "new-seed0: a [warning]",
+        "[2/3] new-seed0: validation 2.5000 nats a token",
+        "[3/3] old-seed1: 20 steps",
+    ]
+
+
+def test_bars_on_a_terminal():
+    shown = play(terminal=True)
+    assert "\x1b[" in shown and "2 of 3 runs" in shown and "a [warning]" in shown and "old-seed1" in shown
+
+
+def test_steps_do_not_flood(monkeypatch):
+    out = io.StringIO()
+    now = iter(range(0, 1000))
+    monkeypatch.setattr("fusedlm.compare.progress.time.monotonic", lambda: next(now))
+    display = GridDisplay(Console(file=out, width=100))
+    display.open([100], done=0, n_done=0)
+    display.begin("a", 100)
+    for step in range(1, 21):
+        display.report("step", {"step": step, "loss": 1.0, "tokens_per_second": 1.0})
+    assert out.getvalue().count("loss") == 4
+
+
+def test_nothing_without_a_console(capsys):
+    display = GridDisplay(None)
+    display.open([1], 0, 0)
+    display.begin("a", 1)
+    display.end("done")
+    display.close()
+    assert capsys.readouterr().out == ""

@@ -1,0 +1,127 @@
+"""What is written is what the runs measured, and the page says how it was made."""
+
+import csv
+import json
+import re
+import statistics
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from fusedlm.compare.report import write_report
+from fusedlm.compare.results import ROW
+from fusedlm.data import prepare
+from fusedlm.evaluate import score_documents
+from fusedlm.model import build_model
+from fusedlm.model.accounting import state_bytes
+from fusedlm.train.metrics import read_metrics
+from fusedlm.train.run import load
+from tests.report.test_report import parse
+
+PLOTS = {"final", "validation", "difference", "training", "flops", "cost", "state", "decoding"}
+
+
+@pytest.fixture(scope="module")
+def tree(finished):
+    return json.loads((finished[1] / "results.json").read_text())
+
+
+def test_rows_are_the_metrics_of_the_runs(finished, tree):
+    _, out, _ = finished
+    with (out / "results.csv").open() as file:
+        table = list(csv.DictReader(file))
+    assert tuple(table[0]) == ROW and len(table) == len(tree["runs"]) == 4
+    for line, row in zip(table, tree["runs"], strict=True):
+        assert line == {key: "" if value is None else str(value) for key, value in row.items()}
+        found, _ = read_metrics(out / "runs" / f"{row['variant']}-seed{row['seed']}" / "metrics.jsonl")
+        steps = [record for record in found if "loss" in record]
+        validations = [record for record in found if "val_bpb" in record]
+        assert (row["steps"], row["tokens"]) == (4, steps[-1]["tokens"]) == (4, 4 * 4 * 16)
+        assert row["train_loss"] == steps[-1]["loss"]
+        assert row["train_loss_last_10"] == pytest.approx(statistics.mean(record["loss"] for record in steps))
+        assert row["tokens_per_second"] == statistics.median(record["tokens_per_second"] for record in steps)
+        assert row["peak_memory_bytes"] == max(record["peak_memory_bytes"] for record in steps)
+        assert row["training_seconds"] == pytest.approx(sum(record["step_seconds"] for record in steps))
+        assert row["best_val_bpb"] == min(record["val_bpb"] for record in validations)
+
+
+def test_the_final_loss_is_on_all_held_out_text(finished, tree):
+    """The recipe validates on 100 tokens along the way."""
+    row = tree["runs"][0]
+    run = finished[1] / "runs/latent-seed0"
+    model, _, recipe = load(run)
+    shards = prepare(recipe.data).validation
+    score = score_documents(model, shards.documents(), window=16, stride=16, device="cpu", dtype=torch.float32)
+    assert score.tokens == shards.n_tokens - shards.n_documents > 150
+    assert row["val_loss"] == pytest.approx(score.nll_per_token, rel=1e-9)
+    assert row["val_bpb"] == pytest.approx(score.bpb, rel=1e-9)
+    last = [record for record in read_metrics(run / "metrics.jsonl")[0] if "val_bpb" in record][-1]
+    assert last["val_tokens"] < score.tokens and last["val_bpb"] != row["val_bpb"]
+
+
+def test_summaries_and_verdict(tree):
+    losses = {name: [row["val_loss"] for row in tree["runs"] if row["variant"] == name] for name in tree["variants"]}
+    for name, values in losses.items():
+        summary = tree["variants"][name]["val_loss"]
+        assert summary["mean"] == pytest.approx(statistics.mean(values))
+        assert summary["std"] == pytest.approx(statistics.stdev(values))
+        assert summary["high"] - summary["mean"] == pytest.approx(12.706205 * statistics.stdev(values) / 2**0.5)
+    difference = np.subtract(losses["softmax"], losses["latent"])
+    against = tree["variants"]["softmax"]["against_baseline"]["val_loss"]
+    assert against["difference"]["mean"] == pytest.approx(difference.mean())
+    assert "against_baseline" not in tree["variants"]["latent"] and tree["baseline"] == "latent"
+    assert tree["verdicts"] == [against["sentence"]]
+    assert tree["metric"]["unit"] == "nats a token"
+
+
+def test_sizes_and_states_are_those_of_live_models(finished, tree):
+    for name, found in tree["variants"].items():
+        recipe = finished[0].results.variants[name].recipe
+        model = build_model(recipe.model, vocab_size=257)
+        assert found["parameters"] == sum(parameter.numel() for parameter in model.parameters())
+        assert found["training_flops"] == found["flops_per_token"] * 256
+        assert set(found["decoding"]) == {"20", "70"}
+        for length, measured in found["decoding"].items():
+            assert measured["state_bytes"] == state_bytes(model, int(length), torch.float32)
+            assert measured["tokens_per_second"] > 0
+        assert found["recipe"] == recipe.model_dump(mode="json")
+
+
+def test_the_page(finished):
+    outcome, out, _ = finished
+    page = parse(out / "report.html")
+    assert {path.stem for path in (out / "plots").iterdir()} == PLOTS
+    assert len(page.sources) == len(PLOTS) and all(source.startswith("data:image/png") for source in page.sources)
+    assert "b" not in page.tags and "<b>Two</b> mixers & two seeds." in page.text
+    environment = json.loads((out / "runs/latent-seed0/environment.json").read_text())
+    change = str(outcome.results.variants["softmax"].changes[0])
+    for words in (
+        outcome.results.verdicts()[0],
+        "model.pattern=m",
+        change,
+        environment["device_name"],
+        environment["torch"],
+        environment["date"][:10],
+        "0, 1",
+        "4 sequences of 16 tokens",
+        "training FLOPs a token",  # matched are parameters: what is not equal is said
+    ):
+        assert words in page.text, words
+    assert re.search(r"compiled\s+no", page.text)
+
+
+def test_the_same_results_give_the_same_page(finished, tmp_path, monkeypatch):
+    monkeypatch.setattr("fusedlm.report.style.DPI", 30)
+    written = write_report(finished[0].results, tmp_path)
+    assert written.read_bytes() == (finished[1] / "report.html").read_bytes()
+
+
+def test_tokenizers_that_differ_are_held_against_each_other_by_bits_per_byte(finished):
+    results = finished[0].results
+    recipe = results.variants["softmax"].recipe
+    data = type(recipe.data).model_validate(recipe.data.model_dump() | {"tokenizer": {"type": "bpe"}})
+    changed = replace(results.variants["softmax"], recipe=recipe.model_copy(update={"data": data}))
+    other = replace(results, variants=results.variants | {"softmax": changed})
+    assert "bits per byte" in other.verdicts()[0] and "nats" not in other.verdicts()[0]
