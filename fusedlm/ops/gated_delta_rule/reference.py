@@ -60,10 +60,12 @@ def chunked(q_BTHK, k_BTHK, v_BTHV, log_decay_BTH, beta_BTH, state_BHKV, reset_B
     k_to_end = (to_end[..., None] * k).mT
 
     state, starts, updates = state_BHKV, [], []
-    for n in range(q.shape[2]):
+    # unbind: the gradient of an index is as large as what it was taken from, once a chunk.
+    per_chunk = (u, w, k_to_end, last[..., None, None])
+    for u_n, w_n, k_to_end_n, last_n in zip(*(x.unbind(2) for x in per_chunk), strict=True):
         starts.append(state)
-        updates.append(u[:, :, n] - w[:, :, n] @ state)
-        state = last[:, :, n, None, None] * state + k_to_end[:, :, n] @ updates[-1]
+        updates.append(u_n - w_n @ state)
+        state = last_n * state + k_to_end_n @ updates[-1]
     u, start = torch.stack(updates, dim=2), torch.stack(starts, dim=2)
     out = (from_start[..., None] * q) @ start + (decay * (q @ k.mT)) @ u
     return out.movedim(1, 3).flatten(1, 2)[:, :n_tokens], state
