@@ -22,6 +22,7 @@ class Routing:
 
     layers: list[list[float]]  # of each, first to last: shares of tokens on the light level, blended, full
     flops_share: float  # FLOPs that ran, over those of the full feed-forwards on every token; padding counts in both
+    budget: float  # the share that training aims at
 
     @property
     def shares(self) -> list[float]:
@@ -36,6 +37,7 @@ class Routing:
             "routed_blend": blend,
             "routed_full": full,
             "routed_flops_share": self.flops_share,
+            "routed_budget": self.budget,
             "routed_layers": self.layers,
         }
 
@@ -65,4 +67,5 @@ class RoutingTally:
         ran = sum(m.flops_of(self.n_tokens, *map(int, row[3:])) for m, row in zip(self.modules, rows, strict=True))
         whole = sum(module.full.flops(self.n_tokens) for module in self.modules)
         layers = [[count / max(sum(row[:3]), 1) for count in row[:3]] for row in rows]
-        return Routing(layers, ran / whole)
+        planned = sum(module.flops(self.n_tokens) for module in self.modules)
+        return Routing(layers, ran / whole, planned / whole)
