@@ -263,7 +263,7 @@ def _lines(results: Results, curves: dict, name: str, title: str, label: str, do
     n_seeds = max(len(results.of(variant)) for variant in curves)
     caption = "Mean over seeds; the band goes from the lowest to the highest." if n_seeds > 1 else "One seed."
     if name == "training" and (most := max(len(x) for x, *_ in curves.values())) >= 20:
-        caption += f" Smoothed with a half-life of {half_life(most)} steps to both sides."
+        caption += f" Smoothed with a half-life of {_count(half_life(most), 'step')} to both sides."
     return Plot(name, title, caption + _overflow(curves), png(figure), wide=True)
 
 
@@ -344,8 +344,9 @@ def _length_axes(results: Results, found: dict) -> tuple[Figure, Axes]:
     figure = canvas((HALF[0], HALF[1] + 0.17 * rows))
     axes = figure.subplots()
     plain_axes(axes)
-    for name, (lengths, values) in found.items():
-        axes.plot(lengths, values, marker="o", markersize=4, linewidth=1.6, label=name, **_look(results, name))
+    for index, (name, (lengths, values)) in enumerate(found.items()):
+        look = {"marker": "o", "markersize": 3.5 + 4 * (1 - index / len(found)), "linewidth": 1.6}  # equal ones show
+        axes.plot(lengths, values, label=name, **look, **_look(results, name))
     ticks = sorted({length for lengths, _ in found.values() for length in lengths})
     axes.set_xscale("log", base=2)
     axes.xaxis.set_major_locator(FixedLocator(ticks))
@@ -366,6 +367,10 @@ def _bytes(value: float) -> str:
         if value >= size:
             return f"{value / size:g} {unit}"
     return f"{value:g} B"
+
+
+def _count(n: int, noun: str) -> str:
+    return f"{n} {noun}" if n == 1 else f"{n} {noun}s"
 
 
 def _capital(text: str) -> str:

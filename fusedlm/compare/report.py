@@ -96,17 +96,18 @@ def _held(results: Results) -> str:
     experiment = results.experiment
     by = f", by the {_BY[experiment.match_by]}" if experiment.match in ("params", "flops") else ""
     first = f"<p>{_HELD[experiment.match]}{by}. {escape(_unequal(results))}</p>"
-    head = ("Variant", "Changed by the experiment", "Changed to match", "Match")
+    head = ("Variant", "Changed by the experiment", "Changed to match")
     rows = [
         (
             name,
             "; ".join(experiment.variants[name]) or "nothing",
             "; ".join(map(str, variant.changes)) or "nothing",
-            "–" if variant.deviation is None else f"{100 * variant.deviation:+.2f}%",
         )
         for name, variant in results.variants.items()
     ]
-    cells = "".join(f"<tr>{''.join(f'<td>{escape(cell)}</td>' for cell in row)}</tr>" for row in rows)
+    cells = "".join(
+        f"<tr><th>{escape(name)}</th>{''.join(f'<td>{escape(cell)}</td>' for cell in row)}</tr>" for name, *row in rows
+    )
     changes = (
         f"<table><thead><tr>{''.join(f'<th>{name}</th>' for name in head)}</tr></thead><tbody>{cells}</tbody></table>"
     )
@@ -114,6 +115,11 @@ def _held(results: Results) -> str:
         "<p>Every variant trains by the same optimizer settings unless its changes say otherwise; none was tuned "
         "for this comparison beyond what the base recipe holds.</p>"
     )
+    if any(row["ffn_flops_share"] is not None for row in results.rows):
+        note += (
+            "<p>FLOPs of routed feed-forwards are those of their budget; what they really computed stands under the cost of "
+            "training.</p>"
+        )
     return first + _table(size_table(results)) + changes + note
 
 
@@ -194,7 +200,7 @@ def _runs(results: Results) -> str:
         "Steps",
         "Validation loss",
         "Bits per byte",
-        "Lowest loss on the way",
+        "Lowest on the way",
         "at step",
         "Tokens a second",
     )

@@ -32,6 +32,7 @@ ROW = (
     "training_seconds",  # of all steps, warm-up included, validations not
     "peak_memory_bytes",
     "skipped_steps",
+    "ffn_flops_share",  # of the full width's that routed feed-forwards computed in the last validation
     "message",
 )
 _LAST = 10
@@ -105,7 +106,13 @@ class Results:
     def _variant_json(self, name: str) -> dict:
         variant = self.variants[name]
         summarised = ("val_loss", "val_bpb", "best_val_loss", "best_val_bpb", "train_loss", "train_loss_last_10")
-        measured = ("tokens_per_second", "step_seconds", "training_seconds", "peak_memory_bytes")
+        measured = (
+            "tokens_per_second",
+            "step_seconds",
+            "training_seconds",
+            "peak_memory_bytes",
+            "ffn_flops_share",
+        )
         tree = {
             **asdict(variant.account),
             "vocab_size": variant.vocab_size,
@@ -187,6 +194,9 @@ def _row(variant: Variant, seed: int, record: dict | None, history: History | No
     }
     if record["final"] is not None:
         row |= {"val_loss": record["final"]["val_nll_per_token"], "val_bpb": record["final"]["val_bpb"]}
+    shares = validation["val_routed_flops_share"]
+    if np.isfinite(shares).any():
+        row["ffn_flops_share"] = _finite(shares[np.isfinite(shares)][-1])
     if np.isfinite(validation["val_bpb"]).any():
         best = int(np.nanargmin(validation["val_bpb"]))
         row |= {

@@ -59,7 +59,8 @@ def judge(variant: str, baseline: str, own: dict[int, float], other: dict[int, f
     low, high = difference.low, difference.high
     paired = f"{len(seeds)} paired seeds"
     if low <= 0 <= high:
-        sentence = f"{pair}: no difference shown ({mean:+.4f} {unit}, 95% interval {low:+.4f} to {high:+.4f}, {paired})"
+        found = f"{mean:+.4f} {unit}, 95% interval {low:+.4f} to {high:+.4f}, {paired}"
+        sentence = f"{variant} against {baseline}: no difference shown in {what} ({found})"
         return Verdict(difference, "no difference shown", sentence)
     outcome = "lower" if mean < 0 else "higher"
     near, far = sorted((abs(low), abs(high)))

@@ -3,7 +3,7 @@
 from fusedlm.compare.plots import length_name
 from fusedlm.compare.results import Results
 from fusedlm.compare.statistics import Summary
-from fusedlm.report.units import count, duration, memory, size
+from fusedlm.report.units import count, duration, memory, percent, size
 
 Table = tuple[tuple[str, ...], list[tuple[str, ...]]]  # head, rows
 
@@ -15,13 +15,11 @@ def loss_table(results: Results) -> Table:
     head = (
         "Variant",
         "Seeds",
-        "Validation loss",
-        "± std",
+        "Validation loss ± std",
         "95% interval",
-        "Bits per byte",
-        "± std",
-        "Lowest loss on the way",
-        "Training loss, last 10",
+        "Bits per byte ± std",
+        "Lowest on the way",
+        "Training, last 10",
     )
     rows = []
     for name in results.variants:
@@ -31,11 +29,9 @@ def loss_table(results: Results) -> Table:
             (
                 name,
                 str(loss.n) if loss.n == n_all else f"{loss.n} of {n_all}",
-                _value(loss.mean),
-                _value(loss.std),
+                _with_std(loss),
                 _interval(loss),
-                _value(bpb.mean),
-                _value(bpb.std),
+                _with_std(bpb),
                 _value(results.summary(name, "best_val_loss").mean),
                 _value(results.summary(name, "train_loss_last_10").mean),
             )
@@ -45,7 +41,16 @@ def loss_table(results: Results) -> Table:
 
 def size_table(results: Results) -> Table:
     """What the variants are."""
-    head = ("Variant", "Parameters", "of these embedding", "FLOPs a token", "Steps", "Tokens", "Training FLOPs")
+    head = (
+        "Variant",
+        "Parameters",
+        "of these embedding",
+        "FLOPs a token",
+        "Steps",
+        "Tokens",
+        "Training FLOPs",
+        "Match",
+    )
     rows = []
     for name, variant in results.variants.items():
         found = variant.account
@@ -61,6 +66,7 @@ def size_table(results: Results) -> Table:
                 f"{variant.recipe.train.steps:,}",
                 count(variant.tokens),
                 f"{found.flops_per_token * variant.tokens:.3g}",
+                _NONE if variant.deviation is None else f"{100 * variant.deviation:+.2f}%",
             )
         )
     return head, rows
@@ -68,7 +74,7 @@ def size_table(results: Results) -> Table:
 
 def cost_table(results: Results) -> Table:
     """What training took."""
-    head = ("Variant", "Tokens a second", "± std", "Step", "Training time", "Peak memory")
+    head = ("Variant", "Tokens a second", "± std", "Step", "Training time", "Peak memory", "Routed FLOPs, of full")
     rows = []
     for name in results.variants:
         rate, step = results.summary(name, "tokens_per_second"), results.summary(name, "step_seconds").mean
@@ -81,8 +87,11 @@ def cost_table(results: Results) -> Table:
                 _NONE if step is None else f"{1000 * step:.4g} ms",
                 duration(results.summary(name, "training_seconds").mean),
                 memory(max(peaks.values()) if peaks else None),
+                percent(results.summary(name, "ffn_flops_share").mean),
             )
         )
+    if all(row[-1] == _NONE for row in rows):  # no feed-forward is routed
+        return head[:-1], [row[:-1] for row in rows]
     return head, rows
 
 

@@ -42,8 +42,8 @@ th { color: var(--muted); font-weight: 400; text-align: left; white-space: nowra
 td { overflow-wrap: anywhere; }
 .numbers th, .numbers td { text-align: right; padding: 0.28rem 0 0.28rem 2.2rem; white-space: nowrap; }
 .numbers th:first-child, .numbers td:first-child { padding-left: 0; }
-.named .numbers th:first-child, .named .numbers td:first-child { text-align: left; }
 .named .numbers th, .named .numbers td { padding-left: 1.5rem; }
+.named .numbers th:first-child, .named .numbers td:first-child { padding-left: 0; text-align: left; }
 .wide-table { overflow-x: auto; margin-bottom: 1.2rem; }
 section ul { padding-left: 1.2rem; }
 .best td { font-weight: 600; }

@@ -72,7 +72,7 @@ def test_an_interval_with_zero_shows_nothing():
     verdict = _judge([1.0, 1.3], [1.2, 1.2])
     assert verdict.outcome == "no difference shown"
     assert (
-        "no difference shown (-0.0500 nats a token, 95% interval -1.9559 to +1.8559, 2 paired seeds)"
+        "no difference shown in validation loss (-0.0500 nats a token, 95% interval -1.9559 to +1.8559, 2 paired seeds)"
         in verdict.sentence
     )
     assert _judge([1.0, 2.0], [1.0, 2.0]).outcome == "no difference shown"
