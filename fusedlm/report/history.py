@@ -19,8 +19,13 @@ _STEP_COLUMNS = (
     "peak_memory_bytes",
     "loader_wait_seconds",
     "step_seconds",
+    "routed_light",
+    "routed_blend",
+    "routed_full",
+    "routed_flops_share",
+    "routed_budget",
 )
-_VALIDATION_COLUMNS = ("step", "tokens", "val_bpb", "val_nll_per_token", "val_bpb_ema")
+_VALIDATION_COLUMNS = ("step", "tokens", "val_bpb", "val_nll_per_token", "val_bpb_ema", "val_routed_flops_share")
 
 
 @dataclass(frozen=True)

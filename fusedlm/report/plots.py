@@ -13,7 +13,8 @@ _RAW, _LINE, _SECOND = "#a9c4e6", "#1f5fad", "#c9762b"
 
 def draw_plots(history: History) -> list[Plot]:
     """Every plot for which the run recorded something."""
-    plots = (_loss(history), _validation(history), _optimization(history), _throughput(history), _memory(history))
+    draw = (_loss, _validation, _optimization, _throughput, _memory, _routing)
+    plots = [one(history) for one in draw]
     return [plot for plot in plots if plot is not None]
 
 
@@ -126,6 +127,36 @@ def _memory(history: History) -> Plot | None:
     return Plot("memory", "Memory", f"Most memory in use up to each step; {memory(highest)} at the most.", png(figure))
 
 
+def _routing(history: History) -> Plot | None:
+    share, budget = history.steps["routed_flops_share"], history.steps["routed_budget"]
+    if not np.isfinite(share).any():
+        return None
+    figure = canvas(FULL)
+    levels, compute = figure.subplots(1, 2)
+    x = _style(levels, history)
+    for name, color in (("light", _RAW), ("blend", _SECOND), ("full", _LINE)):
+        _line(levels, x, _smoothed(history.steps[f"routed_{name}"]), color=color)
+        levels.lines[-1].set_label(name)
+    levels.set_ylabel("Share of tokens")
+    _style(compute, history)
+    _curve(compute, x, share)
+    compute.lines[-1].set_label("computed")
+    _line(compute, x, budget, color=MUTED, width=1.0)
+    compute.lines[-1].set(linestyle=(0, (4, 3)), label="budget")
+    compute.set_ylabel("Share of the full FLOPs")
+    for axes, top in ((levels, 1.0), (compute, max(1.0, 1.05 * float(np.nanmax(share))))):
+        axes.set_ylim(0, top)
+        axes.legend(frameon=False, fontsize=8, labelcolor=INK)
+    last = np.flatnonzero(np.isfinite(share))[-1]
+    ends = {name: percent(float(history.steps[f"routed_{name}"][last])) for name in ("light", "blend", "full")}
+    caption = (
+        "Tokens on each level, mean over the routed layers (left), and what the routed feed-forwards computed as a "
+        f"share of the full ones on every token (right); at the end {ends['light']} light, {ends['blend']} blended, "
+        f"{ends['full']} full, at {percent(float(share[last]))} of the FLOPs."
+    )
+    return Plot("routing", "Levels of the routed feed-forward", caption, png(figure), wide=True)
+
+
 def _figure(history: History, size: tuple[float, float], tokens: np.ndarray | None = None):
     figure = canvas(size)
     axes = figure.subplots()
@@ -157,7 +188,12 @@ def _curve(axes: Axes, x: np.ndarray, y: np.ndarray) -> None:
         _line(axes, x, y)
         return
     _line(axes, x, y, color=_RAW, width=0.8)
-    _line(axes, x, smooth(y, half_life(len(y))))
+    _line(axes, x, _smoothed(y))
+
+
+def _smoothed(y: np.ndarray) -> np.ndarray:
+    """Few values as they are."""
+    return y if len(y) < 20 else smooth(y, half_life(len(y)))
 
 
 def _robust_top(values: np.ndarray) -> float:

@@ -107,6 +107,10 @@ def _key_figures(history: History, environment: dict) -> list[tuple[str, str, st
         figures.append(("Validation, last", f"{bpb[last]:.4f}", f"bits per byte, step {at[last]:.0f}"))
         if best != last:
             figures.append(("Validation, best", f"{bpb[best]:.4f}", f"bits per byte, step {at[best]:.0f}"))
+    saved = history.validation["val_routed_flops_share"]
+    if np.isfinite(saved).any():
+        share = float(saved[np.isfinite(saved)][-1])
+        figures.append(("Feed-forward FLOPs", percent(share), "of the full ones, last validation"))
     figures.append(("Tokens trained", count(float(steps["tokens"].max())), f"in {len(steps['step']):,} steps"))
     seconds = float(np.nansum(steps["step_seconds"]))
     if seconds:

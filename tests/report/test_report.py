@@ -124,7 +124,32 @@ def test_short_runs_without_validation(tmp_path, n):
     assert len(page.sources) == 4
 
 
+ROUTED = {
+    "routed_light": lambda step: 0.5,
+    "routed_blend": lambda step: 0.2,
+    "routed_full": lambda step: 0.3,
+    "routed_flops_share": lambda step: 0.4 + 1 / step,
+    "routed_budget": lambda step: 0.45,
+}
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("n", [1, 30])
+def test_levels_of_routing_are_shown_where_a_run_has_them(tmp_path, n):
+    run = write_run(tmp_path / "run", n=n, **ROUTED)
+    with (run / "metrics.jsonl").open("a") as file:
+        record = {"step": n, "val_bpb": 2.1, "tokens": 100 * n, "val_routed_flops_share": 0.4567}
+        file.write(json.dumps(record) + "\n")
+    page = parse(write_report(run))
+    assert "50.0% light, 20.0% blended, 30.0% full" in page.text and "45.7%" in page.text
+    assert (run / "plots/routing.png").is_file()
+    write_run(run, n=n)
+    assert "Feed-forward FLOPs" not in parse(write_report(run)).text
+
+
 ODD = {
+    "shares without a budget": ROUTED | {"routed_budget": lambda step: None},
+    "a share alone": {"routed_flops_share": lambda step: 1.3},
     "nothing but the loss": {
         name: lambda step: None
         for name in ("lr", "grad_norm", "tokens_per_second", "peak_memory_bytes", "loader_wait_seconds", "step_seconds")

@@ -171,7 +171,7 @@ def test_a_full_disk_stops_the_run_and_keeps_what_was_saved(trained, tmp_path):
 def test_a_full_disk_for_the_metrics_names_the_file(trained, tmp_path):
     recipe = tiny_recipe(trained[1].parent, "train.checkpoint_every=0", "train.eval_every=0")
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (2_000, limits[1]))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (3_000, limits[1]))
     try:
         with pytest.raises(OSError, match="metrics.jsonl could not be written: File too large"):
             train(recipe, tmp_path / "run")

@@ -68,15 +68,14 @@ class RoutedFFN(torch.nn.Module):
         """budget_weight * (mean compute a token - budget)^2 of the last forward in training mode; asked for once.
 
         Compute is in units of the full feed-forward's FLOPs. Its value is that of the levels taken; its gradient is
-        that of a smooth step between them, so that tokens outside the band move too.
+        that of a going on beyond the band, so that every token moves.
         """
         difficulty_N, self.difficulty = self.difficulty, self.difficulty.detach()  # the graph is not kept
-        weight_N = self._full_weight(difficulty_N.detach())
+        weight_N = self._full_weight(self.difficulty)
         light, full = self.light.down.in_features, self.full.down.in_features
         router = self.router.flops(1) / self.full.flops(1)
         taken_N = router + (weight_N < 1) * (light / full) + (weight_N > 0)
-        middle, width = (self.low + self.high) / 2, (self.high - self.low) / 4
-        smooth_N = (1 - light / full) * torch.sigmoid((difficulty_N - middle) / width)
+        smooth_N = (1 - light / full) / (self.high - self.low) * difficulty_N
         compute = taken_N.mean() + (smooth_N - smooth_N.detach()).mean()
         return self.budget_weight * (compute - self.budget).square()
 

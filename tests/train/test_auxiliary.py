@@ -1,0 +1,158 @@
+"""Auxiliary losses and the tally of levels, through a step of training and through scoring."""
+
+import contextlib
+
+import pytest
+import torch
+
+from fusedlm.config.train import AdamWConfig
+from fusedlm.data import Batch
+from fusedlm.evaluate import score_documents
+from fusedlm.model.auxiliary import RoutingTally, auxiliary_loss
+from fusedlm.optim import build_optimizer
+from fusedlm.testing import FFN_CASES, assert_close, part_model, randomise_
+from fusedlm.train import train
+from fusedlm.train.step import backward, train_step
+from tests.train.runs import records, tiny_recipe
+
+CPU = torch.device("cpu")
+
+
+def routed(budget: float = 0.6, weight: float = 1.0, extra: str = ""):
+    torch.manual_seed(0)
+    ffn = f"{{type: routed, hidden: 64, budget: {budget}, budget_weight: {weight}{extra}}}"
+    return part_model("{type: attention, n_heads: 4}", ffn)
+
+
+def batch(rows: int = 4, n: int = 40) -> Batch:
+    generator = torch.Generator().manual_seed(1)
+    tokens = torch.randint(61, (rows, n), generator=generator)
+    return Batch(tokens, tokens.roll(-1, 1), None, tokens.numel(), next_sample=rows)
+
+
+def run_steps(model, steps: int, n: int = 40, **options) -> list:
+    optimizer = build_optimizer(model, AdamWConfig(lr=0.01), CPU)
+    settings = {"lr": 0.01, "micro_batch_size": 2, "grad_clip": 1.0, "autocast": contextlib.nullcontext} | options
+    return [train_step(model.train(), optimizer, batch(n=n), **settings) for _ in range(steps)]
+
+
+def test_the_budget_moves_the_share():
+    shares = {}
+    for budget in (0.4, 0.9):
+        results = run_steps(routed(budget, weight=10.0), 50, n=128)
+        shares[budget] = results[-1].routing.flops_share
+        assert abs(shares[budget] - budget) < 0.1 < abs(results[0].routing.flops_share - shares[budget])
+        assert results[0].routing.budget == pytest.approx(budget, abs=1e-3)
+    free = run_steps(routed(0.4, weight=0.0), 50, n=128)[-1].routing.flops_share
+    assert all(abs(free - share) > 0.1 for share in shares.values())
+
+
+def test_the_loss_reported_is_that_of_the_tokens_alone():
+    plain, pressed = (run_steps(routed(0.3, weight), 2) for weight in (0.0, 1000.0))
+    assert plain[0].loss == pressed[0].loss and plain[0].grad_norm < pressed[0].grad_norm
+    assert plain[1].loss != pressed[1].loss
+
+
+@pytest.mark.parametrize("micro_batch_size", [1, 2, 3])
+def test_auxiliary_losses_of_micro_batches_weigh_as_their_rows(micro_batch_size):
+    model, whole = randomise_(routed()).double(), batch(rows=5)
+    backward(model, whole, micro_batch_size, contextlib.nullcontext)
+    actual = {name: p.grad.clone() for name, p in model.named_parameters()}
+    model.zero_grad()
+    total = model.loss(whole.tokens, whole.targets).mean()
+    for start in range(0, 5, micro_batch_size):
+        rows = slice(start, start + micro_batch_size)
+        model.hidden(whole.tokens[rows])
+        total = total + auxiliary_loss(model) * len(whole.tokens[rows]) / 5
+    total.backward()
+    for name, parameter in model.named_parameters():
+        assert_close(actual[name], parameter.grad, 1e-10, name)
+
+
+def test_only_modules_that_have_one_add_to_the_loss():
+    for ffn in (FFN_CASES["swiglu"][0], FFN_CASES["relu2"][0]):
+        model = part_model("{type: attention, n_heads: 4}", ffn)
+        model.loss(batch().tokens, batch().targets)
+        assert auxiliary_loss(model) is None and not RoutingTally(model)
+    (result,) = run_steps(model, 1)
+    assert result.routing is None
+
+
+def test_the_tally_is_of_every_layer_and_micro_batch():
+    model = routed()
+    results = [run_steps(routed(), 1, micro_batch_size=size)[0].routing for size in (4, 1)]
+    model.hidden(batch().tokens)
+    expected = [[count / 160 for count in block.ffn.counts().tolist()[:3]] for block in model.blocks]
+    assert results[0].layers == results[1].layers == expected
+    assert results[0].shares == pytest.approx([(a + b) / 2 for a, b in zip(*expected, strict=True)])
+    light, blend, full = results[0].shares
+    exact = 8 / (3 * 64) + 0.25 * (light + blend) + blend + full
+    assert exact <= results[0].flops_share < exact + 1.25 * 16 / 160  # incomplete tiles are filled up
+    assert results[1].flops_share > results[0].flops_share
+
+
+def test_scoring_tallies_the_tokens_scored():
+    model = routed().eval()
+    documents = [(torch.randint(61, (n,)).numpy(), 2 * n) for n in (30, 7, 52)]
+    whole = score_documents(model, documents, window=None, device="cpu", dtype=torch.float32)
+    windows = score_documents(model, documents, window=64, stride=64, device="cpu", dtype=torch.float32)
+    counts = torch.zeros(2, 3)
+    for tokens, _ in documents:
+        model.hidden(torch.from_numpy(tokens)[None, :-1])
+        counts += torch.stack([block.ffn.counts()[:3] for block in model.blocks])
+    expected = (counts / 86).tolist()  # without the padding of the windows' batches
+    for score in (whole, windows):
+        assert score.tokens == 86
+        for shares, wanted in zip(score.routing.layers, expected, strict=True):
+            assert shares == pytest.approx(wanted)
+    plain = part_model("{type: attention, n_heads: 4}")
+    assert score_documents(plain, documents, window=None, device="cpu", dtype=torch.float32).routing is None
+
+
+def test_scoring_keeps_no_graph_and_does_not_depend_on_the_budget():
+    documents = [(torch.arange(50).numpy(), 100)]
+    nll = []
+    for budget, weight in ((0.3, 100.0), (0.9, 0.0)):
+        model = routed(budget, weight)
+        nll.append(score_documents(model, documents, window=None, device="cpu", dtype=torch.float32).nll)
+        assert not any(block.ffn.difficulty.requires_grad for block in model.blocks)
+    assert nll[0] == nll[1]
+
+
+def test_compiled_blocks_train_alike_and_share_one_graph():
+    """Whatever number of tokens falls on each level, and where a level is empty."""
+    torch._dynamo.reset()
+    eager, compiled = routed(0.3, 5.0), routed(0.3, 5.0)
+    graphs = []
+
+    def count(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    for block in compiled.blocks:
+        block.compile(fullgraph=True, backend=count)
+    for low, high in ((0.3, 0.7), (1.5, 2.0), (-2.0, -1.0)):
+        for block in (*eager.blocks, *compiled.blocks):
+            block.ffn.low, block.ffn.high = low, high
+        for expected, actual in zip(run_steps(eager, 4), run_steps(compiled, 4), strict=True):
+            assert actual.loss == pytest.approx(expected.loss, rel=1e-5)
+            assert actual.grad_norm == pytest.approx(expected.grad_norm, rel=1e-4)
+            assert actual.routing == expected.routing
+        if low == 0.3:
+            assert len(graphs) == 1
+
+
+def test_metrics_of_a_run(tmp_path):
+    ffn = "{type: routed, hidden: 32, light: 0.5, budget: 0.7}"
+    recipe = tiny_recipe(tmp_path, f"model.blocks.a.ffn={ffn}", f"model.blocks.m.ffn={ffn}", "train.steps=4")
+    train(recipe, tmp_path / "run")
+    found = records(tmp_path / "run")
+    for prefix, rows in (("", [r for r in found if "loss" in r]), ("val_", [r for r in found if "val_bpb" in r])):
+        assert rows
+        for row in rows:
+            layers = row[f"{prefix}routed_layers"]
+            assert len(layers) == 2 and all(sum(shares) == pytest.approx(1) for shares in layers)
+            for i, name in enumerate(("light", "blend", "full")):
+                assert row[f"{prefix}routed_{name}"] == pytest.approx((layers[0][i] + layers[1][i]) / 2)
+            assert 0.5 < row[f"{prefix}routed_flops_share"] < 2
+            assert row[f"{prefix}routed_budget"] == pytest.approx(0.7, abs=1e-3)
