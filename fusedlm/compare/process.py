@@ -42,7 +42,8 @@ def apart(work: Callable, *arguments, report: Report, stop: StopSignal):
     context = _context()
     ours, theirs = context.Pipe(duplex=False)
     settings = (os.getcwd(), torch.get_num_threads())
-    process = context.Process(target=_run, args=(theirs, settings, work, arguments), daemon=True)
+    # Not a daemon: those may have no processes of their own, which compiling can want.
+    process = context.Process(target=_run, args=(theirs, settings, work, arguments))
     process.start()
     theirs.close()
     try:

@@ -117,8 +117,8 @@ def _held(results: Results) -> str:
     )
     if any(row["ffn_flops_share"] is not None for row in results.rows):
         note += (
-            "<p>FLOPs of routed feed-forwards are those of their budget; what they really computed stands under the cost of "
-            "training.</p>"
+            "<p>FLOPs of routed feed-forwards are those of their budget; what they really computed stands under the "
+            "cost of training.</p>"
         )
     return first + _table(size_table(results)) + changes + note
 

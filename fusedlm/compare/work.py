@@ -93,7 +93,8 @@ def _final_score(recipe: Recipe, run_dir: Path) -> dict:
 
 
 def calibrate(recipe: Recipe, folder: Path, report: Report) -> float | None:
-    """Median seconds of a step behind the first quarter, in which things warm up and compile; None: it was stopped.
+    """Seconds of a step, the lower quartile behind the first quarter, in which things warm up and compile: whatever
+    else a machine does only ever slows a step. None: it was stopped.
 
     The run is as short as `recipe` says and is of no other use.
     """
@@ -102,7 +103,7 @@ def calibrate(recipe: Recipe, folder: Path, report: Report) -> float | None:
         return None
     records, _ = read_metrics(folder / "metrics.jsonl")
     seconds = [record["step_seconds"] for record in records if "step_seconds" in record]
-    return float(np.median(seconds[len(seconds) // 4 :]))
+    return float(np.quantile(seconds[len(seconds) // 4 :], 0.25))
 
 
 def measure(recipe: Recipe, run_dir: Path | None, vocab_size: int, lengths: list[int], report: Report) -> dict:
