@@ -50,7 +50,7 @@ def run_probe(probe: str, target: Target, options: dict, *, as_json: bool) -> No
 def _mqar(target: Target, options: dict):
     from fusedlm.config import load_recipe
     from fusedlm.model.precision import resolve_device, resolve_dtype
-    from fusedlm.probes import Recall, mqar
+    from fusedlm.probes import Recall, probe_mqar
     from fusedlm.probes.plots import recall_plot
 
     if target.checkpoint != "last" or target.weights != "model":
@@ -61,7 +61,7 @@ def _mqar(target: Target, options: dict):
     device = resolve_device(target.device)
     dtype = resolve_dtype(recipe.train.dtype, device)
     with progress_bars() as progress:
-        result = mqar(recipe.model, task, device=device, dtype=dtype, progress=progress, **options)
+        result = probe_mqar(recipe.model, task, device=device, dtype=dtype, progress=progress, **options)
     record = _record("mqar", target, result, device, dtype)
     rows = [(str(p["pairs"]), f"{p['accuracy']:.1%}", f"{p['guess']:.1%}") for p in result["accuracy"]]
     head = ("pairs", "queries answered", "guess among the values shown")
@@ -69,7 +69,7 @@ def _mqar(target: Target, options: dict):
 
 
 def _needle(target: Target, options: dict):
-    from fusedlm.probes import needle, teach
+    from fusedlm.probes import probe_needle, teach
     from fusedlm.probes.needle import training_texts
     from fusedlm.probes.plots import needle_plot
 
@@ -109,7 +109,7 @@ def _needle(target: Target, options: dict):
             last = losses[-max(1, steps // 10) :]
             teaching = {"steps": steps, "lr": optimizer.lr, "loss": sum(last) / len(last)}
         stretch(model, recipe, yarn)
-        result = needle(
+        result = probe_needle(
             model,
             documents,
             tokenizer,
@@ -135,7 +135,7 @@ def _needle(target: Target, options: dict):
 
 
 def _extend(target: Target, options: dict):
-    from fusedlm.probes import extend
+    from fusedlm.probes import probe_extend
     from fusedlm.probes.plots import extend_plot
 
     if "factors" in options:
@@ -145,7 +145,7 @@ def _extend(target: Target, options: dict):
     trained = recipe.train.seq_len
     with progress_bars() as progress:
         documents, _ = file_documents(text, tokenizer) if text else held_out(recipe, tokenizer, progress)
-        result = extend(
+        result = probe_extend(
             model,
             documents,
             tokenizer,
@@ -164,12 +164,12 @@ def _extend(target: Target, options: dict):
         (
             "as trained" if curve["yarn"] is None else f"YaRN {curve['yarn']:g}",
             *(f"{curve['bpb'][i]:.4f}" for i in at),
-            *([_difference(curve)] if compared else []),
+            *(_difference(curve) if compared else ()),
         )
         for curve in result["curves"]
     ]
-    head = ("", *(f"{reach}× ({reach * trained:,})" for reach in marks), *(["4× less 1×"] if compared else []))
-    title = f"Bits per byte in the quarter of a training length before a position, {result['windows']} windows"
+    head = ("up to", *(f"{reach}×" for reach in marks), *(("4× less 1×", "no worse") if compared else ()))
+    title = f"Bits per byte of a quarter of the training length, {trained:,} tokens; {result['windows']} windows"
     shown = [_table(head, rows, title)]
     if compared:
         plain = result["curves"][0]
@@ -197,9 +197,9 @@ def _record(probe: str, target: Target, result: dict, device, dtype) -> dict:
     return {"probe": probe, "run": str(target.run), **result, "environment": environment(device, dtype)}
 
 
-def _difference(curve: dict) -> str:
+def _difference(curve: dict) -> tuple[str, str]:
     error = "" if curve["standard_error"] is None else f" ± {curve['standard_error']:.4f}"
-    return f"{curve['difference']:+.4f}{error} {'(no worse)' if curve['no_worse'] else '(worse)'}"
+    return f"{curve['difference']:+.4f}{error}", "yes" if curve["no_worse"] else "no"
 
 
 def _table(head: tuple[str, ...], rows: list[tuple[str, ...]], title: str | None = None):

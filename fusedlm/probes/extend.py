@@ -18,7 +18,7 @@ FAR = 4  # training lengths
 _WINDOWS = 16  # that begin in one stretch of text, one training length apart
 
 
-def extend(
+def probe_extend(
     model,
     documents: Iterable[tuple[np.ndarray, int]],
     tokenizer,

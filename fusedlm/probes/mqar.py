@@ -4,6 +4,7 @@ A sequence shows pairs of a key and a value and later asks for the keys, each on
 so the probe measures an architecture and its budget rather than a run's weights.
 """
 
+import math
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 
@@ -58,7 +59,7 @@ class Recall:
         return tokens, targets
 
 
-def mqar(
+def probe_mqar(
     config: ModelConfig,
     task: Recall | None = None,
     *,
@@ -93,6 +94,8 @@ def mqar(
             raise ValueError(f"{name}={value} must be at least 1")
     if seed < 0:
         raise ValueError(f"seed={seed} must be at least 0")
+    if not (math.isfinite(lr) and lr > 0):
+        raise ValueError(f"lr={lr} must be a finite number above 0")
     optimizer = AdamWConfig(lr=lr, weight_decay=0.0)
     devices = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices):

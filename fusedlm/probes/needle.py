@@ -20,12 +20,10 @@ from fusedlm.probes.training import BATCH_TOKENS, NOT_SCORED, Progress, fit, sil
 LENGTHS = (0.5, 1.0, 2.0, 4.0, 8.0)  # in training lengths
 DEPTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
 _TEACHING, _TEST = 0, 1  # streams of random numbers
-_TOKENS_A_FACT = 64  # while teaching, a sequence holds a fact for each of these, at least one and
-_MOST_FACTS = 8  # at most these
-_TEACHING_LENGTHS = 4  # different ones, up to the training length
+_MOST_FACTS = 8  # of a sequence while teaching
 
 
-def needle(
+def probe_needle(
     model,
     documents: Iterable[tuple[np.ndarray, int]],
     tokenizer,
@@ -39,7 +37,7 @@ def needle(
     dtype: torch.dtype,
     progress: Progress = silent,
 ) -> dict:
-    """Ask for a number that one sentence of a text names.
+    """Ask for a word that one sentence of a text names.
 
     Every sequence has the length in full: end-of-text, text of one document with the sentence planted in it, the
     question and the answer. The same texts, with the same facts, serve every depth.
@@ -54,7 +52,7 @@ def needle(
     Returns:
         JSON-able: `cells`, a list of `{length, depth, accuracy, gain}` with length in tokens. accuracy: share of
         sequences whose whole answer greedy decoding gives; gain: nats a token of the answer by which its
-        log-likelihood exceeds that after the same text with a sentence of another key and number. `left_out`: lengths
+        log-likelihood exceeds that after the same text with a sentence of another key and value. `left_out`: lengths
         for which no document is long enough.
 
     Raises:
@@ -103,8 +101,8 @@ def teach(
     dtype: torch.dtype,
     progress: Progress = silent,
 ) -> tuple[Decoder, list[float]]:
-    """A copy of a model, trained to answer: texts of up to the training length, a fact planted in each for every 64
-    tokens, at most eight, and all of them asked at the end. Only answers are scored.
+    """A copy of a model, trained to answer: texts of the training length, a half of it, a quarter and so on as long as
+    a fact fits, from one fact to eight planted in each, and all of them asked at the end. Only answers are scored.
 
     Args:
         texts: arrays of text tokens without end-of-text, as long as one likes (short ones are repeated).
@@ -188,11 +186,20 @@ def _answers(model, rows, device: torch.device, dtype: torch.dtype) -> tuple[flo
 def _lessons(
     texts: Iterator[np.ndarray], tokenizer, trained_length: int, batch_tokens: int, generator: np.random.Generator
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    least = 2 * Needle.longest(tokenizer) + 2  # of end-of-text, a sentence and its question
+    if trained_length < least:
+        raise ValueError(
+            f"the training length of {trained_length} tokens does not hold a needle and its question, which take "
+            f"{least}; train on longer sequences"
+        )
+    lengths = [trained_length]
+    while lengths[-1] // 2 >= least:
+        lengths.append(lengths[-1] // 2)
     while True:
-        length = round(trained_length * generator.integers(1, _TEACHING_LENGTHS + 1) / _TEACHING_LENGTHS)
+        length = int(generator.choice(lengths))
+        n_facts = int(generator.integers(1, min(_MOST_FACTS, length // least) + 1))
         tokens, scored = [], []
         for _ in range(max(1, batch_tokens // length)):
-            n_facts = max(1, min(_MOST_FACTS, length // _TOKENS_A_FACT))
             needles = [Needle.of(fact, tokenizer) for fact in Fact.draw(generator, n_facts)]
             depths = generator.random(n_facts).tolist()
             asked = [needles[i] for i in generator.permutation(n_facts)]

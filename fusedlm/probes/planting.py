@@ -11,21 +11,24 @@ KEYS = (
     "Lagos", "Malta", "Narvik", "Oslo", "Perth", "Quito", "Riga", "Sparta", "Tunis", "Utrecht", "Verona",
     "Warsaw", "Yalta", "Zagreb", "Andes", "Baltic", "Corsica", "Danube", "Etna", "Ganges", "Hudson",
 )
+VALUES = (
+    "amber", "badger", "cactus", "dahlia", "ermine", "falcon", "garnet", "heron", "indigo", "jasmine", "kestrel",
+    "lilac", "maple", "nutmeg", "otter", "pepper", "quartz", "raven", "saffron", "thistle", "umber", "velvet",
+    "walnut", "yarrow", "zinc", "beetle", "cobalt", "dragon", "ebony", "fennel", "ginger", "hazel",
+)
 # fmt: on
-NUMBERS = range(100, 1000)  # all of three digits
 
 
 @dataclass(frozen=True)
 class Fact:
-    key: int  # index into KEYS
-    number: int
+    key: str
+    value: str
 
     @staticmethod
     def draw(generator: np.random.Generator, n: int) -> "list[Fact]":
-        """n facts of different keys and different numbers."""
-        keys = generator.choice(len(KEYS), n, replace=False).tolist()
-        numbers = generator.choice(np.array(NUMBERS), n, replace=False).tolist()
-        return [Fact(key, number) for key, number in zip(keys, numbers, strict=True)]
+        """n facts of different keys and different values."""
+        keys, values = (generator.choice(np.array(words), n, replace=False).tolist() for words in (KEYS, VALUES))
+        return [Fact(key, value) for key, value in zip(keys, values, strict=True)]
 
 
 @dataclass(frozen=True)
@@ -39,8 +42,14 @@ class Needle:
 
     @staticmethod
     def of(fact: Fact, tokenizer) -> "Needle":
-        parts = (f" The secret number of {KEYS[fact.key]} is ", str(fact.number), ".")
+        parts = (f" The code of {fact.key} is", f" {fact.value}", ".")
         return Needle(*(tokenizer.encode(part) for part in parts))
+
+    @staticmethod
+    def longest(tokenizer) -> int:
+        """Tokens of the longest sentence."""
+        keys, values = (max(len(tokenizer.encode(f" {word}")) for word in words) for words in (KEYS, VALUES))
+        return len(tokenizer.encode(" The code of")) + keys + len(tokenizer.encode(" is")) + values + 1
 
     @property
     def sentence(self) -> list[int]:

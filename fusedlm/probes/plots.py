@@ -14,7 +14,7 @@ def recall_plot(series: dict[str, list[dict]]) -> bytes:
     """Accuracy against the number of pairs, a line a model; dashed what a guess among the values shown reaches.
 
     Args:
-        series: by name, `accuracy` of `mqar`'s results.
+        series: by name, `accuracy` of the results of `probe_mqar`.
     """
     figure = canvas(FULL if len(series) > 1 else HALF)
     axes = figure.subplots()
@@ -41,7 +41,7 @@ def needle_plot(results: dict[str, dict], value: str = "accuracy") -> bytes:
     """A heat map a model: length along, depth down.
 
     Args:
-        results: by name, those of `needle`.
+        results: by name, those of `probe_needle`.
         value: "accuracy" (0 to 1) or "gain" (nats a token, the scale up to the largest).
     """
     columns = min(_PANELS_A_ROW, len(results))
@@ -65,28 +65,37 @@ def needle_plot(results: dict[str, dict], value: str = "accuracy") -> bytes:
 
 
 def extend_plot(result: dict) -> bytes:
-    """Bits per byte against position, a line without and with each factor of YaRN; the training length is marked.
+    """Bits per byte against position, a line without and with each factor of YaRN.
+
+    A value is that of one training length of text up to its position: windows begin a training length apart, so a
+    whole one is the same text at every position and parts of it are not.
 
     Args:
-        result: that of `extend`.
+        result: that of `probe_extend`.
     """
     figure = canvas(FULL)
     axes = figure.subplots()
-    trained = result["trained_length"]
-    ends = np.array(result["ends"])
-    middle = (ends + np.concatenate([[0], ends[:-1]])) / 2 / trained
+    trained, n_bytes = result["trained_length"], np.array(result["bytes"])
+    per_length = len(n_bytes) // result["reach"]
+    position = np.array(result["ends"])[per_length - 1 :] / trained
+    values = []
     for curve, color in zip(result["curves"], _cycle(len(result["curves"])), strict=True):
         name = "as trained" if curve["yarn"] is None else f"YaRN, factor {curve['yarn']:g}"
-        axes.plot(middle, curve["bpb"], color=color, linewidth=1.6, label=name)
-    axes.axvline(1, color=MUTED, linewidth=0.8, linestyle="--")
-    axes.set_xlabel(f"Position in training lengths ({trained:,} tokens)")
-    axes.set_ylabel("Bits per byte")
+        values.append(_rolling(curve["bpb"] * n_bytes, per_length) / _rolling(n_bytes, per_length))
+        axes.plot(position, values[-1], color=color, linewidth=1.6, marker="o", markersize=2.5, label=name)
+    axes.set_xlabel(f"Position in training lengths of {trained:,} tokens")
+    axes.set_ylabel("Bits per byte, over one training length")
     plain_axes(axes)
-    axes.set_xlim(0, result["reach"])
-    values = np.array([curve["bpb"] for curve in result["curves"]])
-    axes.set_ylim(*padded(values.min(), values.max()))
+    axes.set_xlim(1 - 0.02 * result["reach"], result["reach"] * 1.02)
+    axes.xaxis.set_major_locator(FixedLocator(range(1, result["reach"] + 1)))
+    axes.set_ylim(*padded(np.min(values), np.max(values)))
     _legend(axes, outside=True)
     return png(figure)
+
+
+def _rolling(values: np.ndarray, size: int) -> np.ndarray:
+    """Sums of each `size` values in a row."""
+    return np.convolve(values, np.ones(size), mode="valid")
 
 
 def _heat_map(axes, result: dict, value: str, limits: tuple[float, float]):
