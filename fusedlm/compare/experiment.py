@@ -69,15 +69,16 @@ def run_experiment(
     for recipe in recipes.values():
         check_loggers(recipe.train.loggers)
     _check_same_text(recipes)
-    with ExperimentFolder(Path(out)) as folder, StopSignal() as stop:
+    with ExperimentFolder(Path(out)) as folder:
         if not train:
-            folder.saved_identity()
-        vocab_sizes = _identify(experiment, recipes, folder, console)
-        grid = _Grid(experiment, folder, GridDisplay(console), stop)
-        try:
-            variants = grid.run(recipes, vocab_sizes) if train else grid.match(recipes, vocab_sizes, measure_time=False)
-        finally:
-            grid.display.close()
+            folder.require_experiment()
+        vocab_sizes = _identify(experiment, recipes, folder, console, begin=train)
+        with StopSignal() as stop:
+            grid = _Grid(experiment, folder, GridDisplay(console), stop)
+            try:
+                variants = grid.run(recipes, vocab_sizes) if train else grid.match(recipes, vocab_sizes, timing=False)
+            finally:
+                grid.display.close()
         if variants is None:
             return Outcome(None, True, None)
         results = collect(experiment, variants, folder)
@@ -94,7 +95,7 @@ def _check_same_text(recipes: dict[str, Recipe]) -> None:
 
 
 def _identify(
-    experiment: Experiment, recipes: dict[str, Recipe], folder: ExperimentFolder, console: Console | None
+    experiment: Experiment, recipes: dict[str, Recipe], folder: ExperimentFolder, console: Console | None, begin: bool
 ) -> dict[str, int]:
     """Prepare the text, once for each way of preparing it, and admit the experiment. Gives vocabulary sizes."""
     display = Display(console)
@@ -111,7 +112,10 @@ def _identify(
     settings = next(iter(recipes.values())).train
     device = resolve_device(settings.device)
     dtype = str(resolve_dtype(settings.dtype, device)).removeprefix("torch.")
-    folder.admit(experiment, identify(experiment, recipes, found, device_name(device), dtype))
+    identity = identify(experiment, recipes, found, device_name(device), dtype)
+    folder.check(identity)
+    if begin:
+        folder.write_header(experiment, identity)
     return {name: entry["vocab_size"] for name, entry in found.items()}
 
 
@@ -143,16 +147,14 @@ class _Grid:
             self.stopped = True
         return variants
 
-    def match(
-        self, recipes: dict[str, Recipe], vocab_sizes: dict[str, int], measure_time: bool = True
-    ) -> dict[str, Variant]:
+    def match(self, recipes: dict[str, Recipe], vocab_sizes: dict[str, int], timing: bool = True) -> dict[str, Variant]:
         """Raises Stopped by a signal."""
         if self.experiment.match != "time":
             return match_variants(self.experiment, recipes, vocab_sizes)
         step_seconds = self.folder.calibration()
         for name, recipe in recipes.items():
             if name not in step_seconds:
-                if not measure_time:
+                if not timing:
                     raise ValueError(
                         f"experiment folder {self.folder.path}: the steps of variant {name} are not timed yet"
                     )

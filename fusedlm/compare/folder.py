@@ -54,8 +54,8 @@ class ExperimentFolder:
     def run(self, variant: str, seed: int) -> Path:
         return self.path / RUNS / run_name(variant, seed)
 
-    def admit(self, experiment: Experiment, identity: dict) -> None:
-        """Take the experiment, or go on with the one that is here: seeds and variants may be added, nothing may change.
+    def check(self, identity: dict) -> None:
+        """Whether an experiment may begin here or go on: seeds and variants may be added, nothing may change.
 
         Args:
             identity: as `identify` gives it.
@@ -63,8 +63,7 @@ class ExperimentFolder:
         Raises:
             ValueError: the folder holds another experiment; names what differs.
         """
-        path = self.path / IDENTITY
-        saved = _read(path)
+        saved = _read(self.path / IDENTITY)
         if saved is not None:
             difference = _difference(saved, identity)
             if difference is not None:
@@ -73,15 +72,16 @@ class ExperimentFolder:
                     f"experiment folder {self.path} holds another experiment: {key} is {_shown(before)} there and "
                     f"{_shown(now)} now; name another folder with --out"
                 )
-        write_atomic(self.path / EXPERIMENT, dump_experiment(experiment))
-        write_atomic(path, json.dumps(identity, indent=1) + "\n")
 
-    def saved_identity(self) -> dict:
-        """Raises ValueError when no experiment was begun here."""
-        saved = _read(self.path / IDENTITY)
-        if saved is None:
+    def write_header(self, experiment: Experiment, identity: dict) -> None:
+        """Take the experiment as it is from now on."""
+        write_atomic(self.path / EXPERIMENT, dump_experiment(experiment))
+        write_atomic(self.path / IDENTITY, json.dumps(identity, indent=1) + "\n")
+
+    def require_experiment(self) -> None:
+        """Raises ValueError when none was begun here."""
+        if _read(self.path / IDENTITY) is None:
             raise ValueError(f"experiment folder {self.path} holds no experiment yet; run it without --report-only")
-        return saved
 
     def record(self, variant: str, seed: int) -> dict | None:
         """Of a run that came to its end; None when it has not."""

@@ -183,6 +183,14 @@ def test_a_step_is_timed_on_a_run_that_leaves_nothing(experiment_file, tmp_path)
     assert 0 < calibrate(recipe, tmp_path / "timing", lambda kind, content: None) < 60
 
 
+def test_reporting_changes_nothing_of_the_experiment(finished, experiment_file, apart, tmp_path):
+    shutil.copytree(finished[1], tmp_path / "out")
+    before = (tmp_path / "out/identity.json").read_text()
+    outcome = run_experiment(*load_experiment(experiment_file, ["experiment.seeds=3"]), tmp_path / "out", train=False)
+    assert apart.calls == [] and "2 of 6 runs are not finished yet" in outcome.results.verdicts()
+    assert (tmp_path / "out/identity.json").read_text() == before
+
+
 def test_planning_trains_nothing(experiment_file, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     variants = plan_experiment(*load_experiment(experiment_file))
