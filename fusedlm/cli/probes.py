@@ -28,14 +28,17 @@ def run_probe(probe: str, target: Target, options: dict, *, as_json: bool) -> No
     from rich.console import Console
 
     from fusedlm.files import write_atomic
+    from fusedlm.train.folder import RECIPE
 
     out = options.pop("out", None)
+    if not target.run.is_file() and not (target.run / RECIPE).is_file():
+        raise ValueError(f"{target.run} holds no run; train one with: fusedlm train RECIPE --out {target.run}")
     if out is None:
         if target.run.is_file():
             raise ValueError(f"{target.run} is no folder of a run; name where the probe is to write with --out FOLDER")
         out = target.run / "probes"
+    out.mkdir(parents=True, exist_ok=True)  # first: nothing is computed that cannot be written
     record, plot, tables = {"mqar": _mqar, "needle": _needle, "extend": _extend}[probe](target, options)
-    out.mkdir(parents=True, exist_ok=True)
     write_atomic(out / f"{probe}.json", json.dumps(record, indent=1) + "\n")
     write_atomic(out / f"{probe}.png", plot)
     if as_json:
