@@ -70,9 +70,7 @@ def run_experiment(
         check_loggers(recipe.train.loggers)
     _check_same_text(recipes)
     with ExperimentFolder(Path(out)) as folder:
-        if not train:
-            folder.require_experiment()
-        vocab_sizes = _identify(experiment, recipes, folder, console, begin=train)
+        vocab_sizes = (_begin if train else _begun)(experiment, recipes, folder, console)
         with StopSignal() as stop:
             grid = _Grid(experiment, folder, GridDisplay(console), stop)
             try:
@@ -94,8 +92,8 @@ def _check_same_text(recipes: dict[str, Recipe]) -> None:
                 raise ValueError(f"variants {baseline} and {name} differ in data.{key}; their losses would not compare")
 
 
-def _identify(
-    experiment: Experiment, recipes: dict[str, Recipe], folder: ExperimentFolder, console: Console | None, begin: bool
+def _begin(
+    experiment: Experiment, recipes: dict[str, Recipe], folder: ExperimentFolder, console: Console | None
 ) -> dict[str, int]:
     """Prepare the text, once for each way of preparing it, and admit the experiment. Gives vocabulary sizes."""
     display = Display(console)
@@ -114,9 +112,20 @@ def _identify(
     dtype = str(resolve_dtype(settings.dtype, device)).removeprefix("torch.")
     identity = identify(experiment, recipes, found, device_name(device), dtype)
     folder.check(identity)
-    if begin:
-        folder.write_header(experiment, identity)
+    folder.write_header(experiment, identity)
     return {name: entry["vocab_size"] for name, entry in found.items()}
+
+
+def _begun(
+    experiment: Experiment, recipes: dict[str, Recipe], folder: ExperimentFolder, console: Console | None
+) -> dict[str, int]:
+    """The same from what the folder says of itself, on any machine and without the text."""
+    saved = folder.saved_identity()
+    known = {name: {key: entry[key] for key in ("text", "vocab_size")} for name, entry in saved["variants"].items()}
+    if new := [name for name in recipes if name not in known]:
+        raise ValueError(f"experiment folder {folder.path} has no variant {new[0]} yet; run it without --report-only")
+    folder.check(identify(experiment, recipes, known, saved["device"], saved["dtype"]))
+    return {name: known[name]["vocab_size"] for name in recipes}
 
 
 class _Grid:

@@ -78,10 +78,12 @@ class ExperimentFolder:
         write_atomic(self.path / EXPERIMENT, dump_experiment(experiment))
         write_atomic(self.path / IDENTITY, json.dumps(identity, indent=1) + "\n")
 
-    def require_experiment(self) -> None:
-        """Raises ValueError when none was begun here."""
-        if _read(self.path / IDENTITY) is None:
+    def saved_identity(self) -> dict:
+        """As `write_header` left it. Raises ValueError when no experiment was begun here."""
+        saved = _read(self.path / IDENTITY)
+        if saved is None:
             raise ValueError(f"experiment folder {self.path} holds no experiment yet; run it without --report-only")
+        return saved
 
     def record(self, variant: str, seed: int) -> dict | None:
         """Of a run that came to its end; None when it has not."""

@@ -191,6 +191,21 @@ def test_reporting_changes_nothing_of_the_experiment(finished, experiment_file, 
     assert (tmp_path / "out/identity.json").read_text() == before
 
 
+def test_reporting_needs_neither_the_text_nor_the_device(finished, experiment_file, apart, monkeypatch, tmp_path):
+    shutil.copytree(finished[1], tmp_path / "out")
+    identity = json.loads((tmp_path / "out/identity.json").read_text()) | {"device": "another GPU"}
+    (tmp_path / "out/identity.json").write_text(json.dumps(identity))
+    loaded = load_experiment(experiment_file)
+    with pytest.raises(ValueError, match='device is "another GPU" there'):
+        run_experiment(*loaded, tmp_path / "out")
+    monkeypatch.delattr("fusedlm.compare.experiment.prepare")
+    outcome = run_experiment(*loaded, tmp_path / "out", train=False)
+    assert outcome.results.verdicts() == finished[0].results.verdicts()
+    more = "experiment.variants={latent: [model.pattern=m], softmax: {model.pattern: a}, gdn: []}"
+    with pytest.raises(ValueError, match="has no variant gdn yet"):
+        run_experiment(*load_experiment(experiment_file, [more]), tmp_path / "out", train=False)
+
+
 def test_planning_trains_nothing(experiment_file, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     variants = plan_experiment(*load_experiment(experiment_file))
