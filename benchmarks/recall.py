@@ -164,7 +164,7 @@ def main() -> None:
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
     parser.add_argument("--mqar-steps", type=int, default=1000)
     parser.add_argument("--mqar-lr", type=float, default=3e-3)
-    parser.add_argument("--needle-steps", type=int, default=1500)
+    parser.add_argument("--needle-steps", type=int, default=600)
     parser.add_argument("--needle-lr", type=float, default=3e-3)
     parser.add_argument("--needle-samples", type=int, default=32)
     arguments = parser.parse_args()
