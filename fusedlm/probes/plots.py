@@ -37,30 +37,27 @@ def recall_plot(series: dict[str, list[dict]]) -> bytes:
     return png(figure)
 
 
-def needle_plot(results: dict[str, dict], value: str = "accuracy") -> bytes:
-    """A heat map a model: length along, depth down.
+def needle_plot(results: dict[str, dict]) -> bytes:
+    """Heat maps, length along and depth down: of one model the share of whole answers right and the gain in nats a
+    token, of several the share of each.
 
     Args:
         results: by name, those of `probe_needle`.
-        value: "accuracy" (0 to 1) or "gain" (nats a token, the scale up to the largest).
     """
-    columns = min(_PANELS_A_ROW, len(results))
-    rows = -(-len(results) // columns)
-    figure = canvas((_PANEL[0] * columns + 0.8, _PANEL[1] * rows))
-    panels = figure.subplots(rows, columns, squeeze=False).ravel()
-    most = max(cell[value] for result in results.values() for cell in result["cells"])
-    limits = (0, 1) if value == "accuracy" else (0, max(most, 1e-9))
-    image = None
-    for axes, (name, result) in zip(panels, results.items(), strict=False):
-        image = _heat_map(axes, result, value, limits)
-        axes.set_title(name, fontsize=9, color=INK)
-    for axes in panels[len(results) :]:
+    panels = [(name, result, "accuracy") for name, result in results.items()]
+    if len(panels) == 1:
+        result = panels[0][1]
+        panels = [("Whole answers right", result, "accuracy"), ("Gain, nats a token", result, "gain")]
+    columns = min(_PANELS_A_ROW, len(panels))
+    rows = -(-len(panels) // columns)
+    figure = canvas((_PANEL[0] * columns, _PANEL[1] * rows))
+    every = figure.subplots(rows, columns, squeeze=False).ravel()
+    for axes, (title, result, value) in zip(every, panels, strict=False):
+        most = max(cell[value] for cell in result["cells"])
+        _heat_map(axes, result, value, 1.0 if value == "accuracy" else max(most, 1.0))
+        axes.set_title(title, fontsize=9, color=INK)
+    for axes in every[len(panels) :]:
         axes.set_axis_off()
-    bar = figure.colorbar(image, ax=panels, shrink=0.8)
-    bar.outline.set_visible(False)
-    bar.ax.tick_params(labelsize=8, labelcolor=INK, length=2)
-    word = "Whole answers right" if value == "accuracy" else "Gain (nats a token)"
-    bar.set_label(word, fontsize=8.5, color=INK)
     return png(figure)
 
 
@@ -98,17 +95,24 @@ def _rolling(values: np.ndarray, size: int) -> np.ndarray:
     return np.convolve(values, np.ones(size), mode="valid")
 
 
-def _heat_map(axes, result: dict, value: str, limits: tuple[float, float]):
+def _heat_map(axes, result: dict, value: str, most: float) -> None:
     lengths = sorted({cell["length"] for cell in result["cells"]})
     depths = sorted({cell["depth"] for cell in result["cells"]})
     grid = np.full((len(depths), len(lengths)), np.nan)
     for cell in result["cells"]:
         grid[depths.index(cell["depth"]), lengths.index(cell["length"])] = cell[value]
-    image = axes.imshow(grid, cmap="Blues", vmin=limits[0], vmax=limits[1], aspect="auto")
+    axes.imshow(grid, cmap="Blues", vmin=0, vmax=most, aspect="auto")
     for row, column in np.ndindex(*grid.shape):
-        shade = (grid[row, column] - limits[0]) / (limits[1] - limits[0])
         text = f"{grid[row, column]:.0%}" if value == "accuracy" else f"{grid[row, column]:.1f}"
-        axes.text(column, row, text, ha="center", va="center", fontsize=6.5, color="white" if shade > 0.6 else INK)
+        axes.text(
+            column,
+            row,
+            text,
+            ha="center",
+            va="center",
+            fontsize=6.5,
+            color="white" if grid[row, column] > 0.6 * most else INK,
+        )
     axes.set_xticks(range(len(lengths)), [f"{length / result['trained_length']:g}×" for length in lengths])
     axes.set_yticks(range(len(depths)), [f"{depth:.0%}" for depth in depths])
     axes.set_xlabel("Length", fontsize=8.5, color=INK)
@@ -116,7 +120,6 @@ def _heat_map(axes, result: dict, value: str, limits: tuple[float, float]):
     axes.tick_params(colors=MUTED, labelcolor=INK, labelsize=7.5, length=0)
     for spine in axes.spines.values():
         spine.set_visible(False)
-    return image
 
 
 def _legend(axes, *, outside: bool) -> None:

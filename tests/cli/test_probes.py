@@ -54,6 +54,8 @@ def test_needle_before_and_after_teaching(workspace: Path, long_text: str, fused
     assert [(c["length"], c["depth"]) for c in record["cells"]] == [(128, 0), (128, 1), (256, 0), (256, 1)]
     assert record["left_out"] == [16000] and "16,000 tokens" in outcome.out
     assert record["teaching"] is None and record["checkpoint"] == 2
+    assert fusedlm("eval", RUN, *options, "--lengths", "8,16", "--yarn", 8).code == 0
+    assert written("needle")["yarn"] == 8 and written("needle")["cells"] != record["cells"]
     longer = fusedlm("train", "small.yaml", "train.seq_len=96", "train.steps=1", "--out", "runs/longer")
     assert longer.code == 0, longer.err
     before = json.loads(fusedlm("eval", "runs/longer", *options, "--lengths", "1,2", "--json").out)
