@@ -196,8 +196,9 @@ def _ffn_ladder(config: ModelConfig, vocab_size: int, grain: int) -> list[_Rung]
     widths = _ffn_widths(config, vocab_size)
     widest = max(widths.values())
     rungs = []
-    for width in range(grain, 16 * widest + grain, grain):
-        scaled = {name: max(grain, grain * round(before * width / widest / grain)) for name, before in widths.items()}
+    least = max(grain, 2)  # a routed one has a unit of each part
+    for width in range(least, 16 * widest + grain, grain):
+        scaled = {name: max(least, grain * round(before * width / widest / grain)) for name, before in widths.items()}
         changes = tuple(
             Change(f"model.blocks.{name}.ffn.hidden", widths[name], after) for name, after in scaled.items()
         )
@@ -206,10 +207,11 @@ def _ffn_ladder(config: ModelConfig, vocab_size: int, grain: int) -> list[_Rung]
 
 
 def _ffn_widths(config: ModelConfig, vocab_size: int) -> dict[str, int]:
-    """Hidden width of the feed-forward of each block that the pattern uses; a routed one's full width."""
+    """Hidden width of the feed-forward of each block that the pattern uses, all parts of a routed one together."""
     model = build_model(config, vocab_size=vocab_size, device="meta")
     return {
-        name: max(
+        name: config.blocks[name].ffn.hidden
+        or sum(
             linear.in_features
             for linear in block.ffn.modules()
             if isinstance(linear, torch.nn.Linear) and linear.out_features == config.dim

@@ -92,7 +92,7 @@ def test_an_impossible_match_names_the_nearest():
     with pytest.raises(ValueError, match=r"^variant v1: .* parameters of v0 cannot be met") as caught:
         match(["model.n_layers=1"], ["model.n_layers=8"], match="params")
     text = str(caught.value)
-    assert "the nearest is" in text and "model.blocks.a.ffn.hidden=1;" in text and "%" in text and "\n" not in text
+    assert "the nearest is" in text and "model.blocks.a.ffn.hidden=2;" in text and "%" in text and "\n" not in text
     assert "experiment.match_by=width or depth" in text
     with pytest.raises(ValueError, match="model.n_layers=5; try experiment.match_by=ffn or width"):
         match(["model.dim=72"], [], match="params", match_by="depth")
