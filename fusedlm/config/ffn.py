@@ -24,11 +24,11 @@ class ReLU2Config(Config):
 
 class RoutedConfig(Config):
     """Three levels of compute, chosen token by token by the entropy of a small router: a light feed-forward alone, a
-    blend of light and full, the full one alone."""
+    blend of light and full, the full one alone. The light one is the first hidden units of the full one."""
 
     type: Literal["routed"] = "routed"
-    hidden: PositiveInt | None = None  # of the full SwiGLU; None: 8/3 of dim, rounded up to a multiple of 64
-    light: float = Field(0.2, gt=0, lt=1)  # hidden width of the light one as a share of the full one's
+    hidden: int | None = Field(None, ge=2)  # of the full SwiGLU; None: 8/3 of dim, rounded up to a multiple of 64
+    light: float = Field(0.2, gt=0, lt=1)  # hidden width of the light one as a share of the full one's, to 8 units
     low: Fraction = 0.3  # difficulty below which a token takes the light one alone
     high: Fraction = 0.7  # difficulty above which it takes the full one alone
     n_classes: int = Field(8, ge=2)  # of the router's softmax, whose normalised entropy is the difficulty

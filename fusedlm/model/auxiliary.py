@@ -48,7 +48,7 @@ class RoutingTally:
     def __init__(self, model: torch.nn.Module):
         self.modules = [module for module in model.modules() if isinstance(module, RoutedFFN)]
         self.n_tokens = 0
-        self.counts: torch.Tensor | None = None  # (layers, 5) int64, see RoutedFFN.counts
+        self.counts: torch.Tensor | None = None  # (layers, 4) int64, see RoutedFFN.counts
 
     def __bool__(self) -> bool:
         return bool(self.modules)
@@ -63,9 +63,9 @@ class RoutingTally:
 
     def result(self, counts: list[int]) -> Routing:
         """From `self.counts`, flattened, on the host."""
-        rows = [counts[i : i + 5] for i in range(0, len(counts), 5)]
-        ran = sum(m.flops_of(self.n_tokens, *map(int, row[3:])) for m, row in zip(self.modules, rows, strict=True))
-        whole = sum(module.full.flops(self.n_tokens) for module in self.modules)
+        rows = [counts[i : i + 4] for i in range(0, len(counts), 4)]
+        ran = sum(m.flops_of(self.n_tokens, int(row[3])) for m, row in zip(self.modules, rows, strict=True))
+        whole = sum(module.full_flops(self.n_tokens) for module in self.modules)
         layers = [[count / max(sum(row[:3]), 1) for count in row[:3]] for row in rows]
         planned = sum(module.flops(self.n_tokens) for module in self.modules)
         return Routing(layers, ran / whole, planned / whole)

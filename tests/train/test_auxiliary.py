@@ -38,7 +38,7 @@ def run_steps(model, steps: int, n: int = 40, **options) -> list:
 
 def test_the_budget_moves_the_share():
     shares = {}
-    for budget in (0.4, 0.9):
+    for budget in (0.4, 0.65):
         results = run_steps(routed(budget, weight=10.0), 50, n=128)
         shares[budget] = results[-1].routing.flops_share
         assert abs(shares[budget] - budget) < 0.1 < abs(results[0].routing.flops_share - shares[budget])
@@ -86,8 +86,8 @@ def test_the_tally_is_of_every_layer_and_micro_batch():
     assert results[0].layers == results[1].layers == expected
     assert results[0].shares == pytest.approx([(a + b) / 2 for a, b in zip(*expected, strict=True)])
     light, blend, full = results[0].shares
-    exact = 8 / (3 * 64) + 0.25 * (light + blend) + blend + full
-    assert exact <= results[0].flops_share < exact + 1.25 * 16 / 160  # incomplete tiles are filled up
+    exact = 8 / (3 * 64) + 0.25 * light + blend + full
+    assert exact <= results[0].flops_share < exact + 0.75 * 16 / 160  # incomplete tiles are filled up
     assert results[1].flops_share > results[0].flops_share
 
 

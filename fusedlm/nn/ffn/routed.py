@@ -10,27 +10,28 @@ from fusedlm.config.model import ModelConfig
 from fusedlm.nn.ffn.swiglu import SwiGLU
 from fusedlm.nn.linear import Linear
 
-# Rows that a branch computes come in multiples of this. Matrix products on the CPU round the rows of an incomplete tile
-# in another way, and how many tokens a branch takes must not show in the result of any one of them.
+# Gathered rows come in multiples of this. Matrix products on the CPU round the rows of an incomplete tile in another
+# way, and how many tokens are gathered must not show in the result of any one of them.
 _TILE = 16
 
 
 class RoutedFFN(torch.nn.Module):
-    """(1 - a) light(x) + a full(x), where a = clamp((e - low) / (high - low), 0, 1).
+    """light(x) + a rest(x), where a = clamp((e - low) / (high - low), 0, 1).
 
-    e, the difficulty, is the entropy of a small softmax router over its largest value. Where a is 0 or 1 only one of
-    the two runs, on the gathered tokens: what the other would have cost is saved. The router learns through a where
-    both ran, and everywhere through the budget (`auxiliary_loss`).
+    light and rest are the first and the other hidden units of one SwiGLU, the full one: a = 0 is the light feed-forward
+    alone, a = 1 the full one, and between them (1 - a) light + a full. Where a is 0, rest does not run: its tokens are
+    gathered. e, the difficulty, is the entropy of a small softmax router as a share of its largest value. The router
+    learns through a where that is between 0 and 1, and everywhere through the budget (`auxiliary_loss`).
     """
 
     def __init__(self, config: RoutedConfig, model: ModelConfig):
         super().__init__()
         self.low, self.high = config.low, config.high
         self.budget, self.budget_weight = config.budget, config.budget_weight
-        self.full = SwiGLU(SwiGLUConfig(hidden=config.hidden), model)
-        hidden = self.full.down.in_features
-        light = min(max(8 * round(config.light * hidden / 8), 8), hidden)
+        hidden = config.hidden or -(-8 * model.dim // (3 * 64)) * 64
+        light = min(max(8 * round(config.light * hidden / 8), 8), hidden - 1)
         self.light = SwiGLU(SwiGLUConfig(hidden=light), model)
+        self.rest = SwiGLU(SwiGLUConfig(hidden=hidden - light), model)
         self.router = Linear(model.dim, config.n_classes)
         # Equal logits would have entropy 1 and no gradient. A variance of 2 ln(n_classes) (1 / e - 1) makes the mean
         # difficulty about e: here the middle of the band, from which training can go both ways.
@@ -42,16 +43,12 @@ class RoutedFFN(torch.nn.Module):
         x_ND = x_BTD.flatten(0, 1)
         difficulty_N = self._difficulty(x_ND)
         self.difficulty = difficulty_N if self.training else difficulty_N.detach()
-        weight_N = self._full_weight(difficulty_N)
-        y_ND = None
-        for branch, weight in ((self.light, 1 - weight_N), (self.full, weight_N)):
-            rows, sources = _gathered(weight > 0)
-            part = branch(x_ND.index_select(0, sources))
-            part = part * weight.index_select(0, sources).to(part.dtype)[:, None]
-            if y_ND is None:
-                y_ND = part.new_zeros(x_ND.shape[0] + _TILE - 1, x_ND.shape[1])
-            y_ND = y_ND.index_add(0, rows, part)
-        return y_ND[: x_ND.shape[0]].view_as(x_BTD)
+        weight_N = self._weight(difficulty_N)
+        rows, sources = _gathered(weight_N > 0)
+        rest = self.rest(x_ND.index_select(0, sources))
+        rest = rest * weight_N.index_select(0, sources).to(rest.dtype)[:, None]
+        y_ND = F.pad(self.light(x_ND), (0, 0, 0, _TILE - 1))  # the rows that fill up a tile are added behind the last
+        return y_ND.index_add(0, rows, rest)[: x_ND.shape[0]].view_as(x_BTD)
 
     def _difficulty(self, x_ND: torch.Tensor) -> torch.Tensor:
         """(N,) in [0, 1], float32 or better."""
@@ -60,47 +57,50 @@ class RoutedFFN(torch.nn.Module):
             log_p_NC = F.linear(x_ND.to(wide), self.router.weight.to(wide)).log_softmax(-1)
             return -(log_p_NC.exp() * log_p_NC).sum(-1) / math.log(log_p_NC.shape[-1])
 
-    def _full_weight(self, difficulty_N: torch.Tensor) -> torch.Tensor:
-        """(N,) share of the full feed-forward in each token's output; 0: light alone, 1: full alone."""
+    def _weight(self, difficulty_N: torch.Tensor) -> torch.Tensor:
+        """(N,) of the full feed-forward in each token's output; 0: light alone, 1: full."""
         return ((difficulty_N - self.low) / (self.high - self.low)).clamp(0, 1)
 
     def auxiliary_loss(self) -> torch.Tensor:
         """budget_weight * (mean compute a token - budget)^2 of the last forward in training mode; asked for once.
 
         Compute is in units of the full feed-forward's FLOPs. Its value is that of the levels taken; its gradient is
-        that of a going on beyond the band, so that every token moves.
+        as if compute grew evenly with difficulty, from the light one's at 0 to the full one's at 1, so that every token
+        moves, and gently.
         """
         difficulty_N, self.difficulty = self.difficulty, self.difficulty.detach()  # the graph is not kept
-        weight_N = self._full_weight(self.difficulty)
-        light, full = self.light.down.in_features, self.full.down.in_features
-        router = self.router.flops(1) / self.full.flops(1)
-        taken_N = router + (weight_N < 1) * (light / full) + (weight_N > 0)
-        smooth_N = (1 - light / full) / (self.high - self.low) * difficulty_N
-        compute = taken_N.mean() + (smooth_N - smooth_N.detach()).mean()
+        router, light, rest = (part.flops(1) / self.full_flops(1) for part in (self.router, self.light, self.rest))
+        share = (self._weight(self.difficulty) > 0).to(difficulty_N.dtype).mean()
+        compute = router + light + rest * (share + (difficulty_N - self.difficulty).mean())
         return self.budget_weight * (compute - self.budget).square()
 
     def counts(self, tokens: torch.Tensor | None = None) -> torch.Tensor:
-        """(5,) int64 of the last forward: tokens on the light level, blended, and full; rows that the light and the
-        full feed-forward computed, padding included. Levels are those of `tokens` (indices into B * T), or of all."""
-        weight_N = self._full_weight(self.difficulty.detach())
+        """(4,) int64 of the last forward: tokens on the light level, blended, and full; rows that rest computed, those
+        that fill up a tile included. Levels are those of `tokens` (indices into B * T), or of all."""
+        weight_N = self._weight(self.difficulty.detach())
         chosen_N = weight_N if tokens is None else weight_N[tokens]
-        levels = [chosen_N == 0, (chosen_N > 0) & (chosen_N < 1), chosen_N == 1]
-        rows = torch.stack([(weight_N < 1).sum(), (weight_N > 0).sum()])
+        rows = (weight_N > 0).sum()
         if weight_N.numel() > 1:
             rows = (rows + _TILE - 1) // _TILE * _TILE
-        return torch.cat([torch.stack([level.sum() for level in levels]), rows])
+        levels = [chosen_N == 0, (chosen_N > 0) & (chosen_N < 1), chosen_N == 1]
+        return torch.stack([*(level.sum() for level in levels), rows])
 
     def flops(self, n_tokens: int) -> int:
         """At the budget. What ran is in `counts`."""
-        return round(self.budget * self.full.flops(n_tokens))
+        return round(self.budget * self.full_flops(n_tokens))
 
-    def flops_of(self, n_tokens: int, light_rows: int, full_rows: int) -> int:
-        """Of forward passes over n_tokens in which the branches computed so many rows."""
-        return self.router.flops(n_tokens) + self.light.flops(light_rows) + self.full.flops(full_rows)
+    def full_flops(self, n_tokens: int) -> int:
+        """Of the full feed-forward on every token, without a router."""
+        return self.light.flops(n_tokens) + self.rest.flops(n_tokens)
+
+    def flops_of(self, n_tokens: int, rest_rows: int) -> int:
+        """Of forward passes over n_tokens in which rest computed so many rows."""
+        return self.router.flops(n_tokens) + self.light.flops(n_tokens) + self.rest.flops(rest_rows)
 
     def active_parameters(self) -> int:
         """Parameters that a token meets on average, at the budget."""
-        return round(self.budget * sum(parameter.numel() for parameter in self.full.parameters()))
+        full = sum(p.numel() for part in (self.light, self.rest) for p in part.parameters())
+        return round(self.budget * full)
 
 
 def _gathered(taken_N: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
