@@ -38,7 +38,7 @@ SamplesOption = Annotated[
     typer.Option(
         parser=whole_number,
         metavar="N",
-        help="Test sequences a cell of mqar (256) and needle (16), stretches of text of extend (32).",
+        help="Test sequences a cell of mqar (256) and needle (16), windows of text of extend (32).",
         show_default=False,
     ),
 ]
