@@ -1,6 +1,7 @@
 """Write docs/results.md and the table of README.md from the records in benchmarks/results.
 
-A record is what benchmarks/record_run.py makes of a finished run; its note says so where it was made otherwise.
+A record is what benchmarks/record_run.py makes of a finished run, or benchmarks/record_experiment.py of an experiment;
+its note says so where it was made otherwise.
 """
 
 import json
@@ -34,6 +35,16 @@ COLUMNS = [
     "val bpb",
     "val nats/token",
 ]
+# Of an experiment: column, key of a variant's summary over seeds, and how a value is written.
+MEASURES = [
+    ("train loss, last 10 steps", "train_loss_last_10", lambda x: f"{x:.4f}"),
+    ("validation loss", "val_loss", lambda x: f"{x:.4f}"),
+    ("lowest on the way", "best_val_loss", lambda x: f"{x:.4f}"),
+    ("bits per byte", "val_bpb", lambda x: f"{x:.4f}"),
+    ("FFN FLOPs", "ffn_flops_share", lambda x: f"{x:.1%}"),
+    ("tokens/s", "tokens_per_second", lambda x: f"{x:,.0f}"),
+    ("peak memory", "peak_memory_bytes", lambda x: f"{x / 2**30:.2f} GiB"),
+]
 HEADER = """# Results
 
 Written by `python scripts/results.py` from the records in benchmarks/results, which `python benchmarks/record_run.py`
@@ -61,10 +72,15 @@ def headline_table(records: list[dict]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def results_page(records: list[dict]) -> str:
+def results_page(records: list[dict], experiments: list[dict]) -> str:
     """All of docs/results.md."""
-    if not records:
-        return HEADER + "Nothing has been recorded yet.\n"
+    return (
+        HEADER + (runs_section(records) if records else "No run is recorded yet.\n") + experiments_section(experiments)
+    )
+
+
+def runs_section(records: list[dict]) -> str:
+    """One table of all runs, and what each was."""
     lines = [f"| {' | '.join(COLUMNS)} |", "|" + "---|" * len(COLUMNS)]
     for r in records:
         cells = [
@@ -81,7 +97,7 @@ def results_page(records: list[dict]) -> str:
             f"{r['validation'][-1][2]:.4f}",
         ]
         lines.append(f"| {' | '.join(cells)} |")
-    page = HEADER + "\n".join(lines) + "\n"
+    page = "\n".join(lines) + "\n"
     for r in records:
         versions = ", ".join(f"{name} {version}" for name, version in r["versions"].items() if version)
         page += f"\n## {r['name']}\n\n{r['description']}\n\n    {r['command']}\n\n{r['date']}; {versions}."
@@ -90,6 +106,67 @@ def results_page(records: list[dict]) -> str:
         if "note" in r:
             page += f"\n{r['note']}\n"
     return page
+
+
+def read_experiments(folder: Path) -> list[dict]:
+    """The records of experiments, by name."""
+    return [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*.json"))]
+
+
+def experiments_section(records: list[dict]) -> str:
+    if not records:
+        return ""
+    page = "\n# Experiments\n\nBy `fusedlm compare`: mean ± sample standard deviation over seeds; compare.md says how "
+    page += "verdicts are made. Losses are nats a token.\n"
+    return page + "".join(_experiment(record) for record in records)
+
+
+def _experiment(record: dict) -> str:
+    experiment, variants = record["experiment"], record["variants"]
+    page = f"\n## {record['name']}\n\n{experiment['description']}\n\n    {record['command']}\n\n{_made(record)}\n\n"
+    measures = [m for m in MEASURES if any(variant[m[1]]["n"] for variant in variants.values())]
+    lengths = [length for length in next(iter(variants.values()))["decoding"]]
+    head = ["variant", "parameters", "FLOPs/token", *(name for name, _, _ in measures)]
+    head += [f"state at {int(length):,}" for length in lengths] + [f"decode/s at {int(length):,}" for length in lengths]
+    rows = [head, ["---"] * len(head)]
+    for name, variant in variants.items():
+        cells = [name, f"{variant['parameters'] / 1e6:.2f} M", f"{variant['flops_per_token'] / 1e6:,.1f} M"]
+        cells += [_spread(variant[key], write) for _, key, write in measures]
+        found = [variant["decoding"].get(length) for length in lengths]
+        cells += ["–" if d is None else f"{d['state_bytes'] / 2**20:.2f} MiB" for d in found]
+        cells += ["–" if d is None else f"{d['tokens_per_second']:,.0f}" for d in found]
+        rows.append(cells)
+    page += "".join(f"| {' | '.join(row)} |\n" for row in rows)
+    changes = [
+        f"{name}: {change['key']} {change['before']} → {change['after']}"
+        for name, variant in variants.items()
+        for change in variant["changed_to_match"]
+    ]
+    if changes:
+        page += f"\nTo hold {experiment['match']} equal: {'; '.join(changes)}.\n"
+    page += "".join(f"\n- {sentence}" for sentence in record["verdicts"]) + "\n"
+    return page + (f"\n{record['note']}\n" if "note" in record else "")
+
+
+def _made(record: dict) -> str:
+    done = sum(run["outcome"] == "finished" for run in record["runs"])
+    seeds = ", ".join(map(str, record["experiment"]["seeds"]))
+    steps = sorted({variant["steps"] for variant in record["variants"].values()})
+    where = "; ".join(
+        f"{e['device_name']}, {e['dtype']}, python {e['python']}, torch {e['torch']}, commit {e['git_commit'][:7]}"
+        for e in record["environments"]
+    )
+    return (
+        f"{', '.join(record['dates'])}; {done} of {len(record['runs'])} runs, seeds {seeds}; "
+        f"{' to '.join(f'{n:,}' for n in steps)} steps; match: {record['experiment']['match']}; {where}."
+    )
+
+
+def _spread(summary: dict, write) -> str:
+    if not summary["n"]:
+        return "–"
+    mean = write(summary["mean"])
+    return mean if summary["std"] is None else f"{mean} ± {write(summary['std'])}"
 
 
 def replace_table(readme: str, table: str) -> str:
@@ -109,8 +186,9 @@ def main() -> int:
     records = read_records(REPOSITORY / "benchmarks/results")
     readme = REPOSITORY / "README.md"
     readme.write_text(replace_table(readme.read_text(encoding="utf-8"), headline_table(records)), encoding="utf-8")
-    (REPOSITORY / "docs/results.md").write_text(results_page(records), encoding="utf-8")
-    print(f"docs/results.md: {len(records)} records")
+    experiments = read_experiments(REPOSITORY / "benchmarks/results/experiments")
+    (REPOSITORY / "docs/results.md").write_text(results_page(records, experiments), encoding="utf-8")
+    print(f"docs/results.md: {len(records)} runs, {len(experiments)} experiments")
     return 0
 
 
