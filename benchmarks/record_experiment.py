@@ -1,6 +1,6 @@
 """Record what an experiment found as one JSON file for benchmarks/results/experiments.
 
-    python benchmarks/record_experiment.py RUNS/NAME benchmarks/results/experiments/NAME.json --command "fusedlm compare ..."
+    python benchmarks/record_experiment.py RUNS/NAME benchmarks/results/experiments/NAME.json --command "fusedlm ..."
 
 What `fusedlm compare` wrote to results.json, without the recipes, which the experiment's file and the command give.
 """

@@ -125,7 +125,7 @@ def _experiment(record: dict) -> str:
     experiment, variants = record["experiment"], record["variants"]
     page = f"\n## {record['name']}\n\n{experiment['description']}\n\n    {record['command']}\n\n{_made(record)}\n\n"
     measures = [m for m in MEASURES if any(variant[m[1]]["n"] for variant in variants.values())]
-    lengths = [length for length in next(iter(variants.values()))["decoding"]]
+    lengths = list(next(iter(variants.values()))["decoding"])
     head = ["variant", "parameters", "FLOPs/token", *(name for name, _, _ in measures)]
     head += [f"state at {int(length):,}" for length in lengths] + [f"decode/s at {int(length):,}" for length in lengths]
     rows = [head, ["---"] * len(head)]
@@ -166,7 +166,8 @@ def _spread(summary: dict, write) -> str:
     if not summary["n"]:
         return "–"
     mean = write(summary["mean"])
-    return mean if summary["std"] is None else f"{mean} ± {write(summary['std'])}"
+    exact = summary["std"] is None or write(summary["std"]) == write(0.0)
+    return mean if exact else f"{mean} ± {write(summary['std'])}"
 
 
 def replace_table(readme: str, table: str) -> str:

@@ -7,7 +7,14 @@ from pathlib import Path
 import pytest
 
 from scripts.import_graph import RECORD, REPOSITORY, edges, find_imports
-from scripts.results import HEADLINES, headline_table, read_records, replace_table, results_page
+from scripts.results import (
+    HEADLINES,
+    headline_table,
+    read_experiments,
+    read_records,
+    replace_table,
+    results_page,
+)
 
 
 def test_imports_run_downwards():
@@ -24,7 +31,8 @@ def test_published_numbers_are_those_of_the_records():
     readme = (REPOSITORY / "README.md").read_text(encoding="utf-8")
     assert replace_table(readme, headline_table(records)) == readme, "python scripts/results.py"
     page = (REPOSITORY / "docs/results.md").read_text(encoding="utf-8")
-    assert page == results_page(records), "python scripts/results.py"
+    experiments = read_experiments(REPOSITORY / "benchmarks/results/experiments")
+    assert page == results_page(records, experiments), "python scripts/results.py"
 
 
 def test_headlines_come_from_records():
