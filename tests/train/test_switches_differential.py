@@ -1,0 +1,55 @@
+"""Every key of the differential mixers, of the options on values and of YaRN changes the losses of a run."""
+
+import pytest
+
+from fusedlm.model import Decoder
+from fusedlm.train import train
+from tests.train.runs import losses, tiny_recipe
+
+SHORT = ["train.steps=3", "train.eval_every=0", "train.checkpoint_every=0", "train.ema=null", "train.optimizer.lr=0.05"]
+DIFF = "model.blocks.m.mixer={type: diff_mla, n_heads: 2, kv_rank: 8, rope_dim: 4}"
+CMD = "model.blocks.m.mixer={type: cmd_mla, n_heads: 2, kv_rank: 8, rope_dim: 4}"
+TWO_LAYERS = ["model.n_layers=2", "model.pattern=a"]
+
+
+def _losses(folder, *overrides):
+    train(tiny_recipe(folder, *SHORT, *overrides), folder / "run")
+    return losses(folder / "run")
+
+
+@pytest.mark.parametrize(
+    "base, change",
+    [
+        ([DIFF], "model.blocks.m.mixer.lambda_init=0.1"),
+        ([DIFF], "model.blocks.m.mixer.lambda_form=token"),
+        ([DIFF], "model.blocks.m.mixer.kv_rank=4"),
+        ([DIFF], "model.blocks.m.mixer.type=mla"),
+        ([CMD], "model.blocks.m.mixer.lambda_init=0.1"),
+        ([CMD], "model.blocks.m.mixer.noise_dim=4"),
+        ([CMD], "model.blocks.m.mixer.type=mla"),
+        ([DIFF], "model.blocks.m.mixer.xsa=true"),
+        (TWO_LAYERS, "model.blocks.a.mixer.xsa=true"),
+        (TWO_LAYERS, "model.blocks.a.mixer.value_residual=true"),
+        ([], "model.yarn={factor: 4, trained_length: 4}"),
+        (["model.yarn={factor: 4, trained_length: 4}"], "model.yarn.factor=2"),
+        (["model.yarn={factor: 4, trained_length: 64}"], "model.yarn.trained_length=16"),
+        (["model.yarn={factor: 4, trained_length: 64, beta_fast: 8}"], "model.yarn.beta_fast=4"),
+        (["model.yarn={factor: 4, trained_length: 64, beta_fast: 8}"], "model.yarn.beta_slow=4"),
+    ],
+)
+def test_changes_the_losses(tmp_path, base, change):
+    (tmp_path / "without").mkdir()
+    (tmp_path / "with").mkdir()
+    without, changed = _losses(tmp_path / "without", *base), _losses(tmp_path / "with", *base, change)
+    assert len(changed) == 3 and changed != without
+
+
+@pytest.mark.parametrize("wanted", ["none", "mixer"])
+def test_recompute_is_what_the_recipe_says_and_changes_no_loss(tmp_path, monkeypatch, wanted):
+    called, recompute = [], Decoder.recompute_mixers
+    monkeypatch.setattr(Decoder, "recompute_mixers", lambda self: (called.append(self), recompute(self)))
+    (tmp_path / "plain").mkdir()
+    plain = _losses(tmp_path / "plain")
+    assert called == []
+    assert _losses(tmp_path, f"train.recompute={wanted}") == plain
+    assert len(called) == (wanted == "mixer")
