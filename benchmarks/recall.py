@@ -137,8 +137,10 @@ def open_record(path: Path, settings: dict, device: torch.device, dtype: torch.d
             "entries": [],
         }
     record = json.loads(path.read_text(encoding="utf-8"))
-    if record["settings"] != settings:
-        sys.exit(f"error: {path} was made with other settings, {record['settings']}; name another file with --out")
+    for key, value in settings.items():
+        if record["settings"].get(key) != value:
+            there = record["settings"].get(key)
+            sys.exit(f"error: {path} was made with {key}={there}, not {value}; name another file with --out")
     return record
 
 
