@@ -39,6 +39,7 @@ class Block(torch.nn.Module):
         if getattr(self.mixer, "value_residual", None) is not None:
             raise ValueError("recompute=mixer does not go with value_residual; turn one of them off")
         self.recomputes = True
+        self.mixer.computes_end_again = False  # it is computed again with all the rest
 
     def _recomputing(self, state) -> bool:
         return self.recomputes and state is None and torch.is_grad_enabled()

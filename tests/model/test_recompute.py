@@ -40,6 +40,20 @@ def test_the_same_gradients(case, packed):
     assert again_bytes < plain_bytes
 
 
+@pytest.mark.parametrize("case", [MIXER_CASES["diff_mla"][0], MIXER_CASES["cmd_mla"][0], MIXER_CASES["cmd_mla"][2]])
+def test_the_end_of_differential_mixers_is_not_kept(case):
+    model = randomise_(part_model(case)).double()
+    tokens = torch.randint(0, 61, (2, 40), generator=torch.Generator().manual_seed(0))
+    again, again_bytes = _run(model, tokens)
+    for block in model.blocks:
+        assert block.mixer.computes_end_again
+        block.mixer.computes_end_again = False
+    kept, kept_bytes = _run(model, tokens)
+    for name, expected in kept.items():
+        assert_close(again[name], expected, 1e-12, name)
+    assert again_bytes < kept_bytes
+
+
 def test_compiled():
     torch._dynamo.reset()
     model = randomise_(part_model("{type: cmd_mla, n_heads: 4, kv_rank: 12, rope_dim: 4}")).double()

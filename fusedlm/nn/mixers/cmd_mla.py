@@ -26,6 +26,8 @@ class CommonModeLatentAttention(LatentMixer):
     lambda_h = exp(q_h . k_h) - 1 + lambda_init, and starts at lambda_init since the k_h start at zero.
     """
 
+    computes_end_again = True  # from the outputs of attention, which are kept anyway, and at little cost
+
     def __init__(self, config: CMDMLAConfig, model: ModelConfig, setting: Setting, layer: int):
         noise_dim = config.noise_dim or config.head_dim or model.dim // config.n_heads
         super().__init__(config, model, layer, n_streams=1, noise_dim=noise_dim)
@@ -53,24 +55,24 @@ class CommonModeLatentAttention(LatentMixer):
         """lambda of each head, (H,)."""
         return torch.expm1((self.lambda_q * self.lambda_k).sum(-1)) + self.lambda_init
 
-    def expanded(self, x_BTD, queries, keys, v, latent, q_noise, k_noise, context: Context) -> torch.Tensor:
+    def expanded(self, queries, keys, v, latent, q_noise, k_noise, context: Context) -> tuple[torch.Tensor, ...]:
         signal = self.attend(queries[0], keys[0], v, context.scale_scores(self.scale, self.rope[0]), context)
         # Wide latents are cut into slices that the kernel takes: heads with the same query and key.
         q, k = (x[:, :, None].repeat(1, 1, self.n_slices, 1) for x in (q_noise, k_noise))
         slices = latent.unflatten(-1, (self.n_slices, -1))
-        read = self.attend_noise(q, k, slices, self.noise_dim**-0.5, context).flatten(2)
-        return self._combined(signal, self.values(read))
+        return signal, self.attend_noise(q, k, slices, self.noise_dim**-0.5, context).flatten(2)
 
-    def absorbed(self, x_BTD, queries, q_noise, memory, context: Context) -> torch.Tensor:
+    def absorbed(self, queries, q_noise, memory, context: Context) -> tuple[torch.Tensor, ...]:
         scale = context.scale_scores(self.scale, self.rope[0])
         # One more head over the same memory. Its scores have a scale of their own and no rotary part.
         noise = (q_noise * (self.noise_dim**-0.5 / scale)) @ self.up_weights()[2].to(q_noise.dtype)
         q = torch.cat([queries[0], F.pad(noise, (0, self.rope[0]))[:, :, None]], dim=2)
         keys = memory[:, :, None]
         read = cached_attention(q, keys, keys[..., : self.rank], scale=scale, reach_BT=reach_of(q, context))
-        return self._combined(self.raised(read[:, :, :-1]), self.values(read[:, :, -1]))
+        return self.raised(read[:, :, :-1]), read[:, :, -1]
 
-    def _combined(self, signal_BTHE, noise_BTGE) -> torch.Tensor:
+    def combined(self, x_BTD: torch.Tensor, signal_BTHE: torch.Tensor, read_BTR: torch.Tensor) -> torch.Tensor:
+        noise_BTGE = self.values(read_BTR)
         if self.n_groups != self.n_heads:
             noise_BTGE = noise_BTGE.repeat_interleave(self.n_heads // self.n_groups, dim=2)
         return differential_combine(

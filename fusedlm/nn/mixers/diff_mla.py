@@ -63,6 +63,8 @@ class DifferentialLatentAttention(LatentMixer):
     """norm((softmax(S1) - lambda softmax(S2)) V) (1 - lambda_init) in each head; signal S1 and noise S2 have queries
     and keys of their own without position, and share the rotary ones and the values."""
 
+    computes_end_again = True  # from the outputs of attention, which are kept anyway, and at little cost
+
     def __init__(self, config: DiffMLAConfig, model: ModelConfig, setting: Setting, layer: int):
         super().__init__(config, model, layer, n_streams=2)
         self.eps = model.norm_eps
@@ -81,20 +83,18 @@ class DifferentialLatentAttention(LatentMixer):
     def choices(self):
         return [*self.attend.choices, self.combine]
 
-    def expanded(self, x_BTD, queries, keys, v, latent, q_noise, k_noise, context: Context) -> torch.Tensor:
+    def expanded(self, queries, keys, v, latent, q_noise, k_noise, context: Context) -> tuple[torch.Tensor, ...]:
         scale = context.scale_scores(self.scale, self.rope[0])
-        signal, noise = (self.attend(q, k, v, scale, context) for q, k in zip(queries, keys, strict=True))
-        return self._combined(x_BTD, signal, noise)
+        return tuple(self.attend(q, k, v, scale, context) for q, k in zip(queries, keys, strict=True))
 
-    def absorbed(self, x_BTD, queries, q_noise, memory, context: Context) -> torch.Tensor:
+    def absorbed(self, queries, q_noise, memory, context: Context) -> tuple[torch.Tensor, ...]:
         q = torch.cat(queries, dim=2)  # 2 H heads, one read of the memory
         keys = memory[:, :, None]
         scale = context.scale_scores(self.scale, self.rope[0])
         read = cached_attention(q, keys, keys[..., : self.rank], scale=scale, reach_BT=reach_of(q, context))
-        signal, noise = (self.raised(half) for half in read.chunk(2, dim=2))
-        return self._combined(x_BTD, signal, noise)
+        return tuple(self.raised(half) for half in read.chunk(2, dim=2))
 
-    def _combined(self, x_BTD, signal, noise) -> torch.Tensor:
+    def combined(self, x_BTD: torch.Tensor, signal: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
         return differential_combine(
             signal,
             noise,

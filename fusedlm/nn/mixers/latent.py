@@ -2,6 +2,7 @@
 
 import torch
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 
 from fusedlm.config.mixers import MLAConfig
 from fusedlm.config.model import ModelConfig
@@ -21,6 +22,9 @@ class LatentMixer(torch.nn.Module):
     Whole sequences go through `expanded`, which makes keys and values of the latents. Later tokens go through
     `absorbed`, which attends to the latents themselves with the up-projections moved to query and output.
     """
+
+    # Whether all behind attention is computed again in the backward pass rather than kept.
+    computes_end_again = False
 
     def __init__(self, config: MLAConfig, model: ModelConfig, layer: int, *, n_streams: int, noise_dim: int = 0):
         """n_streams: sets of queries and keys without position, side by side in each head. noise_dim: width of one more
@@ -62,21 +66,33 @@ class LatentMixer(torch.nn.Module):
             k, v, k_noise = self.kv_up(latent).split(self.kv_widths, dim=-1)
             v = v.unflatten(-1, (self.n_groups, self.head_dim))
             keys = self.keys(k, k_rope)
-            y = self.expanded(x_BTD, self.queries(q, q_rope), keys, v, latent, q_noise, k_noise, context)
+            streams = self.expanded(self.queries(q, q_rope), keys, v, latent, q_noise, k_noise, context)
         else:
-            y = self.absorbed(x_BTD, self.absorbed_queries(q, q_rope), q_noise, memory, context)
+            v = self.values(latent) if self.xsa else None
+            streams = self.absorbed(self.absorbed_queries(q, q_rope), q_noise, memory, context)
+        if self.computes_end_again and torch.is_grad_enabled():
+            return checkpoint(self._end, x_BTD, v, *streams, use_reentrant=False)
+        return self._end(x_BTD, v, *streams)
+
+    def _end(self, x_BTD, v_BTGE, *streams) -> torch.Tensor:
+        y = self.combined(x_BTD, *streams)
         if self.xsa:
-            y = exclude_own_value(y, v if context.n_past == 0 else self.values(latent))
+            y = exclude_own_value(y, v_BTGE)
         return self.out(y.flatten(-2))
 
-    def expanded(self, x_BTD, queries, keys, v, latent, q_noise, k_noise, context: Context) -> torch.Tensor:
-        """(B, T, H, head_dim) of whole sequences; queries and keys of each stream (B, T, H or G, head_dim + rope_dim),
-        v (B, T, G, head_dim), latent (B, T, rank), q_noise and k_noise (B, T, noise_dim)."""
+    def expanded(self, queries, keys, v, latent, q_noise, k_noise, context: Context) -> tuple[torch.Tensor, ...]:
+        """What attention gives over whole sequences, for `combined`; queries and keys of each stream
+        (B, T, H or G, head_dim + rope_dim), v (B, T, G, head_dim), latent (B, T, rank), q_noise and k_noise
+        (B, T, noise_dim)."""
         raise NotImplementedError
 
-    def absorbed(self, x_BTD, queries, q_noise, memory, context: Context) -> torch.Tensor:
-        """(B, T, H, head_dim) of tokens after those in memory (B, S, rank + rope_dim), which holds them too; queries of
-        each stream (B, T, H, rank + rope_dim)."""
+    def absorbed(self, queries, q_noise, memory, context: Context) -> tuple[torch.Tensor, ...]:
+        """The same for tokens after those in memory (B, S, rank + rope_dim), which holds them too; queries of each
+        stream (B, T, H, rank + rope_dim)."""
+        raise NotImplementedError
+
+    def combined(self, x_BTD: torch.Tensor, *streams: torch.Tensor) -> torch.Tensor:
+        """(B, T, H, head_dim) of what attention gave."""
         raise NotImplementedError
 
     def up_weights(self) -> list[torch.Tensor]:

@@ -24,14 +24,17 @@ class LatentAttention(LatentMixer):
     def choices(self):
         return self.attend.choices
 
-    def expanded(self, x_BTD, queries, keys, v, latent, q_noise, k_noise, context: Context) -> torch.Tensor:
-        return self.attend(queries[0], keys[0], v, context.scale_scores(self.scale, self.rope[0]), context)
+    def expanded(self, queries, keys, v, latent, q_noise, k_noise, context: Context) -> tuple[torch.Tensor]:
+        return (self.attend(queries[0], keys[0], v, context.scale_scores(self.scale, self.rope[0]), context),)
 
-    def absorbed(self, x_BTD, queries, q_noise, memory, context: Context) -> torch.Tensor:
+    def absorbed(self, queries, q_noise, memory, context: Context) -> tuple[torch.Tensor]:
         (q,), keys = queries, memory[:, :, None]
         scale = context.scale_scores(self.scale, self.rope[0])
         read = cached_attention(q, keys, keys[..., : self.rank], scale=scale, reach_BT=reach_of(q, context))
-        return self.raised(read)
+        return (self.raised(read),)
+
+    def combined(self, x_BTD: torch.Tensor, heads_BTHE: torch.Tensor) -> torch.Tensor:
+        return heads_BTHE
 
     def flops(self, n_tokens: int) -> int:
         """Of the expanded form."""
