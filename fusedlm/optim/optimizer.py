@@ -32,3 +32,16 @@ def build_optimizer(model: nn.Module, config: OptimizerConfig, device: torch.dev
         eps=config.eps,
         fused=device.type in _FUSED_DEVICES,
     )
+
+
+def update_if(optimizer: torch.optim.Optimizer, condition: torch.Tensor) -> None:
+    """One step of a fused optimizer where the condition () bool holds, and otherwise parameters, moments and step
+    counts as they are. The device decides; the host does not wait for it.
+
+    torch's gradient scaler skips steps by the same two attributes.
+    """
+    optimizer.grad_scale, optimizer.found_inf = None, (~condition).float()
+    try:
+        optimizer.step()
+    finally:
+        del optimizer.grad_scale, optimizer.found_inf

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from fusedlm.model.auxiliary import Routing, RoutingTally, auxiliary_loss
+from fusedlm.optim import update_if
 from fusedlm.train.cuda_graph import CapturedBackward
 
 
@@ -86,14 +87,14 @@ def train_step(
     if grad_clip is not None:
         torch.nn.utils.clip_grads_with_norm_(parameters, grad_clip, norm)
     results = torch.stack([loss.float(), norm.float()])
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    update_if(optimizer, results.isfinite().all())
     if tally:
         results = torch.cat([results.double(), tally.counts.flatten().double()])
+    # Last, with the update already on its way: the device has nothing to wait for while the host does.
     loss_value, norm_value, *counts = results.tolist()
     finite = math.isfinite(loss_value) and math.isfinite(norm_value)
-    if finite:
-        for group in optimizer.param_groups:
-            group["lr"] = lr
-        optimizer.step()
     if captured is None:  # a graph writes the next gradients where these are
         optimizer.zero_grad(set_to_none=True)
     return StepResult(loss_value, norm_value, skipped=not finite, routing=tally.result(counts) if tally else None)

@@ -1,9 +1,11 @@
+import copy
+
 import pytest
 import torch
 from torch import nn
 
 from fusedlm.config.train import AdamWConfig
-from fusedlm.optim import build_optimizer, load_optimizer_tensors, optimizer_tensors, parameter_groups
+from fusedlm.optim import build_optimizer, load_optimizer_tensors, optimizer_tensors, parameter_groups, update_if
 
 
 class Tied(nn.Module):
@@ -96,3 +98,25 @@ def test_state_of_another_model_is_refused(tensors, message):
     model = Tied()
     with pytest.raises(ValueError, match=message):
         load_optimizer_tensors(model, build_optimizer(model, AdamWConfig(), torch.device("cpu")), tensors)
+
+
+def test_update_where_the_condition_holds_and_nothing_where_not():
+    torch.manual_seed(0)
+    model = nn.Linear(3, 2)
+    optimizer = build_optimizer(model, AdamWConfig(lr=0.1), torch.device("cpu"))
+    model(torch.ones(1, 3)).sum().backward()
+    plain = copy.deepcopy(model)
+    plain_optimizer = build_optimizer(plain, AdamWConfig(lr=0.1), torch.device("cpu"))
+    for own, other in zip(model.parameters(), plain.parameters(), strict=True):
+        other.grad = own.grad.clone()
+    for _ in range(2):
+        update_if(optimizer, torch.tensor(True))
+        plain_optimizer.step()
+    before = [parameter.detach().clone() for parameter in model.parameters()]
+    assert all(torch.equal(a, b) for a, b in zip(before, plain.parameters(), strict=True))
+    update_if(optimizer, torch.tensor(False))
+    assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+    assert {state["step"].item() for state in optimizer.state.values()} == {2.0}
+    plain_optimizer.step()
+    optimizer.step()  # nothing is left of the condition
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), plain.parameters(), strict=True))
