@@ -11,19 +11,9 @@ from fusedlm.nn.context import Context
 from fusedlm.nn.conv import ShortConv
 from fusedlm.nn.linear import Linear
 from fusedlm.nn.norm import RMSNorm
+from fusedlm.nn.recurrent_state import RecurrentState
 from fusedlm.ops.common import Setting
 from fusedlm.ops.gated_delta_rule.op import GATED_DELTA_RULE, gated_delta_rule
-
-
-class GDNState:
-    """The matrix of each head, (B, H, K, V) float32, and the last inputs of the convolution."""
-
-    def __init__(self):
-        self.memory: torch.Tensor | None = None
-        self.tail: torch.Tensor | None = None
-
-    def tensors(self) -> list[torch.Tensor]:
-        return [x for x in (self.memory, self.tail) if x is not None]
 
 
 class GatedDeltaNet(torch.nn.Module):
@@ -51,8 +41,8 @@ class GatedDeltaNet(torch.nn.Module):
     def choices(self):
         return [self.rule]
 
-    def forward(self, x_BTD: torch.Tensor, context: Context, state: GDNState | None = None) -> torch.Tensor:
-        mixed, tail = self.conv(self.qkv(x_BTD), context, None if state is None else state.tail)
+    def forward(self, x_BTD: torch.Tensor, context: Context, state: RecurrentState | None = None) -> torch.Tensor:
+        mixed, tail = self.conv(self.qkv(x_BTD), context, None if state is None else state.carried)
         q, k, v = F.silu(mixed).split(self.widths, dim=-1)
         q, k, v = (x.unflatten(-1, (self.n_heads, -1)) for x in (q, k, v))
         q, k = (_unit(x) for x in (q, k))
@@ -70,11 +60,11 @@ class GatedDeltaNet(torch.nn.Module):
             implementation=self.rule.function,
         )
         if state is not None:
-            state.memory, state.tail = memory, tail
+            state.memory, state.carried = memory, tail
         return self.out((self.norm(y).flatten(-2)) * F.silu(self.z(x_BTD)))
 
-    def init_state(self, batch_size: int, max_tokens: int | None = None) -> GDNState:
-        return GDNState()
+    def init_state(self, batch_size: int, max_tokens: int | None = None) -> RecurrentState:
+        return RecurrentState()
 
     def state_bytes(self, n_tokens: int, dtype: torch.dtype) -> int:
         """The same at every length, once a token has been seen."""

@@ -11,19 +11,9 @@ from fusedlm.nn.context import Context
 from fusedlm.nn.conv import ShortConv
 from fusedlm.nn.linear import Linear
 from fusedlm.nn.norm import RMSNorm
+from fusedlm.nn.recurrent_state import RecurrentState
 from fusedlm.ops.common import Setting
 from fusedlm.ops.decayed_linear_attention.op import DECAYED_LINEAR_ATTENTION, chunked_flops, decayed_linear_attention
-
-
-class Mamba2State:
-    """The matrix of each head, (B, H, state_dim, head_dim) float32, and the last inputs of the convolution."""
-
-    def __init__(self):
-        self.memory: torch.Tensor | None = None
-        self.tail: torch.Tensor | None = None
-
-    def tensors(self) -> list[torch.Tensor]:
-        return [x for x in (self.memory, self.tail) if x is not None]
 
 
 class Mamba2(torch.nn.Module):
@@ -57,9 +47,9 @@ class Mamba2(torch.nn.Module):
     def choices(self):
         return [self.rule]
 
-    def forward(self, x_BTD: torch.Tensor, context: Context, state: Mamba2State | None = None) -> torch.Tensor:
+    def forward(self, x_BTD: torch.Tensor, context: Context, state: RecurrentState | None = None) -> torch.Tensor:
         z, mixed, dt = self.project(x_BTD).split([self.widths[0], sum(self.widths), self.n_heads], dim=-1)
-        mixed, tail = self.conv(mixed, context, None if state is None else state.tail)
+        mixed, tail = self.conv(mixed, context, None if state is None else state.carried)
         x, b, c = F.silu(mixed).split(self.widths, dim=-1)
         x = x.unflatten(-1, (self.n_heads, -1))
         b, c = (y.unflatten(-1, (self.n_groups, -1)) for y in (b, c))
@@ -75,12 +65,12 @@ class Mamba2(torch.nn.Module):
             implementation=self.rule.function,
         )
         if state is not None:
-            state.memory, state.tail = memory, tail
+            state.memory, state.carried = memory, tail
         y = (y + self.skip.to(x.dtype)[:, None] * x).flatten(-2)
         return self.out(self.norm(y * F.silu(z)))
 
-    def init_state(self, batch_size: int, max_tokens: int | None = None) -> Mamba2State:
-        return Mamba2State()
+    def init_state(self, batch_size: int, max_tokens: int | None = None) -> RecurrentState:
+        return RecurrentState()
 
     def state_bytes(self, n_tokens: int, dtype: torch.dtype) -> int:
         """The same at every length, once a token has been seen."""

@@ -11,6 +11,7 @@ from fusedlm.nn.context import Context
 from fusedlm.nn.linear import Linear
 from fusedlm.nn.mixers.lambda_init import initial_lambda
 from fusedlm.nn.norm import RMSNorm, rms_norm
+from fusedlm.nn.recurrent_state import RecurrentState
 from fusedlm.nn.rope import apply_rope
 from fusedlm.ops.common import Setting
 from fusedlm.ops.decayed_linear_attention.op import DECAYED_LINEAR_ATTENTION, chunked_flops, decayed_linear_attention
@@ -18,17 +19,6 @@ from fusedlm.ops.gated_scan.op import GATED_SCAN, gated_scan
 
 DECAY_ROOT = 16  # the decay is the root of a sigmoid: sigmoids near 1/2 remember for tens of tokens
 HALF_LIVES = 16.0, 1024.0  # tokens, of the first and the last head at the start
-
-
-class SDLAState:
-    """Sums and normaliser of each stream and head, (B, 2 H, K, V + 1) float32, and the working memory, (B, V)."""
-
-    def __init__(self):
-        self.sums: torch.Tensor | None = None
-        self.working: torch.Tensor | None = None
-
-    def tensors(self) -> list[torch.Tensor]:
-        return [x for x in (self.sums, self.working) if x is not None]
 
 
 class SelectiveDifferentialLinearAttention(torch.nn.Module):
@@ -81,7 +71,7 @@ class SelectiveDifferentialLinearAttention(torch.nn.Module):
     def choices(self):
         return [choice for choice in (self.attend, self.scan) if choice is not None]
 
-    def forward(self, x_BTD: torch.Tensor, context: Context, state: SDLAState | None = None) -> torch.Tensor:
+    def forward(self, x_BTD: torch.Tensor, context: Context, state: RecurrentState | None = None) -> torch.Tensor:
         latent, k_rope, decay, gamma_x = self.down(x_BTD).split(self.down_widths, dim=-1)
         latent = self.c_norm(latent)
         q, k = self._features(latent, k_rope, context)
@@ -101,7 +91,7 @@ class SelectiveDifferentialLinearAttention(torch.nn.Module):
         k = torch.cat([k_rope, k.to(wide).unflatten(-1, (2 * self.n_heads, -1))], dim=-1)
         return _phi(q), _phi(k)
 
-    def _differ(self, q, k, v, decay, context: Context, state: SDLAState | None) -> torch.Tensor:
+    def _differ(self, q, k, v, decay, context: Context, state: RecurrentState | None) -> torch.Tensor:
         """Normalised outputs of all heads, (B, T, H V) float32."""
         log_decay = F.logsigmoid(decay.to(q.dtype) + self.decay_bias) / DECAY_ROOT
         v = F.pad(v.to(q.dtype).unflatten(-1, (self.n_heads, -1)), (0, 1), value=1.0)  # sums of ones are z
@@ -110,35 +100,35 @@ class SelectiveDifferentialLinearAttention(torch.nn.Module):
             k,
             v.repeat(1, 1, 2, 1),
             log_decay.repeat(1, 1, 2),
-            state_BHKV=None if state is None else state.sums,
+            state_BHKV=None if state is None else state.memory,
             reset_BT=context.reset_BT,
             chunk_size=self.chunk_size,
             implementation=self.attend.function,
         )
         if state is not None:
-            state.sums = sums
+            state.memory = sums
         weighted, z = out.split([self.head_dim, 1], dim=-1)
         signal, noise = (weighted / z).chunk(2, dim=2)
         o = signal - (self.lambda_head * self.lambda_layer)[:, None] * noise
         return rms_norm(o, self.eps, self.head_norm * self.kept).flatten(-2)
 
-    def _with_gist(self, o, gamma_x, context: Context, state: SDLAState | None) -> torch.Tensor:
+    def _with_gist(self, o, gamma_x, context: Context, state: RecurrentState | None) -> torch.Tensor:
         new, gate = self.write(o).chunk(2, dim=-1)
         gate = gate.sigmoid()
         h, working = gated_scan(
             gate,
             gate * new.tanh(),
-            state_BC=None if state is None else state.working,
+            state_BC=None if state is None else state.carried,
             reset_BT=context.reset_BT,
             implementation=self.scan.function,
         )
         if state is not None:
-            state.working = working
+            state.carried = working
         gist, gamma_h = self.read(h.to(o.dtype)).chunk(2, dim=-1)
         return torch.lerp(gist, o, (gamma_x + gamma_h).sigmoid())
 
-    def init_state(self, batch_size: int, max_tokens: int | None = None) -> SDLAState:
-        return SDLAState()
+    def init_state(self, batch_size: int, max_tokens: int | None = None) -> RecurrentState:
+        return RecurrentState()
 
     def state_bytes(self, n_tokens: int, dtype: torch.dtype) -> int:
         """The same at every length, once a token has been seen."""
