@@ -9,6 +9,8 @@ import sys
 from pathlib import Path
 
 REPOSITORY = Path(__file__).resolve().parent.parent
+RUNS, EXPERIMENTS = "benchmarks/results", "benchmarks/results/experiments"
+EXTENSION = "benchmarks/results/probes/extend.json"  # as `fusedlm eval RUN --probe extend` wrote it
 BEGIN, END = "<!-- results -->\n", "<!-- end of results -->\n"
 # The rows of the README: recipe, what is measured, and how it is read from a record.
 HEADLINES = [
@@ -72,11 +74,10 @@ def headline_table(records: list[dict]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def results_page(records: list[dict], experiments: list[dict]) -> str:
+def results_page(records: list[dict], experiments: list[dict], extension: dict | None) -> str:
     """All of docs/results.md."""
-    return (
-        HEADER + (runs_section(records) if records else "No run is recorded yet.\n") + experiments_section(experiments)
-    )
+    runs = runs_section(records) if records else "No run is recorded yet.\n"
+    return HEADER + runs + experiments_section(experiments) + extension_section(extension)
 
 
 def runs_section(records: list[dict]) -> str:
@@ -170,6 +171,36 @@ def _spread(summary: dict, write) -> str:
     return mean if exact else f"{mean} ± {write(summary['std'])}"
 
 
+def extension_section(record: dict | None) -> str:
+    """Bits per byte by position, of one run; the picture is the probe's own."""
+    if record is None:
+        return ""
+    made = record["environment"]
+    page = f"""
+# Context extension
+
+    fusedlm eval {record["run"]} --probe extend --samples {record["windows"]}
+
+{made["date"][:10]}; {made["device_name"]}, {made["dtype"]}, torch {made["torch"]}, commit {made["git_commit"][:7]}; trained on
+{record["trained_length"]} tokens, {record["windows"]} windows of {record["reach"]} times as many. Bits per byte of the last quarter of a training length up to
+one and up to four of them, on the same text; [probes.md](probes.md) says how.
+
+| YaRN | at 1× | at 4× | 4× less 1× | no worse |
+|---|---|---|---|---|
+"""
+    for curve in record["curves"]:
+        yarn = "as trained" if curve["yarn"] is None else f"factor {curve['yarn']:g}"
+        page += f"| {yarn} | {curve['at_1x']:.4f} | {curve['at_4x']:.4f} "
+        page += (
+            f"| {curve['difference']:+.4f} ± {curve['standard_error']:.4f} | {'yes' if curve['no_worse'] else 'no'} |\n"
+        )
+    return page + "\n![Bits per byte by position, without and with YaRN](images/extend.png)\n"
+
+
+def read_extension(path: Path) -> dict | None:
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+
+
 def replace_table(readme: str, table: str) -> str:
     """The README with its results table replaced.
 
@@ -184,11 +215,12 @@ def replace_table(readme: str, table: str) -> str:
 
 
 def main() -> int:
-    records = read_records(REPOSITORY / "benchmarks/results")
+    records = read_records(REPOSITORY / RUNS)
     readme = REPOSITORY / "README.md"
     readme.write_text(replace_table(readme.read_text(encoding="utf-8"), headline_table(records)), encoding="utf-8")
-    experiments = read_experiments(REPOSITORY / "benchmarks/results/experiments")
-    (REPOSITORY / "docs/results.md").write_text(results_page(records, experiments), encoding="utf-8")
+    experiments = read_experiments(REPOSITORY / EXPERIMENTS)
+    page = results_page(records, experiments, read_extension(REPOSITORY / EXTENSION))
+    (REPOSITORY / "docs/results.md").write_text(page, encoding="utf-8")
     print(f"docs/results.md: {len(records)} runs, {len(experiments)} experiments")
     return 0
 

@@ -8,9 +8,13 @@ import pytest
 
 from scripts.import_graph import RECORD, REPOSITORY, edges, find_imports
 from scripts.results import (
+    EXPERIMENTS,
+    EXTENSION,
     HEADLINES,
+    RUNS,
     headline_table,
     read_experiments,
+    read_extension,
     read_records,
     replace_table,
     results_page,
@@ -27,12 +31,12 @@ def test_picture_is_up_to_date():
 
 
 def test_published_numbers_are_those_of_the_records():
-    records = read_records(REPOSITORY / "benchmarks/results")
+    records = read_records(REPOSITORY / RUNS)
     readme = (REPOSITORY / "README.md").read_text(encoding="utf-8")
     assert replace_table(readme, headline_table(records)) == readme, "python scripts/results.py"
     page = (REPOSITORY / "docs/results.md").read_text(encoding="utf-8")
-    experiments = read_experiments(REPOSITORY / "benchmarks/results/experiments")
-    assert page == results_page(records, experiments), "python scripts/results.py"
+    experiments, extension = read_experiments(REPOSITORY / EXPERIMENTS), read_extension(REPOSITORY / EXTENSION)
+    assert page == results_page(records, experiments, extension), "python scripts/results.py"
 
 
 def test_headlines_come_from_records():
