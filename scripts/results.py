@@ -175,19 +175,14 @@ def extension_section(record: dict | None) -> str:
     """Bits per byte by position, of one run; the picture is the probe's own."""
     if record is None:
         return ""
-    made = record["environment"]
-    page = f"""
-# Context extension
-
-    fusedlm eval {record["run"]} --probe extend --samples {record["windows"]}
-
-{made["date"][:10]}; {made["device_name"]}, {made["dtype"]}, torch {made["torch"]}, commit {made["git_commit"][:7]}; trained on
-{record["trained_length"]} tokens, {record["windows"]} windows of {record["reach"]} times as many. Bits per byte of the last quarter of a training length up to
-one and up to four of them, on the same text; [probes.md](probes.md) says how.
-
-| YaRN | at 1× | at 4× | 4× less 1× | no worse |
-|---|---|---|---|---|
-"""
+    made, length = record["environment"], record["trained_length"]
+    page = "\n# Context extension\n\n"
+    page += f"    fusedlm eval {record['run']} --probe extend --samples {record['windows']}\n\n"
+    page += f"{made['date'][:10]}; {made['device_name']}, {made['dtype']}, torch {made['torch']}, "
+    page += f"commit {made['git_commit'][:7]}; trained on {length} tokens, {record['windows']} windows of "
+    page += f"{record['reach']} times as many. Bits per byte of the last quarter of a training length up to one and up "
+    page += "to four of them, on the same text; [probes.md](probes.md) says how.\n\n"
+    page += "| YaRN | at 1× | at 4× | 4× less 1× | no worse |\n|---|---|---|---|---|\n"
     for curve in record["curves"]:
         yarn = "as trained" if curve["yarn"] is None else f"factor {curve['yarn']:g}"
         page += f"| {yarn} | {curve['at_1x']:.4f} | {curve['at_4x']:.4f} "
