@@ -9,22 +9,9 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
 from fusedlm.compare.results import Results
 from fusedlm.report.history import History, half_life, smooth, thin
-from fusedlm.report.style import FULL, HALF, INK, MUTED, Plot, canvas, padded, plain_axes, png
+from fusedlm.report.style import FULL, HALF, INK, MUTED, PALETTE, Plot, canvas, padded, plain_axes, png
 from fusedlm.report.units import count, memory, memory_unit, power_of
 
-# Told apart in print and by colour-blind readers, as far as ten can be (after Okabe and Ito); then again, dashed.
-_COLOURS = (
-    "#1f5fad",
-    "#c9762b",
-    "#1d8a6c",
-    "#b0457e",
-    "#7a6fc4",
-    "#a39a1f",
-    "#4aa3d6",
-    "#8c4b2a",
-    "#5b6570",
-    "#d1495b",
-)
 _DASHES = ("-", (0, (4, 2)), (0, (1, 1.5)))
 _WARM = 0.2  # share of training whose losses may lie above a plot
 
@@ -48,7 +35,7 @@ def draw_plots(results: Results) -> list[Plot]:
 
 def _look(results: Results, name: str) -> dict:
     index = list(results.variants).index(name)
-    return {"color": _COLOURS[index % len(_COLOURS)], "linestyle": _DASHES[index // len(_COLOURS) % len(_DASHES)]}
+    return {"color": PALETTE[index % len(PALETTE)], "linestyle": _DASHES[index // len(PALETTE) % len(_DASHES)]}
 
 
 def _final(results: Results) -> Plot | None:

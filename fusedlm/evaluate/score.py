@@ -183,8 +183,6 @@ def _score_whole(model, documents, device, dtype, tally) -> Iterator[tuple[float
     """(nats, tokens) of each chunk of each document."""
     for number, tokens in documents:
         for chunk in stream_nll(model, tokens[None], device=device, dtype=dtype):
-            if tally is not None:
-                tally.add()
             tally.add()
             nll = math.fsum(chunk[0].tolist())
             _check_finite(nll, number)

@@ -8,6 +8,7 @@ from fusedlm.nn.block import Block
 from fusedlm.nn.cache import TokenCache
 from fusedlm.nn.context import Context, document_positions, row_boundaries, varlen_boundaries
 from fusedlm.nn.lm_head import LMHead
+from fusedlm.ops.attention.sdpa import flash_packed
 from fusedlm.ops.common import Choice, Setting
 
 
@@ -61,9 +62,7 @@ class Decoder(torch.nn.Module):
         )
         self.head = LMHead(config, self.embedding, vocab_size, setting)
         self.rope_specs = set().union(*(block.mixer.rope_specs() for block in self.blocks))
-        self.needs_boundaries = any(
-            choice.op == "packed_attention" and choice.name == "flash" for choice in self.implementations.values()
-        )
+        self.needs_boundaries = any(choice.function is flash_packed for choice in self.implementations.values())
 
     @property
     def implementations(self) -> dict[str, Choice]:

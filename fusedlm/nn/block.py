@@ -37,7 +37,7 @@ class Block(torch.nn.Module):
             ValueError: the mixer has a value residual, whose values leave it other than as its output.
         """
         if getattr(self.mixer, "value_residual", None) is not None:
-            raise ValueError("recompute=mixer does not go with value_residual; turn one of them off")
+            raise ValueError("train.recompute=mixer does not go with value_residual; turn one of them off")
         self.recomputes = True
         self.mixer.computes_end_again = False  # it is computed again with all the rest
 

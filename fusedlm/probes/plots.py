@@ -3,9 +3,8 @@
 import numpy as np
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
-from fusedlm.report.style import FULL, HALF, INK, MUTED, canvas, padded, plain_axes, png
+from fusedlm.report.style import FULL, HALF, INK, MUTED, PALETTE, canvas, padded, plain_axes, png
 
-_COLORS = ("#1f5fad", "#c9762b", "#3a8f5c", "#8250a8", "#b8395a", "#4c9fb0", "#8a7a1f", "#5b6470", "#d46fa8")
 _PANEL = (3.0, 2.6)  # inches of one heat map
 _PANELS_A_ROW = 3
 
@@ -128,4 +127,4 @@ def _legend(axes, *, outside: bool) -> None:
 
 
 def _cycle(n: int) -> list[str]:
-    return [_COLORS[i % len(_COLORS)] for i in range(n)]
+    return [PALETTE[i % len(PALETTE)] for i in range(n)]

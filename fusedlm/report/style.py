@@ -9,6 +9,19 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 INK, MUTED, FAINT = "#24292f", "#6e7781", "#d8dee4"
+# Told apart in print and by colour-blind readers, as far as ten can be (after Okabe and Ito).
+PALETTE = (
+    "#1f5fad",
+    "#c9762b",
+    "#1d8a6c",
+    "#b0457e",
+    "#7a6fc4",
+    "#a39a1f",
+    "#4aa3d6",
+    "#8c4b2a",
+    "#5b6570",
+    "#d1495b",
+)
 FULL, HALF = (9.2, 3.3), (4.5, 3.1)  # inches
 DPI = 200  # twice the pixels of the page
 

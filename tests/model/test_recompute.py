@@ -96,5 +96,5 @@ def test_attention_itself_is_not_computed_again():
 
 def test_value_residual_is_refused():
     model = part_model("{type: attention, n_heads: 2, value_residual: true}")
-    with pytest.raises(ValueError, match="recompute=mixer does not go with value_residual"):
+    with pytest.raises(ValueError, match="train.recompute=mixer does not go with value_residual"):
         model.recompute_mixers()

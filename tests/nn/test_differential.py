@@ -8,6 +8,9 @@ import torch
 from fusedlm.nn.context import Context
 from fusedlm.nn.mixers.lambda_init import initial_lambda
 from fusedlm.nn.rope import apply_rope
+from fusedlm.ops.attention.op import PACKED
+from fusedlm.ops.attention.sdpa import flash_packed
+from fusedlm.ops.common import Implementation
 from fusedlm.testing import assert_close, part_model, randomise_
 
 DIFF = "{type: diff_mla, n_heads: 4, kv_rank: 12, q_rank: 16, rope_dim: 6}"
@@ -147,3 +150,17 @@ def test_both_streams_decode_from_one_latent_cache():
     model(torch.arange(10)[None], state=state)
     assert state.layers[0].rows.shape == (1, 10, 12 + 6)
     assert state.nbytes() == 2 * 10 * (12 + 6) * 4
+
+
+def test_the_noise_has_an_attention_of_its_own_and_says_so():
+    """Its widths can take it to another implementation than the signal's."""
+    named = part_model(CMD).implementations
+    assert {"a.attention", "a.packed_attention", "a.noise_attention", "a.noise_packed_attention"} <= set(named)
+
+
+def test_boundaries_are_made_when_the_noise_alone_needs_them(monkeypatch):
+    model = part_model(CMD)
+    assert not model.needs_boundaries
+    flash = Implementation("flash", flash_packed, lambda setting, **shape: None if shape["head_dim"] == 10 else "no")
+    monkeypatch.setitem(PACKED.implementations, "flash", flash)
+    assert part_model(CMD).needs_boundaries

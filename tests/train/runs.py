@@ -4,6 +4,7 @@ import random
 from pathlib import Path
 
 from fusedlm.config import Recipe, parse_recipe
+from fusedlm.train import train
 from fusedlm.train.metrics import read_metrics
 
 # What differs between two runs of one recipe without meaning anything.
@@ -60,3 +61,14 @@ def losses(run: Path) -> list[float]:
 
 def checkpoint_names(run: Path) -> list[str]:
     return sorted(entry.name for entry in (run / "checkpoints").iterdir())
+
+
+# A run of three steps and nothing else, for tests of what a key of the recipe does to its losses.
+SHORT = ["train.steps=3", "train.eval_every=0", "train.checkpoint_every=0", "train.ema=null"]
+
+
+def short_losses(folder: Path, *overrides: str) -> list[float]:
+    train(tiny_recipe(folder, *SHORT, *overrides), folder / "run")
+    found = losses(folder / "run")
+    assert len(found) == 3
+    return found

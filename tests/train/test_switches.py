@@ -4,16 +4,12 @@ import pytest
 import torch
 
 from fusedlm.train import train
-from tests.train.runs import losses, tiny_recipe
-
-BASE = ["train.steps=3", "train.eval_every=0", "train.checkpoint_every=0", "train.ema=null"]
+from tests.train.runs import SHORT, short_losses, tiny_recipe
 
 
 @pytest.fixture(scope="module")
 def base_losses(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("switches")
-    train(tiny_recipe(folder, *BASE), folder / "run")
-    return losses(folder / "run")
+    return short_losses(tmp_path_factory.mktemp("switches"))
 
 
 @pytest.mark.parametrize(
@@ -51,22 +47,19 @@ def base_losses(tmp_path_factory):
     ],
 )
 def test_changes_the_losses(base_losses, tmp_path, override):
-    train(tiny_recipe(tmp_path, *BASE, override), tmp_path / "run")
-    changed = losses(tmp_path / "run")
-    assert len(changed) == 3 and changed != base_losses
+    assert short_losses(tmp_path, override) != base_losses
 
 
 def test_the_same_recipe_gives_the_same_losses(base_losses, tmp_path):
     """Without this the test above could not fail."""
-    train(tiny_recipe(tmp_path, *BASE), tmp_path / "run")
-    assert losses(tmp_path / "run") == base_losses
+    assert short_losses(tmp_path) == base_losses
 
 
 @pytest.mark.parametrize("wanted", [True, False])
 def test_compile_compiles_every_block_and_the_head(tmp_path, monkeypatch, wanted):
     compiled = []
     monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **options: compiled.append((self, options)))
-    train(tiny_recipe(tmp_path, *BASE, f"train.compile={str(wanted).lower()}"), tmp_path / "run")
+    train(tiny_recipe(tmp_path, *SHORT, f"train.compile={str(wanted).lower()}"), tmp_path / "run")
     names = sorted(type(module).__name__ for module, _ in compiled)
     assert names == (["Block", "Block", "Block", "LMHead"] if wanted else [])
     assert all(options == {"fullgraph": True} for _, options in compiled)
@@ -82,5 +75,5 @@ def test_deterministic_is_on_during_the_run_and_off_after_it(tmp_path, monkeypat
         return train_step(*arguments, **options)
 
     monkeypatch.setattr(trainer, "train_step", spy)
-    train(tiny_recipe(tmp_path, *BASE, "train.deterministic=true"), tmp_path / "run")
+    train(tiny_recipe(tmp_path, *SHORT, "train.deterministic=true"), tmp_path / "run")
     assert seen == [True, True, True] and not torch.are_deterministic_algorithms_enabled()

@@ -43,13 +43,13 @@ class CommonModeLatentAttention(LatentMixer):
         )
         self.n_slices = _slices(self.rank) if setting.device.type == "cuda" else 1
         self.attend_noise = SoftmaxAttention(
-            model.impl, setting, head_dim=self.noise_dim, value_dim=self.rank // self.n_slices
+            model.impl, setting, head_dim=self.noise_dim, value_dim=self.rank // self.n_slices, role="noise_"
         )
         self.combine = DIFFERENTIAL_COMBINE.choose(model.impl.differential_combine, setting)
 
     @property
     def choices(self):
-        return [*self.attend.choices, self.combine]
+        return [*self.attend.choices, *self.attend_noise.choices, self.combine]
 
     def weights(self) -> torch.Tensor:
         """lambda of each head, (H,)."""

@@ -1,5 +1,7 @@
 """What mixers over a shared latent have in common: the projections, the state, absorbed decoding."""
 
+from abc import ABC, abstractmethod
+
 import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
@@ -15,7 +17,7 @@ from fusedlm.nn.value_residual import ValueResidual
 from fusedlm.nn.xsa import exclude_own_value
 
 
-class LatentMixer(torch.nn.Module):
+class LatentMixer(torch.nn.Module, ABC):
     """Keys and values come from one normalised latent of kv_rank numbers a token; position enters through rope_dim
     more, shared by all heads and stored rotated. The state is that latent and that key, whatever the number of heads.
 
@@ -80,20 +82,20 @@ class LatentMixer(torch.nn.Module):
             y = exclude_own_value(y, v_BTGE)
         return self.out(y.flatten(-2))
 
+    @abstractmethod
     def expanded(self, queries, keys, v, latent, q_noise, k_noise, context: Context) -> tuple[torch.Tensor, ...]:
         """What attention gives over whole sequences, for `combined`; queries and keys of each stream
         (B, T, H or G, head_dim + rope_dim), v (B, T, G, head_dim), latent (B, T, rank), q_noise and k_noise
         (B, T, noise_dim)."""
-        raise NotImplementedError
 
+    @abstractmethod
     def absorbed(self, queries, q_noise, memory, context: Context) -> tuple[torch.Tensor, ...]:
         """The same for tokens after those in memory (B, S, rank + rope_dim), which holds them too; queries of each
         stream (B, T, H, rank + rope_dim)."""
-        raise NotImplementedError
 
+    @abstractmethod
     def combined(self, x_BTD: torch.Tensor, *streams: torch.Tensor) -> torch.Tensor:
         """(B, T, H, head_dim) of what attention gave."""
-        raise NotImplementedError
 
     def up_weights(self) -> list[torch.Tensor]:
         """The rows of kv_up that make keys, values and the noise key of a latent."""

@@ -1,5 +1,7 @@
 """What the softmax mixers share: which attention op runs on expanded keys and values."""
 
+from dataclasses import replace
+
 import torch
 
 from fusedlm.config.model import ImplConfig
@@ -11,14 +13,24 @@ from fusedlm.ops.common import Choice, Setting
 class SoftmaxAttention:
     """Causal or packed attention over whole sequences, the implementation of each chosen once."""
 
-    def __init__(self, impl: ImplConfig, setting: Setting, *, head_dim: int, value_dim: int, window: int | None = None):
-        self.window = window
+    def __init__(
+        self,
+        impl: ImplConfig,
+        setting: Setting,
+        *,
+        head_dim: int,
+        value_dim: int,
+        window: int | None = None,
+        role: str = "",
+    ):
+        """role: put before the names of the ops where a mixer has a second attention of other widths."""
+        self.window, self.role = window, role
         self.causal = CAUSAL.choose(impl.attention, setting, head_dim=head_dim, value_dim=value_dim)
         self.packed = PACKED.choose(impl.packed_attention, setting, head_dim=head_dim, value_dim=value_dim)
 
     @property
     def choices(self) -> list[Choice]:
-        return [self.causal, self.packed]
+        return [replace(choice, op=self.role + choice.op) for choice in (self.causal, self.packed)]
 
     def __call__(self, q_BTHD, k_BTGD, v_BTGE, scale: float, context: Context) -> torch.Tensor:
         windowed = self.window is not None and q_BTHD.shape[1] > self.window
