@@ -11,6 +11,7 @@ from pathlib import Path
 REPOSITORY = Path(__file__).resolve().parent.parent
 RUNS, EXPERIMENTS = "benchmarks/results", "benchmarks/results/experiments"
 EXTENSION = "benchmarks/results/probes/extend.json"  # as `fusedlm eval RUN --probe extend` wrote it
+RECALL = "benchmarks/results/recall.json"  # as benchmarks/recall.py wrote it, plots beside it
 BEGIN, END = "<!-- results -->\n", "<!-- end of results -->\n"
 # The rows of the README: recipe, what is measured, and how it is read from a record.
 HEADLINES = [
@@ -74,10 +75,12 @@ def headline_table(records: list[dict]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def results_page(records: list[dict], experiments: list[dict], extension: dict | None) -> str:
+def results_page(
+    records: list[dict], experiments: list[dict], recall: dict | None = None, extension: dict | None = None
+) -> str:
     """All of docs/results.md."""
     runs = runs_section(records) if records else "No run is recorded yet.\n"
-    return HEADER + runs + experiments_section(experiments) + extension_section(extension)
+    return HEADER + runs + experiments_section(experiments) + recall_section(recall) + extension_section(extension)
 
 
 def runs_section(records: list[dict]) -> str:
@@ -171,6 +174,51 @@ def _spread(summary: dict, write) -> str:
     return mean if exact else f"{mean} ± {write(summary['std'])}"
 
 
+def recall_section(record: dict | None) -> str:
+    """Associative recall and needles, a row a model."""
+    if record is None:
+        return ""
+    versions, settings = record["versions"], record["settings"]
+    page = f"\n# Recall\n\n    {record['command']}\n\n{record['date']}; {record['device']}, {record['dtype']}, "
+    page += f"torch {versions['torch']}, commit {versions['git_commit'][:7]}. Models of {settings['layers']} layers of "
+    page += f"width {settings['dim']}, made equal in parameters by their feed-forward and trained from scratch for each "
+    page += "probe; [probes.md](probes.md) says how.\n"
+    for probe, title in (("mqar", "Multi-query associative recall"), ("needle", "Needle")):
+        entries = [entry for entry in record["entries"] if entry["probe"] == probe]
+        if entries:
+            steps, lr = settings[f"{probe}_steps"], settings[f"{probe}_lr"]
+            page += f"\n## {title}\n\n{steps:,} steps at a learning rate of {lr:g}. "
+            page += _recalled(entries) if probe == "mqar" else _found(entries, settings["needle"]["trained_length"])
+            page += f"\n![{title} by model](../benchmarks/results/recall-{probe}.png)\n"
+    return page
+
+
+def _recalled(entries: list[dict]) -> str:
+    pairs = [point["pairs"] for point in entries[0]["result"]["accuracy"]]
+    page = "Share of queried keys whose value is the likeliest token, by pairs in a sequence.\n\n"
+    page += f"| model | seed | parameters | {' | '.join(f'{n} pairs' for n in pairs)} |\n"
+    page += "|---" * (3 + len(pairs)) + "|\n"
+    for entry in entries:
+        cells = [f"{point['accuracy']:.1%}" for point in entry["result"]["accuracy"]]
+        page += f"| {entry['model']} | {entry['seed']} | {entry['result']['parameters']:,} | {' | '.join(cells)} |\n"
+    guesses = " | ".join(f"{point['guess']:.1%}" for point in entries[0]["result"]["accuracy"])
+    return page + f"| knowing the values, not their keys | | | {guesses} |\n"
+
+
+def _found(entries: list[dict], trained_length: int) -> str:
+    lengths = sorted({cell["length"] for cell in entries[0]["result"]["cells"]})
+    page = "Share of needles found, mean over five depths, by tokens of context, of which "
+    page += f"{trained_length} were trained on.\n\n"
+    page += f"| model | seed | parameters | {' | '.join(f'{n:,} tokens' for n in lengths)} |\n"
+    page += "|---" * (3 + len(lengths)) + "|\n"
+    for entry in entries:
+        result = entry["result"]
+        means = [[cell["accuracy"] for cell in result["cells"] if cell["length"] == n] for n in lengths]
+        cells = [f"{sum(values) / len(values):.1%}" for values in means]
+        page += f"| {entry['model']} | {entry['seed']} | {result['parameters']:,} | {' | '.join(cells)} |\n"
+    return page
+
+
 def extension_section(record: dict | None) -> str:
     """Bits per byte by position, of one run; the picture is the probe's own."""
     if record is None:
@@ -192,7 +240,7 @@ def extension_section(record: dict | None) -> str:
     return page + "\n![Bits per byte by position, without and with YaRN](images/extend.png)\n"
 
 
-def read_extension(path: Path) -> dict | None:
+def read_probe(path: Path) -> dict | None:
     return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
 
 
@@ -214,7 +262,8 @@ def main() -> int:
     readme = REPOSITORY / "README.md"
     readme.write_text(replace_table(readme.read_text(encoding="utf-8"), headline_table(records)), encoding="utf-8")
     experiments = read_experiments(REPOSITORY / EXPERIMENTS)
-    page = results_page(records, experiments, read_extension(REPOSITORY / EXTENSION))
+    recall, extension = read_probe(REPOSITORY / RECALL), read_probe(REPOSITORY / EXTENSION)
+    page = results_page(records, experiments, recall, extension)
     (REPOSITORY / "docs/results.md").write_text(page, encoding="utf-8")
     print(f"docs/results.md: {len(records)} runs, {len(experiments)} experiments")
     return 0

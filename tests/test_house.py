@@ -11,10 +11,11 @@ from scripts.results import (
     EXPERIMENTS,
     EXTENSION,
     HEADLINES,
+    RECALL,
     RUNS,
     headline_table,
     read_experiments,
-    read_extension,
+    read_probe,
     read_records,
     replace_table,
     results_page,
@@ -35,8 +36,9 @@ def test_published_numbers_are_those_of_the_records():
     readme = (REPOSITORY / "README.md").read_text(encoding="utf-8")
     assert replace_table(readme, headline_table(records)) == readme, "python scripts/results.py"
     page = (REPOSITORY / "docs/results.md").read_text(encoding="utf-8")
-    experiments, extension = read_experiments(REPOSITORY / EXPERIMENTS), read_extension(REPOSITORY / EXTENSION)
-    assert page == results_page(records, experiments, extension), "python scripts/results.py"
+    experiments = read_experiments(REPOSITORY / EXPERIMENTS)
+    recall, extension = read_probe(REPOSITORY / RECALL), read_probe(REPOSITORY / EXTENSION)
+    assert page == results_page(records, experiments, recall, extension), "python scripts/results.py"
 
 
 def test_headlines_come_from_records():

@@ -174,7 +174,8 @@ class Trainer:
                 micro_batch_size=self.micro_batch_size,
                 grad_clip=self.settings.grad_clip,
                 autocast=partial(autocast, self.device, self.dtype),
-                captured=self._captured,
+                # Not before the first update has made the moments: the memory of the capture then is that of a step.
+                captured=self._captured if self.optimizer.state else None,
             )
         except torch.OutOfMemoryError:
             raise ValueError(

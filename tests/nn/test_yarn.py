@@ -27,6 +27,14 @@ def test_frequencies_by_parts():
     assert (stretched == plain).any() and (stretched == plain / 4).any() and (stretched.diff() < 0).all()
 
 
+def test_a_table_turns_by_the_stretched_frequencies():
+    positions = torch.arange(50)[None]
+    angle = positions[..., None] * yarn_frequencies(inverse_frequencies(DIM, BASE), YARN)
+    cos, sin = rope_table(positions, DIM, BASE, torch.float64, YARN)
+    assert_close(cos[:, :, 0], angle.cos(), 1e-15)
+    assert_close(sin[:, :, 0], angle.sin(), 1e-15)
+
+
 def test_factor_one_is_plain_rope():
     positions = torch.arange(50)[None]
     plain = rope_table(positions, DIM, BASE, torch.float64)

@@ -58,5 +58,5 @@ def test_a_run_with_the_key_goes_through_the_graph_and_one_without_does_not(tmp_
     assert made == []
     assert short_losses(tmp_path, *common, "train.cuda_graph=true") == plain
     (passes,) = made
-    assert (passes.begun, passes.called) == (3, 6)
+    assert (passes.begun, passes.called) == (2, 4), "the first of three steps makes the optimizer's moments"
     assert all(p.grad is not None for p in passes.model.parameters()), "a graph writes its gradients in place"
