@@ -181,8 +181,8 @@ def recall_section(record: dict | None) -> str:
     versions, settings = record["versions"], record["settings"]
     page = f"\n# Recall\n\n    {record['command']}\n\n{record['date']}; {record['device']}, {record['dtype']}, "
     page += f"torch {versions['torch']}, commit {versions['git_commit'][:7]}. Models of {settings['layers']} layers of "
-    page += f"width {settings['dim']}, made equal in parameters by their feed-forward and trained from scratch for each "
-    page += "probe; [probes.md](probes.md) says how.\n"
+    page += f"width {settings['dim']}, made equal in parameters by their feed-forward and trained from scratch for "
+    page += "each probe; [probes.md](probes.md) says how.\n"
     for probe, title in (("mqar", "Multi-query associative recall"), ("needle", "Needle")):
         entries = [entry for entry in record["entries"] if entry["probe"] == probe]
         if entries:
