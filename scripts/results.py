@@ -190,7 +190,7 @@ def recall_section(record: dict | None) -> str:
             page += f"\n## {title}\n\n{steps:,} steps at a learning rate of {lr:g}. "
             page += _recalled(entries) if probe == "mqar" else _found(entries, settings["needle"]["trained_length"])
             page += f"\n![{title} by model](../benchmarks/results/recall-{probe}.png)\n"
-    return page
+    return page + (f"\n{record['note']}\n" if "note" in record else "")
 
 
 def _recalled(entries: list[dict]) -> str:
