@@ -68,8 +68,7 @@ def _loss_and_gradients(model, tokens, documents, device, dtype):
 @pytest.mark.parametrize("mixer", GPU_MIXERS)
 def test_compiled_training_on_the_gpu(mixer, packed):
     """bfloat16, the fast kernels, eager, then compiled with mixers computed again, against float64 on the CPU: no worse
-    than twice what bfloat16 autocast itself costs there, or 1%: where a gradient comes from one number, as those of the
-    static lambda's vectors do, the CPU may be right by luck."""
+    than twice what bfloat16 autocast itself costs there."""
     torch._dynamo.reset()
     torch.manual_seed(0)
     config = part_model(mixer).config.model_copy(update={"dim": 256})
@@ -90,6 +89,6 @@ def test_compiled_training_on_the_gpu(mixer, packed):
     fast_model.compile_blocks()
     compiled = _loss_and_gradients(fast_model, tokens, documents, gpu, torch.bfloat16)
     for name, expected in exact.items():
-        bound = max(2 * error_ratio(rounded[name], expected), 1e-2)
+        bound = max(2 * error_ratio(rounded[name], expected), 5e-3)
         assert_close(eager[name], expected, bound, f"{name}, eager")
         assert_close(compiled[name], expected, bound, f"{name}, compiled")
