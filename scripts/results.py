@@ -75,9 +75,7 @@ def headline_table(records: list[dict]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def results_page(
-    records: list[dict], experiments: list[dict], recall: dict | None = None, extension: dict | None = None
-) -> str:
+def results_page(records: list[dict], experiments: list[dict], recall: dict | None, extension: dict | None) -> str:
     """All of docs/results.md."""
     runs = runs_section(records) if records else "No run is recorded yet.\n"
     return HEADER + runs + experiments_section(experiments) + recall_section(recall) + extension_section(extension)
@@ -194,28 +192,33 @@ def recall_section(record: dict | None) -> str:
 
 
 def _recalled(entries: list[dict]) -> str:
-    pairs = [point["pairs"] for point in entries[0]["result"]["accuracy"]]
+    points = entries[0]["result"]["accuracy"]
     page = "Share of queried keys whose value is the likeliest token, by pairs in a sequence.\n\n"
-    page += f"| model | seed | parameters | {' | '.join(f'{n} pairs' for n in pairs)} |\n"
-    page += "|---" * (3 + len(pairs)) + "|\n"
-    for entry in entries:
-        cells = [f"{point['accuracy']:.1%}" for point in entry["result"]["accuracy"]]
-        page += f"| {entry['model']} | {entry['seed']} | {entry['result']['parameters']:,} | {' | '.join(cells)} |\n"
-    guesses = " | ".join(f"{point['guess']:.1%}" for point in entries[0]["result"]["accuracy"])
+    shares = [[point["accuracy"] for point in entry["result"]["accuracy"]] for entry in entries]
+    page += _shares(entries, [f"{point['pairs']} pairs" for point in points], shares)
+    guesses = " | ".join(f"{point['guess']:.1%}" for point in points)
     return page + f"| knowing the values, not their keys | | | {guesses} |\n"
 
 
 def _found(entries: list[dict], trained_length: int) -> str:
-    lengths = sorted({cell["length"] for cell in entries[0]["result"]["cells"]})
-    page = "Share of needles found, mean over five depths, by tokens of context, of which "
+    cells = entries[0]["result"]["cells"]
+    lengths = sorted({cell["length"] for cell in cells})
+    page = f"Share of needles found, mean over {len(cells) // len(lengths)} depths, by tokens of context, of which "
     page += f"{trained_length} were trained on.\n\n"
-    page += f"| model | seed | parameters | {' | '.join(f'{n:,} tokens' for n in lengths)} |\n"
-    page += "|---" * (3 + len(lengths)) + "|\n"
-    for entry in entries:
-        result = entry["result"]
-        means = [[cell["accuracy"] for cell in result["cells"] if cell["length"] == n] for n in lengths]
-        cells = [f"{sum(values) / len(values):.1%}" for values in means]
-        page += f"| {entry['model']} | {entry['seed']} | {result['parameters']:,} | {' | '.join(cells)} |\n"
+    by_length = [
+        [[cell["accuracy"] for cell in entry["result"]["cells"] if cell["length"] == n] for n in lengths]
+        for entry in entries
+    ]
+    shares = [[sum(values) / len(values) for values in row] for row in by_length]
+    return page + _shares(entries, [f"{n:,} tokens" for n in lengths], shares)
+
+
+def _shares(entries: list[dict], columns: list[str], shares: list[list[float]]) -> str:
+    """A row for each model and seed."""
+    page = f"| model | seed | parameters | {' | '.join(columns)} |\n" + "|---" * (3 + len(columns)) + "|\n"
+    for entry, row in zip(entries, shares, strict=True):
+        cells = " | ".join(f"{share:.1%}" for share in row)
+        page += f"| {entry['model']} | {entry['seed']} | {entry['result']['parameters']:,} | {cells} |\n"
     return page
 
 
