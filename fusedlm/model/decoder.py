@@ -133,11 +133,17 @@ class Decoder(torch.nn.Module):
         for block in self.blocks:
             block.recompute_mixer()
 
-    def compile_blocks(self) -> None:
-        """torch.compile each block and the head's loss for training, a full graph each."""
+    def compile_blocks(self, backend: str = "inductor") -> None:
+        """torch.compile each block and the head's loss for training, a full graph each.
+
+        Raises the process's limit on graphs of one function: all kinds of block, of every model that is compiled, are
+        graphs of `Block.forward`, and with PyTorch's limit of 8 a ninth would fail.
+        """
+        config = torch._dynamo.config
+        config.recompile_limit = max(config.recompile_limit, config.accumulated_recompile_limit)
         for block in self.blocks:
-            block.compile(fullgraph=True)
-        self.head.compile(fullgraph=True)
+            block.compile(fullgraph=True, backend=backend)
+        self.head.compile(fullgraph=True, backend=backend)
 
     def _context(self, tokens, documents, state) -> Context:
         batch, n_tokens = tokens.shape

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from fusedlm.config.ffn import SwiGLUConfig
 from fusedlm.model import build_model
 from fusedlm.model.precision import autocast
 from fusedlm.testing import FFN_CASES, MIXER_CASES, assert_close, error_ratio, part_model, randomise_
@@ -38,6 +39,19 @@ def test_full_graph(mixer, ffn, packed):
     graphs = _gradients(model, compiled, compiled, tokens, documents)
     for name, expected in eager.items():
         assert_close(graphs[name], expected, 1e-10, name)
+
+
+def test_more_kinds_of_block_than_the_compiler_keeps_by_default(monkeypatch):
+    torch._dynamo.reset()
+    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 8)
+    one = part_model(MIXER_CASES["attention"][0]).config
+    kinds = {letter: SwiGLUConfig(hidden=8 + i) for i, letter in enumerate("abcdefghi")}
+    blocks = {letter: one.blocks["a"].model_copy(update={"ffn": ffn}) for letter, ffn in kinds.items()}
+    model = build_model(one.model_copy(update={"n_layers": 9, "pattern": "abcdefghi", "blocks": blocks}), vocab_size=61)
+    tokens = torch.randint(0, 61, (2, 21))
+    expected = model.loss(tokens, tokens)
+    model.compile_blocks(backend="aot_eager")
+    assert_close(model.loss(tokens, tokens), expected, 1e-5, "loss")
 
 
 GPU_MIXERS = [
