@@ -41,9 +41,9 @@ def test_full_graph(mixer, ffn, packed):
         assert_close(graphs[name], expected, 1e-10, name)
 
 
-def test_more_kinds_of_block_than_the_compiler_keeps_by_default(monkeypatch):
+@torch._dynamo.config.patch(recompile_limit=8)
+def test_more_kinds_of_block_than_the_compiler_keeps_by_default():
     torch._dynamo.reset()
-    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 8)
     one = part_model(MIXER_CASES["attention"][0]).config
     kinds = {letter: SwiGLUConfig(hidden=8 + i) for i, letter in enumerate("abcdefghi")}
     blocks = {letter: one.blocks["a"].model_copy(update={"ffn": ffn}) for letter, ffn in kinds.items()}
