@@ -1,9 +1,13 @@
-"""What every test runs under: one torch thread a worker, and GPU tests only where there are GPUs."""
+"""What every test runs under: one torch thread a worker, Triton's interpreter and no GPU tests where there are no GPUs."""
+
+import os
 
 import pytest
 import torch
 
 torch.set_num_threads(1)
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # before any kernel is defined
 
 
 def pytest_collection_modifyitems(items):

@@ -41,7 +41,7 @@ class ImplConfig(Config):
     decayed_linear_attention: Literal["auto", "reference"] = "auto"  # of sdla and mamba2
     gated_scan: Literal["auto", "reference"] = "auto"  # of sdla's working memory
     differential_combine: Literal["auto", "reference"] = "auto"  # of diff_mla and cmd_mla
-    softcap_cross_entropy: Literal["auto", "reference"] = "auto"
+    softcap_cross_entropy: Literal["auto", "triton", "reference"] = "auto"
 
 
 class ModelConfig(Config):

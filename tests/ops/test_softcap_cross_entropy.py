@@ -1,25 +1,40 @@
+"""The reference against the formula, the kernels against the reference in float64: loss and gradient."""
+
 import pytest
 import torch
 
 from fusedlm.ops import softcap_cross_entropy
+from fusedlm.ops.common import Setting
+from fusedlm.ops.softcap_cross_entropy import reference
+from fusedlm.ops.softcap_cross_entropy.op import SOFTCAP_CROSS_ENTROPY
+from fusedlm.testing import assert_close, error_ratio
+
+kernels = pytest.importorskip("fusedlm.ops.softcap_cross_entropy.triton")
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
+@pytest.mark.parametrize("z_loss", [0.0, 1e-2])
 @pytest.mark.parametrize("cap", [None, 3.0, 30.0])
 @pytest.mark.parametrize("classes, padded", [(2, 2), (13, 16), (64, 64)])
-def test_is_the_log_softmax_of_capped_logits(cap, classes, padded):
+def test_is_the_log_softmax_of_capped_logits(cap, classes, padded, z_loss):
     g = torch.Generator().manual_seed(0)
     logits = (4 * torch.randn(11, padded, generator=g, dtype=torch.float64)).requires_grad_()
     targets = torch.randint(0, classes, (11,), generator=g)
     targets[3] = -100
-    nll = softcap_cross_entropy(logits, targets, cap=cap, n_classes=classes)
+
+    def run(z):
+        return softcap_cross_entropy(z, targets, cap=cap, n_classes=classes, z_loss=z_loss)
+
+    loss = run(logits)
     for row, target in enumerate(targets.tolist()):
         z = logits[row, :classes].detach()
         z = z if cap is None else cap * torch.tanh(z / cap)
-        expected = 0.0 if target < 0 else (z.exp().sum().log() - z[target]).item()
-        assert nll[row].item() == pytest.approx(expected, abs=1e-12)
-    (gradient,) = torch.autograd.grad(nll.sum(), logits)
+        normaliser = z.exp().sum().log()
+        expected = 0.0 if target < 0 else (normaliser - z[target] + z_loss * normaliser**2).item()
+        assert loss[row].item() == pytest.approx(expected, abs=1e-12)
+    (gradient,) = torch.autograd.grad(loss.sum(), logits)
     assert gradient[3].abs().max() == 0 and not gradient[:, classes:].any()
-    assert torch.autograd.gradcheck(lambda z: softcap_cross_entropy(z, targets, cap=cap, n_classes=classes), logits)
+    assert torch.autograd.gradcheck(run, logits)
 
 
 def test_bfloat16_logits_are_summed_in_float32():
@@ -29,3 +44,134 @@ def test_bfloat16_logits_are_summed_in_float32():
     assert nll.dtype == torch.float32
     expected = softcap_cross_entropy(logits.double(), targets, cap=15.0)
     torch.testing.assert_close(nll.double(), expected, rtol=1e-6, atol=0)
+
+
+def test_shapes_that_do_not_go_together():
+    with pytest.raises(ValueError, match=r"\(4, 9\) and targets \(3,\)"):
+        softcap_cross_entropy(torch.zeros(4, 9), torch.zeros(3, dtype=torch.int64))
+
+
+CAPS = [None, 3.0, 15.0, 90.0]  # with the last the kernel looks for the maximum, as without a cap
+SHAPES = [(7, 13, 13), (5, 5003, 4990), (3, 9000, 8200), (9, 2, 2), (4, 4096, 4096), (0, 10, 10), (3, 1, 1)]
+
+
+def _inputs(rows, width, classes, dtype=torch.float32):
+    g = torch.Generator().manual_seed(rows * width)
+    logits = (8 * torch.randn(rows, width, generator=g)).to(dtype)
+    logits[:, classes:] = float("nan")  # padding is never read
+    targets = torch.randint(0, classes, (rows,), generator=g)
+    if rows > 2:
+        targets[1] = -100
+        logits[1] = float("nan")
+    upstream = torch.randn(rows, generator=g)
+    return logits.to(DEVICE).requires_grad_(), targets.to(DEVICE), upstream.to(DEVICE)
+
+
+def _losses_and_gradients(function, logits, targets, upstream, *rest):
+    loss = function(logits, targets, *rest)
+    (gradient,) = torch.autograd.grad((loss * upstream).sum(), logits)
+    return loss.detach(), gradient
+
+
+def _expected(logits, targets, upstream, dtype, *rest):
+    clean = logits.detach().nan_to_num().to(dtype).requires_grad_()
+    return _losses_and_gradients(reference.softcap_cross_entropy, clean, targets, upstream, *rest)
+
+
+def _check(found, exact, same, floor):
+    """Within four times what the reference in the same precision is wrong by, which by luck may be little."""
+    for name, a, e, s in zip(("loss", "gradient"), found, exact, same, strict=True):
+        if e.numel():
+            assert_close(a, e, max(4 * error_ratio(s, e), floor), name)
+        assert a.isfinite().all()
+
+
+@pytest.mark.parametrize("z_loss", [0.0, 1e-3])
+@pytest.mark.parametrize("cap", CAPS)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_kernel(shape, cap, z_loss):
+    logits, targets, upstream = _inputs(*shape)
+    rest = cap, shape[2], z_loss
+    exact = _expected(logits, targets, upstream, torch.float64, *rest)
+    same = _expected(logits, targets, upstream, torch.float32, *rest)
+    found = _losses_and_gradients(kernels.softcap_cross_entropy, logits, targets, upstream, *rest)
+    _check(found, exact, same, 2e-6)
+    in_place = logits.detach().clone()
+    loss = kernels.loss_and_gradient_(in_place, targets, upstream, *rest)
+    _check((loss, in_place), exact, same, 2e-6)
+
+
+def test_kernel_on_rows_apart_and_one_weight_for_all():
+    logits, targets, _ = _inputs(6, 50, 50)
+    wide = torch.full((6, 77), float("nan"), device=DEVICE)
+    wide[:, :50] = logits.detach()
+    apart = wide[:, :50].requires_grad_()
+    weight = torch.tensor(0.25, device=DEVICE)
+    expected = _expected(logits, targets, weight, torch.float64, 15.0, 50)
+    found = _losses_and_gradients(kernels.softcap_cross_entropy, apart, targets, weight, 15.0, 50)
+    _check(found, expected, expected, 2e-6)
+    loss = kernels.loss_and_gradient_(wide[:, :50], targets, weight.expand(6), 15.0, 50)
+    _check((loss, wide[:, :50]), expected, expected, 2e-6)
+    assert wide[:, 50:].isnan().all(), "what lies between rows is not touched"
+
+
+def test_a_target_that_is_no_class_is_seen():
+    logits, _, _ = _inputs(2, 10, 10)
+    loss = kernels.softcap_cross_entropy(logits, torch.tensor([3, 10], device=DEVICE), None, 10)
+    assert loss[0].isfinite() and loss[1].isnan()
+
+
+def test_operators_keep_their_promises():
+    logits, targets, upstream = _inputs(3, 40, 33)
+    clean = logits.detach().nan_to_num().requires_grad_()
+    torch.library.opcheck(torch.ops.fusedlm.softcap_cross_entropy.default, (clean, targets, 15.0, 33, 1e-3))
+    sums = torch.ops.fusedlm.softcap_cross_entropy(clean, targets, 15.0, 33, 1e-3)[1].detach()
+    arguments = (upstream, clean.detach(), targets, sums, 15.0, 33, 1e-3)
+    torch.library.opcheck(torch.ops.fusedlm.softcap_cross_entropy_backward.default, arguments)
+
+
+def test_full_graph():
+    logits, targets, upstream = _inputs(5, 70, 70)
+    clean = logits.detach().nan_to_num().requires_grad_()
+
+    def run(z):
+        return kernels.softcap_cross_entropy(2 * z, targets, 15.0, 70)
+
+    compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
+    for function in (run, compiled):
+        loss = function(clean)
+        (gradient,) = torch.autograd.grad((loss * upstream).sum(), clean)
+        if function is run:
+            expected = loss.detach(), gradient
+    assert torch.equal(loss, expected[0]) and torch.equal(gradient, expected[1])
+
+
+def test_which_runs_where():
+    on_cpu = SOFTCAP_CROSS_ENTROPY.choose("auto", Setting(torch.device("cpu"), torch.float32))
+    assert on_cpu.name == "reference" and "triton: needs a CUDA device" in on_cpu.reason
+    with pytest.raises(ValueError, match="'triton' cannot run: needs a CUDA device, not cpu"):
+        SOFTCAP_CROSS_ENTROPY.choose("triton", Setting(torch.device("cpu"), torch.float32))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("cap", CAPS)
+@pytest.mark.parametrize("shape", [*SHAPES, (300, 50304, 50257)])
+def test_kernel_in_half_precision(shape, cap, dtype):
+    logits, targets, upstream = _inputs(*shape, dtype)
+    rest = cap, shape[2]
+    exact = _expected(logits, targets, upstream, torch.float64, *rest)
+    same = _expected(logits, targets, upstream, dtype, *rest)
+    found = _losses_and_gradients(kernels.softcap_cross_entropy, logits, targets, upstream, *rest)
+    assert found[0].dtype == torch.float32 and found[1].dtype == dtype
+    _check(found, exact, same, 2e-6)
+
+
+@pytest.mark.gpu
+def test_offsets_beyond_32_bits():
+    logits = torch.randn(2**31 // 100_000 + 2, 100_000, device="cuda", dtype=torch.bfloat16)
+    targets = torch.randint(0, 100_000, (len(logits),), device="cuda")
+    last = _expected(logits[-1:], targets[-1:], torch.ones(1, device="cuda"), torch.float32, 15.0, 100_000)
+    loss = kernels.loss_and_gradient_(logits, targets, torch.ones(1, device="cuda").expand(len(logits)), 15.0, 100_000)
+    assert_close(loss[-1:], last[0], 1e-5)
+    assert_close(logits[-1:], last[1], 1e-2)

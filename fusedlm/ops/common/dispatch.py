@@ -1,5 +1,7 @@
 """Choosing an implementation once, when a model is built, and saying why."""
 
+import importlib
+import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -25,8 +27,14 @@ class Implementation:
     """One way to compute an op. `supports(setting, **shape)` is None, or the reason why it cannot run."""
 
     name: str
-    function: Callable
+    function: Callable | str  # or "module:name", imported when it is chosen: only GPUs need the kernels
     supports: Callable[..., str | None]
+
+    def load(self) -> Callable:
+        if not isinstance(self.function, str):
+            return self.function
+        module, name = self.function.split(":")
+        return getattr(importlib.import_module(module), name)
 
 
 @dataclass(frozen=True)
@@ -64,14 +72,27 @@ class Op:
             for name, reason in reasons.items():
                 if reason is None:
                     why = "; ".join(passed_over) or ("the fastest" if len(reasons) > 1 else "the only one")
-                    return Choice(self.name, name, why, self.implementations[name].function)
+                    return Choice(self.name, name, why, self.implementations[name].load())
                 passed_over.append(f"{name}: {reason}")
             raise ValueError(f"op {self.name}: no implementation can run here ({'; '.join(passed_over)})")
         if requested not in reasons:
             raise ValueError(f"op {self.name}: unknown implementation {requested!r}; known: {', '.join(reasons)}")
         if reasons[requested] is not None:
             raise ValueError(f"op {self.name}: implementation {requested!r} cannot run: {reasons[requested]}; use auto")
-        return Choice(self.name, requested, "asked for", self.implementations[requested].function)
+        return Choice(self.name, requested, "asked for", self.implementations[requested].load())
 
 
 OPS: dict[str, Op] = {}
+
+_TRITON_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+
+def needs_triton(setting: Setting) -> str | None:
+    """None where our Triton kernels run, else what is missing."""
+    if setting.device.type != "cuda":
+        return f"needs a CUDA device, not {setting.device.type}"
+    if setting.dtype not in _TRITON_DTYPES:
+        return f"needs bfloat16, float16 or float32, not {str(setting.dtype).removeprefix('torch.')}"
+    if setting.capability < (8, 0):
+        return f"needs compute capability 8.0, this is {'.'.join(map(str, setting.capability))}"
+    return None if importlib.util.find_spec("triton") else "triton is not installed"

@@ -2,19 +2,29 @@
 
 import torch
 
-from fusedlm.ops.common import Implementation, Op
+from fusedlm.ops.common import Implementation, Op, needs_triton
 from fusedlm.ops.softcap_cross_entropy import reference
 from fusedlm.ops.softcap_cross_entropy.reference import IGNORE_INDEX, softcap
 
 __all__ = ["IGNORE_INDEX", "SOFTCAP_CROSS_ENTROPY", "softcap", "softcap_cross_entropy"]
 
+
 SOFTCAP_CROSS_ENTROPY = Op(
     "softcap_cross_entropy",
-    [Implementation("reference", reference.softcap_cross_entropy, lambda setting, **shape: None)],
+    [
+        Implementation(
+            "triton",
+            "fusedlm.ops.softcap_cross_entropy.triton:softcap_cross_entropy",
+            lambda setting, **shape: needs_triton(setting),
+        ),
+        Implementation("reference", reference.softcap_cross_entropy, lambda setting, **shape: None),
+    ],
 )
 
 
-def softcap_cross_entropy(logits, targets, *, cap=None, n_classes=None, implementation=None) -> torch.Tensor:
+def softcap_cross_entropy(
+    logits, targets, *, cap=None, n_classes=None, z_loss=0.0, implementation=None
+) -> torch.Tensor:
     """Negative log likelihood of each target under softmax(cap * tanh(logits / cap)), in nats.
 
     Args:
@@ -22,10 +32,16 @@ def softcap_cross_entropy(logits, targets, *, cap=None, n_classes=None, implemen
         targets: (N,) int64 in [0, n_classes), or IGNORE_INDEX (-100) for rows that count nothing.
         cap: soft cap; None for none.
         n_classes: classes from here on are padding, with probability 0; None: V.
+        z_loss: times the square of the log of the normaliser is added (PaLM, arXiv 2204.02311, section 5).
         implementation: what `SOFTCAP_CROSS_ENTROPY.choose(...).function` gave; None: the reference.
 
     Returns:
         (N,) float32 (float64 for float64 logits), 0 where ignored.
+
+    Raises:
+        ValueError: the shapes do not go together.
     """
+    if logits.ndim != 2 or targets.shape != logits.shape[:1]:
+        raise ValueError(f"logits {tuple(logits.shape)} and targets {tuple(targets.shape)} must be (N, V) and (N,)")
     implementation = implementation or reference.softcap_cross_entropy
-    return implementation(logits, targets, cap, logits.shape[-1] if n_classes is None else n_classes)
+    return implementation(logits, targets, cap, logits.shape[-1] if n_classes is None else n_classes, z_loss)

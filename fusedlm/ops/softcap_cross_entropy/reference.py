@@ -12,9 +12,12 @@ def softcap(logits: torch.Tensor, cap: float | None) -> torch.Tensor:
     return logits if cap is None else cap * torch.tanh(logits / cap)
 
 
-def softcap_cross_entropy(logits, targets, cap, n_classes) -> torch.Tensor:
+def softcap_cross_entropy(logits, targets, cap, n_classes, z_loss=0.0) -> torch.Tensor:
     logits = softcap(logits, cap)
     if n_classes < logits.shape[-1]:
         padding = torch.arange(logits.shape[-1], device=logits.device) >= n_classes
         logits = logits.masked_fill(padding, float("-inf"))
-    return F.cross_entropy(logits, targets, ignore_index=IGNORE_INDEX, reduction="none")
+    loss = F.cross_entropy(logits, targets, ignore_index=IGNORE_INDEX, reduction="none")
+    if z_loss:
+        loss = loss + z_loss * logits.logsumexp(-1).square() * (targets != IGNORE_INDEX)
+    return loss
