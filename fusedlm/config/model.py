@@ -40,7 +40,7 @@ class ImplConfig(Config):
     gated_delta_rule: Literal["auto", "reference"] = "auto"
     decayed_linear_attention: Literal["auto", "reference"] = "auto"  # of sdla and mamba2
     gated_scan: Literal["auto", "reference"] = "auto"  # of sdla's working memory
-    differential_combine: Literal["auto", "reference"] = "auto"  # of diff_mla and cmd_mla
+    differential_combine: Literal["auto", "triton", "reference"] = "auto"  # of diff_mla and cmd_mla
     softcap_cross_entropy: Literal["auto", "triton", "reference"] = "auto"
 
 

@@ -1,0 +1,148 @@
+"""The reference against the formula, the kernels against the reference in float64: output and every gradient."""
+
+import pytest
+import torch
+
+from fusedlm.ops import differential_combine
+from fusedlm.ops.differential_combine import reference
+from fusedlm.testing import assert_close, error_ratio
+
+kernels = pytest.importorskip("fusedlm.ops.differential_combine.triton")
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+EPS = 1e-5
+
+SHAPES = [(2, 5, 3, 16), (1, 1, 1, 1), (1, 130, 2, 40), (2, 3, 4, 64), (1, 2, 2, 200), (0, 3, 2, 8)]
+WEIGHTS = ["one", "head", "token"]
+ENDS = [(True, True), (True, False), (False, True), (False, False)]  # with gamma, with a scale
+NAMES = ("output", "signal", "noise", "weight", "gamma")
+
+
+def _inputs(shape, weights, with_gamma, with_scale, dtype=torch.float32):
+    g = torch.Generator().manual_seed(sum(shape))
+
+    def draw(*size):
+        return torch.randn(size, generator=g).to(DEVICE)
+
+    weight = {"one": draw(), "head": draw(shape[2]), "token": draw(*shape[:3])}[weights]
+    tensors = [draw(*shape).to(dtype), draw(*shape).to(dtype), weight, 1 + draw(shape[3]) if with_gamma else None]
+    scale = torch.tensor(0.7, device=DEVICE) if with_scale else None
+    # Along the noise: the gradient of a single lambda is then a sum that does not cancel.
+    return tensors, scale, (draw(*shape) + tensors[1]).to(dtype)
+
+
+def _run(function, tensors, scale, upstream, dtype=None):
+    leaves = [None if x is None else x.detach().to(dtype or x.dtype).requires_grad_() for x in tensors]
+    out = function(*leaves, scale, EPS)
+    gradients = torch.autograd.grad(out, [x for x in leaves if x is not None], upstream.to(out.dtype))
+    return [out.detach(), *gradients]
+
+
+def _check(function, tensors, scale, upstream, floor):
+    """Within four times what the reference in the same precision is wrong by, which by luck may be little."""
+    found = _run(function, tensors, scale, upstream)
+    same = _run(reference.differential_combine, tensors, scale, upstream)
+    exact = _run(reference.differential_combine, tensors, scale, upstream, torch.float64)
+    for name, a, s, e in zip(NAMES, found, same, exact, strict=False):
+        assert a.dtype == s.dtype and a.shape == s.shape, name
+        assert_close(a, e, max(4 * error_ratio(s, e), floor), name)
+
+
+def test_is_the_formula():
+    (signal, noise, weight, gamma), scale, _ = _inputs((2, 3, 4, 8), "head", True, True)
+    out = differential_combine(signal, noise, weight, gamma, scale, eps=EPS)
+    z = signal[1, 2, 3] - weight[3] * noise[1, 2, 3]
+    assert_close(out[1, 2, 3], z / (z.square().mean() + EPS).sqrt() * gamma * 0.7, 1e-6)
+
+
+@pytest.mark.parametrize("weights", WEIGHTS)
+@pytest.mark.parametrize("gamma, scale", ENDS)
+def test_gradients_of_the_reference(weights, gamma, scale):
+    tensors, scale, _ = _inputs((1, 2, 3, 4), weights, gamma, scale)
+    leaves = [None if x is None else x.double().requires_grad_() for x in tensors]
+    assert torch.autograd.gradcheck(lambda *x: reference.differential_combine(*x, scale, EPS), leaves)
+
+
+@pytest.mark.parametrize("weights", WEIGHTS)
+@pytest.mark.parametrize("gamma, scale", ENDS)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_kernel(shape, weights, gamma, scale):
+    tensors, scale, upstream = _inputs(shape, weights, gamma, scale)
+    if 0 in shape:
+        found = _run(kernels.differential_combine, tensors, scale, upstream)
+        assert [x.shape for x in found] == [
+            x.shape for x in _run(reference.differential_combine, tensors, scale, upstream)
+        ]
+        assert all(not x.any() for x in found)
+        return
+    _check(kernels.differential_combine, tensors, scale, upstream, 2e-6)
+
+
+def test_kernel_on_more_rows_than_a_program_takes_at_once(monkeypatch):
+    monkeypatch.setattr(kernels, "_PROGRAMS", 3)
+    monkeypatch.setattr(kernels, "_TILE", 32)
+    tensors, scale, upstream = _inputs((2, 5, 3, 16), "token", True, True)
+    _check(kernels.differential_combine, tensors, scale, upstream, 2e-6)
+
+
+def test_kernel_on_heads_before_tokens_and_on_slices():
+    """As attention gives them: a transposed signal, noise that is part of something wider."""
+    tensors, scale, upstream = _inputs((2, 5, 3, 16), "head", True, True)
+    wide = torch.full((2, 5, 3, 20), float("nan"), device=DEVICE)
+    wide[..., :16] = tensors[1]
+
+    def function(signal, noise, *rest):
+        heads_first = signal.transpose(1, 2).contiguous().transpose(1, 2)
+        return kernels.differential_combine(heads_first, torch.cat([noise, noise], -1)[..., :16], *rest)
+
+    _check(function, tensors, scale, upstream.transpose(1, 2).contiguous().transpose(1, 2), 2e-6)
+    found = kernels.differential_combine(tensors[0], wide[..., :16], *tensors[2:], scale, EPS)
+    assert_close(found, reference.differential_combine(*tensors, scale, EPS), 1e-6)
+
+
+def test_operators_keep_their_promises():
+    tensors, scale, upstream = _inputs((2, 3, 2, 8), "head", True, True)
+    leaves = [x.requires_grad_() for x in tensors]
+    torch.library.opcheck(torch.ops.fusedlm.differential_combine.default, (*leaves, scale, EPS))
+    detached = [x.detach().transpose(0, 1) if x.ndim == 4 else x.detach() for x in tensors]
+    arguments = (upstream.transpose(0, 1), *detached, scale, EPS)
+    torch.library.opcheck(torch.ops.fusedlm.differential_combine_backward.default, arguments)
+
+
+def test_full_graph():
+    tensors, scale, upstream = _inputs((2, 3, 2, 8), "token", True, True)
+
+    def function(signal, *rest):
+        return kernels.differential_combine(2 * signal, *rest)
+
+    plain = _run(function, tensors, scale, upstream)
+    compiled = _run(torch.compile(function, fullgraph=True, backend="aot_eager"), tensors, scale, upstream)
+    assert all(torch.equal(a, b) for a, b in zip(compiled, plain, strict=True))
+
+
+def test_bad_input():
+    heads = torch.zeros(1, 2, 3, 4)
+    with pytest.raises(ValueError, match=r"weight \(2,\) must be"):
+        differential_combine(heads, heads, torch.zeros(2))
+    with pytest.raises(ValueError, match=r"noise \(1, 2, 3, 1\)"):
+        differential_combine(heads, heads[..., :1], torch.zeros(3))
+    with pytest.raises(ValueError, match="scale gets no gradient"):
+        differential_combine(heads, heads, torch.zeros(3), None, torch.ones((), requires_grad=True))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("weights", WEIGHTS)
+@pytest.mark.parametrize("gamma, scale", ENDS)
+@pytest.mark.parametrize("shape", [*SHAPES[:-1], (4, 1000, 8, 64)])
+def test_kernel_in_half_precision(shape, weights, gamma, scale, dtype):
+    tensors, scale, upstream = _inputs(shape, weights, gamma, scale, dtype)
+    _check(kernels.differential_combine, tensors, scale, upstream, 1e-5)
+
+
+@pytest.mark.gpu
+def test_offsets_beyond_32_bits():
+    signal, noise = torch.randn(2, 2**19 // 8 + 3, 128, 128, device="cuda", dtype=torch.bfloat16)[:, None]
+    weight, gamma = torch.randn(128, device="cuda"), torch.ones(128, device="cuda")
+    out = kernels.differential_combine(signal, noise, weight, gamma, None, EPS)
+    last = reference.differential_combine(signal[:, -2:], noise[:, -2:], weight, gamma, None, EPS)
+    assert_close(out[:, -2:], last, 1e-2)
