@@ -1,4 +1,4 @@
-"""What every test runs under: one torch thread a worker, Triton's interpreter and no GPU tests where there are no GPUs."""
+"""What every test runs under: one torch thread a worker; without a GPU, Triton's interpreter and no GPU tests."""
 
 import os
 

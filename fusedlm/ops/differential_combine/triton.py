@@ -1,7 +1,7 @@
 """The end of differential attention in Triton: one pass forward, one pass backward.
 
-A tile is a few heads' rows, each normalised by itself. The gradients of lambda leave the backward pass one a row and those
-of gamma one vector a program; torch sums both, in a fixed order.
+A tile is a few heads' rows, each normalised by itself. The gradients of lambda leave the backward pass one a row and
+those of gamma one vector a program; torch sums both, in a fixed order.
 """
 
 import torch

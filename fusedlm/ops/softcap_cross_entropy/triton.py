@@ -1,8 +1,8 @@
 """Soft-capped cross entropy in Triton: one program a row, the row read once for the loss and once for the gradient.
 
 With a cap the arithmetic needs no maximum: exp(cap tanh(z / cap)) lies within exp(-cap) and exp(cap), which float32
-holds up to a cap of some 75 for any vocabulary. With r = 1 / (1 + exp(2 z / cap)) both what is summed, exp(cap (1 - 2r)),
-and the derivative of the cap, 4 r (1 - r), come without cancellation.
+holds up to a cap of some 75 for any vocabulary. With r = 1 / (1 + exp(2 z / cap)) both what is summed,
+exp(cap (1 - 2r)), and the derivative of the cap, 4 r (1 - r), come without cancellation.
 """
 
 import math
