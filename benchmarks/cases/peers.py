@@ -1,0 +1,17 @@
+"""Other libraries' kernels, where they are installed."""
+
+import importlib
+from collections.abc import Callable
+
+
+def peer(module: str, make: Callable) -> Callable | None:
+    """make(module), or None where it cannot be imported."""
+    try:
+        return make(importlib.import_module(module))
+    except ImportError:
+        return None
+
+
+def present(**contenders: Callable | None) -> dict[str, Callable]:
+    """Those that are there, by names with spaces for underscores."""
+    return {name.replace("_", " "): function for name, function in contenders.items() if function is not None}

@@ -1,0 +1,156 @@
+"""How an op is measured: correct first, then the median time, beside the floor that this device sets."""
+
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+
+from fusedlm.testing import error_ratio
+
+Tensors = list[torch.Tensor]
+
+
+@dataclass
+class Problem:
+    """One op at one shape and direction.
+
+    Contenders take the leaves and give one output. What is compared is the output and, with an upstream gradient, the
+    gradient of each leaf that wants one; `sample` takes from these what `exact` computes in float64.
+    """
+
+    op: str
+    shape: str
+    dtype: torch.dtype
+    leaves: Tensors
+    upstream: torch.Tensor | None  # None: forward only
+    contenders: dict[str, Callable[..., torch.Tensor]]  # the first is eager PyTorch, by which errors are judged
+    exact: Callable[[], Tensors]
+    sample: Callable[[Tensors], Tensors]
+    n_bytes: int  # the fewest that must move through the device's memory
+    n_flops: int = 0  # of matrix products
+    floor: float = 1e-5  # of the allowed error, where eager PyTorch is right by luck
+
+    @property
+    def direction(self) -> str:
+        return "forward" if self.upstream is None else "forward + backward"
+
+
+@dataclass
+class Measured:
+    """Of one contender."""
+
+    name: str
+    errors: list[float]
+    milliseconds: float | None = None  # None: wrong, and so not timed
+    extra_mib: float | None = None  # most memory in use beyond inputs, output and gradients
+    reason: str | None = None  # why there is no time
+
+
+@dataclass
+class Ceilings:
+    """What the device does at best, measured now: bytes copied (read and written) and FLOPs of a large product."""
+
+    bytes_per_second: float
+    flops_per_second: float
+
+    def floor_ms(self, problem: Problem) -> float:
+        return 1e3 * max(problem.n_bytes / self.bytes_per_second, problem.n_flops / self.flops_per_second)
+
+
+def measure_ceilings(device: torch.device, dtype: torch.dtype, quick: bool) -> Ceilings:
+    """A device-to-device copy of 2 GiB and a product of 8192 (small on a CPU or when quick)."""
+    n, size = (2**31, 8192) if device.type == "cuda" and not quick else (2**24, 512)
+    source = torch.randn(n // dtype.itemsize, device=device).to(dtype)
+    target = torch.empty_like(source)
+    copy = median_ms(lambda: target.copy_(source), device, quick)
+    del source, target
+    a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+    product = median_ms(lambda: a @ b, device, quick)
+    return Ceilings(2 * n / copy * 1e3, 2 * size**3 / product * 1e3)
+
+
+def median_ms(function: Callable[[], object], device: torch.device, quick: bool) -> float:
+    """Of at least five calls after a warm-up: 200 ms of them, 20 when quick."""
+    if device.type == "cuda":
+        from triton.testing import do_bench
+
+        return do_bench(function, warmup=10 if quick else 50, rep=20 if quick else 200, return_mode="median")
+    function()
+    seconds = []
+    while len(seconds) < 5 or (sum(seconds) < 0.2 and not quick):
+        start = time.perf_counter()
+        function()
+        seconds.append(time.perf_counter() - start)
+    return 1e3 * statistics.median(seconds)
+
+
+def measure(problem: Problem, device: torch.device, quick: bool) -> list[Measured]:
+    """Every contender: checked against float64, then timed if it is no worse than twice eager PyTorch."""
+    exact = problem.exact()
+    allowed: list[float] | None = None
+    measured = []
+    for name, contender in problem.contenders.items():
+        run = _runner(problem, contender)
+        poison(device)
+        try:
+            before = _in_use(device)
+            found = run()
+            result = Measured(name, [error_ratio(a, e) for a, e in zip(problem.sample(found), exact, strict=True)])
+            extra = _peak(device) - before - sum(x.nbytes for x in found)
+            result.extra_mib = extra / 2**20 if device.type == "cuda" else None
+            del found
+        except torch.OutOfMemoryError:
+            measured.append(Measured(name, [], reason="out of memory"))
+            continue
+        if allowed is None:
+            allowed = [max(2 * error, problem.floor) for error in result.errors]
+        if all(error <= bound for error, bound in zip(result.errors, allowed, strict=True)):
+            result.milliseconds = median_ms(run, device, quick)
+        else:
+            result.reason = "wrong"
+        measured.append(result)
+    return measured
+
+
+def poison(device: torch.device) -> None:
+    """Fill memory that is free, and will be handed out next, with NaN."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+        torch.full((2**30,), float("nan"), device=device)
+
+
+def _runner(problem: Problem, contender) -> Callable[[], Tensors]:
+    wanted = [leaf for leaf in problem.leaves if leaf.requires_grad]
+
+    def forward() -> Tensors:
+        with torch.no_grad():
+            return [contender(*problem.leaves)]
+
+    def both() -> Tensors:
+        out = contender(*problem.leaves)
+        return [out.detach(), *torch.autograd.grad(out, wanted, problem.upstream)]
+
+    return forward if problem.upstream is None else both
+
+
+def _in_use(device: torch.device) -> int:
+    if device.type != "cuda":
+        return 0
+    torch.cuda.reset_peak_memory_stats(device)
+    return torch.cuda.memory_allocated(device)
+
+
+def _peak(device: torch.device) -> int:
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0
+
+
+@dataclass
+class Op:
+    """The cases of one op: shapes to report, small ones to try the script on, and the problems they make."""
+
+    name: str
+    shapes: list[tuple]
+    quick_shapes: list[tuple]
+    problems: Callable[..., list[Problem]] = field(repr=False)  # (shape, device, dtype) -> forward, and with backward

@@ -1,0 +1,92 @@
+"""Time the ops beside eager PyTorch, torch.compile and other libraries, in one run on one device.
+
+    python benchmarks/run.py [op ...] [--quick] [--device cuda] [--out FILE]
+
+Every contender is checked against float64 first, and one that is wrong gets no time. The floor is the fewest bytes over
+the bandwidth of a copy, or the FLOPs over the rate of a large product, whichever takes longer; both are measured in the
+same run. --quick takes tiny shapes, to try the script where there is no GPU (TRITON_INTERPRET=1).
+"""
+
+import argparse
+import gc
+import json
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from benchmarks.cases import OPS  # noqa: E402
+from benchmarks.harness import Ceilings, Measured, Problem, measure, measure_ceilings  # noqa: E402
+from fusedlm.files import write_atomic  # noqa: E402
+from fusedlm.model.precision import resolve_device, resolve_dtype  # noqa: E402
+from fusedlm.train.hardware import environment  # noqa: E402
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("ops", nargs="*", metavar="op", help=f"of {', '.join(OPS)}; none: all")
+    parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
+    parser.add_argument("--out", type=Path)
+    arguments = parser.parse_args()
+    if unknown := [name for name in arguments.ops if name not in OPS]:
+        parser.error(f"no op {', '.join(unknown)}; there are {', '.join(OPS)}")
+    device = resolve_device(arguments.device)
+    dtype = resolve_dtype("auto", device)
+    torch.manual_seed(0)
+    ceilings = measure_ceilings(device, dtype, arguments.quick)
+    print(
+        f"copy {ceilings.bytes_per_second / 1e9:,.0f} GB/s, product {ceilings.flops_per_second / 1e12:,.1f} TFLOP/s",
+        flush=True,
+    )
+    cases = []
+    for name in arguments.ops or OPS:
+        op = OPS[name]
+        for shape in op.quick_shapes if arguments.quick else op.shapes:
+            for problem in op.problems(shape, device, dtype):
+                cases.append(_record(problem, ceilings, measure(problem, device, arguments.quick)))
+                print(_lines(cases[-1]), flush=True)
+            del problem
+            gc.collect()
+            torch._dynamo.reset()
+            if device.type == "cuda":
+                torch.cuda.empty_cache()
+    if arguments.out:
+        record = {"name": "ops", "command": f"python benchmarks/run.py {' '.join(sys.argv[1:])}".strip()}
+        record |= {"environment": environment(device, dtype), "ceilings": asdict(ceilings), "cases": cases}
+        write_atomic(arguments.out, json.dumps(record, indent=1) + "\n")
+
+
+def _record(problem: Problem, ceilings: Ceilings, measured: list[Measured]) -> dict:
+    return {
+        "op": problem.op,
+        "shape": problem.shape,
+        "dtype": str(problem.dtype).removeprefix("torch."),
+        "direction": problem.direction,
+        "bytes": problem.n_bytes,
+        "flops": problem.n_flops,
+        "floor_ms": ceilings.floor_ms(problem),
+        "contenders": [asdict(one) for one in measured],
+    }
+
+
+def _lines(case: dict) -> str:
+    lines = [f"{case['op']}  {case['shape']}  {case['dtype']}  {case['direction']}  floor {case['floor_ms']:.4f} ms"]
+    for one in case["contenders"]:
+        worst = max(one["errors"], default=float("nan"))
+        if one["milliseconds"] is None:
+            lines.append(f"  {one['name']:15} {one['reason']} (error {worst:.1e})")
+            continue
+        extra = "" if one["extra_mib"] is None else f"  +{one['extra_mib']:,.0f} MiB"
+        share = case["floor_ms"] / one["milliseconds"]
+        lines.append(
+            f"  {one['name']:15} {one['milliseconds']:9.4f} ms  {share:6.1%} of the floor  error {worst:.1e}{extra}"
+        )
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()
