@@ -4,6 +4,7 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 
@@ -62,12 +63,10 @@ class Ceilings:
 def measure_ceilings(device: torch.device, dtype: torch.dtype, quick: bool) -> Ceilings:
     """A device-to-device copy of 2 GiB and a product of 8192 (small on a CPU or when quick)."""
     n, size = (2**31, 8192) if device.type == "cuda" and not quick else (2**24, 512)
-    source = torch.randn(n // dtype.itemsize, device=device).to(dtype)
-    target = torch.empty_like(source)
-    copy = median_ms(lambda: target.copy_(source), device, quick)
-    del source, target
-    a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
-    product = median_ms(lambda: a @ b, device, quick)
+    flat = torch.randn(n // dtype.itemsize, device=device).to(dtype)
+    copy = median_ms(partial(torch.empty_like(flat).copy_, flat), device, quick)
+    square = torch.randn(size, size, device=device).to(dtype)
+    product = median_ms(partial(torch.mm, square, square), device, quick)
     return Ceilings(2 * n / copy * 1e3, 2 * size**3 / product * 1e3)
 
 

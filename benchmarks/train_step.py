@@ -62,10 +62,12 @@ def measure(arguments) -> dict:
     if arguments.documents:
         documents = (torch.rand(rows, train.seq_len, device=device) < 1 / arguments.documents).long().cumsum(1)
 
+    weight = torch.full((), 1 / (rows * train.seq_len), device=device)
+
     def forward_backward():
         with autocast(device, dtype):
-            loss = model.loss(tokens[:, :-1], tokens[:, 1:], documents)
-        (loss.sum() / loss.numel()).backward()
+            loss = model.weighted_loss(tokens[:, :-1], tokens[:, 1:], weight, documents)
+        loss.backward()
 
     started = time.perf_counter()
     forward_backward()

@@ -1,6 +1,7 @@
 """What benchmarks/run.py measures: one module an op."""
 
-from benchmarks.cases import differential_combine, softcap_cross_entropy
+from benchmarks.cases import differential_combine, linear_softcap_cross_entropy, softcap_cross_entropy
 from benchmarks.harness import Op
 
-OPS: dict[str, Op] = {op.name: op for op in (softcap_cross_entropy.OP, differential_combine.OP)}
+_MODULES = (softcap_cross_entropy, linear_softcap_cross_entropy, differential_combine)
+OPS: dict[str, Op] = {module.OP.name: module.OP for module in _MODULES}

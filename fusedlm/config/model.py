@@ -41,6 +41,7 @@ class ImplConfig(Config):
     decayed_linear_attention: Literal["auto", "reference"] = "auto"  # of sdla and mamba2
     gated_scan: Literal["auto", "reference"] = "auto"  # of sdla's working memory
     differential_combine: Literal["auto", "triton", "reference"] = "auto"  # of diff_mla and cmd_mla
+    linear_softcap_cross_entropy: Literal["auto", "chunked", "reference"] = "auto"  # training; reference: all logits
     softcap_cross_entropy: Literal["auto", "triton", "reference"] = "auto"
 
 

@@ -111,6 +111,10 @@ class Decoder(torch.nn.Module):
         """(B, T) nll in nats of targets (B, T) int64; 0 where the target is -100."""
         return self.head.loss(self.hidden(tokens, documents), targets)
 
+    def weighted_loss(self, tokens, targets, weight: torch.Tensor, documents=None) -> torch.Tensor:
+        """() sum of `loss` times weight (), for training: the logits are perhaps never held whole."""
+        return self.head.weighted_loss(self.hidden(tokens, documents), targets, weight)
+
     def init_state(self, batch_size: int, max_tokens: int | None = None) -> State:
         """An empty state. Caches are reserved for max_tokens when that is given, and grow with the tokens otherwise."""
         if batch_size < 1 or (max_tokens is not None and max_tokens < 1):

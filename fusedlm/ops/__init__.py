@@ -6,6 +6,7 @@ from fusedlm.ops.decayed_linear_attention.op import decayed_linear_attention
 from fusedlm.ops.differential_combine.op import differential_combine
 from fusedlm.ops.gated_delta_rule.op import gated_delta_rule
 from fusedlm.ops.gated_scan.op import gated_scan
+from fusedlm.ops.linear_softcap_cross_entropy.op import linear_softcap_cross_entropy
 from fusedlm.ops.softcap_cross_entropy.op import softcap_cross_entropy
 
 __all__ = [
@@ -16,6 +17,7 @@ __all__ = [
     "differential_combine",
     "gated_delta_rule",
     "gated_scan",
+    "linear_softcap_cross_entropy",
     "packed_attention",
     "softcap_cross_entropy",
 ]

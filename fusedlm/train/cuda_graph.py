@@ -40,7 +40,7 @@ class CapturedBackward:
 
     def _capture(self, tokens_BT: torch.Tensor, targets_BT: torch.Tensor, n_valid: int) -> None:
         self._tokens, self._targets = tokens_BT.clone(), targets_BT.clone()
-        self._n_valid = torch.full((), n_valid, dtype=torch.float32, device=tokens_BT.device)
+        self._n_valid = torch.full((), n_valid, dtype=torch.float64, device=tokens_BT.device)
         rng = torch.cuda.get_rng_state(tokens_BT.device)
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
@@ -59,7 +59,6 @@ class CapturedBackward:
 
     def _backward(self) -> torch.Tensor:
         with self._autocast():
-            nll = self._model.loss(self._tokens, self._targets)
-        loss = nll.sum() / self._n_valid
+            loss = self._model.weighted_loss(self._tokens, self._targets, 1 / self._n_valid)
         loss.backward()
         return loss.detach()

@@ -46,6 +46,8 @@ def backward(
     total = None
     if captured is not None:
         captured.begin_step()
+    # Without a valid target infinite, so that the loss is not finite and the step is skipped.
+    weight = torch.full((), batch.n_valid, dtype=torch.float64, device=batch.tokens.device).reciprocal()
     for start in range(0, len(batch.tokens), micro_batch_size):
         rows = slice(start, start + micro_batch_size)
         if captured is not None:
@@ -54,13 +56,12 @@ def backward(
             continue
         documents = None if batch.documents is None else batch.documents[rows]
         with autocast():
-            nll = model.loss(batch.tokens[rows], batch.targets[rows], documents=documents)
-        loss = nll.sum() / batch.n_valid
+            loss = model.weighted_loss(batch.tokens[rows], batch.targets[rows], weight, documents)
         auxiliary = auxiliary_loss(model)
         if auxiliary is None:
             loss.backward()
         else:
-            (loss + auxiliary * (len(nll) / len(batch.tokens))).backward()
+            (loss + auxiliary * (len(batch.tokens[rows]) / len(batch.tokens))).backward()
         if tally is not None:
             tally.add()
         total = loss.detach() if total is None else total + loss.detach()

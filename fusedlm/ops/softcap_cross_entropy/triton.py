@@ -144,20 +144,23 @@ def _rows(logits: torch.Tensor) -> torch.Tensor:
     return logits if logits.stride(-1) == 1 or logits.shape[-1] == 1 else logits.contiguous()
 
 
-@torch.library.custom_op("fusedlm::softcap_cross_entropy", mutates_args=())
-def _forward(
-    logits: torch.Tensor, targets: torch.Tensor, cap: float | None, n_classes: int, z_loss: float
-) -> tuple[torch.Tensor, torch.Tensor]:
+def _losses(logits, targets, cap, n_classes, z_loss) -> tuple[torch.Tensor, torch.Tensor]:
     """Loss and log2 of the normaliser of each row, both (N,) float32."""
-    logits = _rows(logits)
     loss = torch.empty(len(logits), dtype=torch.float32, device=logits.device)
     log2_sums = torch.empty_like(loss)
     if len(logits):
         _forward_kernel[(len(logits),)](
-            logits, targets.contiguous(), loss, log2_sums, logits.stride(0), n_classes, cap or 0.0, z_loss,
+            logits, targets, loss, log2_sums, logits.stride(0), n_classes, cap or 0.0, z_loss,
             BOUNDED=_bounded(cap), **_launch(cap, n_classes),
         )  # fmt: skip
     return loss, log2_sums
+
+
+@torch.library.custom_op("fusedlm::softcap_cross_entropy", mutates_args=())
+def _forward(
+    logits: torch.Tensor, targets: torch.Tensor, cap: float | None, n_classes: int, z_loss: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    return _losses(_rows(logits), targets.contiguous(), cap, n_classes, z_loss)
 
 
 @_forward.register_fake
@@ -220,3 +223,8 @@ def loss_and_gradient_(logits, targets, weights, cap, n_classes, z_loss=0.0) -> 
             BOUNDED=_bounded(cap), **_launch(cap, width),
         )  # fmt: skip
     return loss
+
+
+def loss_only(logits, targets, cap, n_classes, z_loss=0.0) -> torch.Tensor:
+    """Loss of each row (N,) float32 of logits (N, V) whose rows are contiguous; no gradient."""
+    return _losses(logits, targets, cap, n_classes, z_loss)[0]

@@ -1,0 +1,105 @@
+"""Projection and soft-capped cross entropy a chunk of tokens at a time.
+
+A chunk's logits live in one buffer that becomes their gradient in place; from it come the chunk's gradient of the input
+and its part of the weight's, before the next chunk overwrites it. The weight's gradient is added up in float32 whatever
+the dtype of the weight: parts rounded one by one would be worse than the whole rounded once.
+"""
+
+import torch
+
+from fusedlm.ops.softcap_cross_entropy.triton import loss_and_gradient_, loss_only
+
+_CHUNK_BYTES = 2**27  # of logits
+_ROWS = 256  # a chunk is a multiple of these, for the tiles of the products
+
+
+def chunk_rows(n_classes: int, itemsize: int) -> int:
+    """Tokens whose logits are held at a time."""
+    return max(1, _CHUNK_BYTES // (n_classes * itemsize * _ROWS)) * _ROWS
+
+
+def _chunks(x: torch.Tensor, weight: torch.Tensor):
+    """Slices of the tokens and, for each, its logits in the buffer that all share."""
+    rows = min(chunk_rows(len(weight), x.element_size()), max(1, len(x)))
+    buffer = torch.empty(rows, len(weight), dtype=x.dtype, device=x.device)
+    for start in range(0, len(x), rows):
+        part = slice(start, min(start + rows, len(x)))
+        yield part, torch.mm(x[part], weight.t(), out=buffer[: part.stop - start])
+
+
+def _add_product(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor, first: bool) -> None:
+    """total (float32) = a b, plus what it is already unless first."""
+    beta = 0.0 if first else 1.0
+    if a.dtype == total.dtype:
+        torch.addmm(total, a, b, beta=beta, out=total)
+    else:
+        torch.addmm(total, a, b, out_dtype=total.dtype, beta=beta, out=total)
+
+
+@torch.library.custom_op("fusedlm::linear_softcap_cross_entropy", mutates_args=())
+def _forward_backward(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    targets: torch.Tensor,
+    token_weights: torch.Tensor,
+    cap: float | None,
+    n_classes: int,
+    z_loss: float,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Weighted sum (), losses (N,), and the sum's gradients of x and weight."""
+    x, rounded, targets = x.contiguous(), weight.to(x.dtype).contiguous(), targets.contiguous()
+    losses = torch.empty(len(x), dtype=torch.float32, device=x.device)
+    dx = torch.empty_like(x)
+    dw = torch.empty(weight.shape, dtype=torch.float32, device=x.device)
+    if not len(x):
+        dw.zero_()
+    for part, logits in _chunks(x, rounded):
+        losses[part] = loss_and_gradient_(logits, targets[part], token_weights[part], cap, n_classes, z_loss)
+        torch.mm(logits, rounded, out=dx[part])
+        _add_product(dw, logits.t(), x[part], first=part.start == 0)
+    return (losses * token_weights).sum(), losses, dx, dw.to(weight.dtype)
+
+
+@_forward_backward.register_fake
+def _(x, weight, targets, token_weights, cap, n_classes, z_loss):
+    losses = x.new_empty(x.shape[:1], dtype=torch.float32)
+    dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    dw = torch.empty(weight.shape, dtype=weight.dtype, device=weight.device)
+    return losses.sum(), losses, dx, dw
+
+
+def _setup_context(ctx, inputs, output):
+    _, losses, dx, dw = output
+    ctx.mark_non_differentiable(losses, dx, dw)
+    ctx.save_for_backward(dx, dw)
+
+
+def _gradients(ctx, upstream, *_):
+    dx, dw = ctx.saved_tensors
+    return dx * upstream.to(dx.dtype), dw * upstream.to(dw.dtype), None, None, None, None, None
+
+
+_forward_backward.register_autograd(_gradients, setup_context=_setup_context)
+
+
+@torch.library.custom_op("fusedlm::linear_softcap_cross_entropy_losses", mutates_args=())
+def _forward(
+    x: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, cap: float | None, n_classes: int, z_loss: float
+) -> torch.Tensor:
+    x, weight, targets = x.contiguous(), weight.to(x.dtype).contiguous(), targets.contiguous()
+    losses = torch.empty(len(x), dtype=torch.float32, device=x.device)
+    for part, logits in _chunks(x, weight):
+        losses[part] = loss_only(logits, targets[part], cap, n_classes, z_loss)
+    return losses
+
+
+@_forward.register_fake
+def _(x, weight, targets, cap, n_classes, z_loss):
+    return x.new_empty(x.shape[:1], dtype=torch.float32)
+
+
+def linear_softcap_cross_entropy(x, weight, targets, token_weights, cap, n_classes, z_loss):
+    if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
+        return _forward_backward(x, weight, targets, token_weights, cap, n_classes, z_loss)[:2]
+    losses = _forward(x, weight, targets, cap, n_classes, z_loss)
+    return (losses * token_weights).sum(), losses

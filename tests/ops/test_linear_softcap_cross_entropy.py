@@ -1,0 +1,134 @@
+"""The chunked implementation against the reference in float64: sum, losses and every gradient."""
+
+import pytest
+import torch
+
+from fusedlm.ops import linear_softcap_cross_entropy
+from fusedlm.ops.linear_softcap_cross_entropy import reference
+from fusedlm.testing import assert_close, error_ratio
+
+chunked = pytest.importorskip("fusedlm.ops.linear_softcap_cross_entropy.chunked")
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+NAMES = ("sum", "losses", "x", "weight")
+SHAPES = [
+    (7, 13, 13, 5),
+    (40, 70, 64, 16),
+    (1, 2, 2, 1),
+    (33, 1030, 1001, 24),
+]  # tokens, rows of the weight, classes, D
+
+
+@pytest.fixture(autouse=True)
+def small_chunks(monkeypatch):
+    monkeypatch.setattr(chunked, "chunk_rows", lambda n_classes, itemsize: 16)
+
+
+def _inputs(n, width, classes, dim, dtype=torch.float32):
+    g = torch.Generator().manual_seed(n * width)
+    x = torch.randn(n, dim, generator=g).to(DEVICE, dtype)
+    weight = (4 * torch.randn(width, dim, generator=g) / dim**0.5).to(DEVICE)
+    targets = torch.randint(0, classes, (n,), generator=g)
+    if n > 2:
+        targets[1] = -100
+    return x.requires_grad_(), weight.requires_grad_(), targets.to(DEVICE), torch.rand(n, generator=g).to(DEVICE)
+
+
+def _run(function, x, weight, targets, token_weights, *rest, dtype=None, factor=3.0):
+    x, weight = (leaf.detach().to(dtype or leaf.dtype).requires_grad_() for leaf in (x, weight))
+    total, losses = function(x, weight, targets, token_weights, *rest)
+    return [total.detach(), losses, *torch.autograd.grad(factor * total, (x, weight))]
+
+
+def _check(inputs, *rest, floor):
+    """Within four times what the reference in the same precision is wrong by, which by luck may be little."""
+    found = _run(chunked.linear_softcap_cross_entropy, *inputs, *rest)
+    same = _run(reference.linear_softcap_cross_entropy, *inputs, *rest)
+    exact = _run(reference.linear_softcap_cross_entropy, *inputs, *rest, dtype=torch.float64)
+    for name, a, s, e in zip(NAMES, found, same, exact, strict=True):
+        assert a.dtype == s.dtype and not (name == "losses" and a.requires_grad)
+        assert_close(a, e, max(4 * error_ratio(s, e), floor), name)
+
+
+@pytest.mark.parametrize("cap, z_loss", [(None, 0.0), (15.0, 0.0), (15.0, 1e-3)])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_chunks_are_the_whole(shape, cap, z_loss):
+    _check(_inputs(*shape), cap, shape[2], z_loss, floor=2e-6)
+
+
+def test_forward_only():
+    x, weight, targets, token_weights = _inputs(*SHAPES[1])
+    expected = reference.linear_softcap_cross_entropy(x, weight, targets, token_weights, 15.0, 64, 0.0)
+    with torch.no_grad():
+        found = chunked.linear_softcap_cross_entropy(x, weight, targets, token_weights, 15.0, 64, 0.0)
+    for a, e in zip(found, expected, strict=True):
+        assert_close(a, e, 1e-6)
+
+
+def test_no_tokens():
+    x, weight, targets, token_weights = _inputs(0, 9, 9, 4)
+    total, losses, dx, dw = _run(chunked.linear_softcap_cross_entropy, x, weight, targets, token_weights, None, 9, 0.0)
+    assert total == 0 and losses.shape == (0,) and dx.shape == (0, 4) and not dw.any()
+
+
+def test_all_logits_are_never_held(monkeypatch):
+    """The largest tensor of classes is a chunk's."""
+    largest = []
+    empty = torch.empty
+    monkeypatch.setattr(torch, "empty", lambda *size, **rest: largest.append(size) or empty(*size, **rest))
+    x, weight, targets, token_weights = _inputs(*SHAPES[3])
+    _run(chunked.linear_softcap_cross_entropy, x, weight, targets, token_weights, None, 1001, 0.0)
+    assert (16, 1030) in largest and all(size[:1] != (33,) or 1030 not in size for size in largest)
+
+
+def test_mean_of_a_tied_embedding():
+    """As a model uses it: one weight for all tokens, the same matrix looked up and projected to."""
+    embedding = torch.randn(50, 8, device=DEVICE, dtype=torch.float64).requires_grad_()
+    tokens, targets = torch.arange(20, device=DEVICE), torch.arange(20, device=DEVICE).roll(-1)
+    total, _ = linear_softcap_cross_entropy(
+        embedding[tokens], embedding, targets, torch.tensor(1 / 20, device=DEVICE), cap=15.0
+    )
+    expected = torch.nn.functional.cross_entropy(15 * torch.tanh(embedding[tokens] @ embedding.t() / 15), targets)
+    gradients = [torch.autograd.grad(loss, embedding)[0] for loss in (total, expected)]
+    assert_close(total, expected, 1e-7)
+    assert_close(*gradients, 1e-7)
+
+
+def test_operators_keep_their_promises():
+    x, weight, targets, token_weights = _inputs(*SHAPES[0])
+    arguments = (x, weight, targets, token_weights, 15.0, 13, 1e-3)
+    torch.library.opcheck(torch.ops.fusedlm.linear_softcap_cross_entropy.default, arguments)
+    rest = (x.detach(), weight.detach(), targets, 15.0, 13, 1e-3)
+    torch.library.opcheck(torch.ops.fusedlm.linear_softcap_cross_entropy_losses.default, rest)
+
+
+def test_full_graph():
+    inputs = _inputs(*SHAPES[1])
+
+    def function(x, *rest):
+        return chunked.linear_softcap_cross_entropy(2 * x, *rest, 15.0, 64, 0.0)
+
+    plain = _run(function, *inputs)
+    compiled = _run(torch.compile(function, fullgraph=True, backend="aot_eager"), *inputs)
+    for a, b in zip(compiled, plain, strict=True):
+        assert_close(a, b, 1e-7)
+
+
+def test_bad_input():
+    x, weight, targets, token_weights = _inputs(*SHAPES[0])
+    with pytest.raises(ValueError, match=r"x \(7, 5\), weight \(13, 4\)"):
+        linear_softcap_cross_entropy(x, weight[:, :4], targets)
+    with pytest.raises(ValueError, match=r"targets \(6,\)"):
+        linear_softcap_cross_entropy(x, weight, targets[:6])
+    with pytest.raises(ValueError, match=r"token_weights \(3,\) must be \(\) or \(7,\)"):
+        linear_softcap_cross_entropy(x, weight, targets, token_weights[:3])
+    with pytest.raises(ValueError, match="detach them"):
+        linear_softcap_cross_entropy(x, weight, targets, token_weights.requires_grad_())
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("weight_dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("cap", [None, 15.0])
+@pytest.mark.parametrize("shape", [*SHAPES, (600, 50304, 50257, 64)])
+def test_chunks_in_bfloat16(shape, cap, weight_dtype):
+    x, weight, *rest = _inputs(*shape, torch.bfloat16)
+    _check((x, weight.detach().to(weight_dtype), *rest), cap, shape[2], 0.0, floor=1e-5)
