@@ -47,12 +47,13 @@ def op_lines(device, dtype) -> list[str]:
     from fusedlm.ops.common import Setting
 
     setting = Setting(device, dtype)
+    width = max(map(len, OPS)) + 2
     lines = []
     for op in OPS.values():
         chosen = op.choose("auto", setting, **op.typical_shape).name
         for name, reason in op.reasons(setting, **op.typical_shape).items():
             verdict = "runs" if name == chosen else "could run" if reason is None else f"cannot run: {reason}"
-            lines.append(f"  {op.name:<26}{name:<12}{verdict}")
+            lines.append(f"  {op.name:<{width}}{name:<12}{verdict}")
     return lines
 
 
