@@ -4,7 +4,8 @@ import torch
 
 from benchmarks.cases.peers import peer, present
 from benchmarks.harness import Op, Problem
-from fusedlm.ops.softcap_cross_entropy import reference, triton
+from fusedlm.ops import softcap_cross_entropy
+from fusedlm.ops.softcap_cross_entropy import triton
 
 CAP = 15.0
 SAMPLED = 64  # rows at either end that are compared
@@ -14,7 +15,7 @@ def _liger(module):
     def run(logits, targets):
         # It writes the gradient over the logits, which are needed again: the copy is part of its price.
         losses = module.LigerCrossEntropyFunction.apply(
-            logits.clone(), targets, None, -100, 0.0, 0.0, "none", CAP, False
+            logits.clone(), targets, None, -100, 0.0, 0.0, "mean", CAP, False
         )
         return losses[0] if isinstance(losses, tuple) else losses
 
@@ -25,40 +26,60 @@ def problems(shape: tuple[int, int], device: torch.device, dtype: torch.dtype) -
     rows, width = shape
     logits = (4 * torch.randn(rows, width, device=device)).to(dtype).requires_grad_()
     targets = torch.randint(width, (rows,), device=device)
-    upstream = torch.rand(rows, device=device) / rows
 
-    def eager(z, t):
-        return reference.softcap_cross_entropy(z, t, CAP, width)
+    def by_row(z, t):
+        return softcap_cross_entropy(z, t, cap=CAP)
 
-    def fused(z, t):
-        return triton.softcap_cross_entropy(z, t, CAP, width)
+    def mean(z, t):
+        return softcap_cross_entropy(z, t, cap=CAP, reduction="mean")
+
+    def fused_by_row(z, t):
+        return softcap_cross_entropy(z, t, cap=CAP, implementation=triton.softcap_cross_entropy)
+
+    def fused_mean(z, t):
+        return softcap_cross_entropy(z, t, cap=CAP, reduction="mean", implementation=triton.softcap_cross_entropy)
 
     def ends(x: torch.Tensor) -> torch.Tensor:
-        return torch.cat([x[:SAMPLED], x[-SAMPLED:]])
+        return x if x.ndim == 0 else torch.cat([x[:SAMPLED], x[-SAMPLED:]])
 
-    def exact():
+    def exact_by_row():
+        return [by_row(ends(logits.detach()).double(), ends(targets))]
+
+    def exact_mean():
+        """The mean, and the gradient of the rows at either end."""
+        total = sum(
+            by_row(z.double(), t).sum() for z, t in zip(logits.detach().split(256), targets.split(256), strict=True)
+        )
         z = ends(logits.detach()).double().requires_grad_()
-        loss = eager(z, ends(targets))
-        return [loss.detach(), torch.autograd.grad((loss * ends(upstream)).sum(), z)[0]]
+        return [total / rows, torch.autograd.grad(by_row(z, ends(targets)).sum() / rows, z)[0]]
 
-    contenders = present(
-        eager=eager,
-        torch_compile=torch.compile(eager),
-        Liger=peer("liger_kernel.ops.cross_entropy", _liger),
-        fusedlm=fused,
-    )
     common = {
         "op": "softcap_cross_entropy",
         "shape": f"{rows} × {width}",
         "dtype": dtype,
         "leaves": [logits, targets],
-        "contenders": contenders,
         "sample": lambda found: [ends(x) for x in found],
     }
     return [
-        Problem(upstream=None, exact=lambda: exact()[:1], n_bytes=logits.nbytes, **common),
-        # The row is read for the loss and again for its gradient, which is written.
-        Problem(upstream=upstream, exact=exact, n_bytes=3 * logits.nbytes, **common),
+        Problem(
+            upstream=None,
+            exact=exact_by_row,
+            n_bytes=logits.nbytes,
+            contenders=present(eager=by_row, torch_compile=torch.compile(by_row), fusedlm=fused_by_row),
+            **common,
+        ),
+        Problem(
+            upstream=torch.ones((), device=device),
+            exact=exact_mean,
+            n_bytes=2 * logits.nbytes,  # read once, and the gradient written
+            contenders=present(
+                eager=mean,
+                torch_compile=torch.compile(mean),
+                Liger=peer("liger_kernel.ops.cross_entropy", _liger),
+                fusedlm=fused_mean,
+            ),
+            **common,
+        ),
     ]
 
 

@@ -13,6 +13,8 @@ EPS = 1e-5
 
 SHAPES = [(2, 5, 3, 16), (1, 1, 1, 1), (1, 130, 2, 40), (2, 3, 4, 64), (1, 2, 2, 200), (0, 3, 2, 8)]
 WEIGHTS = ["one", "head", "token"]
+# Without the single number, whose norm is its sign: its gradient is what rounding leaves of 0.
+HALF_SHAPES = [shape for shape in SHAPES if shape[-1] > 1 and 0 not in shape]
 ENDS = [(True, True), (True, False), (False, True), (False, False)]  # with gamma, with a scale
 NAMES = ("output", "signal", "noise", "weight", "gamma")
 
@@ -133,7 +135,7 @@ def test_bad_input():
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("weights", WEIGHTS)
 @pytest.mark.parametrize("gamma, scale", ENDS)
-@pytest.mark.parametrize("shape", [*SHAPES[:-1], (4, 1000, 8, 64)])
+@pytest.mark.parametrize("shape", [*HALF_SHAPES, (4, 1000, 8, 64)])
 def test_kernel_in_half_precision(shape, weights, gamma, scale, dtype):
     tensors, scale, upstream = _inputs(shape, weights, gamma, scale, dtype)
     _check(kernels.differential_combine, tensors, scale, upstream, 1e-5)

@@ -23,25 +23,49 @@ SOFTCAP_CROSS_ENTROPY = Op(
 
 
 def softcap_cross_entropy(
-    logits, targets, *, cap=None, n_classes=None, z_loss=0.0, implementation=None
+    logits,
+    targets,
+    *,
+    cap=None,
+    n_classes=None,
+    ignore_index=IGNORE_INDEX,
+    z_loss=0.0,
+    reduction="none",
+    in_place=False,
+    implementation=None,
 ) -> torch.Tensor:
     """Negative log likelihood of each target under softmax(cap * tanh(logits / cap)), in nats.
 
+    With the reduction "mean" or "sum" the kernel makes the gradient with the loss, and reads the logits once.
+
     Args:
         logits: (N, V) of any float dtype; the arithmetic is float32 or better.
-        targets: (N,) int64 in [0, n_classes), or IGNORE_INDEX (-100) for rows that count nothing.
+        targets: (N,) int64 in [0, n_classes), or ignore_index for rows that count nothing.
         cap: soft cap; None for none.
         n_classes: classes from here on are padding, with probability 0; None: V.
         z_loss: times the square of the log of the normaliser is added (PaLM, arXiv 2204.02311, section 5).
+        reduction: "none", "sum", or "mean" over the rows that count (NaN when none does).
+        in_place: allows a reduced loss to leave its gradient in the logits' memory; they then hold nothing else of use.
         implementation: what `SOFTCAP_CROSS_ENTROPY.choose(...).function` gave; None: the reference.
 
     Returns:
-        (N,) float32 (float64 for float64 logits), 0 where ignored.
+        (N,) float32 (float64 for float64 logits), 0 where ignored; () with a reduction.
 
     Raises:
-        ValueError: the shapes do not go together.
+        ValueError: the shapes do not go together, or the reduction is none of the three.
     """
     if logits.ndim != 2 or targets.shape != logits.shape[:1]:
         raise ValueError(f"logits {tuple(logits.shape)} and targets {tuple(targets.shape)} must be (N, V) and (N,)")
+    if reduction not in ("none", "sum", "mean"):
+        raise ValueError(f"reduction {reduction!r} must be 'none', 'sum' or 'mean'")
+    if ignore_index != IGNORE_INDEX:
+        targets = targets.masked_fill(targets == ignore_index, IGNORE_INDEX)
+    weights = None
+    if reduction != "none":
+        weights = torch.ones((), dtype=torch.promote_types(logits.dtype, torch.float32), device=logits.device)
+        if reduction == "mean":
+            weights = weights / (targets != IGNORE_INDEX).sum()
+        weights = weights.expand(len(targets))
     implementation = implementation or reference.softcap_cross_entropy
-    return implementation(logits, targets, cap, logits.shape[-1] if n_classes is None else n_classes, z_loss)
+    n_classes = logits.shape[-1] if n_classes is None else n_classes
+    return implementation(logits, targets, cap, n_classes, z_loss, weights, in_place)

@@ -12,7 +12,8 @@ def softcap(logits: torch.Tensor, cap: float | None) -> torch.Tensor:
     return logits if cap is None else cap * torch.tanh(logits / cap)
 
 
-def softcap_cross_entropy(logits, targets, cap, n_classes, z_loss=0.0) -> torch.Tensor:
+def softcap_cross_entropy(logits, targets, cap, n_classes, z_loss=0.0, weights=None, in_place=False) -> torch.Tensor:
+    """The losses (N,), or with weights (N,) the sum () of both; in_place allows, and does not ask, to overwrite."""
     logits = softcap(logits, cap)
     if n_classes < logits.shape[-1]:
         padding = torch.arange(logits.shape[-1], device=logits.device) >= n_classes
@@ -20,4 +21,4 @@ def softcap_cross_entropy(logits, targets, cap, n_classes, z_loss=0.0) -> torch.
     loss = F.cross_entropy(logits, targets, ignore_index=IGNORE_INDEX, reduction="none")
     if z_loss:
         loss = loss + z_loss * logits.logsumexp(-1).square() * (targets != IGNORE_INDEX)
-    return loss
+    return loss if weights is None else (loss * weights).sum()

@@ -1,4 +1,7 @@
-"""Soft-capped cross entropy in Triton: one program a row, the row read once for the loss and once for the gradient.
+"""Soft-capped cross entropy in Triton: a program takes a row, or several narrow ones.
+
+The loss reads a row once. Its gradient reads it again, from the end backwards: made by the same program right after, it
+finds in the cache what was read last, and a gradient that is made with the loss costs one read and one write.
 
 With a cap the arithmetic needs no maximum: exp(cap tanh(z / cap)) lies within exp(-cap) and exp(cap), which float32
 holds up to a cap of some 75 for any vocabulary. With r = 1 / (1 + exp(2 z / cap)) both what is summed,
@@ -18,6 +21,11 @@ _LN2 = tl.constexpr(math.log(2))
 _IGNORE = tl.constexpr(IGNORE_INDEX)
 _LOWEST = tl.constexpr(-3.0e38)  # finite: a difference of two infinities would be NaN
 _WIDEST_BOUND = 75.0  # caps up to here need no maximum
+_NARROW_TILE = 4096  # elements of the rows that a program takes together
+_WIDE_BLOCK = 8192
+_WIDE_WARPS = 16
+_SCALE_BLOCK = 8192
+_SCALE_PROGRAMS = 1024
 
 
 @triton.jit
@@ -31,108 +39,192 @@ def _exponent(z, cap, CAPPED: tl.constexpr):
 
 
 @triton.jit
-def _log2_sum(row_ptr, n, cap, CAPPED: tl.constexpr, BOUNDED: tl.constexpr, BLOCK: tl.constexpr):
-    """log2 of the sum of exp(capped z) over the first n of a row; 0 for n = 0."""
-    columns = tl.arange(0, BLOCK)
-    total = tl.zeros((BLOCK,), dtype=tl.float32)
-    peak = _LOWEST
-    for start in range(0, n, BLOCK):
-        inside = start + columns < n
-        z = tl.load(row_ptr + start + columns, mask=inside, other=0.0).to(tl.float32)
+def _read(target, n):
+    """How much of the rows is read: nothing where all are ignored."""
+    return tl.where(tl.max(tl.where(target == _IGNORE, 0, 1), 0) > 0, n, 0)
+
+
+@triton.jit
+def _log2_sums(pointers, n, cap, CAPPED: tl.constexpr, BOUNDED: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+    """log2 of the sum of exp(capped z) over the first n of each row (ROWS,); 0 for n = 0."""
+    columns = tl.arange(0, BLOCK)[None, :]
+    total = tl.zeros((ROWS, BLOCK), dtype=tl.float32)
+    peak = tl.full((ROWS,), _LOWEST, tl.float32)
+    whole = n // BLOCK * BLOCK
+    for start in range(0, whole, BLOCK):  # without masks, which cost as much as the arithmetic
+        z = tl.load(pointers + start, eviction_policy="evict_last").to(tl.float32)
+        u, _ = _exponent(z, cap, CAPPED)
+        if BOUNDED:
+            total += tl.exp2(u)
+        else:
+            higher = tl.maximum(peak, tl.max(u, 1))
+            total = total * tl.exp2(peak - higher)[:, None] + tl.exp2(u - higher[:, None])
+            peak = higher
+    if whole < n:
+        inside = whole + columns < n
+        z = tl.load(pointers + whole, mask=inside, other=0.0).to(tl.float32)
         u, _ = _exponent(z, cap, CAPPED)
         if BOUNDED:
             total += tl.where(inside, tl.exp2(u), 0.0)
         else:
             u = tl.where(inside, u, _LOWEST)
-            higher = tl.maximum(peak, tl.max(u, 0))
-            total = total * tl.exp2(peak - higher) + tl.where(inside, tl.exp2(u - higher), 0.0)
+            higher = tl.maximum(peak, tl.max(u, 1))
+            total = total * tl.exp2(peak - higher)[:, None] + tl.where(inside, tl.exp2(u - higher[:, None]), 0.0)
             peak = higher
     if BOUNDED:
-        peak = 0.0
-    return tl.where(n > 0, peak, 0.0) + tl.log2(tl.where(n > 0, tl.sum(total, 0), 1.0))
+        peak = tl.zeros((ROWS,), dtype=tl.float32)
+    return tl.where(n > 0, peak, 0.0) + tl.log2(tl.where(n > 0, tl.sum(total, 1), 1.0))
 
 
 @triton.jit
-def _loss(row_ptr, target, n, log2_sum, cap, z_loss, CAPPED: tl.constexpr):
-    """Of one row; 0 where ignored, NaN where the target is no class."""
-    valid = (target >= 0) & (target < n)
-    z = tl.load(row_ptr + target, mask=valid, other=0.0).to(tl.float32)
-    u, _ = _exponent(z, cap, CAPPED)
+def _at_targets(rows, target, n, cap, CAPPED: tl.constexpr):
+    """Exponent and r of each row's target; 0 where it is none of the n."""
+    z = tl.load(rows + target, mask=(target >= 0) & (target < n), other=0.0).to(tl.float32)
+    return _exponent(z, cap, CAPPED)
+
+
+@triton.jit
+def _losses_of(u, target, n, log2_sum, z_loss):
+    """0 where ignored, NaN where the target is no class."""
     lse = log2_sum * _LN2
     loss = (log2_sum - u) * _LN2 + z_loss * lse * lse
-    return tl.where(target == _IGNORE, 0.0, tl.where(valid, loss, float("nan")))
+    loss = tl.where((target >= 0) & (target < n), loss, float("nan"))
+    return tl.where(target == _IGNORE, 0.0, loss)
 
 
 @triton.jit
-def _write_gradient(
-    row_ptr, out_ptr, target, scale, n, width, log2_sum, cap, z_loss, CAPPED: tl.constexpr, BLOCK: tl.constexpr
-):
-    """scale times the gradient of the row's loss, zero in the padding and for ignored rows; may overwrite the row."""
-    columns = tl.arange(0, BLOCK)
-    ignored = target == _IGNORE
+def _gradient(z, cap, log2_sum, factor, CAPPED: tl.constexpr):
+    """factor times the share of each class in the sum, and times the derivative of the cap."""
+    u, r = _exponent(z, cap, CAPPED)
+    gradient = tl.exp2(u - log2_sum) * factor
+    if CAPPED:
+        gradient *= 4.0 * (r - r * r)
+    return gradient
+
+
+@triton.jit
+def _write_gradients(
+    pointers, out_pointers, out_rows, target, scale, u, r, n, width, log2_sum, cap, z_loss, row_inside,
+    CAPPED: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """scale times the gradient of each row's loss, zero in the padding and for ignored rows; may overwrite the rows.
+
+    u and r are those of the target, whose element is written last: no other has to ask whether it is the target.
+    """
+    columns = tl.arange(0, BLOCK)[None, :]
+    kept = target != _IGNORE
+    scale = tl.where(kept, scale, 0.0)
     pull = 2.0 * z_loss * log2_sum * _LN2  # of the normaliser's square
-    for start in range(0, width, BLOCK):
-        column = start + columns
-        inside = (column < n) & (not ignored)
-        z = tl.load(row_ptr + column, mask=inside, other=0.0).to(tl.float32)
-        u, r = _exponent(z, cap, CAPPED)
-        share = tl.exp2(u - log2_sum)
-        gradient = share - tl.where(column == target, 1.0, 0.0) + share * pull
-        if CAPPED:
-            gradient *= 4.0 * r * (1.0 - r)
-        gradient = tl.where(inside, gradient * scale, 0.0)
-        tl.store(out_ptr + column, gradient.to(out_ptr.dtype.element_ty), mask=column < width)
+    factor = scale * (1.0 + pull)
+    whole = _read(target, n) // BLOCK * BLOCK
+    for block in range(0, tl.cdiv(width - whole, BLOCK)):
+        start = whole + block * BLOCK
+        inside = (start + columns < n) & kept[:, None]
+        z = tl.load(pointers + start, mask=inside, other=0.0).to(tl.float32)
+        gradient = tl.where(inside, _gradient(z, cap, log2_sum[:, None], factor[:, None], CAPPED), 0.0)
+        mask = (start + columns < width) & row_inside[:, None]
+        tl.store(out_pointers + start, gradient.to(out_pointers.dtype.element_ty), mask=mask)
+    for start in range(0, whole, BLOCK):
+        at = whole - BLOCK - start
+        z = tl.load(pointers + at).to(tl.float32)
+        gradient = _gradient(z, cap, log2_sum[:, None], factor[:, None], CAPPED)
+        if ROWS > 1:
+            gradient = tl.where(kept[:, None], gradient, 0.0)
+            tl.store(out_pointers + at, gradient.to(out_pointers.dtype.element_ty), mask=row_inside[:, None])
+        else:
+            tl.store(out_pointers + at, gradient.to(out_pointers.dtype.element_ty))
+    tl.debug_barrier()  # another thread has written something else there
+    share = tl.exp2(u - log2_sum)
+    gradient = scale * (share - 1.0 + share * pull)
+    if CAPPED:
+        gradient *= 4.0 * (r - r * r)
+    mask = (target >= 0) & (target < n) & row_inside
+    tl.store(out_rows + target, gradient.to(out_rows.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _rows_of(targets, n_rows, ROWS: tl.constexpr):
+    """Rows of this program, the last repeated beyond the end, which of them there are, and their targets."""
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    row_inside = row < n_rows
+    row = tl.minimum(row, n_rows - 1)
+    return row, row_inside, tl.load(targets + row)
 
 
 @triton.jit
 def _forward_kernel(
-    logits, targets, loss, log2_sums, row_stride, n, cap, z_loss,
-    CAPPED: tl.constexpr, BOUNDED: tl.constexpr, BLOCK: tl.constexpr,
+    logits, targets, loss, log2_sums, n_rows, row_stride, n, cap, z_loss,
+    CAPPED: tl.constexpr, BOUNDED: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    row = tl.program_id(0).to(tl.int64)
-    row_ptr = logits + row * row_stride
-    target = tl.load(targets + row)
-    log2_sum = _log2_sum(row_ptr, tl.where(target == _IGNORE, 0, n), cap, CAPPED, BOUNDED, BLOCK)
-    tl.store(log2_sums + row, log2_sum)
-    tl.store(loss + row, _loss(row_ptr, target, n, log2_sum, cap, z_loss, CAPPED))
+    row, row_inside, target = _rows_of(targets, n_rows, ROWS)
+    rows = logits + row * row_stride
+    pointers = rows[:, None] + tl.arange(0, BLOCK)[None, :]
+    log2_sum = _log2_sums(pointers, _read(target, n), cap, CAPPED, BOUNDED, ROWS, BLOCK)
+    u, _ = _at_targets(rows, target, n, cap, CAPPED)
+    tl.store(log2_sums + row, log2_sum, mask=row_inside)
+    tl.store(loss + row, _losses_of(u, target, n, log2_sum, z_loss), mask=row_inside)
 
 
 @triton.jit
 def _backward_kernel(
-    logits, targets, log2_sums, upstream, gradient, row_stride, upstream_stride, width, n, cap, z_loss,
-    CAPPED: tl.constexpr, BLOCK: tl.constexpr,
+    logits, targets, log2_sums, upstream, gradient, n_rows, row_stride, upstream_stride, width, n, cap, z_loss,
+    CAPPED: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    row = tl.program_id(0).to(tl.int64)
-    target = tl.load(targets + row)
+    row, row_inside, target = _rows_of(targets, n_rows, ROWS)
     scale = tl.load(upstream + row * upstream_stride).to(tl.float32)
     log2_sum = tl.load(log2_sums + row)
-    _write_gradient(
-        logits + row * row_stride, gradient + row * width, target, scale, n, width, log2_sum, cap, z_loss, CAPPED, BLOCK
-    )
+    rows, out_rows = logits + row * row_stride, gradient + row * width
+    columns = tl.arange(0, BLOCK)[None, :]
+    u, r = _at_targets(rows, target, n, cap, CAPPED)
+    _write_gradients(
+        rows[:, None] + columns, out_rows[:, None] + columns, out_rows, target, scale, u, r, n, width, log2_sum, cap,
+        z_loss, row_inside, CAPPED, ROWS, BLOCK,
+    )  # fmt: skip
 
 
 @triton.jit
 def _both_kernel(
-    logits, targets, weights, loss, row_stride, weight_stride, width, n, cap, z_loss,
-    CAPPED: tl.constexpr, BOUNDED: tl.constexpr, BLOCK: tl.constexpr,
+    logits, targets, weights, loss, gradient, n_rows, row_stride, gradient_stride, weight_stride, width, n, cap, z_loss,
+    CAPPED: tl.constexpr, BOUNDED: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    row = tl.program_id(0).to(tl.int64)
-    row_ptr = logits + row * row_stride
-    target = tl.load(targets + row)
+    """gradient may be the logits themselves."""
+    row, row_inside, target = _rows_of(targets, n_rows, ROWS)
     weight = tl.load(weights + row * weight_stride).to(tl.float32)
-    log2_sum = _log2_sum(row_ptr, tl.where(target == _IGNORE, 0, n), cap, CAPPED, BOUNDED, BLOCK)
-    tl.store(loss + row, _loss(row_ptr, target, n, log2_sum, cap, z_loss, CAPPED))
-    # The target's logit was read; from here on the row may be overwritten.
-    tl.debug_barrier()
-    _write_gradient(row_ptr, row_ptr, target, weight, n, width, log2_sum, cap, z_loss, CAPPED, BLOCK)
+    rows, out_rows = logits + row * row_stride, gradient + row * gradient_stride
+    columns = tl.arange(0, BLOCK)[None, :]
+    pointers = rows[:, None] + columns
+    log2_sum = _log2_sums(pointers, _read(target, n), cap, CAPPED, BOUNDED, ROWS, BLOCK)
+    u, r = _at_targets(rows, target, n, cap, CAPPED)
+    tl.store(loss + row, _losses_of(u, target, n, log2_sum, z_loss), mask=row_inside)
+    tl.debug_barrier()  # all threads have read the targets' logits: the rows may be overwritten
+    _write_gradients(
+        pointers, out_rows[:, None] + columns, out_rows, target, weight, u, r, n, width, log2_sum, cap, z_loss,
+        row_inside, CAPPED, ROWS, BLOCK,
+    )  # fmt: skip
+
+
+@triton.jit
+def _scale_kernel(x, factor, n, BLOCK: tl.constexpr):
+    """x *= factor, without touching it when that is 1."""
+    scale = tl.load(factor).to(tl.float32)
+    if scale != 1.0:
+        own = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+        for start in range(0, n, tl.num_programs(0) * BLOCK):
+            at = start + own
+            value = tl.load(x + at, mask=at < n).to(tl.float32) * scale
+            tl.store(x + at, value.to(x.dtype.element_ty), mask=at < n)
 
 
 def _launch(cap: float | None, width: int) -> dict:
-    block = min(triton.next_power_of_2(width), 4096)
+    """Narrow rows several to a program, whole; wide ones in blocks, with few rows on the device at a time: the second
+    reading of a row is then from the cache."""
+    block = min(triton.next_power_of_2(width), _WIDE_BLOCK)
+    rows = max(1, _NARROW_TILE // block) if block >= width else 1
     return {
         "CAPPED": cap is not None,
+        "ROWS": rows,
         "BLOCK": block,
-        "num_warps": max(1, min(8, block // 256)),
+        "num_warps": max(1, min(_WIDE_WARPS, block * rows // 512)),
     }
 
 
@@ -149,11 +241,25 @@ def _losses(logits, targets, cap, n_classes, z_loss) -> tuple[torch.Tensor, torc
     loss = torch.empty(len(logits), dtype=torch.float32, device=logits.device)
     log2_sums = torch.empty_like(loss)
     if len(logits):
-        _forward_kernel[(len(logits),)](
-            logits, targets, loss, log2_sums, logits.stride(0), n_classes, cap or 0.0, z_loss,
-            BOUNDED=_bounded(cap), **_launch(cap, n_classes),
+        launch = _launch(cap, n_classes)
+        _forward_kernel[(triton.cdiv(len(logits), launch["ROWS"]),)](
+            logits, targets, loss, log2_sums, len(logits), logits.stride(0), n_classes, cap or 0.0, z_loss,
+            BOUNDED=_bounded(cap), **launch,
         )  # fmt: skip
     return loss, log2_sums
+
+
+def _losses_and_gradients(logits, targets, weights, gradient, cap, n_classes, z_loss) -> torch.Tensor:
+    """Loss of each row (N,) float32; gradient (N, V), which may be the logits, becomes weights times its own."""
+    n_rows, width = logits.shape
+    loss = torch.empty(n_rows, dtype=torch.float32, device=logits.device)
+    if n_rows:
+        launch = _launch(cap, width)
+        _both_kernel[(triton.cdiv(n_rows, launch["ROWS"]),)](
+            logits, targets, weights, loss, gradient, n_rows, logits.stride(0), gradient.stride(0), weights.stride(0),
+            width, n_classes, cap or 0.0, z_loss, BOUNDED=_bounded(cap), **launch,
+        )  # fmt: skip
+    return loss
 
 
 @torch.library.custom_op("fusedlm::softcap_cross_entropy", mutates_args=())
@@ -184,9 +290,10 @@ def _backward(
     gradient = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
     n_rows, width = logits.shape
     if n_rows:
-        _backward_kernel[(n_rows,)](
-            logits, targets.contiguous(), log2_sums, upstream, gradient, logits.stride(0), upstream.stride(0), width,
-            n_classes, cap or 0.0, z_loss, **_launch(cap, width),
+        launch = _launch(cap, width)
+        _backward_kernel[(triton.cdiv(n_rows, launch["ROWS"]),)](
+            logits, targets.contiguous(), log2_sums, upstream, gradient, n_rows, logits.stride(0), upstream.stride(0),
+            width, n_classes, cap or 0.0, z_loss, **launch,
         )  # fmt: skip
     return gradient
 
@@ -209,20 +316,81 @@ def _gradients(ctx, upstream, _):
 _forward.register_autograd(_gradients, setup_context=_setup_context)
 
 
-def softcap_cross_entropy(logits, targets, cap, n_classes, z_loss=0.0) -> torch.Tensor:
-    return _forward(logits, targets, cap, n_classes, z_loss)[0]
+@torch.library.custom_op("fusedlm::weighted_softcap_cross_entropy", mutates_args=())
+def _weighted(
+    logits: torch.Tensor, targets: torch.Tensor, weights: torch.Tensor, cap: float | None, n_classes: int, z_loss: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Sum () of losses times weights, and its gradient (N, V)."""
+    logits = _rows(logits)
+    gradient = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
+    loss = _losses_and_gradients(logits, targets.contiguous(), weights, gradient, cap, n_classes, z_loss)
+    return (loss * weights).sum(), gradient
+
+
+@_weighted.register_fake
+def _(logits, targets, weights, cap, n_classes, z_loss):
+    gradient = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
+    return logits.new_empty((), dtype=torch.float32), gradient
+
+
+@torch.library.custom_op("fusedlm::weighted_softcap_cross_entropy_", mutates_args=("logits",))
+def _weighted_(
+    logits: torch.Tensor, targets: torch.Tensor, weights: torch.Tensor, cap: float | None, n_classes: int, z_loss: float
+) -> torch.Tensor:
+    """Sum () of losses times weights; the logits, whose rows must be contiguous, become its gradient."""
+    loss = _losses_and_gradients(logits, targets.contiguous(), weights, logits, cap, n_classes, z_loss)
+    return (loss * weights).sum()
+
+
+@_weighted_.register_fake
+def _(logits, targets, weights, cap, n_classes, z_loss):
+    return logits.new_empty((), dtype=torch.float32)
+
+
+@torch.library.custom_op("fusedlm::scale_", mutates_args=("x",))
+def _scale_(x: torch.Tensor, factor: torch.Tensor) -> None:
+    """x *= factor (); next to free when that is 1, as it is where the loss is what is differentiated."""
+    _scale_kernel[(min(triton.cdiv(x.numel(), _SCALE_BLOCK), _SCALE_PROGRAMS),)](
+        x, factor, x.numel(), BLOCK=_SCALE_BLOCK, num_warps=8
+    )
+
+
+class _Weighted(torch.autograd.Function):
+    """The sum, whose gradient was made with it and can be used once."""
+
+    @staticmethod
+    def forward(ctx, logits, targets, weights, cap, n_classes, z_loss, in_place):
+        if in_place and logits.stride(-1) == 1:
+            gradient = logits.detach()
+            total = _weighted_(gradient, targets, weights, cap, n_classes, z_loss)
+        else:
+            total, gradient = _weighted(logits, targets, weights, cap, n_classes, z_loss)
+        ctx.save_for_backward(gradient)
+        ctx.used = False
+        return total
+
+    @staticmethod
+    def backward(ctx, upstream):
+        if ctx.used:
+            raise RuntimeError("a reduced softcap_cross_entropy gives its gradient once; take reduction='none'")
+        ctx.used = True
+        (gradient,) = ctx.saved_tensors
+        if gradient.numel():
+            _scale_(gradient, upstream)
+        return gradient, None, None, None, None, None, None
+
+
+def softcap_cross_entropy(logits, targets, cap, n_classes, z_loss=0.0, weights=None, in_place=False) -> torch.Tensor:
+    if weights is None:
+        return _forward(logits, targets, cap, n_classes, z_loss)[0]
+    if torch.is_grad_enabled() and logits.requires_grad:
+        return _Weighted.apply(logits, targets, weights, cap, n_classes, z_loss, in_place)
+    return (_forward(logits, targets, cap, n_classes, z_loss)[0] * weights).sum()
 
 
 def loss_and_gradient_(logits, targets, weights, cap, n_classes, z_loss=0.0) -> torch.Tensor:
     """Loss of each row (N,) float32; the logits (N, V) become weights times its gradient."""
-    n_rows, width = logits.shape
-    loss = torch.empty(n_rows, dtype=torch.float32, device=logits.device)
-    if n_rows:
-        _both_kernel[(n_rows,)](
-            logits, targets, weights, loss, logits.stride(0), weights.stride(0), width, n_classes, cap or 0.0, z_loss,
-            BOUNDED=_bounded(cap), **_launch(cap, width),
-        )  # fmt: skip
-    return loss
+    return _losses_and_gradients(logits, targets, weights, logits, cap, n_classes, z_loss)
 
 
 def loss_only(logits, targets, cap, n_classes, z_loss=0.0) -> torch.Tensor:
