@@ -39,7 +39,7 @@ def test_the_weighted_sum_is_that_of_the_tokens(monkeypatch, extra):
         calls.append(x.shape)
         return chunked.linear_softcap_cross_entropy(x, *rest)
 
-    monkeypatch.setattr(chunked, "chunk_rows", lambda n_classes, itemsize: 16)
+    monkeypatch.setattr(chunked, "chunk_rows", lambda n_tokens, n_classes, itemsize, held=0: 16)
     reference = model.head.linear_loss
     assert DEVICE.type == "cuda" or reference.name == "reference"
     for choice in (reference, Choice("linear_softcap_cross_entropy", "chunked", "for the test", function)):

@@ -8,6 +8,7 @@ from fusedlm.ops.linear_softcap_cross_entropy import reference
 from fusedlm.testing import assert_close, error_ratio
 
 chunked = pytest.importorskip("fusedlm.ops.linear_softcap_cross_entropy.chunked")
+chunk_rows = chunked.chunk_rows
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 NAMES = ("sum", "losses", "x", "weight")
 SHAPES = [
@@ -20,7 +21,7 @@ SHAPES = [
 
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch):
-    monkeypatch.setattr(chunked, "chunk_rows", lambda n_classes, itemsize: 16)
+    monkeypatch.setattr(chunked, "chunk_rows", lambda n_tokens, n_classes, itemsize, held=0: min(16, max(1, n_tokens)))
 
 
 def _inputs(n, width, classes, dim, dtype=torch.float32):
@@ -53,6 +54,28 @@ def _check(inputs, *rest, floor):
 @pytest.mark.parametrize("shape", SHAPES)
 def test_chunks_are_the_whole(shape, cap, z_loss):
     _check(_inputs(*shape), cap, shape[2], z_loss, floor=2e-6)
+
+
+@pytest.mark.parametrize(
+    "n_tokens, n_classes, rows",
+    [
+        (16384, 50304, 2816),
+        (8192, 152064, 1024),
+        (65536, 1024, 65536),
+        (100, 2**28, 100),
+        (300, 2**28, 256),
+        (1, 10, 1),
+        (0, 10, 1),
+    ],
+)
+def test_size_of_a_chunk(n_tokens, n_classes, rows):
+    """At most 298 MiB unless 256 rows take more, and of about one size."""
+    assert chunk_rows(n_tokens, n_classes, 2) == rows
+
+
+def test_what_is_held_beside_a_chunk_makes_it_smaller():
+    assert chunk_rows(16384, 50304, 2, held=98 * 2**20) == 2048
+    assert chunk_rows(16384, 50304, 2, held=196 * 2**20) == 2816, "the allowance is lost anyway"
 
 
 def test_forward_only():

@@ -54,7 +54,7 @@ def test_shapes_that_do_not_go_together():
 
 
 CAPS = [None, 3.0, 15.0, 90.0]  # with the last the kernel looks for the maximum, as without a cap
-SHAPES = [(7, 13, 13), (5, 5003, 4990), (3, 9000, 8200), (9, 2, 2), (4, 4096, 4096), (0, 10, 10), (3, 1, 1)]
+SHAPES = [(7, 13, 13), (5, 5003, 4990), (3, 25000, 24990), (9, 2, 2), (4, 4096, 4096), (0, 10, 10), (3, 1, 1)]
 
 
 def _inputs(rows, width, classes, dtype=torch.float32):
@@ -182,6 +182,21 @@ def test_a_mean_over_nothing_is_nan():
     for implementation in (None, kernels.softcap_cross_entropy):
         targets.fill_(-100)
         assert softcap_cross_entropy(logits, targets, reduction="mean", implementation=implementation).isnan()
+
+
+@pytest.mark.parametrize("cap", CAPS)
+@pytest.mark.parametrize("width", [40, 25000])
+def test_a_logit_that_is_no_number_is_seen(width, cap):
+    """In the loss and in the gradient, of its row and of no other."""
+    logits, targets, upstream = _inputs(5, width, width)
+    logits = logits.detach().nan_to_num().requires_grad_()
+    logits.data[2, 7] = float("nan")
+    loss, gradient = _losses_and_gradients(kernels.softcap_cross_entropy, logits, targets, upstream, cap, width)
+    in_place = logits.detach().clone()
+    both = kernels.loss_and_gradient_(in_place, targets, upstream, cap, width)
+    for found, left in ((loss, gradient), (both, in_place)):
+        assert found.isnan().tolist() == [False, False, True, False, False]
+        assert left[2].isnan().all() and left[[0, 1, 3, 4]].isfinite().all()
 
 
 def test_a_target_that_is_no_class_is_seen():

@@ -9,18 +9,26 @@ import torch
 
 from fusedlm.ops.softcap_cross_entropy.triton import loss_and_gradient_, loss_only
 
-_CHUNK_BYTES = 2**27  # of logits
+_BYTES = (
+    298 * 2**20
+)  # of logits and what else is held: each chunk more reads and writes the weight's gradient once more
 _ROWS = 256  # a chunk is a multiple of these, for the tiles of the products
 
 
-def chunk_rows(n_classes: int, itemsize: int) -> int:
-    """Tokens whose logits are held at a time."""
-    return max(1, _CHUNK_BYTES // (n_classes * itemsize * _ROWS)) * _ROWS
+def chunk_rows(n_tokens: int, n_classes: int, itemsize: int, held: int = 0) -> int:
+    """Tokens whose logits are held at a time: as few chunks as the bytes allow, of about one size.
+
+    held: bytes of other tensors that count towards the allowance, unless they take more than half of it.
+    """
+    allowed = _BYTES - held if 2 * held < _BYTES else _BYTES
+    most = max(1, allowed // (n_classes * itemsize * _ROWS)) * _ROWS
+    n_chunks = -(-n_tokens // most)
+    return -(-n_tokens // (n_chunks * _ROWS)) * _ROWS if n_chunks > 1 else max(1, n_tokens)
 
 
-def _chunks(x: torch.Tensor, weight: torch.Tensor):
+def _chunks(x: torch.Tensor, weight: torch.Tensor, held: int):
     """Slices of the tokens and, for each, its logits in the buffer that all share."""
-    rows = min(chunk_rows(len(weight), x.element_size()), max(1, len(x)))
+    rows = chunk_rows(len(x), len(weight), x.element_size(), held)
     buffer = torch.empty(rows, len(weight), dtype=x.dtype, device=x.device)
     for start in range(0, len(x), rows):
         part = slice(start, min(start + rows, len(x)))
@@ -53,7 +61,9 @@ def _forward_backward(
     dw = torch.empty(weight.shape, dtype=torch.float32, device=x.device)
     if not len(x):
         dw.zero_()
-    for part, logits in _chunks(x, rounded):
+    held = 0 if rounded is weight else rounded.nbytes
+    held += 0 if weight.dtype == dw.dtype else dw.nbytes
+    for part, logits in _chunks(x, rounded, held):
         losses[part] = loss_and_gradient_(logits, targets[part], token_weights[part], cap, n_classes, z_loss)
         torch.mm(logits, rounded, out=dx[part])
         _add_product(dw, logits.t(), x[part], first=part.start == 0)
@@ -88,7 +98,7 @@ def _forward(
 ) -> torch.Tensor:
     x, weight, targets = x.contiguous(), weight.to(x.dtype).contiguous(), targets.contiguous()
     losses = torch.empty(len(x), dtype=torch.float32, device=x.device)
-    for part, logits in _chunks(x, weight):
+    for part, logits in _chunks(x, weight, 0):
         losses[part] = loss_only(logits, targets[part], cap, n_classes, z_loss)
     return losses
 

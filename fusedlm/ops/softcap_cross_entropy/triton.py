@@ -21,7 +21,7 @@ _LN2 = tl.constexpr(math.log(2))
 _IGNORE = tl.constexpr(IGNORE_INDEX)
 _LOWEST = tl.constexpr(-3.0e38)  # finite: a difference of two infinities would be NaN
 _WIDEST_BOUND = 75.0  # caps up to here need no maximum
-_NARROW_TILE = 4096  # elements of the rows that a program takes together
+_NARROW_TILE = 1024  # elements of the rows that a program takes together
 _WIDE_BLOCK = 8192
 _WIDE_WARPS = 16
 _SCALE_BLOCK = 8192
@@ -39,40 +39,69 @@ def _exponent(z, cap, CAPPED: tl.constexpr):
 
 
 @triton.jit
+def _exponents(a, b, cap, CAPPED: tl.constexpr):
+    """`_exponent` of two tiles with one division: exponentials and divisions are what the kernels wait for."""
+    if CAPPED:
+        factor, peak = 2.0 * _LOG2E / cap, cap * _LOG2E
+        # At 2^60 r is nothing beside 1 and the product of two is finite; NaN must stay NaN.
+        p = 1.0 + tl.exp2(tl.minimum(a * factor, 60.0, propagate_nan=tl.PropagateNan.ALL))
+        q = 1.0 + tl.exp2(tl.minimum(b * factor, 60.0, propagate_nan=tl.PropagateNan.ALL))
+        inverse = 1.0 / (p * q)
+        r_a, r_b = q * inverse, p * inverse
+        return (1.0 - 2.0 * r_a) * peak, r_a, (1.0 - 2.0 * r_b) * peak, r_b
+    else:
+        return a * _LOG2E, tl.zeros_like(a), b * _LOG2E, tl.zeros_like(b)
+
+
+@triton.jit
+def _load_pair(pointers, start, n, BLOCK: tl.constexpr):
+    """Two tiles side by side, the first n of each row; 0 beyond, and which are not beyond."""
+    column = start + tl.arange(0, BLOCK)[None, :]
+    in_a, in_b = column < n, column + BLOCK < n
+    a = tl.load(pointers + start, mask=in_a, other=0.0).to(tl.float32)
+    b = tl.load(pointers + start + BLOCK, mask=in_b, other=0.0).to(tl.float32)
+    return a, b, in_a, in_b
+
+
+@triton.jit
 def _read(target, n):
     """How much of the rows is read: nothing where all are ignored."""
     return tl.where(tl.max(tl.where(target == _IGNORE, 0, 1), 0) > 0, n, 0)
 
 
 @triton.jit
+def _add_pair(total, peak, u_a, u_b, in_a, in_b, BOUNDED: tl.constexpr, MASKED: tl.constexpr):
+    """The sum of 2^(u - peak), and the peak, with those of two tiles."""
+    if not BOUNDED:
+        if MASKED:
+            u_a, u_b = tl.where(in_a, u_a, _LOWEST), tl.where(in_b, u_b, _LOWEST)
+        higher = tl.maximum(peak, tl.max(tl.maximum(u_a, u_b), 1))
+        total *= tl.exp2(peak - higher)[:, None]
+        peak = higher
+        u_a, u_b = u_a - peak[:, None], u_b - peak[:, None]
+    e_a, e_b = tl.exp2(u_a), tl.exp2(u_b)
+    if MASKED:
+        e_a, e_b = tl.where(in_a, e_a, 0.0), tl.where(in_b, e_b, 0.0)
+    return total + (e_a + e_b), peak
+
+
+@triton.jit
 def _log2_sums(pointers, n, cap, CAPPED: tl.constexpr, BOUNDED: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
     """log2 of the sum of exp(capped z) over the first n of each row (ROWS,); 0 for n = 0."""
-    columns = tl.arange(0, BLOCK)[None, :]
     total = tl.zeros((ROWS, BLOCK), dtype=tl.float32)
-    peak = tl.full((ROWS,), _LOWEST, tl.float32)
-    whole = n // BLOCK * BLOCK
-    for start in range(0, whole, BLOCK):  # without masks, which cost as much as the arithmetic
-        z = tl.load(pointers + start, eviction_policy="evict_last").to(tl.float32)
-        u, _ = _exponent(z, cap, CAPPED)
-        if BOUNDED:
-            total += tl.exp2(u)
-        else:
-            higher = tl.maximum(peak, tl.max(u, 1))
-            total = total * tl.exp2(peak - higher)[:, None] + tl.exp2(u - higher[:, None])
-            peak = higher
+    peak = tl.zeros((ROWS,), dtype=tl.float32)
+    if not BOUNDED:
+        peak += _LOWEST
+    whole = n // (2 * BLOCK) * (2 * BLOCK)
+    for start in range(0, whole, 2 * BLOCK):  # without masks, which cost as much as the rest
+        a = tl.load(pointers + start, eviction_policy="evict_last").to(tl.float32)
+        b = tl.load(pointers + start + BLOCK, eviction_policy="evict_last").to(tl.float32)
+        u_a, _, u_b, _ = _exponents(a, b, cap, CAPPED)
+        total, peak = _add_pair(total, peak, u_a, u_b, True, True, BOUNDED, False)
     if whole < n:
-        inside = whole + columns < n
-        z = tl.load(pointers + whole, mask=inside, other=0.0).to(tl.float32)
-        u, _ = _exponent(z, cap, CAPPED)
-        if BOUNDED:
-            total += tl.where(inside, tl.exp2(u), 0.0)
-        else:
-            u = tl.where(inside, u, _LOWEST)
-            higher = tl.maximum(peak, tl.max(u, 1))
-            total = total * tl.exp2(peak - higher)[:, None] + tl.where(inside, tl.exp2(u - higher[:, None]), 0.0)
-            peak = higher
-    if BOUNDED:
-        peak = tl.zeros((ROWS,), dtype=tl.float32)
+        a, b, in_a, in_b = _load_pair(pointers, whole, n, BLOCK)
+        u_a, _, u_b, _ = _exponents(a, b, cap, CAPPED)
+        total, peak = _add_pair(total, peak, u_a, u_b, in_a, in_b, BOUNDED, True)
     return tl.where(n > 0, peak, 0.0) + tl.log2(tl.where(n > 0, tl.sum(total, 1), 1.0))
 
 
@@ -93,51 +122,78 @@ def _losses_of(u, target, n, log2_sum, z_loss):
 
 
 @triton.jit
-def _gradient(z, cap, log2_sum, factor, CAPPED: tl.constexpr):
-    """factor times the share of each class in the sum, and times the derivative of the cap."""
-    u, r = _exponent(z, cap, CAPPED)
-    gradient = tl.exp2(u - log2_sum) * factor
+def _through_cap(gradient, r, CAPPED: tl.constexpr):
+    """Times the derivative of the cap."""
     if CAPPED:
         gradient *= 4.0 * (r - r * r)
     return gradient
 
 
 @triton.jit
+def _store(pointers, gradient, kept, mask, MASKED: tl.constexpr):
+    gradient = tl.where(kept[:, None], gradient, 0.0).to(pointers.dtype.element_ty)
+    if MASKED:
+        tl.store(pointers, gradient, mask=mask)
+    else:
+        tl.store(pointers, gradient)
+
+
+@triton.jit
+def _store_pair(
+    pointers, start, a, b, in_a, in_b, kept, row_inside, width, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    MASKED: tl.constexpr,
+):  # fmt: skip
+    """Two tiles of gradients, zero in the padding and for ignored rows."""
+    if MASKED:
+        column = start + tl.arange(0, BLOCK)[None, :]
+        a, b = tl.where(in_a, a, 0.0), tl.where(in_b, b, 0.0)
+        _store(pointers + start, a, kept, (column < width) & row_inside[:, None], True)
+        _store(pointers + start + BLOCK, b, kept, (column + BLOCK < width) & row_inside[:, None], True)
+    else:
+        _store(pointers + start, a, kept, row_inside[:, None], ROWS > 1)
+        _store(pointers + start + BLOCK, b, kept, row_inside[:, None], ROWS > 1)
+
+
+@triton.jit
 def _write_gradients(
-    pointers, out_pointers, out_rows, target, scale, u, r, n, width, log2_sum, cap, z_loss, row_inside,
+    pointers, out_pointers, target, factor, n, width, log2_sum, cap, row_inside,
     CAPPED: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """scale times the gradient of each row's loss, zero in the padding and for ignored rows; may overwrite the rows.
-
-    u and r are those of the target, whose element is written last: no other has to ask whether it is the target.
-    """
-    columns = tl.arange(0, BLOCK)[None, :]
+    """factor times the share of each class in its row's sum, through the cap; may overwrite the rows."""
     kept = target != _IGNORE
-    scale = tl.where(kept, scale, 0.0)
-    pull = 2.0 * z_loss * log2_sum * _LN2  # of the normaliser's square
-    factor = scale * (1.0 + pull)
-    whole = _read(target, n) // BLOCK * BLOCK
-    for block in range(0, tl.cdiv(width - whole, BLOCK)):
-        start = whole + block * BLOCK
-        inside = (start + columns < n) & kept[:, None]
-        z = tl.load(pointers + start, mask=inside, other=0.0).to(tl.float32)
-        gradient = tl.where(inside, _gradient(z, cap, log2_sum[:, None], factor[:, None], CAPPED), 0.0)
-        mask = (start + columns < width) & row_inside[:, None]
-        tl.store(out_pointers + start, gradient.to(out_pointers.dtype.element_ty), mask=mask)
-    for start in range(0, whole, BLOCK):
-        at = whole - BLOCK - start
-        z = tl.load(pointers + at).to(tl.float32)
-        gradient = _gradient(z, cap, log2_sum[:, None], factor[:, None], CAPPED)
-        if ROWS > 1:
-            gradient = tl.where(kept[:, None], gradient, 0.0)
-            tl.store(out_pointers + at, gradient.to(out_pointers.dtype.element_ty), mask=row_inside[:, None])
-        else:
-            tl.store(out_pointers + at, gradient.to(out_pointers.dtype.element_ty))
-    tl.debug_barrier()  # another thread has written something else there
+    shift = log2_sum[:, None]
+    factor = factor[:, None]
+    whole = _read(target, n) // (2 * BLOCK) * (2 * BLOCK)
+    for start in range(whole, width, 2 * BLOCK):
+        a, b, in_a, in_b = _load_pair(pointers, start, _read(target, n), BLOCK)
+        u_a, r_a, u_b, r_b = _exponents(a, b, cap, CAPPED)
+        a = _through_cap(tl.exp2(u_a - shift) * factor, r_a, CAPPED)
+        b = _through_cap(tl.exp2(u_b - shift) * factor, r_b, CAPPED)
+        _store_pair(out_pointers, start, a, b, in_a, in_b, kept, row_inside, width, ROWS, BLOCK, True)
+    for past in range(0, whole, 2 * BLOCK):
+        start = whole - 2 * BLOCK - past
+        a = tl.load(pointers + start).to(tl.float32)
+        b = tl.load(pointers + start + BLOCK).to(tl.float32)
+        u_a, r_a, u_b, r_b = _exponents(a, b, cap, CAPPED)
+        a = _through_cap(tl.exp2(u_a - shift) * factor, r_a, CAPPED)
+        b = _through_cap(tl.exp2(u_b - shift) * factor, r_b, CAPPED)
+        _store_pair(out_pointers, start, a, b, True, True, kept, row_inside, width, ROWS, BLOCK, False)
+
+
+@triton.jit
+def _factors(scale, target, log2_sum, z_loss):
+    """What the shares are multiplied by, and the part of it that comes of the normaliser's square."""
+    scale = tl.where(target == _IGNORE, 0.0, scale)
+    pull = 2.0 * z_loss * log2_sum * _LN2
+    return scale, pull
+
+
+@triton.jit
+def _write_targets(out_rows, target, scale, pull, u, r, n, log2_sum, row_inside, CAPPED: tl.constexpr):
+    """The gradients of the targets themselves: last, so that no other element has to ask whether it is one."""
+    tl.debug_barrier()  # another thread has written the share there
     share = tl.exp2(u - log2_sum)
-    gradient = scale * (share - 1.0 + share * pull)
-    if CAPPED:
-        gradient *= 4.0 * (r - r * r)
+    gradient = _through_cap(scale * (share - 1.0 + share * pull), r, CAPPED)
     mask = (target >= 0) & (target < n) & row_inside
     tl.store(out_rows + target, gradient.to(out_rows.dtype.element_ty), mask=mask)
 
@@ -171,15 +227,16 @@ def _backward_kernel(
     CAPPED: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row, row_inside, target = _rows_of(targets, n_rows, ROWS)
-    scale = tl.load(upstream + row * upstream_stride).to(tl.float32)
     log2_sum = tl.load(log2_sums + row)
+    scale, pull = _factors(tl.load(upstream + row * upstream_stride).to(tl.float32), target, log2_sum, z_loss)
     rows, out_rows = logits + row * row_stride, gradient + row * width
     columns = tl.arange(0, BLOCK)[None, :]
     u, r = _at_targets(rows, target, n, cap, CAPPED)
     _write_gradients(
-        rows[:, None] + columns, out_rows[:, None] + columns, out_rows, target, scale, u, r, n, width, log2_sum, cap,
-        z_loss, row_inside, CAPPED, ROWS, BLOCK,
+        rows[:, None] + columns, out_rows[:, None] + columns, target, scale * (1.0 + pull), n, width, log2_sum, cap,
+        row_inside, CAPPED, ROWS, BLOCK,
     )  # fmt: skip
+    _write_targets(out_rows, target, scale, pull, u, r, n, log2_sum, row_inside, CAPPED)
 
 
 @triton.jit
@@ -192,15 +249,48 @@ def _both_kernel(
     weight = tl.load(weights + row * weight_stride).to(tl.float32)
     rows, out_rows = logits + row * row_stride, gradient + row * gradient_stride
     columns = tl.arange(0, BLOCK)[None, :]
-    pointers = rows[:, None] + columns
-    log2_sum = _log2_sums(pointers, _read(target, n), cap, CAPPED, BOUNDED, ROWS, BLOCK)
+    pointers, out_pointers = rows[:, None] + columns, out_rows[:, None] + columns
     u, r = _at_targets(rows, target, n, cap, CAPPED)
+    log2_sum = _log2_sums(pointers, _read(target, n), cap, CAPPED, BOUNDED, ROWS, BLOCK)
     tl.store(loss + row, _losses_of(u, target, n, log2_sum, z_loss), mask=row_inside)
+    scale, pull = _factors(weight, target, log2_sum, z_loss)
     tl.debug_barrier()  # all threads have read the targets' logits: the rows may be overwritten
     _write_gradients(
-        pointers, out_rows[:, None] + columns, out_rows, target, weight, u, r, n, width, log2_sum, cap, z_loss,
-        row_inside, CAPPED, ROWS, BLOCK,
-    )  # fmt: skip
+        pointers, out_pointers, target, scale * (1.0 + pull), n, width, log2_sum, cap, row_inside, CAPPED, ROWS, BLOCK
+    )
+    _write_targets(out_rows, target, scale, pull, u, r, n, log2_sum, row_inside, CAPPED)
+
+
+@triton.jit
+def _whole_rows_kernel(
+    logits, targets, weights, loss, gradient, n_rows, row_stride, gradient_stride, weight_stride, width, n, cap, z_loss,
+    CAPPED: tl.constexpr, BOUNDED: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """`_both_kernel` of rows that a pair of tiles holds: nothing is computed twice."""
+    row, row_inside, target = _rows_of(targets, n_rows, ROWS)
+    weight = tl.load(weights + row * weight_stride).to(tl.float32)
+    rows, out_rows = logits + row * row_stride, gradient + row * gradient_stride
+    columns = tl.arange(0, BLOCK)[None, :]
+    u, r = _at_targets(rows, target, n, cap, CAPPED)
+    n_read = _read(target, n)
+    a, b, in_a, in_b = _load_pair(rows[:, None] + columns, 0, n_read, BLOCK)
+    u_a, r_a, u_b, r_b = _exponents(a, b, cap, CAPPED)
+    peak = tl.zeros((ROWS,), dtype=tl.float32)
+    if not BOUNDED:
+        peak = tl.max(tl.maximum(tl.where(in_a, u_a, _LOWEST), tl.where(in_b, u_b, _LOWEST)), 1)
+    e_a = tl.where(in_a, tl.exp2(u_a - peak[:, None]), 0.0)
+    e_b = tl.where(in_b, tl.exp2(u_b - peak[:, None]), 0.0)
+    total = tl.where(n_read > 0, tl.sum(e_a + e_b, 1), 1.0)
+    log2_sum = tl.where(n_read > 0, peak, 0.0) + tl.log2(total)
+    tl.store(loss + row, _losses_of(u, target, n, log2_sum, z_loss), mask=row_inside)
+    scale, pull = _factors(weight, target, log2_sum, z_loss)
+    factor = (scale * (1.0 + pull) / total)[:, None]
+    tl.debug_barrier()  # all threads have read the targets' logits: the rows may be overwritten
+    a, b = _through_cap(e_a * factor, r_a, CAPPED), _through_cap(e_b * factor, r_b, CAPPED)
+    _store_pair(
+        out_rows[:, None] + columns, 0, a, b, in_a, in_b, target != _IGNORE, row_inside, width, ROWS, BLOCK, True
+    )
+    _write_targets(out_rows, target, scale, pull, u, r, n, log2_sum, row_inside, CAPPED)
 
 
 @triton.jit
@@ -216,15 +306,14 @@ def _scale_kernel(x, factor, n, BLOCK: tl.constexpr):
 
 
 def _launch(cap: float | None, width: int) -> dict:
-    """Narrow rows several to a program, whole; wide ones in blocks, with few rows on the device at a time: the second
-    reading of a row is then from the cache."""
-    block = min(triton.next_power_of_2(width), _WIDE_BLOCK)
-    rows = max(1, _NARROW_TILE // block) if block >= width else 1
+    """Narrow rows several to a program and whole, in two tiles; wide ones two blocks at a time."""
+    block = max(1, min(triton.next_power_of_2(width), _WIDE_BLOCK) // 2)
+    rows = max(1, _NARROW_TILE // (2 * block)) if 2 * block >= width else 1
     return {
         "CAPPED": cap is not None,
         "ROWS": rows,
         "BLOCK": block,
-        "num_warps": max(1, min(_WIDE_WARPS, block * rows // 512)),
+        "num_warps": max(1, min(_WIDE_WARPS, block * rows // 256)),
     }
 
 
@@ -255,7 +344,8 @@ def _losses_and_gradients(logits, targets, weights, gradient, cap, n_classes, z_
     loss = torch.empty(n_rows, dtype=torch.float32, device=logits.device)
     if n_rows:
         launch = _launch(cap, width)
-        _both_kernel[(triton.cdiv(n_rows, launch["ROWS"]),)](
+        kernel = _whole_rows_kernel if 2 * launch["BLOCK"] >= width else _both_kernel
+        kernel[(triton.cdiv(n_rows, launch["ROWS"]),)](
             logits, targets, weights, loss, gradient, n_rows, logits.stride(0), gradient.stride(0), weights.stride(0),
             width, n_classes, cap or 0.0, z_loss, BOUNDED=_bounded(cap), **launch,
         )  # fmt: skip
