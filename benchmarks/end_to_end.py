@@ -1,0 +1,68 @@
+"""One training step with the fused ops and without, torch.compile on in both.
+
+    python benchmarks/end_to_end.py [--out FILE] [--op NAME ...]
+
+For each case: tokens a second and peak memory with what the recipe chooses, with the reference of every fused op, and
+with --op with only that one switched to its reference; for the first case the ten heaviest kernels of either end.
+Every measurement is made twice, the second time in reverse order, and the better is kept.
+"""
+
+import argparse
+import gc
+import json
+import sys
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from benchmarks.train_step import measure  # noqa: E402
+from fusedlm import load_recipe  # noqa: E402
+from fusedlm.files import write_atomic  # noqa: E402
+from fusedlm.model.precision import resolve_device, resolve_dtype  # noqa: E402
+from fusedlm.train.hardware import environment  # noqa: E402
+
+FUSED = ("linear_softcap_cross_entropy", "softcap_cross_entropy", "differential_combine")
+CASES = {
+    "gpt-350m": ("recipes/gpt-350m.yaml", 50257, []),
+    "kepler-512 cmd_mla": ("recipes/kepler-512.yaml", 65, ["model.blocks.a.mixer.type=cmd_mla"]),
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--op", nargs="*", default=[], choices=FUSED, help="of which the share is shown by itself")
+    parser.add_argument("--out", type=Path)
+    arguments = parser.parse_args()
+    cases = []
+    for name, (path, vocab_size, overrides) in CASES.items():
+        ways = {"fused": [], "reference": [f"model.impl.{op}=reference" for op in FUSED]}
+        ways |= {f"{op} by reference": [f"model.impl.{op}=reference"] for op in arguments.op}
+        found = {}
+        for turn in (1, 2):
+            for way in list(ways)[:: 1 if turn == 1 else -1]:
+                recipe = load_recipe(path, [*overrides, *ways[way]])
+                profiled = turn == 1 and not cases and way in ("fused", "reference")
+                result = measure(recipe, vocab_size=vocab_size, mean_document=None, repeats=8, profiled=profiled)
+                kept = max(result, found.get(way, result), key=lambda r: r["tokens_per_second"])
+                profile = result.get("profile") or found.get(way, {}).get("profile")
+                found[way] = kept | ({"profile": profile} if profile else {})
+                gc.collect()
+                torch._dynamo.reset()
+                if torch.cuda.is_available():
+                    torch.cuda.empty_cache()
+                print(
+                    f"{name}, {way}: {result['tokens_per_second']:,.0f} tokens/s, {result['peak_memory_gib']} GiB",
+                    flush=True,
+                )
+        cases.append({"name": name, "overrides": overrides, "ways": found})
+    if arguments.out:
+        device = resolve_device("auto")
+        record = {"name": "steps", "command": f"python benchmarks/end_to_end.py {' '.join(sys.argv[1:])}".strip()}
+        record |= {"environment": environment(device, resolve_dtype("auto", device)), "cases": cases}
+        write_atomic(arguments.out, json.dumps(record, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
