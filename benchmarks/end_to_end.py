@@ -59,7 +59,8 @@ def main() -> None:
         cases.append({"name": name, "overrides": overrides, "ways": found})
     if arguments.out:
         device = resolve_device("auto")
-        record = {"name": "steps", "command": f"python benchmarks/end_to_end.py {' '.join(sys.argv[1:])}".strip()}
+        shares = ["--op", *arguments.op] if arguments.op else []
+        record = {"name": "steps", "command": " ".join(["python benchmarks/end_to_end.py", *shares])}
         record |= {"environment": environment(device, resolve_dtype("auto", device)), "cases": cases}
         write_atomic(arguments.out, json.dumps(record, indent=1) + "\n")
 

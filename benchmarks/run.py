@@ -55,7 +55,8 @@ def main() -> None:
             if device.type == "cuda":
                 torch.cuda.empty_cache()
     if arguments.out:
-        record = {"name": "ops", "command": f"python benchmarks/run.py {' '.join(sys.argv[1:])}".strip()}
+        command = ["python benchmarks/run.py", *arguments.ops, *(["--quick"] if arguments.quick else [])]
+        record = {"name": "ops", "command": " ".join(command)}
         record |= {"environment": environment(device, dtype), "ceilings": asdict(ceilings), "cases": cases}
         write_atomic(arguments.out, json.dumps(record, indent=1) + "\n")
 

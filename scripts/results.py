@@ -9,9 +9,14 @@ import sys
 from pathlib import Path
 
 REPOSITORY = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(REPOSITORY))
+
+from scripts.ops_section import OPS, PLOT, STEPS, draw_ops, ops_section  # noqa: E402
+
 RUNS, EXPERIMENTS = "benchmarks/results", "benchmarks/results/experiments"
 EXTENSION = "benchmarks/results/probes/extend.json"  # as `fusedlm eval RUN --probe extend` wrote it
 RECALL = "benchmarks/results/recall.json"  # as benchmarks/recall.py wrote it, plots beside it
+OTHERS = (EXTENSION, RECALL, OPS, STEPS)
 BEGIN, END = "<!-- results -->\n", "<!-- end of results -->\n"
 # The rows of the README: recipe, what is measured, and how it is read from a record.
 HEADLINES = [
@@ -75,10 +80,11 @@ def headline_table(records: list[dict]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def results_page(records: list[dict], experiments: list[dict], recall: dict | None, extension: dict | None) -> str:
-    """All of docs/results.md."""
-    runs = runs_section(records) if records else "No run is recorded yet.\n"
-    return HEADER + runs + experiments_section(experiments) + recall_section(recall) + extension_section(extension)
+def results_page(records: list[dict], experiments: list[dict], others: dict[str, dict | None]) -> str:
+    """All of docs/results.md; others are the records of OTHERS."""
+    page = HEADER + (runs_section(records) if records else "No run is recorded yet.\n")
+    page += experiments_section(experiments) + recall_section(others[RECALL]) + extension_section(others[EXTENSION])
+    return page + ops_section(others[OPS], others[STEPS])
 
 
 def runs_section(records: list[dict]) -> str:
@@ -243,8 +249,10 @@ def extension_section(record: dict | None) -> str:
     return page + "\n![Bits per byte by position, without and with YaRN](images/extend.png)\n"
 
 
-def read_probe(path: Path) -> dict | None:
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+def read_others(repository: Path) -> dict[str, dict | None]:
+    """The records of OTHERS that there are."""
+    paths = {name: repository / name for name in OTHERS}
+    return {n: json.loads(p.read_text(encoding="utf-8")) if p.exists() else None for n, p in paths.items()}
 
 
 def replace_table(readme: str, table: str) -> str:
@@ -265,8 +273,10 @@ def main() -> int:
     readme = REPOSITORY / "README.md"
     readme.write_text(replace_table(readme.read_text(encoding="utf-8"), headline_table(records)), encoding="utf-8")
     experiments = read_experiments(REPOSITORY / EXPERIMENTS)
-    recall, extension = read_probe(REPOSITORY / RECALL), read_probe(REPOSITORY / EXTENSION)
-    page = results_page(records, experiments, recall, extension)
+    others = read_others(REPOSITORY)
+    if others[OPS] is not None:
+        draw_ops(others[OPS], REPOSITORY / PLOT)
+    page = results_page(records, experiments, others)
     (REPOSITORY / "docs/results.md").write_text(page, encoding="utf-8")
     print(f"docs/results.md: {len(records)} runs, {len(experiments)} experiments")
     return 0

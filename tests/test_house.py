@@ -9,13 +9,11 @@ import pytest
 from scripts.import_graph import RECORD, REPOSITORY, edges, find_imports
 from scripts.results import (
     EXPERIMENTS,
-    EXTENSION,
     HEADLINES,
-    RECALL,
     RUNS,
     headline_table,
     read_experiments,
-    read_probe,
+    read_others,
     read_records,
     replace_table,
     results_page,
@@ -37,8 +35,7 @@ def test_published_numbers_are_those_of_the_records():
     assert replace_table(readme, headline_table(records)) == readme, "python scripts/results.py"
     page = (REPOSITORY / "docs/results.md").read_text(encoding="utf-8")
     experiments = read_experiments(REPOSITORY / EXPERIMENTS)
-    recall, extension = read_probe(REPOSITORY / RECALL), read_probe(REPOSITORY / EXTENSION)
-    assert page == results_page(records, experiments, recall, extension), "python scripts/results.py"
+    assert page == results_page(records, experiments, read_others(REPOSITORY)), "python scripts/results.py"
 
 
 def test_headlines_come_from_records():

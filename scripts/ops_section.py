@@ -1,0 +1,114 @@
+"""The part of docs/results.md about operations, from the records of benchmarks/run.py and benchmarks/end_to_end.py."""
+
+from pathlib import Path
+
+OPS = "benchmarks/results/ops.json"
+STEPS = "benchmarks/results/steps.json"
+PLOT = "docs/images/ops.png"
+_OURS = "fusedlm"
+
+
+def ops_section(record: dict | None, steps: dict | None) -> str:
+    return _ops(record) + _steps(steps)
+
+
+def _made(record: dict) -> str:
+    e = record["environment"]
+    return (
+        f"{e['date'][:10]}; {e['device_name']}, python {e['python']}, torch {e['torch']}, triton {e['triton']}, "
+        f"commit {e['git_commit'][:7]}"
+    )
+
+
+def _ops(record: dict | None) -> str:
+    if record is None:
+        return ""
+    ceilings = record["ceilings"]
+    page = f"\n# Operations\n\n    {record['command']}\n\n{_made(record)}. Ceilings of the same run: a copy moves "
+    page += f"{ceilings['bytes_per_second'] / 1e9:,.0f} GB/s, a product of 8192³ runs at "
+    page += f"{ceilings['flops_per_second'] / 1e12:,.0f} TFLOP/s. The floor is the fewest bytes or the FLOPs at these, "
+    page += "whichever takes longer; what is worse than twice eager PyTorch against float64 is called wrong and not "
+    page += "timed. Memory is what is held beyond inputs, outputs and gradients.\n"
+    for op in dict.fromkeys(case["op"] for case in record["cases"]):
+        page += f"\n## {op}\n\n| shape | | contender | ms | of the floor | beyond, MiB | error |\n" + "|---" * 7 + "|\n"
+        for case in record["cases"]:
+            if case["op"] == op:
+                page += "".join(_row(case, one, i == 0) for i, one in enumerate(case["contenders"]))
+    return page + f"\n![Share of the floor reached by each contender](../{PLOT})\n" + _note(record)
+
+
+def _row(case: dict, one: dict, first: bool) -> str:
+    where = [f"{case['shape']}, {case['dtype']}", case["direction"]] if first else ["", ""]
+    name = f"**{one['name']}**" if one["name"].startswith(_OURS) else one["name"]
+    error = f"{max(one['errors']):.1e}" if one["errors"] else "–"
+    beyond = "–" if one["extra_mib"] is None else f"{one['extra_mib']:,.0f}"
+    if one["milliseconds"] is None:
+        cells = [*where, name, one["reason"], "–", beyond, error]
+    else:
+        share = case["floor_ms"] / one["milliseconds"]
+        cells = [*where, name, f"{one['milliseconds']:.4f}", f"{share:.0%}", beyond, error]
+    return f"| {' | '.join(cells)} |\n"
+
+
+def _note(record: dict) -> str:
+    return f"\n{record['note']}\n" if "note" in record else ""
+
+
+def _steps(record: dict | None) -> str:
+    if record is None:
+        return ""
+    page = f"\n# A training step with the fused ops and without\n\n    {record['command']}\n\n{_made(record)}. "
+    page += "torch.compile is on everywhere; random tokens, medians of eight.\n\n"
+    page += "| step | implementations | tokens/s | | MFU | peak memory |\n|---|---|---|---|---|---|\n"
+    for case in record["cases"]:
+        base = case["ways"]["reference"]["tokens_per_second"]
+        for way, r in case["ways"].items():
+            page += f"| {case['name']} | {way} | {r['tokens_per_second']:,.0f} | {r['tokens_per_second'] / base:.3f}× "
+            page += f"| {r['mfu']:.1%} | {r['peak_memory_gib']:.2f} GiB |\n"
+    for case in record["cases"]:
+        for way, r in case["ways"].items():
+            if "profile" in r:
+                page += _profile(f"{case['name']}, {way}", r["profile"])
+    return page + _note(record)
+
+
+def _profile(title: str, profile: dict) -> str:
+    page = f"\n## Kernels of a step: {title}\n\n{profile['kernel_ms']:.1f} ms of kernels; "
+    page += f"{profile['share_near_floor']:.1%} of the time is spent in kernels at 80% of their floor or above, "
+    page += f"{profile['share_of_unknown_floor']:.1%} in kernels whose floor is not known.\n\n"
+    page += "| ms | calls | of the floor | kernel | launched by |\n|---|---|---|---|---|\n"
+    for row in profile["heaviest"]:
+        share = "–" if row["floor_ms"] is None else f"{row['floor_ms'] / row['milliseconds']:.0%}"
+        page += f"| {row['milliseconds']:.2f} | {row['calls']} | {share} | `{row['kernel'][:70]}` | {row['op']} |\n"
+    return page
+
+
+def draw_ops(record: dict, path: Path) -> None:
+    """Bars of the share of the floor, a group for each case, ours in front."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    cases = record["cases"]
+    names = list(dict.fromkeys(one["name"] for case in cases for one in case["contenders"]))
+    figure, axes = pyplot.subplots(figsize=(9, 0.9 + 0.62 * len(cases)), layout="constrained")
+    height = 0.8 / len(names)
+    colours = dict(zip(names, pyplot.get_cmap("tab10").colors * 2, strict=False))
+    for i, name in enumerate(names):
+        places, shares = [], []
+        for row, case in enumerate(cases):
+            for one in case["contenders"]:
+                if one["name"] == name and one["milliseconds"] is not None:
+                    places.append(row + (i - (len(names) - 1) / 2) * height)
+                    shares.append(case["floor_ms"] / one["milliseconds"])
+        axes.barh(places, shares, height, label=name, color=colours[name])
+    axes.axvline(1, color="black", linewidth=0.8)
+    labels = [f"{case['op']}\n{case['shape']} {case['direction']}" for case in cases]
+    axes.set_yticks(range(len(cases)), labels, fontsize=7)
+    axes.invert_yaxis()
+    axes.set_xlabel("share of the floor (1: as fast as the device's measured ceilings allow)")
+    axes.margins(y=0.01)
+    figure.legend(loc="outside upper right", ncols=len(names), fontsize=7)
+    figure.savefig(path, dpi=110)
+    pyplot.close(figure)
