@@ -1,0 +1,304 @@
+"""Squared leaky ReLU feed-forward in Triton: the two products whose output is as wide as the hidden layer.
+
+With z = x w_up^T, a = leaky_relu(z) and h = a^2, the first kernel makes h and, when training with a slope, the
+derivative g = 2 a leaky_relu'(z) from the float32 accumulator; g alone is kept for the backward pass. Without a slope
+g = 2 sqrt(h), and h alone is made and kept. The second kernel, of the backward pass, multiplies dh = dy w_down by g,
+again in the accumulator, and makes h anew from g on the way. The other products have nothing to fuse and are
+torch.mm's.
+
+Tiles are read and written by the tensor memory accelerator, or through pointers where rows or bases are not aligned to
+16 bytes or the device has none.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from fusedlm.ops.common.products import product, rounded
+
+_KEYS = (
+    "BLOCK_M", "BLOCK_N", "BLOCK_K", "GROUP_M", "SUBTILES", "FLATTEN", "num_warps", "num_stages", "programs_per_sm"
+)  # fmt: skip
+_CONFIGS = {
+    name: dict(zip(_KEYS, values, strict=True))
+    for name, values in {
+        "wide": (128, 256, 64, 8, 2, True, 8, 3, 1),
+        "wide_backward": (128, 256, 64, 8, 4, True, 8, 3, 1),  # its epilogue reads, too, and so needs more registers
+        "square": (128, 128, 64, 8, 4, True, 4, 3, 2),
+        "few_rows": (64, 64, 128, 8, 2, True, 4, 4, 1),
+        "pointers": (64, 128, 32, 8, 2, False, 4, 3, 2),
+        "float32": (32, 64, 32, 8, 2, False, 4, 2, 2),
+    }.items()
+}
+_N_SM_INTERPRETED = 3  # where there is no GPU; few, so that a program has several tiles
+
+
+def _config(M: int, N: int, K: int, which: str) -> dict:
+    """Tiles and launch of the product (M, K) × (K, N) of 16-bit operands in the kernel `up` or `down_backward`."""
+    if M <= 64:
+        return _CONFIGS["few_rows"]
+    # Where little is multiplied for each number written, two programs on a multiprocessor hide each other's epilogues.
+    if K <= 1024:
+        return _CONFIGS["square"]
+    return _CONFIGS["wide" if which == "up" else "wide_backward"]
+
+
+@triton.jit
+def _tile_at(index, n_tiles_m, n_tiles_n, GROUP_M: tl.constexpr):
+    """Row and column of a tile, by groups of GROUP_M rows whose operands stay in the L2 cache."""
+    in_group = GROUP_M * n_tiles_n
+    first = index // in_group * GROUP_M
+    height = tl.minimum(n_tiles_m - first, GROUP_M)
+    return first + index % in_group % height, index % in_group // height
+
+
+@triton.jit
+def _at(row, column, n_rows, n_columns, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """Offsets of a tile in a row-major matrix, and which of them are inside."""
+    rows, columns = row + tl.arange(0, ROWS), column + tl.arange(0, COLUMNS)
+    inside = (rows < n_rows)[:, None] & (columns < n_columns)[None, :]
+    return rows.to(tl.int64)[:, None] * n_columns + columns[None, :], inside
+
+
+@triton.jit
+def _load(source, row, column, n_rows, n_columns, ROWS: tl.constexpr, COLUMNS: tl.constexpr, TMA: tl.constexpr):
+    """A tile of a row-major matrix, 0 outside."""
+    if TMA:
+        tile = source.load([row, column])
+    else:
+        offsets, inside = _at(row, column, n_rows, n_columns, ROWS, COLUMNS)
+        tile = tl.load(source + offsets, mask=inside, other=0.0)
+    return tile
+
+
+@triton.jit
+def _store(target, tile, row, column, n_rows, n_columns, ROWS: tl.constexpr, COLUMNS: tl.constexpr, TMA: tl.constexpr):
+    if TMA:
+        target.store([row, column], tile.to(target.dtype))
+    else:
+        offsets, inside = _at(row, column, n_rows, n_columns, ROWS, COLUMNS)
+        tl.store(target + offsets, tile.to(target.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _halves(tile, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """Left and right."""
+    return tl.permute(tl.reshape(tile, (ROWS, 2, COLUMNS // 2)), (0, 2, 1)).split()
+
+
+@triton.jit
+def _pieces(tile, ROWS: tl.constexpr, COLUMNS: tl.constexpr, SUBTILES: tl.constexpr):
+    """The tile in 1, 2 or 4 pieces from left to right: the epilogue of a piece at a time needs less shared memory."""
+    if SUBTILES == 1:
+        pieces = (tile,)
+    else:
+        left, right = _halves(tile, ROWS, COLUMNS)
+        if SUBTILES == 2:
+            pieces = (left, right)
+        else:
+            pieces = _halves(left, ROWS, COLUMNS // 2) + _halves(right, ROWS, COLUMNS // 2)
+    return pieces
+
+
+@triton.jit
+def _activate(
+    z, h, g, slope, row, column, M, N,
+    LEAKY: tl.constexpr, KEEPS_G: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, TMA: tl.constexpr,
+):  # fmt: skip
+    a = tl.where(z < 0, z * slope if LEAKY else 0.0, z)
+    _store(h, a * a, row, column, M, N, ROWS, COLUMNS, TMA)
+    if KEEPS_G:
+        _store(g, 2.0 * tl.where(z < 0, a * slope, a), row, column, M, N, ROWS, COLUMNS, TMA)
+
+
+@triton.jit
+def _up_kernel(
+    x, w, h, g, slope, M, N, K,
+    LEAKY: tl.constexpr, KEEPS_G: tl.constexpr, TMA: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    GROUP_M: tl.constexpr, SUBTILES: tl.constexpr, FLATTEN: tl.constexpr,
+):  # fmt: skip
+    """h and g (M, N) of z = x w^T, x (M, K), w (N, K)."""
+    n_tiles_m, n_tiles_n = tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N)
+    done = tl.program_id(0) - tl.num_programs(0)
+    WIDTH: tl.constexpr = BLOCK_N // SUBTILES
+    for index in tl.range(tl.program_id(0), n_tiles_m * n_tiles_n, tl.num_programs(0), flatten=FLATTEN):
+        m, n = _tile_at(index, n_tiles_m, n_tiles_n, GROUP_M)
+        z = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+        for k in range(tl.cdiv(K, BLOCK_K)):
+            x_tile = _load(x, m * BLOCK_M, k * BLOCK_K, M, K, BLOCK_M, BLOCK_K, TMA)
+            w_tile = _load(w, n * BLOCK_N, k * BLOCK_K, N, K, BLOCK_N, BLOCK_K, TMA)
+            z = tl.dot(x_tile, w_tile.T, z, input_precision="ieee")
+        # Where the tile lies is found a second time: as a value carried from before the inner loop it would tie the
+        # epilogue to the loads of the next tile.
+        done += tl.num_programs(0)
+        m, n = _tile_at(done, n_tiles_m, n_tiles_n, GROUP_M)
+        pieces = _pieces(z, BLOCK_M, BLOCK_N, SUBTILES)
+        for i in tl.static_range(SUBTILES):
+            column = n * BLOCK_N + i * WIDTH
+            _activate(pieces[i], h, g, slope, m * BLOCK_M, column, M, N, LEAKY, KEEPS_G, BLOCK_M, WIDTH, TMA)
+
+
+@triton.jit
+def _differentiate(
+    dh, kept, dz, h, inverse_slope, row, column, M, N,
+    LEAKY: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, TMA: tl.constexpr,
+):  # fmt: skip
+    g = _load(kept, row, column, M, N, ROWS, COLUMNS, TMA).to(tl.float32)
+    if LEAKY:
+        a = 0.5 * tl.where(g < 0, g * inverse_slope, g)
+        _store(h, a * a, row, column, M, N, ROWS, COLUMNS, TMA)
+    else:
+        g = 2.0 * tl.sqrt(g)
+    _store(dz, dh * g, row, column, M, N, ROWS, COLUMNS, TMA)
+
+
+@triton.jit
+def _down_backward_kernel(
+    dy, w, kept, dz, h, inverse_slope, M, N, K,
+    LEAKY: tl.constexpr, TMA: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    GROUP_M: tl.constexpr, SUBTILES: tl.constexpr, FLATTEN: tl.constexpr,
+):  # fmt: skip
+    """dz and h (M, N) of dh = dy w, dy (M, K), w (K, N), and of what was kept (M, N): g, or h without a slope."""
+    n_tiles_m, n_tiles_n = tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N)
+    done = tl.program_id(0) - tl.num_programs(0)
+    WIDTH: tl.constexpr = BLOCK_N // SUBTILES
+    for index in tl.range(tl.program_id(0), n_tiles_m * n_tiles_n, tl.num_programs(0), flatten=FLATTEN):
+        m, n = _tile_at(index, n_tiles_m, n_tiles_n, GROUP_M)
+        dh = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+        for k in range(tl.cdiv(K, BLOCK_K)):
+            dy_tile = _load(dy, m * BLOCK_M, k * BLOCK_K, M, K, BLOCK_M, BLOCK_K, TMA)
+            w_tile = _load(w, k * BLOCK_K, n * BLOCK_N, K, N, BLOCK_K, BLOCK_N, TMA)
+            dh = tl.dot(dy_tile, w_tile, dh, input_precision="ieee")
+        done += tl.num_programs(0)
+        m, n = _tile_at(done, n_tiles_m, n_tiles_n, GROUP_M)
+        pieces = _pieces(dh, BLOCK_M, BLOCK_N, SUBTILES)
+        for i in tl.static_range(SUBTILES):
+            column = n * BLOCK_N + i * WIDTH
+            _differentiate(pieces[i], kept, dz, h, inverse_slope, m * BLOCK_M, column, M, N, LEAKY, BLOCK_M, WIDTH, TMA)
+
+
+def _can_use_tma(*matrices: torch.Tensor) -> bool:
+    """Whether rows and bases are aligned to 16 bytes, and the device has tensor memory access (or is interpreted)."""
+    device = matrices[0].device
+    if device.type == "cuda" and torch.cuda.get_device_capability(device) < (9, 0):
+        return False
+    return all(x.data_ptr() % 16 == 0 and x.shape[1] * x.element_size() % 16 == 0 for x in matrices)
+
+
+def _described(matrix: torch.Tensor, rows: int, columns: int) -> TensorDescriptor:
+    # The stride of a dimension of size 1 may be anything, so strides are not asked for.
+    return TensorDescriptor(matrix, list(matrix.shape), [matrix.shape[1], 1], [rows, columns])
+
+
+def _launch(which: str, first, second, outputs: list, number: float, config: dict | None = None, **constants) -> None:
+    """Run a kernel on contiguous matrices, none of them empty.
+
+    Args:
+        which: `up` or `down_backward`.
+        first, second: (M, K), and (N, K) for `up` or (K, N) for `down_backward`.
+        outputs: the kernel's (M, N) matrices.
+        number: slope for `up`, its inverse for `down_backward`.
+        config: instead of what `_config` says.
+    """
+    (M, K), N = first.shape, outputs[0].shape[1]
+    tma = _can_use_tma(first, second, *outputs)
+    if config is None:
+        if first.dtype == torch.float32:
+            config = _CONFIGS["float32"]
+        else:
+            config = _config(M, N, K, which) if tma else _CONFIGS["pointers"]
+    config = dict(config)
+    block_m, block_n, block_k = (config[f"BLOCK_{axis}"] for axis in "MNK")
+    n_tiles = triton.cdiv(M, block_m) * triton.cdiv(N, block_n)
+    n_programs = min(n_tiles, config.pop("programs_per_sm") * _n_sm(first.device))
+    if tma:
+        first = _described(first, block_m, block_k)
+        second = _described(second, *((block_n, block_k) if which == "up" else (block_k, block_n)))
+        outputs = [_described(matrix, block_m, block_n // config["SUBTILES"]) for matrix in outputs]
+    kernel = _up_kernel if which == "up" else _down_backward_kernel
+    kernel[(n_programs,)](first, second, *outputs, number, M, N, K, TMA=tma, **constants, **config)
+
+
+def _n_sm(device: torch.device) -> int:
+    if device.type != "cuda":
+        return _N_SM_INTERPRETED
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def _hidden(x: torch.Tensor, w_up: torch.Tensor, slope: float, keeps_g: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """h and g; h twice when g is not kept."""
+    h = torch.empty(len(x), len(w_up), dtype=x.dtype, device=x.device)
+    g = torch.empty_like(h) if keeps_g else h
+    if not x.numel() or not h.numel():
+        return h.zero_(), g.zero_()
+    _launch("up", x, w_up, [h, g], slope, LEAKY=slope != 0, KEEPS_G=keeps_g)
+    return h, g
+
+
+@torch.library.custom_op("fusedlm::relu2_mlp", mutates_args=())
+def _forward(
+    x: torch.Tensor, w_up: torch.Tensor, w_down: torch.Tensor, slope: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """y, and what the backward pass needs: g, or h without a slope."""
+    h, g = _hidden(x.contiguous(), rounded(w_up, x), slope, keeps_g=slope != 0)
+    return product(h, rounded(w_down, x).t(), x.dtype), g
+
+
+@_forward.register_fake
+def _(x, w_up, w_down, slope):
+    return torch.empty(x.shape, dtype=x.dtype, device=x.device), x.new_empty(x.shape[0], w_up.shape[0])
+
+
+@torch.library.custom_op("fusedlm::relu2_mlp_inference", mutates_args=())
+def _inference(x: torch.Tensor, w_up: torch.Tensor, w_down: torch.Tensor, slope: float) -> torch.Tensor:
+    h, _ = _hidden(x.contiguous(), rounded(w_up, x), slope, keeps_g=False)
+    return product(h, rounded(w_down, x).t(), x.dtype)
+
+
+@_inference.register_fake
+def _(x, w_up, w_down, slope):
+    return torch.empty(x.shape, dtype=x.dtype, device=x.device)
+
+
+@torch.library.custom_op("fusedlm::relu2_mlp_backward", mutates_args=())
+def _backward(
+    dy: torch.Tensor, x: torch.Tensor, w_up: torch.Tensor, w_down: torch.Tensor, kept: torch.Tensor, slope: float
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Gradients of x and of the weights, each in its own dtype."""
+    dy, x, kept, leaky = dy.contiguous(), x.contiguous(), kept.contiguous(), slope != 0
+    dz = torch.empty_like(kept)
+    h = torch.empty_like(kept) if leaky else kept
+    if dy.numel() and kept.numel():
+        inverse = 1 / slope if leaky else 0.0
+        _launch("down_backward", dy, rounded(w_down, x), [kept, dz, h], inverse, LEAKY=leaky)
+    dw_down = product(dy.t(), h, w_down.dtype)
+    if leaky:
+        del h
+    return product(dz, rounded(w_up, x), x.dtype), product(dz.t(), x, w_up.dtype), dw_down
+
+
+@_backward.register_fake
+def _(dy, x, w_up, w_down, kept, slope):
+    return tuple(torch.empty(a.shape, dtype=a.dtype, device=a.device) for a in (x, w_up, w_down))
+
+
+def _setup_context(ctx, inputs, output):
+    x, w_up, w_down, ctx.slope = inputs
+    ctx.mark_non_differentiable(output[1])
+    ctx.save_for_backward(x, w_up, w_down, output[1])
+
+
+def _gradients(ctx, dy, _):
+    return *_backward(dy, *ctx.saved_tensors, ctx.slope), None
+
+
+_forward.register_autograd(_gradients, setup_context=_setup_context)
+
+
+def relu2_mlp(x, w_up, w_down, slope: float) -> torch.Tensor:
+    if torch.is_grad_enabled() and (x.requires_grad or w_up.requires_grad or w_down.requires_grad):
+        return _forward(x, w_up, w_down, slope)[0]
+    return _inference(x, w_up, w_down, slope)
