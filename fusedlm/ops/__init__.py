@@ -7,7 +7,9 @@ from fusedlm.ops.differential_combine.op import differential_combine
 from fusedlm.ops.gated_delta_rule.op import gated_delta_rule
 from fusedlm.ops.gated_scan.op import gated_scan
 from fusedlm.ops.linear_softcap_cross_entropy.op import linear_softcap_cross_entropy
+from fusedlm.ops.relu2_mlp.op import relu2_mlp
 from fusedlm.ops.softcap_cross_entropy.op import softcap_cross_entropy
+from fusedlm.ops.swiglu_mlp.op import swiglu_mlp
 
 __all__ = [
     "OPS",
@@ -19,5 +21,7 @@ __all__ = [
     "gated_scan",
     "linear_softcap_cross_entropy",
     "packed_attention",
+    "relu2_mlp",
     "softcap_cross_entropy",
+    "swiglu_mlp",
 ]

@@ -1,0 +1,1 @@
+"""SwiGLU feed-forward that keeps only its packed projection for the backward pass."""
