@@ -42,7 +42,9 @@ class ImplConfig(Config):
     gated_scan: Literal["auto", "reference"] = "auto"  # of sdla's working memory
     differential_combine: Literal["auto", "triton", "reference"] = "auto"  # of diff_mla and cmd_mla
     linear_softcap_cross_entropy: Literal["auto", "chunked", "reference"] = "auto"  # training; reference: all logits
+    relu2_mlp: Literal["auto", "triton", "reference"] = "auto"
     softcap_cross_entropy: Literal["auto", "triton", "reference"] = "auto"
+    swiglu_mlp: Literal["auto", "triton", "reference"] = "reference"  # compiled, that does nearly what triton does
 
 
 class ModelConfig(Config):

@@ -21,7 +21,7 @@ class Block(torch.nn.Module):
         self.mixer_norm = RMSNorm(model.dim, model.norm_eps)
         self.mixer = MIXERS[config.mixer.type](config.mixer, model, setting, layer)
         self.ffn_norm = RMSNorm(model.dim, model.norm_eps)
-        self.ffn = FFNS[config.ffn.type](config.ffn, model)
+        self.ffn = FFNS[config.ffn.type](config.ffn, model, setting)
         self.dropout = torch.nn.Dropout(model.dropout)
         self.recomputes = False
 

@@ -24,3 +24,10 @@ class Linear(torch.nn.Linear):
     def flops(self, n_tokens: int) -> int:
         """Multiply-adds count two."""
         return 2 * self.in_features * self.out_features * n_tokens
+
+
+def as_products_take_it(x: torch.Tensor) -> torch.Tensor:
+    """x in autocast's dtype where that is on: operators of ours are not on the lists that it goes by."""
+    if torch.is_autocast_enabled(x.device.type):
+        return x.to(torch.get_autocast_dtype(x.device.type))
+    return x

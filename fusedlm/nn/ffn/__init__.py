@@ -1,5 +1,6 @@
-"""Feed-forwards by name: `forward(x_BTD) -> y_BTD`, `flops(n_tokens)`; where tokens differ in what they meet,
-`active_parameters()`; where training has a loss of their own, `auxiliary_loss()`, of the last training forward."""
+"""Feed-forwards by name, all built from (config, model config, setting): `forward(x_BTD) -> y_BTD`, `flops(n_tokens)`,
+`choices`, the implementation of each op; where tokens differ in what they meet, `active_parameters()`; where training
+has a loss of their own, `auxiliary_loss()`, of the last training forward."""
 
 from fusedlm.nn.ffn.relu2 import ReLU2
 from fusedlm.nn.ffn.routed import RoutedFFN

@@ -9,6 +9,7 @@ from fusedlm.config.ffn import RoutedConfig, SwiGLUConfig
 from fusedlm.config.model import ModelConfig
 from fusedlm.nn.ffn.swiglu import SwiGLU
 from fusedlm.nn.linear import Linear
+from fusedlm.ops.common import Setting
 
 # Gathered rows come in multiples of this. Matrix products on the CPU round the rows of an incomplete tile in another
 # way, and how many tokens are gathered must not show in the result of any one of them.
@@ -24,14 +25,15 @@ class RoutedFFN(torch.nn.Module):
     learns through a where that is between 0 and 1, and everywhere through the budget (`auxiliary_loss`).
     """
 
-    def __init__(self, config: RoutedConfig, model: ModelConfig):
+    def __init__(self, config: RoutedConfig, model: ModelConfig, setting: Setting):
         super().__init__()
         self.low, self.high = config.low, config.high
         self.budget, self.budget_weight = config.budget, config.budget_weight
         hidden = config.hidden or -(-8 * model.dim // (3 * 64)) * 64
         light = min(max(8 * round(config.light * hidden / 8), 8), hidden - 1)
-        self.light = SwiGLU(SwiGLUConfig(hidden=light), model)
-        self.rest = SwiGLU(SwiGLUConfig(hidden=hidden - light), model)
+        self.light = SwiGLU(SwiGLUConfig(hidden=light), model, setting)
+        self.rest = SwiGLU(SwiGLUConfig(hidden=hidden - light), model, setting)
+        self.choices = self.light.choices
         self.router = Linear(model.dim, config.n_classes)
         # Equal logits would have entropy 1 and no gradient. A variance of 2 ln(n_classes) (1 / e - 1) makes the mean
         # difficulty about e: here the middle of the band, from which training can go both ways.
