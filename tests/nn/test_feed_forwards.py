@@ -16,11 +16,11 @@ TOKENS = torch.randint(0, 61, (2, 12), generator=torch.Generator().manual_seed(0
 FUNCTIONS = {"relu2_mlp": relu2_kernels.relu2_mlp, "swiglu_mlp": swiglu_kernels.swiglu_mlp}
 
 
-def _models(ffn, extra="impl: {relu2_mlp: reference}"):
+def _models(ffn):
     """One of PyTorch's operators and one of the kernels, and which dtypes came to these."""
     torch.manual_seed(0)
-    plain = randomise_(part_model(ATTENTION, ffn, extra=extra)).to(DEVICE)
-    fused = part_model(ATTENTION, ffn, extra=extra).to(DEVICE)
+    plain = randomise_(part_model(ATTENTION, ffn)).to(DEVICE)
+    fused = part_model(ATTENTION, ffn).to(DEVICE)
     fused.load_state_dict(plain.state_dict())
     dtypes = []
 
