@@ -23,7 +23,7 @@ from fusedlm.files import write_atomic  # noqa: E402
 from fusedlm.model.precision import resolve_device, resolve_dtype  # noqa: E402
 from fusedlm.train.hardware import environment  # noqa: E402
 
-FUSED = ("linear_softcap_cross_entropy", "softcap_cross_entropy", "differential_combine")
+FUSED = ("linear_softcap_cross_entropy", "softcap_cross_entropy", "differential_combine", "relu2_mlp")
 CASES = {
     "gpt-350m": ("recipes/gpt-350m.yaml", 50257, []),
     "kepler-512 cmd_mla": ("recipes/kepler-512.yaml", 65, ["model.blocks.a.mixer.type=cmd_mla"]),

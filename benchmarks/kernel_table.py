@@ -98,7 +98,7 @@ def _floor_ms(kernel: str, op: dict, ceilings: Ceilings) -> float | None:
     dims, types = op["args"].get("Input Dims"), op["args"].get("Input type")
     if not dims:
         return None
-    flops = _flops(op["name"], dims)
+    flops = _flops_of_ours(kernel, op["name"], dims) or _flops(op["name"], dims)
     if flops is not None and not kernel.startswith("triton_"):
         return 1e3 * flops / ceilings.flops_per_second
     if op["name"].startswith("fusedlm::"):
@@ -136,6 +136,14 @@ def _attention_flops(q, k, width_v: int) -> float:
     """Causal, (B, H, T, E)."""
     batch, heads, n_queries, width = q
     return 1.0 * batch * heads * n_queries * k[2] * (width + width_v)
+
+
+def _flops_of_ours(kernel: str, op: str, dims) -> float | None:
+    """Of the kernels of `fusedlm.ops` that multiply matrices."""
+    if kernel in ("_up_kernel", "_down_backward_kernel"):
+        x, w_up = dims[1:3] if "backward" in op else dims[:2]
+        return 2.0 * math.prod(x) * w_up[0]
+    return None
 
 
 def _moved_by_ours(kernel: str, op: str, dims) -> int | None:

@@ -44,6 +44,8 @@ def test_floors():
             [bf16] * 4,
         ),
         _kernel(6, "sdpa_backward", 1.0),
+        _op(7, "fusedlm::relu2_mlp_backward", [[10, 8], [10, 8], [32, 8], [8, 32], [10, 32]], [bf16] * 5),
+        _kernel(7, "_down_backward_kernel", 1.0),
         {"cat": "kernel", "name": "orphan", "dur": 1.0, "args": {}},
         {"cat": "cpu_op", "name": "no arguments"},
     ]
@@ -54,9 +56,10 @@ def test_floors():
     assert rows["_both_kernel"].floor_ms == pytest.approx(1e3 * 2 * 64 * 500 * 2 / 1e12)
     assert rows["sdpa"].floor_ms == pytest.approx(1e3 * 2 * 4 * 16 * 16 * (24 + 8) / 1e14)
     assert rows["sdpa_backward"].floor_ms == pytest.approx(2.5 * rows["sdpa"].floor_ms)
+    assert rows["_down_backward_kernel"].floor_ms == pytest.approx(1e3 * 2 * 10 * 8 * 32 / 1e14)
     assert rows["memcpy32"].floor_ms is None and rows["orphan"].floor_ms is None
     found = summary(list(rows.values()))
-    assert found["kernel_ms"] == pytest.approx(12.506e-3)
-    assert found["share_near_floor"] == pytest.approx(0.006 / 12.506)
-    assert found["share_of_unknown_floor"] == pytest.approx(6 / 12.506)
-    assert len(found["heaviest"]) == 7
+    assert found["kernel_ms"] == pytest.approx(13.506e-3)
+    assert found["share_near_floor"] == pytest.approx(0.006 / 13.506)
+    assert found["share_of_unknown_floor"] == pytest.approx(6 / 13.506)
+    assert len(found["heaviest"]) == 8
