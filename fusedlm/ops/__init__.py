@@ -8,6 +8,7 @@ from fusedlm.ops.gated_delta_rule.op import gated_delta_rule
 from fusedlm.ops.gated_scan.op import gated_scan
 from fusedlm.ops.linear_softcap_cross_entropy.op import linear_softcap_cross_entropy
 from fusedlm.ops.relu2_mlp.op import relu2_mlp
+from fusedlm.ops.rmsnorm_linear.op import rmsnorm_linear
 from fusedlm.ops.softcap_cross_entropy.op import softcap_cross_entropy
 from fusedlm.ops.swiglu_mlp.op import swiglu_mlp
 
@@ -22,6 +23,7 @@ __all__ = [
     "linear_softcap_cross_entropy",
     "packed_attention",
     "relu2_mlp",
+    "rmsnorm_linear",
     "softcap_cross_entropy",
     "swiglu_mlp",
 ]

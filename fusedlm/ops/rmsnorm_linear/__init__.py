@@ -1,0 +1,1 @@
+"""RMSNorm and the packed projection behind it."""

@@ -1,0 +1,10 @@
+"""RMSNorm and projection in plain PyTorch."""
+
+import torch
+import torch.nn.functional as F
+
+
+def rmsnorm_linear(x, gamma, weight, eps: float) -> torch.Tensor:
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    normed = F.rms_norm(wide, (x.shape[-1],), gamma.to(wide.dtype), eps)
+    return F.linear(normed.to(x.dtype), weight.to(x.dtype))

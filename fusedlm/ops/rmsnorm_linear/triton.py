@@ -1,0 +1,401 @@
+"""Norm and projection: one kernel for few tokens, two forms for many, one backward pass.
+
+Few tokens, as in decoding, are a question of reading the weight once: each program takes some of its rows, norms the
+tokens itself and scales what it has at the end.
+
+Many tokens are a question of what the product costs besides. `packed` normalises x in one pass and leaves the product
+to torch. `triton` multiplies x as it is by gamma * weight and scales rows of the product by 1 / rms(x): x is read and
+never written, and gamma * weight is rounded in place of the normalised x.
+
+The backward pass has x and the weights. The gradient of the normalised x becomes that of x in one pass, in place, which
+writes x normalised once more for the gradient of the weight, and gamma's gradient one vector a program; torch sums
+these in a fixed order.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from fusedlm.ops.rmsnorm_linear.op import unaligned
+
+FEW = 32  # tokens that go through one kernel
+_TILE = 4096  # elements of whole rows
+_PROGRAMS_PER_SM = 4  # of the backward pass, so that there are as few vectors of gamma's gradient to add up
+
+_ONE_TILE = 8192  # elements of the weight for a program of 128 threads with a single token: whole rows where they fit
+_ONE_WIDTH = 2048
+# With several tokens: rows of the weight and numbers of each that a program takes at once.
+SEVERAL_NARROW = {"BLOCK_E": 16, "BLOCK_D": 256, "STAGES": 3, "num_warps": 4}
+SEVERAL_WIDE = {"BLOCK_E": 32, "BLOCK_D": 128, "STAGES": 4, "num_warps": 4}
+_WIDE = 8192  # rows of the weight from which SEVERAL_WIDE still gives every multiprocessor its share
+
+
+# Tiles of the product. RMS_INSIDE: sums of squares are made from the tiles of x rather than in a pass before.
+def _tiling(rows: int, columns: int, depth: int, subtiles: int, num_warps: int, num_stages: int) -> dict:
+    tile = {"BLOCK_N": rows, "BLOCK_E": columns, "BLOCK_D": depth, "SUBTILES": subtiles, "RMS_INSIDE": False}
+    return tile | {"num_warps": num_warps, "num_stages": num_stages}
+
+
+_CONFIGS = {
+    "large": _tiling(128, 256, 64, 2, num_warps=8, num_stages=3),
+    "small": _tiling(128, 128, 64, 1, num_warps=8, num_stages=4),
+    "float32": _tiling(64, 64, 32, 1, num_warps=8, num_stages=2),
+}
+_GROUP = 8  # rows of tiles that are gone through together, for the sake of the cache
+
+
+@triton.jit
+def _inverse_rms(squares, eps, WIDTH: tl.constexpr):
+    return 1.0 / tl.sqrt(squares / WIDTH + eps)
+
+
+@triton.jit
+def _row_tile(tile, n_rows, WIDTH: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+    """Rows and columns of a tile of whole rows, and what of it there is."""
+    row = (tile * ROWS + tl.arange(0, ROWS)).to(tl.int64)
+    column = tl.arange(0, BLOCK)
+    return row, column, (row < n_rows)[:, None] & (column < WIDTH)[None, :]
+
+
+@triton.jit
+def _normalise_kernel(x, gamma, out, n_rows, x_row, eps, WIDTH: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+    row, column, inside = _row_tile(tl.program_id(0), n_rows, WIDTH, ROWS, BLOCK)
+    z = tl.load(x + row[:, None] * x_row + column[None, :], mask=inside, other=0.0).to(tl.float32)
+    z *= _inverse_rms(tl.sum(z * z, 1), eps, WIDTH)[:, None]
+    z *= tl.load(gamma + column, mask=column < WIDTH, other=0.0).to(tl.float32)[None, :]
+    tl.store(out + row[:, None] * WIDTH + column[None, :], z.to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _inverse_rms_kernel(x, out, n_rows, x_row, eps, WIDTH: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+    row, column, inside = _row_tile(tl.program_id(0), n_rows, WIDTH, ROWS, BLOCK)
+    z = tl.load(x + row[:, None] * x_row + column[None, :], mask=inside, other=0.0).to(tl.float32)
+    tl.store(out + row, _inverse_rms(tl.sum(z * z, 1), eps, WIDTH), mask=row < n_rows)
+
+
+@triton.jit
+def _fold_kernel(gamma, weight, out, n_rows, weight_row, WIDTH: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+    row, column, inside = _row_tile(tl.program_id(0), n_rows, WIDTH, ROWS, BLOCK)
+    w = tl.load(weight + row[:, None] * weight_row + column[None, :], mask=inside, other=0.0).to(tl.float32)
+    w *= tl.load(gamma + column, mask=column < WIDTH, other=0.0).to(tl.float32)[None, :]
+    tl.store(out + row[:, None] * WIDTH + column[None, :], w.to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _backward_kernel(
+    x, gamma, gradient, normed, d_gamma, n_rows, n_tiles, x_row, eps,
+    WIDTH: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """gradient: of the normalised x; that of x when done."""
+    columns = tl.arange(0, BLOCK)
+    g = tl.load(gamma + columns, mask=columns < WIDTH, other=0.0).to(tl.float32)
+    total = tl.zeros((BLOCK,), dtype=tl.float32)
+    for tile in range(tl.program_id(0), n_tiles, tl.num_programs(0)):
+        row, column, inside = _row_tile(tile, n_rows, WIDTH, ROWS, BLOCK)
+        at = row[:, None] * WIDTH + column[None, :]
+        z = tl.load(x + row[:, None] * x_row + column[None, :], mask=inside, other=0.0).to(tl.float32)
+        dz = tl.load(gradient + at, mask=inside, other=0.0).to(tl.float32)
+        inverse = _inverse_rms(tl.sum(z * z, 1), eps, WIDTH)[:, None]
+        z *= inverse
+        tl.store(normed + at, (z * g[None, :]).to(normed.dtype.element_ty), mask=inside)
+        total += tl.sum(dz * z, 0)
+        dz *= g[None, :]
+        dz = (dz - z * (tl.sum(dz * z, 1) / WIDTH)[:, None]) * inverse
+        tl.store(gradient + at, dz.to(gradient.dtype.element_ty), mask=inside)
+    tl.store(d_gamma + tl.program_id(0) * WIDTH + columns, total, mask=columns < WIDTH)
+
+
+@triton.jit
+def _one_token_kernel(
+    x, gamma, weight, out, n_out, weight_row, eps,
+    WIDTH: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_D: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0) * BLOCK_E + tl.arange(0, BLOCK_E)
+    row_inside = row < n_out
+    row_at = row.to(tl.int64) * weight_row
+    total = tl.zeros((BLOCK_E, BLOCK_D), dtype=tl.float32)
+    squares = tl.zeros((BLOCK_D,), dtype=tl.float32)
+    for start in tl.range(0, WIDTH, BLOCK_D, num_stages=STAGES):
+        column = start + tl.arange(0, BLOCK_D)
+        inside = column < WIDTH
+        w = tl.load(
+            weight + row_at[:, None] + column[None, :], mask=row_inside[:, None] & inside[None, :], other=0.0
+        ).to(tl.float32)
+        z = tl.load(x + column, mask=inside, other=0.0).to(tl.float32)
+        g = tl.load(gamma + column, mask=inside, other=0.0).to(tl.float32)
+        squares += z * z
+        total += w * (z * g)[None, :]
+    y = tl.sum(total, 1) * _inverse_rms(tl.sum(squares, 0), eps, WIDTH)
+    tl.store(out + row, y.to(out.dtype.element_ty), mask=row_inside)
+
+
+@triton.jit
+def _several_tokens_kernel(
+    x, gamma, weight, out, n_tokens, n_out, x_row, weight_row, eps,
+    WIDTH: tl.constexpr, NORM_FIRST: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_E: tl.constexpr,
+    BLOCK_D: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """NORM_FIRST: x is normalised before it is multiplied, at the price of reading it twice; float16 needs it, since
+    x * gamma can be too large for it. Else the product is scaled, and the sum of squares made on the way."""
+    token = tl.arange(0, BLOCK_N)
+    row = tl.program_id(0) * BLOCK_E + tl.arange(0, BLOCK_E)
+    token_inside, row_inside = token < n_tokens, row < n_out
+    token_at = token.to(tl.int64) * x_row
+    row_at = row.to(tl.int64) * weight_row
+    squares = tl.zeros((BLOCK_N, BLOCK_D), dtype=tl.float32)
+    inverse = tl.zeros((BLOCK_N,), dtype=tl.float32)
+    if NORM_FIRST:
+        for start in tl.range(0, WIDTH, BLOCK_D):
+            column = start + tl.arange(0, BLOCK_D)
+            inside = token_inside[:, None] & (column < WIDTH)[None, :]
+            z = tl.load(x + token_at[:, None] + column[None, :], mask=inside, other=0.0).to(tl.float32)
+            squares += z * z
+        inverse = _inverse_rms(tl.sum(squares, 1), eps, WIDTH)
+    y = tl.zeros((BLOCK_N, BLOCK_E), dtype=tl.float32)
+    for start in tl.range(0, WIDTH, BLOCK_D, num_stages=STAGES):
+        column = start + tl.arange(0, BLOCK_D)
+        column_inside = column < WIDTH
+        inside = token_inside[:, None] & column_inside[None, :]
+        z = tl.load(x + token_at[:, None] + column[None, :], mask=inside, other=0.0)
+        g = tl.load(gamma + column, mask=column_inside, other=0.0).to(tl.float32)
+        inside = column_inside[:, None] & row_inside[None, :]
+        w = tl.load(weight + row_at[None, :] + column[:, None], mask=inside, other=0.0).to(z.dtype)
+        wide = z.to(tl.float32)
+        if NORM_FIRST:
+            wide *= inverse[:, None]
+        else:
+            squares += wide * wide
+        y = tl.dot((wide * g[None, :]).to(z.dtype), w, y, input_precision="ieee")
+    if not NORM_FIRST:
+        y *= _inverse_rms(tl.sum(squares, 1), eps, WIDTH)[:, None]
+    at = token.to(tl.int64)[:, None] * n_out + row[None, :]
+    tl.store(out + at, y.to(out.dtype.element_ty), mask=token_inside[:, None] & row_inside[None, :])
+
+
+@triton.jit
+def _tile_at(tile, n_row_tiles, n_column_tiles, GROUP: tl.constexpr):
+    """Row and column of a tile, GROUP rows of tiles at a time."""
+    in_group = n_column_tiles * GROUP
+    first = (tile // in_group) * GROUP
+    n_rows = tl.minimum(n_row_tiles - first, GROUP)
+    within = tile % in_group
+    return first + within % n_rows, within // n_rows
+
+
+@triton.jit
+def _product_kernel(
+    x, weight, out, inverse_rms, n_rows, n_out, eps,
+    WIDTH: tl.constexpr, RMS_INSIDE: tl.constexpr, N_PROGRAMS: tl.constexpr, GROUP: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_D: tl.constexpr, SUBTILES: tl.constexpr,
+):  # fmt: skip
+    """x, weight and out: tensor descriptors, which read zeros beyond the ends and write nothing there."""
+    n_row_tiles, n_column_tiles = tl.cdiv(n_rows, BLOCK_N), tl.cdiv(n_out, BLOCK_E)
+    n_tiles = n_row_tiles * n_column_tiles
+    # Counted apart from the loop: the store of a tile then overlaps with the loads of the next.
+    stored = tl.program_id(0) - N_PROGRAMS
+    for tile in tl.range(tl.program_id(0), n_tiles, N_PROGRAMS, flatten=True):
+        tile_row, tile_column = _tile_at(tile, n_row_tiles, n_column_tiles, GROUP)
+        total = tl.zeros((BLOCK_N, BLOCK_E), dtype=tl.float32)
+        squares = tl.zeros((BLOCK_N,), dtype=tl.float32)
+        for step in range(tl.cdiv(WIDTH, BLOCK_D)):
+            a = x.load([tile_row * BLOCK_N, step * BLOCK_D])
+            b = weight.load([tile_column * BLOCK_E, step * BLOCK_D])
+            if RMS_INSIDE:
+                wide = a.to(tl.float32)
+                squares += tl.sum(wide * wide, 1)
+            total = tl.dot(a, b.T, total, input_precision="ieee")
+        stored += N_PROGRAMS
+        tile_row, tile_column = _tile_at(stored, n_row_tiles, n_column_tiles, GROUP)
+        if RMS_INSIDE:
+            inverse = _inverse_rms(squares, eps, WIDTH)
+        else:
+            row = tile_row * BLOCK_N + tl.arange(0, BLOCK_N)
+            inverse = tl.load(inverse_rms + row, mask=row < n_rows, other=0.0)
+        total *= inverse[:, None]
+        if SUBTILES == 2:  # halves, which take half of the shared memory
+            halves = tl.permute(tl.reshape(total, (BLOCK_N, 2, BLOCK_E // 2)), (0, 2, 1))
+            left, right = tl.split(halves)
+            out.store([tile_row * BLOCK_N, tile_column * BLOCK_E], left.to(out.dtype))
+            out.store([tile_row * BLOCK_N, tile_column * BLOCK_E + BLOCK_E // 2], right.to(out.dtype))
+        else:
+            out.store([tile_row * BLOCK_N, tile_column * BLOCK_E], total.to(out.dtype))
+
+
+def _rows(x: torch.Tensor) -> torch.Tensor:
+    """(N, D) whose numbers lie side by side."""
+    rows = x.reshape(-1, x.shape[-1])
+    return rows if rows.stride(1) == 1 else rows.contiguous()
+
+
+def _aligned(x: torch.Tensor) -> torch.Tensor:
+    """Rows as the tensor memory accelerator takes them: beside or apart from each other by multiples of 16 bytes."""
+    step = x.stride(0)
+    fits = step >= x.shape[1] and step * x.element_size() % 16 == 0 and x.data_ptr() % 16 == 0
+    return x if fits else x.clone(memory_format=torch.contiguous_format)
+
+
+def _row_launch(width: int) -> dict:
+    block = triton.next_power_of_2(width)
+    return {
+        "WIDTH": width,
+        "ROWS": max(1, _TILE // block),
+        "BLOCK": block,
+        "num_warps": min(max(block // 512, 4), 16),
+    }
+
+
+def _n_processors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+
+
+def normalise(x: torch.Tensor, gamma: torch.Tensor, eps: float) -> torch.Tensor:
+    """x (N, D) normalised, times gamma."""
+    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    launch = _row_launch(x.shape[1])
+    grid = (triton.cdiv(len(x), launch["ROWS"]),)
+    _normalise_kernel[grid](x, gamma.contiguous(), out, len(x), x.stride(0), eps, **launch)
+    return out
+
+
+def few_tokens(x: torch.Tensor, gamma: torch.Tensor, weight: torch.Tensor, eps: float, config=None) -> torch.Tensor:
+    """The whole for x (N, D) of at most FEW rows. config: as one of `few_config`."""
+    (n, width), n_out = x.shape, len(weight)
+    config = dict(config or few_config(n, width, n_out))
+    out = torch.empty(n, n_out, dtype=x.dtype, device=x.device)
+    grid = (triton.cdiv(n_out, config["BLOCK_E"]),)
+    weight, gamma = _rows(weight), gamma.contiguous()
+    if "NORM_FIRST" in config:
+        config["NORM_FIRST"] |= x.dtype == torch.float16
+        _several_tokens_kernel[grid](
+            x, gamma, weight, out, n, n_out, x.stride(0), weight.stride(0), eps,
+            WIDTH=width, BLOCK_N=max(16, triton.next_power_of_2(n)), **config,
+        )  # fmt: skip
+    else:
+        _one_token_kernel[grid](x, gamma, weight, out, n_out, weight.stride(0), eps, WIDTH=width, **config)
+    return out
+
+
+def few_config(n: int, width: int, n_out: int) -> dict:
+    """What a program takes at once; with NORM_FIRST for the kernel for several tokens."""
+    block = max(16, triton.next_power_of_2(width))
+    if n == 1:
+        block = min(block, _ONE_WIDTH)
+        return {"BLOCK_E": min(64, _ONE_TILE // block), "BLOCK_D": block, "STAGES": 1, "num_warps": 4}
+    config = SEVERAL_WIDE if n_out >= _WIDE else SEVERAL_NARROW
+    return config | {"BLOCK_D": min(config["BLOCK_D"], block), "NORM_FIRST": False}
+
+
+def scaled_product(x: torch.Tensor, gamma: torch.Tensor, weight: torch.Tensor, eps: float, config=None) -> torch.Tensor:
+    """(x (N, D) times (gamma * weight)^T) / rms(x). config: as those of _CONFIGS.
+
+    Raises:
+        ValueError: the tensor memory accelerator cannot take rows this long.
+    """
+    from triton.tools.tensor_descriptor import TensorDescriptor
+
+    (n, width), n_out = x.shape, len(weight)
+    if reason := unaligned(x.dtype, width, n_out):
+        raise ValueError(f"rmsnorm_linear: triton {reason}; use packed")
+    config = dict(config or _CONFIGS[_tiles(x.dtype, n_out)])
+    launch, weight = _row_launch(width), _rows(weight)
+    folded = torch.empty(weight.shape, dtype=x.dtype, device=x.device)
+    grid = (triton.cdiv(n_out, launch["ROWS"]),)
+    _fold_kernel[grid](gamma.contiguous(), weight, folded, n_out, weight.stride(0), **launch)
+    inverse_rms = torch.empty(n, dtype=torch.float32, device=x.device)
+    if not config["RMS_INSIDE"]:
+        grid = (triton.cdiv(n, launch["ROWS"]),)
+        _inverse_rms_kernel[grid](x, inverse_rms, n, x.stride(0), eps, **launch)
+    out = torch.empty(n, n_out, dtype=x.dtype, device=x.device)
+    block_n, block_e, block_d = (config[name] for name in ("BLOCK_N", "BLOCK_E", "BLOCK_D"))
+    n_programs = min(triton.cdiv(n, block_n) * triton.cdiv(n_out, block_e), _n_processors(x.device))
+    _product_kernel[(n_programs,)](
+        TensorDescriptor.from_tensor(_aligned(x), [block_n, block_d]),
+        TensorDescriptor.from_tensor(folded, [block_e, block_d]),
+        TensorDescriptor.from_tensor(out, [block_n, block_e // config["SUBTILES"]]),
+        inverse_rms, n, n_out, eps,
+        WIDTH=width, N_PROGRAMS=n_programs, GROUP=_GROUP, **config,
+    )  # fmt: skip
+    return out
+
+
+def _tiles(dtype: torch.dtype, n_out: int) -> str:
+    """Of _CONFIGS: large tiles unless they would hang over the end."""
+    if dtype == torch.float32:
+        return "float32"
+    return "large" if n_out % 256 == 0 or n_out > 2048 else "small"
+
+
+@torch.library.custom_op("fusedlm::rmsnorm_linear", mutates_args=())
+def _forward(x: torch.Tensor, gamma: torch.Tensor, weight: torch.Tensor, eps: float, form: str) -> torch.Tensor:
+    rows, shape = _rows(x), (*x.shape[:-1], len(weight))
+    if not len(rows) or not len(weight):
+        return torch.empty(shape, dtype=x.dtype, device=x.device)
+    if len(rows) <= FEW:
+        y = few_tokens(rows, gamma, weight, eps)
+    elif form == "packed":
+        y = torch.mm(normalise(rows, gamma, eps), weight.to(x.dtype).t())
+    else:
+        y = scaled_product(rows, gamma, weight, eps)
+    return y.view(shape)
+
+
+@_forward.register_fake
+def _(x, gamma, weight, eps, form):
+    return torch.empty((*x.shape[:-1], weight.shape[0]), dtype=x.dtype, device=x.device)
+
+
+@torch.library.custom_op("fusedlm::rmsnorm_linear_backward", mutates_args=())
+def _backward(
+    upstream: torch.Tensor, x: torch.Tensor, gamma: torch.Tensor, weight: torch.Tensor, eps: float
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Gradients of x, of gamma (D,) float32 and of the weight in its dtype."""
+    rows = _rows(x)
+    n, width = rows.shape
+    upstream = upstream.reshape(n, len(weight))
+    gradient = torch.mm(upstream, weight.to(x.dtype))
+    normed = torch.empty(rows.shape, dtype=x.dtype, device=x.device)
+    launch = _row_launch(width)
+    n_tiles = triton.cdiv(n, launch["ROWS"])
+    n_programs = min(n_tiles, _PROGRAMS_PER_SM * _n_processors(x.device))
+    d_gamma = torch.empty(n_programs, width, dtype=torch.float32, device=x.device)
+    if n:
+        _backward_kernel[(n_programs,)](
+            rows, gamma.contiguous(), gradient, normed, d_gamma, n, n_tiles, rows.stride(0), eps, **launch
+        )
+    return gradient.view(x.shape), d_gamma.sum(0), _product(upstream.t(), normed, weight.dtype)
+
+
+def _product(a: torch.Tensor, b: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """a b, not rounded on the way to a wider dtype where torch can do that."""
+    if a.is_cuda and dtype == torch.float32 and a.dtype != dtype:
+        return torch.mm(a, b, out_dtype=dtype)
+    return torch.mm(a, b).to(dtype)
+
+
+@_backward.register_fake
+def _(upstream, x, gamma, weight, eps):
+    d_gamma = torch.empty(gamma.shape, dtype=torch.float32, device=x.device)
+    d_weight = torch.empty(weight.shape, dtype=weight.dtype, device=x.device)
+    return torch.empty(x.shape, dtype=x.dtype, device=x.device), d_gamma, d_weight
+
+
+def _setup_context(ctx, inputs, output):
+    *tensors, ctx.eps, _ = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _gradients(ctx, upstream):
+    x, gamma, weight = ctx.saved_tensors
+    dx, d_gamma, d_weight = _backward(upstream, x, gamma, weight, ctx.eps)
+    return dx, d_gamma.to(gamma.dtype), d_weight, None, None
+
+
+_forward.register_autograd(_gradients, setup_context=_setup_context)
+
+
+def packed_rmsnorm_linear(x, gamma, weight, eps: float) -> torch.Tensor:
+    return _forward(x, gamma, weight, eps, "packed")
+
+
+def rmsnorm_linear(x, gamma, weight, eps: float) -> torch.Tensor:
+    return _forward(x, gamma, weight, eps, "triton")
