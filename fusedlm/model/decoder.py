@@ -70,7 +70,7 @@ class Decoder(torch.nn.Module):
         named = {
             f"{name}.{choice.op}": choice
             for name, block in zip(self.layer_names, self.blocks, strict=True)
-            for choice in [*block.mixer.choices, *block.ffn.choices]
+            for choice in block.choices
         }
         return named | {f"head.{choice.op}": choice for choice in self.head.choices}
 

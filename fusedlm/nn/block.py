@@ -9,8 +9,9 @@ from fusedlm.config.model import BlockConfig, ModelConfig
 from fusedlm.nn.context import Context
 from fusedlm.nn.ffn import FFNS
 from fusedlm.nn.mixers import MIXERS
-from fusedlm.nn.norm import RMSNorm
-from fusedlm.ops.common import Setting
+from fusedlm.nn.norm import RMSNorm, project_normed
+from fusedlm.ops.common import Choice, Setting
+from fusedlm.ops.rmsnorm_linear.op import RMSNORM_LINEAR
 
 
 class Block(torch.nn.Module):
@@ -20,10 +21,18 @@ class Block(torch.nn.Module):
         super().__init__()
         self.mixer_norm = RMSNorm(model.dim, model.norm_eps)
         self.mixer = MIXERS[config.mixer.type](config.mixer, model, setting, layer)
+        self.normed_input: Choice | None = None
+        if (projection := getattr(self.mixer, "input_projection", None)) is not None:
+            features = {"in_features": projection.in_features, "out_features": projection.out_features}
+            self.normed_input = RMSNORM_LINEAR.choose(model.impl.rmsnorm_linear, setting, **features)
         self.ffn_norm = RMSNorm(model.dim, model.norm_eps)
         self.ffn = FFNS[config.ffn.type](config.ffn, model, setting)
         self.dropout = torch.nn.Dropout(model.dropout)
         self.recomputes = False
+
+    @property
+    def choices(self) -> list[Choice]:
+        return [*self.mixer.choices, *([] if self.normed_input is None else [self.normed_input]), *self.ffn.choices]
 
     def forward(self, x_BTD: torch.Tensor, context: Context, state=None) -> torch.Tensor:
         mixed = self._mix_again(x_BTD, context) if self._recomputing(state) else self._mix(x_BTD, context, state)
@@ -45,7 +54,10 @@ class Block(torch.nn.Module):
         return self.recomputes and state is None and torch.is_grad_enabled()
 
     def _mix(self, x_BTD: torch.Tensor, context: Context, state) -> torch.Tensor:
-        return self.mixer(self.mixer_norm(x_BTD), context, state)
+        if self.normed_input is None:
+            return self.mixer(self.mixer_norm(x_BTD), context, state)
+        projected = project_normed(x_BTD, self.mixer_norm, self.mixer.input_projection, self.normed_input)
+        return self.mixer.mix(projected, context, state)
 
     def _mix_again(self, x_BTD: torch.Tensor, context: Context) -> torch.Tensor:
         return checkpoint(lambda x: self._mix(x, context, None), x_BTD, use_reentrant=False, context_fn=_keep_attention)

@@ -3,6 +3,10 @@
 import torch
 import torch.nn.functional as F
 
+from fusedlm.nn.linear import Linear
+from fusedlm.ops.common import Choice
+from fusedlm.ops.rmsnorm_linear.op import rmsnorm_linear
+
 
 def rms_norm(x: torch.Tensor, eps: float, weight: torch.Tensor | None = None) -> torch.Tensor:
     """x / sqrt(mean(x^2) + eps) * weight over the last dimension, in float32 or better, in the dtype of x."""
@@ -22,3 +26,8 @@ class RMSNorm(torch.nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return rms_norm(x, self.eps, self.weight)
+
+
+def project_normed(x: torch.Tensor, norm: RMSNorm, linear: Linear, choice: Choice) -> torch.Tensor:
+    """linear(norm(x)), for where nothing else reads norm(x), by an implementation of `rmsnorm_linear`."""
+    return rmsnorm_linear(x, norm.weight, linear.weight, eps=norm.eps, implementation=choice.function)

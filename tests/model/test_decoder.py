@@ -14,7 +14,7 @@ TOKENS = torch.randint(0, 61, (2, 12), generator=torch.Generator().manual_seed(0
 def _stream(model, tokens=TOKENS):
     """What enters the first block."""
     seen = []
-    model.blocks[0].mixer_norm.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
+    model.blocks[0].register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
     model(tokens)
     return seen[0]
 

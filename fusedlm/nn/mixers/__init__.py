@@ -5,6 +5,9 @@ protocol:
 appended to those seen before, any number at a time, and the state is updated in place. `state_bytes(n_tokens, dtype)`
 is what the state of one sequence holds, `flops(n_tokens)` the matrix-multiply FLOPs of a forward pass over one
 sequence, `rope_specs()` the rotary tables that it reads from the context, `choices` the implementation of each op.
+
+A mixer that reads x through one projection alone names it `input_projection`, and goes on from what that gives in
+`mix(projected, context, state)`, for `Block` to make the norm and the projection in one op.
 """
 
 from fusedlm.nn.mixers.attention import Attention

@@ -47,11 +47,18 @@ class Attention(torch.nn.Module):
     def choices(self):
         return self.attend.choices
 
+    @property
+    def input_projection(self) -> Linear:
+        return self.qkv
+
     def forward(self, x_BTD: torch.Tensor, context: Context, state: list[TokenCache] | None = None) -> torch.Tensor:
-        qkv = self.qkv(x_BTD).unflatten(-1, (-1, self.head_dim))
+        return self.mix(self.qkv(x_BTD), context, state)
+
+    def mix(self, qkv_BTE: torch.Tensor, context: Context, state: list[TokenCache] | None = None) -> torch.Tensor:
+        qkv = qkv_BTE.unflatten(-1, (-1, self.head_dim))
         q, k, v = qkv.split([self.n_heads, self.n_kv_heads, self.n_kv_heads], dim=2)
         if self.q_gain is not None:
-            q = (rms_norm(q, self.eps) * self.q_gain[:, None]).to(x_BTD.dtype)
+            q = (rms_norm(q, self.eps) * self.q_gain[:, None]).to(qkv.dtype)
             k = rms_norm(k, self.eps)
         q, k = (apply_rope(x, context.rope[self.rope]) for x in (q, k))
         if self.value_residual is not None:

@@ -30,7 +30,7 @@ class CommonModeLatentAttention(LatentMixer):
 
     def __init__(self, config: CMDMLAConfig, model: ModelConfig, setting: Setting, layer: int):
         noise_dim = config.noise_dim or config.head_dim or model.dim // config.n_heads
-        super().__init__(config, model, layer, n_streams=1, noise_dim=noise_dim)
+        super().__init__(config, model, setting, layer, n_streams=1, noise_dim=noise_dim)
         self.eps = model.norm_eps
         self.lambda_q = torch.nn.Parameter(torch.randn(self.n_heads, self.head_dim) * _STD)
         self.lambda_k = torch.nn.Parameter(torch.zeros(self.n_heads, self.head_dim))
@@ -49,7 +49,7 @@ class CommonModeLatentAttention(LatentMixer):
 
     @property
     def choices(self):
-        return [*self.attend.choices, *self.attend_noise.choices, self.combine]
+        return [*super().choices, *self.attend.choices, *self.attend_noise.choices, self.combine]
 
     def weights(self) -> torch.Tensor:
         """lambda of each head, (H,)."""

@@ -66,7 +66,7 @@ class DifferentialLatentAttention(LatentMixer):
     computes_end_again = True  # from the outputs of attention, which are kept anyway, and at little cost
 
     def __init__(self, config: DiffMLAConfig, model: ModelConfig, setting: Setting, layer: int):
-        super().__init__(config, model, layer, n_streams=2)
+        super().__init__(config, model, setting, layer, n_streams=2)
         self.eps = model.norm_eps
         self.gamma = None
         if config.lambda_form == "static":
@@ -81,7 +81,7 @@ class DifferentialLatentAttention(LatentMixer):
 
     @property
     def choices(self):
-        return [*self.attend.choices, self.combine]
+        return [*super().choices, *self.attend.choices, self.combine]
 
     def expanded(self, queries, keys, v, latent, q_noise, k_noise, context: Context) -> tuple[torch.Tensor, ...]:
         scale = context.scale_scores(self.scale, self.rope[0])

@@ -11,10 +11,12 @@ from fusedlm.config.model import ModelConfig
 from fusedlm.nn.cache import TokenCache
 from fusedlm.nn.context import Context
 from fusedlm.nn.linear import Linear
-from fusedlm.nn.norm import RMSNorm
+from fusedlm.nn.norm import RMSNorm, project_normed
 from fusedlm.nn.rope import apply_rope
 from fusedlm.nn.value_residual import ValueResidual
 from fusedlm.nn.xsa import exclude_own_value
+from fusedlm.ops.common import Choice, Setting
+from fusedlm.ops.rmsnorm_linear.op import RMSNORM_LINEAR
 
 
 class LatentMixer(torch.nn.Module, ABC):
@@ -28,7 +30,16 @@ class LatentMixer(torch.nn.Module, ABC):
     # Whether all behind attention is computed again in the backward pass rather than kept.
     computes_end_again = False
 
-    def __init__(self, config: MLAConfig, model: ModelConfig, layer: int, *, n_streams: int, noise_dim: int = 0):
+    def __init__(
+        self,
+        config: MLAConfig,
+        model: ModelConfig,
+        setting: Setting,
+        layer: int,
+        *,
+        n_streams: int,
+        noise_dim: int = 0,
+    ):
         """n_streams: sets of queries and keys without position, side by side in each head. noise_dim: width of one more
         query and key, which no head has to itself."""
         super().__init__()
@@ -46,6 +57,10 @@ class LatentMixer(torch.nn.Module, ABC):
         self.kv_norm = RMSNorm(self.rank, model.norm_eps)
         self.q_widths = [self.n_heads * (n_streams * self.head_dim + config.rope_dim), noise_dim]
         self.q_up = Linear(config.q_rank or model.dim, sum(self.q_widths))
+        self.normed_q: Choice | None = None  # the other latent is kept normalised, and so is no part of an op like this
+        if config.q_rank is not None:
+            features = {"in_features": config.q_rank, "out_features": sum(self.q_widths)}
+            self.normed_q = RMSNORM_LINEAR.choose(model.impl.rmsnorm_linear, setting, **features)
         self.kv_widths = [self.n_groups * n_streams * self.head_dim, self.n_groups * self.head_dim, noise_dim]
         self.kv_up = Linear(self.rank, sum(self.kv_widths))
         self.out = Linear(self.n_heads * self.head_dim, model.dim, zero=True)
@@ -55,7 +70,7 @@ class LatentMixer(torch.nn.Module, ABC):
 
     def forward(self, x_BTD: torch.Tensor, context: Context, state: TokenCache | None = None) -> torch.Tensor:
         q_latent, latent, k_rope = self.down(x_BTD).split([self.q_rank or 0, self.rank, self.rope[0]], dim=-1)
-        q, q_noise = self.q_up(x_BTD if self.q_norm is None else self.q_norm(q_latent)).split(self.q_widths, dim=-1)
+        q, q_noise = self._queries(x_BTD, q_latent).split(self.q_widths, dim=-1)
         q = q.unflatten(-1, (self.n_heads, -1))
         q, q_rope = q.split([self.n_streams * self.head_dim, self.rope[0]], dim=-1)
         latent = self.kv_norm(latent)
@@ -76,11 +91,20 @@ class LatentMixer(torch.nn.Module, ABC):
             return checkpoint(self._end, x_BTD, v, *streams, use_reentrant=False)
         return self._end(x_BTD, v, *streams)
 
+    def _queries(self, x_BTD: torch.Tensor, q_latent_BTR: torch.Tensor) -> torch.Tensor:
+        if self.q_norm is None:
+            return self.q_up(x_BTD)
+        return project_normed(q_latent_BTR, self.q_norm, self.q_up, self.normed_q)
+
     def _end(self, x_BTD, v_BTGE, *streams) -> torch.Tensor:
         y = self.combined(x_BTD, *streams)
         if self.xsa:
             y = exclude_own_value(y, v_BTGE)
         return self.out(y.flatten(-2))
+
+    @property
+    def choices(self) -> list[Choice]:
+        return [] if self.normed_q is None else [self.normed_q]
 
     @abstractmethod
     def expanded(self, queries, keys, v, latent, q_noise, k_noise, context: Context) -> tuple[torch.Tensor, ...]:

@@ -47,8 +47,15 @@ class Mamba2(torch.nn.Module):
     def choices(self):
         return [self.rule]
 
+    @property
+    def input_projection(self) -> Linear:
+        return self.project
+
     def forward(self, x_BTD: torch.Tensor, context: Context, state: RecurrentState | None = None) -> torch.Tensor:
-        z, mixed, dt = self.project(x_BTD).split([self.widths[0], sum(self.widths), self.n_heads], dim=-1)
+        return self.mix(self.project(x_BTD), context, state)
+
+    def mix(self, projected_BTE: torch.Tensor, context: Context, state: RecurrentState | None = None) -> torch.Tensor:
+        z, mixed, dt = projected_BTE.split([self.widths[0], sum(self.widths), self.n_heads], dim=-1)
         mixed, tail = self.conv(mixed, context, None if state is None else state.carried)
         x, b, c = F.silu(mixed).split(self.widths, dim=-1)
         x = x.unflatten(-1, (self.n_heads, -1))

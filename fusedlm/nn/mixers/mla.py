@@ -15,14 +15,14 @@ class LatentAttention(LatentMixer):
     """Softmax attention over keys and values from the latent."""
 
     def __init__(self, config: MLAConfig, model: ModelConfig, setting: Setting, layer: int):
-        super().__init__(config, model, layer, n_streams=1)
+        super().__init__(config, model, setting, layer, n_streams=1)
         self.attend = SoftmaxAttention(
             model.impl, setting, head_dim=self.head_dim + self.rope[0], value_dim=self.head_dim
         )
 
     @property
     def choices(self):
-        return self.attend.choices
+        return [*super().choices, *self.attend.choices]
 
     def expanded(self, queries, keys, v, latent, q_noise, k_noise, context: Context) -> tuple[torch.Tensor]:
         return (self.attend(queries[0], keys[0], v, context.scale_scores(self.scale, self.rope[0]), context),)

@@ -71,11 +71,18 @@ class SelectiveDifferentialLinearAttention(torch.nn.Module):
     def choices(self):
         return [choice for choice in (self.attend, self.scan) if choice is not None]
 
+    @property
+    def input_projection(self) -> Linear:
+        return self.down
+
     def forward(self, x_BTD: torch.Tensor, context: Context, state: RecurrentState | None = None) -> torch.Tensor:
-        latent, k_rope, decay, gamma_x = self.down(x_BTD).split(self.down_widths, dim=-1)
+        return self.mix(self.down(x_BTD), context, state)
+
+    def mix(self, projected_BTE: torch.Tensor, context: Context, state: RecurrentState | None = None) -> torch.Tensor:
+        latent, k_rope, decay, gamma_x = projected_BTE.split(self.down_widths, dim=-1)
         latent = self.c_norm(latent)
         q, k = self._features(latent, k_rope, context)
-        o = self._differ(q, k, self.v_up(latent), decay, context, state).to(x_BTD.dtype)
+        o = self._differ(q, k, self.v_up(latent), decay, context, state).to(projected_BTE.dtype)
         return self.out(o if self.read is None else self._with_gist(o, gamma_x, context, state))
 
     def _features(self, latent, k_rope, context: Context) -> tuple[torch.Tensor, torch.Tensor]:
