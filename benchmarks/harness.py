@@ -3,7 +3,7 @@
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 import torch
@@ -17,8 +17,9 @@ Tensors = list[torch.Tensor]
 class Problem:
     """One op at one shape and direction.
 
-    Contenders take the leaves and give one output. What is compared is the output and, with an upstream gradient, the
-    gradient of each leaf that wants one; `sample` takes from these what `exact` computes in float64.
+    Contenders take the leaves and give one output, or a tuple of its parts side by side. What is compared is the output
+    and, with an upstream gradient, the gradient of each leaf that wants one; `sample` takes from these what `exact`
+    computes in float64.
     """
 
     op: str
@@ -26,17 +27,18 @@ class Problem:
     dtype: torch.dtype
     leaves: Tensors
     upstream: torch.Tensor | None  # None: forward only
-    contenders: dict[str, Callable[..., torch.Tensor]]  # the first is eager PyTorch, by which errors are judged
+    contenders: dict[str, Callable[..., torch.Tensor | tuple]]  # the first is eager PyTorch, by which errors are judged
     exact: Callable[[], Tensors]
     sample: Callable[[Tensors], Tensors]
     n_bytes: int  # the fewest that must move through the device's memory
     n_flops: int = 0  # of matrix products
     floor: float = 1e-5  # of the allowed error, where eager PyTorch is right by luck
-    graphed: bool = False  # timed as the replay of a CUDA graph: what is small else waits for the host
+    copies: int = 0  # of the leaves: one CUDA graph is timed that goes through them all; 0: calls are timed
 
     @property
     def direction(self) -> str:
-        return "forward" if self.upstream is None else "forward + backward"
+        direction = "forward" if self.upstream is None else "forward + backward"
+        return f"{direction} in a CUDA graph" if self.copies else direction
 
 
 @dataclass
@@ -107,26 +109,11 @@ def measure(problem: Problem, device: torch.device, quick: bool) -> list[Measure
         if allowed is None:
             allowed = [max(2 * error, problem.floor) for error in result.errors]
         if all(error <= bound for error, bound in zip(result.errors, allowed, strict=True)):
-            result.milliseconds = median_ms(
-                _captured(run) if problem.graphed and device.type == "cuda" else run, device, quick
-            )
+            result.milliseconds = _time(problem, contender, run, device, quick)
         else:
             result.reason = "wrong"
         measured.append(result)
     return measured
-
-
-def _captured(run: Callable[[], Tensors]) -> Callable[[], None]:
-    """The replay of what `run` launches; its results are not kept."""
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        run()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        run()
-    return graph.replay
 
 
 def poison(device: torch.device) -> None:
@@ -139,15 +126,57 @@ def poison(device: torch.device) -> None:
 def _runner(problem: Problem, contender) -> Callable[[], Tensors]:
     wanted = [leaf for leaf in problem.leaves if leaf.requires_grad]
 
+    def parts() -> Tensors:
+        out = contender(*problem.leaves)
+        return list(out) if isinstance(out, tuple) else [out]
+
     def forward() -> Tensors:
         with torch.no_grad():
-            return [contender(*problem.leaves)]
+            return parts()
 
     def both() -> Tensors:
-        out = contender(*problem.leaves)
-        return [out.detach(), *torch.autograd.grad(out, wanted, problem.upstream)]
+        out = parts()
+        upstream = problem.upstream
+        if len(out) > 1:
+            upstream = upstream.split([part.shape[-1] for part in out], dim=-1)
+        return [*(part.detach() for part in out), *torch.autograd.grad(out, wanted, upstream)]
 
     return forward if problem.upstream is None else both
+
+
+def _time(problem: Problem, contender, run, device: torch.device, quick: bool) -> float:
+    if not problem.copies or device.type != "cuda":
+        return median_ms(run, device, quick)
+    return median_ms(_captured(problem, contender), device, quick) / problem.copies
+
+
+def _captured(problem: Problem, contender) -> Callable[[], None]:
+    """Replays the problem on copies of the leaves, one after the other. Copies that together exceed the cache leave
+    nothing in it for the next to find, and the launch of the graph is shared among them."""
+    copies = [
+        [leaf.detach().clone().requires_grad_(leaf.requires_grad) for leaf in problem.leaves]
+        for _ in range(problem.copies)
+    ]
+    runs = [_runner(replace(problem, leaves=leaves), contender) for leaves in copies]
+
+    def all_runs() -> None:
+        for run in runs:
+            run()
+
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(2):  # kernels are compiled and chosen before the capture
+            all_runs()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        all_runs()
+
+    def replay(_kept=copies) -> None:  # their memory is read every time
+        graph.replay()
+
+    return replay
 
 
 def _in_use(device: torch.device) -> int:

@@ -4,10 +4,18 @@ from benchmarks.cases import (
     differential_combine,
     linear_softcap_cross_entropy,
     relu2_mlp,
+    rmsnorm_linear,
     softcap_cross_entropy,
     swiglu_mlp,
 )
 from benchmarks.harness import Op
 
-_MODULES = (softcap_cross_entropy, linear_softcap_cross_entropy, differential_combine, relu2_mlp, swiglu_mlp)
+_MODULES = (
+    softcap_cross_entropy,
+    linear_softcap_cross_entropy,
+    relu2_mlp,
+    swiglu_mlp,
+    rmsnorm_linear,
+    differential_combine,
+)
 OPS: dict[str, Op] = {module.OP.name: module.OP for module in _MODULES}

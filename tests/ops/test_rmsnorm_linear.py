@@ -67,7 +67,7 @@ def test_gradients_of_the_reference(shape):
 
 def test_the_reference_rounds_once():
     """The gain may be finer than x, and is not rounded before it is used; what is projected has the dtype of x."""
-    (x, gamma, weight), _ = _inputs(6, 16, 4, torch.bfloat16, torch.float32)
+    x, gamma, weight = (t.cpu() for t in _inputs(6, 16, 4, torch.bfloat16, torch.float32)[0])
     wide = x.float() * torch.rsqrt(x.float().square().mean(-1, keepdim=True) + EPS) * gamma
     assert torch.equal(reference.rmsnorm_linear(x, gamma, weight, EPS), wide.bfloat16() @ weight.bfloat16().t())
 
@@ -153,8 +153,6 @@ def test_rows_apart_from_each_other(form, n):
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("shape", [(1, 24, 9), (9, 24, 8), (45, 24, 8)], ids=str)
 def test_all_that_is_allocated_is_written(form, shape, monkeypatch):
-    if form is kernels.rmsnorm_linear and shape[0] > kernels.FEW and DEVICE == "cpu":
-        monkeypatch.setattr(kernels, "_GROUP", 1)
     empty = torch.empty
 
     def poisoned(*size, **options):
@@ -310,7 +308,7 @@ def test_every_tiling(dtype, tiling, rms_inside):
 def test_large_activations_in_half_precision(form, n):
     """x * gamma is too large for float16; the normalised x is not."""
     (x, gamma, weight), _ = _inputs(n, 256, 64, torch.float16, torch.float32)
-    x, gamma = x * 15000, gamma.abs() * 20
+    x, gamma = x * 10000, gamma.abs() * 20
     exact = reference.rmsnorm_linear(x.double(), gamma.double(), weight.double(), EPS)
     allowed = 4 * error_ratio(reference.rmsnorm_linear(x, gamma, weight, EPS), exact)
     assert_close(form(x, gamma, weight, EPS), exact, allowed)
@@ -339,5 +337,7 @@ def test_offsets_beyond_32_bits():
     last = reference.rmsnorm_linear(x[-2:], gamma, weight, EPS)
     for form in FORMS:
         assert_close(form(x, gamma, weight, EPS)[-2:], last, 1e-2)
-    few = kernels.packed_rmsnorm_linear(torch.randn_like(x[:3]), gamma, x, EPS)  # as many rows of the weight
-    assert torch.isfinite(few).all()
+    tokens = torch.randn(3, 1024, device="cuda", dtype=torch.bfloat16)
+    for few in (tokens[:1], tokens):
+        found = kernels.packed_rmsnorm_linear(few, gamma, x, EPS)  # of which x is now the weight
+        assert_close(found[:, -2:], reference.rmsnorm_linear(few, gamma, x[-2:], EPS), 1e-2)

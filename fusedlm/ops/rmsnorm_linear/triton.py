@@ -59,7 +59,9 @@ def _row_tile(tile, n_rows, WIDTH: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.c
 
 @triton.jit
 def _normalise_kernel(x, gamma, out, n_rows, x_row, eps, WIDTH: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
-    row, column, inside = _row_tile(tl.program_id(0), n_rows, WIDTH, ROWS, BLOCK)
+    # From the end to the start, where the product begins: that part is then still in the cache.
+    tile = tl.num_programs(0) - 1 - tl.program_id(0)
+    row, column, inside = _row_tile(tile, n_rows, WIDTH, ROWS, BLOCK)
     z = tl.load(x + row[:, None] * x_row + column[None, :], mask=inside, other=0.0).to(tl.float32)
     z *= _inverse_rms(tl.sum(z * z, 1), eps, WIDTH)[:, None]
     z *= tl.load(gamma + column, mask=column < WIDTH, other=0.0).to(tl.float32)[None, :]
@@ -91,7 +93,8 @@ def _backward_kernel(
     g = tl.load(gamma + columns, mask=columns < WIDTH, other=0.0).to(tl.float32)
     total = tl.zeros((BLOCK,), dtype=tl.float32)
     for tile in range(tl.program_id(0), n_tiles, tl.num_programs(0)):
-        row, column, inside = _row_tile(tile, n_rows, WIDTH, ROWS, BLOCK)
+        # From the end, which the product before has written last and is still in the cache.
+        row, column, inside = _row_tile(n_tiles - 1 - tile, n_rows, WIDTH, ROWS, BLOCK)
         at = row[:, None] * WIDTH + column[None, :]
         z = tl.load(x + row[:, None] * x_row + column[None, :], mask=inside, other=0.0).to(tl.float32)
         dz = tl.load(gradient + at, mask=inside, other=0.0).to(tl.float32)
