@@ -72,6 +72,18 @@ def test_the_reference_rounds_once():
     assert torch.equal(reference.rmsnorm_linear(x, gamma, weight, EPS), wide.bfloat16() @ weight.bfloat16().t())
 
 
+@pytest.mark.parametrize("weights, share", [(torch.bfloat16, 1.03), (torch.float32, 0.75)])
+def test_rounding_the_weight_with_its_gain_is_no_worse(weights, share):
+    """In place of rounding the normalised x; of weights in float32 it is the only rounding, where there were two."""
+    x, gamma, weight = (t.cpu() for t in _inputs(64, 512, 256, torch.bfloat16, weights)[0])
+    inverse = torch.rsqrt(x.double().square().mean(-1, keepdim=True) + EPS)
+    exact = inverse * x.double() * gamma.double() @ weight.double().t()
+    normed = (inverse * x.double() * gamma.double()).bfloat16()
+    usual = normed.double() @ weight.bfloat16().double().t()
+    folded = inverse * (x.double() @ (gamma.double() * weight.double()).bfloat16().double().t())
+    assert error_ratio(folded, exact) <= share * error_ratio(usual, exact)
+
+
 @pytest.mark.parametrize("shape", [*ODD, *ALIGNED], ids=str)
 def test_packed(shape):
     _check(kernels.packed_rmsnorm_linear, *_inputs(*shape), 2e-6)

@@ -22,20 +22,20 @@ FEW = 32  # tokens that go through one kernel
 _TILE = 4096  # elements of whole rows
 _PROGRAMS_PER_SM = 4  # of the backward pass, so that there are as few vectors of gamma's gradient to add up
 
-_ONE_TILE = 8192  # elements of the weight for a program of 128 threads with a single token: whole rows where they fit
-_ONE_WIDTH = 2048
+# With a single token: elements of the weight that a program of 128 threads takes at once, in rows of at most these.
+_ONE_TILE, _ONE_WIDTH = 8192, 2048
 # With several tokens: rows of the weight and numbers of each that a program takes at once.
 SEVERAL_NARROW = {"BLOCK_E": 16, "BLOCK_D": 256, "STAGES": 3, "num_warps": 4}
 SEVERAL_WIDE = {"BLOCK_E": 32, "BLOCK_D": 128, "STAGES": 4, "num_warps": 4}
 _WIDE = 8192  # rows of the weight from which SEVERAL_WIDE still gives every multiprocessor its share
 
 
-# Tiles of the product. RMS_INSIDE: sums of squares are made from the tiles of x rather than in a pass before.
 def _tiling(rows: int, columns: int, depth: int, subtiles: int, num_warps: int, num_stages: int) -> dict:
     tile = {"BLOCK_N": rows, "BLOCK_E": columns, "BLOCK_D": depth, "SUBTILES": subtiles, "RMS_INSIDE": False}
     return tile | {"num_warps": num_warps, "num_stages": num_stages}
 
 
+# Tiles of the product. RMS_INSIDE: sums of squares are made from the tiles of x rather than in a pass before.
 _CONFIGS = {
     "large": _tiling(128, 256, 64, 2, num_warps=8, num_stages=3),
     "small": _tiling(128, 128, 64, 1, num_warps=8, num_stages=4),
