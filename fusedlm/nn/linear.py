@@ -26,8 +26,6 @@ class Linear(torch.nn.Linear):
         return 2 * self.in_features * self.out_features * n_tokens
 
 
-def as_products_take_it(x: torch.Tensor) -> torch.Tensor:
-    """x in autocast's dtype where that is on: operators of ours are not on the lists that it goes by."""
-    if torch.is_autocast_enabled(x.device.type):
-        return x.to(torch.get_autocast_dtype(x.device.type))
-    return x
+def product_dtype(x: torch.Tensor) -> torch.dtype:
+    """Autocast's dtype where that is on, else that of x: autocast has no list with operators of ours."""
+    return torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype

@@ -4,6 +4,7 @@ import torch
 import torch.nn.functional as F
 
 from fusedlm.config.model import ModelConfig
+from fusedlm.nn.linear import product_dtype
 from fusedlm.nn.norm import RMSNorm
 from fusedlm.ops.common import Setting
 from fusedlm.ops.linear_softcap_cross_entropy.op import LINEAR_SOFTCAP_CROSS_ENTROPY, linear_softcap_cross_entropy
@@ -38,7 +39,7 @@ class LMHead(torch.nn.Module):
         x = self.norm(hidden_ND)
         if token_weight is not None and self.linear_loss.name != "reference":
             return linear_softcap_cross_entropy(
-                x,
+                x.to(product_dtype(x)),
                 self.weight,
                 targets_N,
                 token_weight.float(),

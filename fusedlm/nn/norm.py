@@ -3,7 +3,7 @@
 import torch
 import torch.nn.functional as F
 
-from fusedlm.nn.linear import Linear
+from fusedlm.nn.linear import Linear, product_dtype
 from fusedlm.ops.common import Choice
 from fusedlm.ops.rmsnorm_linear.op import rmsnorm_linear
 
@@ -30,4 +30,6 @@ class RMSNorm(torch.nn.Module):
 
 def project_normed(x: torch.Tensor, norm: RMSNorm, linear: Linear, choice: Choice) -> torch.Tensor:
     """linear(norm(x)), for where nothing else reads norm(x), by an implementation of `rmsnorm_linear`."""
-    return rmsnorm_linear(x, norm.weight, linear.weight, eps=norm.eps, implementation=choice.function)
+    return rmsnorm_linear(
+        x, norm.weight, linear.weight, eps=norm.eps, dtype=product_dtype(x), implementation=choice.function
+    )

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from fusedlm.model.precision import autocast
 from fusedlm.ops.common import Choice
 from fusedlm.testing import assert_close, part_model, randomise_
 
@@ -49,3 +50,19 @@ def test_the_weighted_sum_is_that_of_the_tokens(monkeypatch, extra):
         for name, gradient in _gradients(model, total).items():
             assert_close(gradient, expected[name], 1e-5, name)
     assert calls == [(60, 32)]
+
+
+def test_autocast_decides_the_dtype_of_the_product():
+    """Also where the residual stream is float32, as in mixed precision."""
+    model, tokens, targets = _model()
+    seen = []
+
+    def function(x, *rest):
+        seen.append(x.dtype)
+        return x.float().sum(), None
+
+    model.head.linear_loss = Choice("linear_softcap_cross_entropy", "chunked", "for the test", function)
+    for dtype in (torch.bfloat16, torch.float32):
+        with autocast(DEVICE, dtype):
+            model.weighted_loss(tokens, targets, torch.ones((), device=DEVICE))
+    assert seen == [torch.bfloat16, torch.float32]

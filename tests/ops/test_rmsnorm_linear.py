@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from fusedlm.config.model import ImplConfig
+from fusedlm.model.precision import autocast
 from fusedlm.ops import OPS, rmsnorm_linear
 from fusedlm.ops.common import Setting
 from fusedlm.ops.rmsnorm_linear import reference
@@ -193,15 +194,47 @@ def test_gradients_have_the_dtypes_of_what_they_belong_to():
     assert [t.dtype for t in found] == [torch.float32, torch.float32, torch.float64, torch.float64]
 
 
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("n", [3, 40])
+def test_the_product_may_have_another_dtype_than_x(form, n):
+    """As a residual stream in float32 has under autocast; here in bfloat16, which the interpreter cannot multiply."""
+    (x, gamma, weight), upstream = _inputs(n, 16, 8)
+    x = x.bfloat16()
+
+    def wide(function):
+        return lambda *tensors: function(*tensors, torch.promote_types(tensors[0].dtype, torch.float32))
+
+    found, same = (_run(wide(f), [x, gamma, weight], upstream) for f in (form, reference.rmsnorm_linear))
+    assert [t.dtype for t in found] == [torch.float32, torch.bfloat16, torch.float32, torch.float32]
+    for a, e in zip(found, same, strict=True):
+        assert a.dtype == e.dtype
+        assert_close(a, e, 1e-2 if a.dtype == torch.bfloat16 else 1e-6)
+
+
+def test_autocast_decides_the_dtype_of_the_product():
+    model, seen = part_model("{type: attention, n_heads: 4}").to(DEVICE), []
+    block = model.blocks[0]
+
+    def function(x, gamma, weight, eps, dtype):
+        seen.append(dtype)
+        return x.new_zeros(*x.shape[:-1], len(weight), dtype=dtype)
+
+    object.__setattr__(block.normed_input, "function", function)
+    for dtype in (torch.bfloat16, torch.float32):
+        with autocast(torch.device(DEVICE), dtype):
+            model(torch.arange(5, device=DEVICE)[None])
+    assert seen == [torch.bfloat16, torch.float32]
+
+
 @pytest.mark.parametrize("form", ["packed", "triton"])
 @pytest.mark.parametrize("n", [3, 40])
 def test_operators_keep_their_promises(form, n):
     tensors, upstream = _inputs(n, 16, 8)
     leaves = [x.requires_grad_() for x in tensors]
-    torch.library.opcheck(torch.ops.fusedlm.rmsnorm_linear.default, (*leaves, EPS, form))
+    torch.library.opcheck(torch.ops.fusedlm.rmsnorm_linear.default, (*leaves, EPS, torch.float32, form))
     wide = torch.cat([tensors[0], tensors[0]], 1).detach().view(1, n, 32)[..., :16]
     arguments = (upstream[None], wide, tensors[1].detach(), tensors[2].detach(), EPS)
-    torch.library.opcheck(torch.ops.fusedlm.rmsnorm_linear.default, (*arguments[1:], form))
+    torch.library.opcheck(torch.ops.fusedlm.rmsnorm_linear.default, (*arguments[1:], torch.float32, form))
     torch.library.opcheck(torch.ops.fusedlm.rmsnorm_linear_backward.default, arguments)
 
 

@@ -5,7 +5,7 @@ import torch.nn.functional as F
 
 from fusedlm.config.ffn import ReLU2Config
 from fusedlm.config.model import ModelConfig
-from fusedlm.nn.linear import Linear, as_products_take_it
+from fusedlm.nn.linear import Linear, product_dtype
 from fusedlm.ops.common import Setting
 from fusedlm.ops.relu2_mlp.op import RELU2_MLP, relu2_mlp
 
@@ -27,7 +27,7 @@ class ReLU2(torch.nn.Module):
             u = self.up(x_BTD)
             u = F.leaky_relu(u, self.slope) if self.slope else F.relu(u)
             return self.down(u.square())
-        x_ND = as_products_take_it(x_BTD).flatten(0, -2)
+        x_ND = x_BTD.to(product_dtype(x_BTD)).flatten(0, -2)
         weights = self.up.weight, self.down.weight
         return relu2_mlp(x_ND, *weights, slope=self.slope, implementation=self.whole.function).view_as(x_BTD)
 

@@ -5,7 +5,7 @@ import torch.nn.functional as F
 
 from fusedlm.config.ffn import SwiGLUConfig
 from fusedlm.config.model import ModelConfig
-from fusedlm.nn.linear import Linear, as_products_take_it
+from fusedlm.nn.linear import Linear, product_dtype
 from fusedlm.ops.common import Setting
 from fusedlm.ops.swiglu_mlp.op import SWIGLU_MLP, swiglu_mlp
 
@@ -25,7 +25,7 @@ class SwiGLU(torch.nn.Module):
         if self.whole.name == "reference":
             gate, up = self.gate_up(x_BTD).chunk(2, dim=-1)
             return self.down(F.silu(gate) * up)
-        x_ND = as_products_take_it(x_BTD).flatten(0, -2)
+        x_ND = x_BTD.to(product_dtype(x_BTD)).flatten(0, -2)
         weights = self.gate_up.weight, self.down.weight
         return swiglu_mlp(x_ND, *weights, implementation=self.whole.function).view_as(x_BTD)
 

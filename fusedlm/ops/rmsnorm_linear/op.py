@@ -36,22 +36,22 @@ RMSNORM_LINEAR = Op(
 )
 
 
-def rmsnorm_linear(x_ND, gamma_D, weight_ED, *, eps: float = 1e-6, implementation=None) -> torch.Tensor:
+def rmsnorm_linear(x_ND, gamma_D, weight_ED, *, eps: float = 1e-6, dtype=None, implementation=None) -> torch.Tensor:
     """x / sqrt(mean(x^2) + eps) * gamma times weight^T: RMSNorm (arXiv 1910.07467) and a projection without bias.
 
     Several projections of one norm are one weight, row under row. The backward pass keeps x and the weights, and
     normalises again.
 
     Args:
-        x_ND: (N, D) of any float dtype, which is that of the product, or with more dimensions in front; the norm is
-            computed in float32 or better.
+        x_ND: (N, D) of any float dtype, or with more dimensions in front; the norm is computed in float32 or better.
         gamma_D: (D,) gain of the norm; its gradient has its own dtype.
-        weight_ED: (E, D), rounded to the dtype of x; its gradient has its own dtype.
+        weight_ED: (E, D), rounded to the dtype of the product; its gradient has its own dtype.
         eps: of the norm.
+        dtype: of the product and the output; None: that of x.
         implementation: what `RMSNORM_LINEAR.choose(...).function` gave; None: the reference.
 
     Returns:
-        (N, E), or with the dimensions in front of x; the dtype of x.
+        (N, E), or with the dimensions in front of x.
 
     Raises:
         ValueError: the shapes do not go together, or the implementation cannot take them.
@@ -63,4 +63,4 @@ def rmsnorm_linear(x_ND, gamma_D, weight_ED, *, eps: float = 1e-6, implementatio
             "(N, D), (D,) and (E, D) with D at least 1"
         )
     implementation = implementation or reference.rmsnorm_linear
-    return implementation(x_ND, gamma_D, weight_ED, eps)
+    return implementation(x_ND, gamma_D, weight_ED, eps, dtype)

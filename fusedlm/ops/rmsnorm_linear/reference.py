@@ -4,7 +4,8 @@ import torch
 import torch.nn.functional as F
 
 
-def rmsnorm_linear(x, gamma, weight, eps: float) -> torch.Tensor:
+def rmsnorm_linear(x, gamma, weight, eps: float, dtype: torch.dtype | None = None) -> torch.Tensor:
+    dtype = dtype or x.dtype
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
     normed = F.rms_norm(wide, (x.shape[-1],), gamma.to(wide.dtype), eps)
-    return F.linear(normed.to(x.dtype), weight.to(x.dtype))
+    return F.linear(normed.to(dtype), weight.to(dtype))

@@ -16,6 +16,7 @@ import torch
 import triton
 import triton.language as tl
 
+from fusedlm.ops.common.products import product, rounded
 from fusedlm.ops.rmsnorm_linear.op import unaligned
 
 FEW = 32  # tokens that go through one kernel
@@ -85,10 +86,10 @@ def _fold_kernel(gamma, weight, out, n_rows, weight_row, WIDTH: tl.constexpr, RO
 
 @triton.jit
 def _backward_kernel(
-    x, gamma, gradient, normed, d_gamma, n_rows, n_tiles, x_row, eps,
+    x, gamma, gradient, dx, normed, d_gamma, n_rows, n_tiles, x_row, eps,
     WIDTH: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """gradient: of the normalised x; that of x when done."""
+    """gradient: of the normalised x, whose memory dx may share."""
     columns = tl.arange(0, BLOCK)
     g = tl.load(gamma + columns, mask=columns < WIDTH, other=0.0).to(tl.float32)
     total = tl.zeros((BLOCK,), dtype=tl.float32)
@@ -104,7 +105,7 @@ def _backward_kernel(
         total += tl.sum(dz * z, 0)
         dz *= g[None, :]
         dz = (dz - z * (tl.sum(dz * z, 1) / WIDTH)[:, None]) * inverse
-        tl.store(gradient + at, dz.to(gradient.dtype.element_ty), mask=inside)
+        tl.store(dx + at, dz.to(dx.dtype.element_ty), mask=inside)
     tl.store(d_gamma + tl.program_id(0) * WIDTH + columns, total, mask=columns < WIDTH)
 
 
@@ -251,9 +252,9 @@ def _n_processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 
-def normalise(x: torch.Tensor, gamma: torch.Tensor, eps: float) -> torch.Tensor:
-    """x (N, D) normalised, times gamma."""
-    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+def normalise(x: torch.Tensor, gamma: torch.Tensor, eps: float, dtype: torch.dtype) -> torch.Tensor:
+    """x (N, D) normalised, times gamma, in dtype."""
+    out = torch.empty(x.shape, dtype=dtype, device=x.device)
     launch = _row_launch(x.shape[1])
     grid = (triton.cdiv(len(x), launch["ROWS"]),)
     _normalise_kernel[grid](x, gamma.contiguous(), out, len(x), x.stride(0), eps, **launch)
@@ -329,22 +330,25 @@ def _tiles(dtype: torch.dtype, n_out: int) -> str:
 
 
 @torch.library.custom_op("fusedlm::rmsnorm_linear", mutates_args=())
-def _forward(x: torch.Tensor, gamma: torch.Tensor, weight: torch.Tensor, eps: float, form: str) -> torch.Tensor:
+def _forward(
+    x: torch.Tensor, gamma: torch.Tensor, weight: torch.Tensor, eps: float, dtype: torch.dtype, form: str
+) -> torch.Tensor:
     rows, shape = _rows(x), (*x.shape[:-1], len(weight))
     if not len(rows) or not len(weight):
-        return torch.empty(shape, dtype=x.dtype, device=x.device)
+        return torch.empty(shape, dtype=dtype, device=x.device)
     if len(rows) <= FEW:
-        y = few_tokens(rows, gamma, weight, eps)
+        y = few_tokens(rows.to(dtype), gamma, weight, eps)
     elif form == "packed":
-        y = torch.mm(normalise(rows, gamma, eps), weight.to(x.dtype).t())
+        normed = normalise(rows, gamma, eps, dtype)
+        y = product(normed, rounded(weight, normed).t(), dtype)
     else:
-        y = scaled_product(rows, gamma, weight, eps)
+        y = scaled_product(rows.to(dtype), gamma, weight, eps)
     return y.view(shape)
 
 
 @_forward.register_fake
-def _(x, gamma, weight, eps, form):
-    return torch.empty((*x.shape[:-1], weight.shape[0]), dtype=x.dtype, device=x.device)
+def _(x, gamma, weight, eps, dtype, form):
+    return torch.empty((*x.shape[:-1], weight.shape[0]), dtype=dtype, device=x.device)
 
 
 @torch.library.custom_op("fusedlm::rmsnorm_linear_backward", mutates_args=())
@@ -355,24 +359,18 @@ def _backward(
     rows = _rows(x)
     n, width = rows.shape
     upstream = upstream.reshape(n, len(weight))
-    gradient = torch.mm(upstream, weight.to(x.dtype))
-    normed = torch.empty(rows.shape, dtype=x.dtype, device=x.device)
+    gradient = product(upstream, rounded(weight, upstream), upstream.dtype)
+    dx = gradient if x.dtype == gradient.dtype else torch.empty(rows.shape, dtype=x.dtype, device=x.device)
+    normed = torch.empty_like(gradient)
     launch = _row_launch(width)
     n_tiles = triton.cdiv(n, launch["ROWS"])
     n_programs = min(n_tiles, _PROGRAMS_PER_SM * _n_processors(x.device))
     d_gamma = torch.empty(n_programs, width, dtype=torch.float32, device=x.device)
     if n:
         _backward_kernel[(n_programs,)](
-            rows, gamma.contiguous(), gradient, normed, d_gamma, n, n_tiles, rows.stride(0), eps, **launch
+            rows, gamma.contiguous(), gradient, dx, normed, d_gamma, n, n_tiles, rows.stride(0), eps, **launch
         )
-    return gradient.view(x.shape), d_gamma.sum(0), _product(upstream.t(), normed, weight.dtype)
-
-
-def _product(a: torch.Tensor, b: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """a b, not rounded on the way to a wider dtype where torch can do that."""
-    if a.is_cuda and dtype == torch.float32 and a.dtype != dtype:
-        return torch.mm(a, b, out_dtype=dtype)
-    return torch.mm(a, b).to(dtype)
+    return dx.view(x.shape), d_gamma.sum(0), product(upstream.t(), normed, weight.dtype)
 
 
 @_backward.register_fake
@@ -383,22 +381,22 @@ def _(upstream, x, gamma, weight, eps):
 
 
 def _setup_context(ctx, inputs, output):
-    *tensors, ctx.eps, _ = inputs
+    *tensors, ctx.eps, _, _ = inputs
     ctx.save_for_backward(*tensors)
 
 
 def _gradients(ctx, upstream):
     x, gamma, weight = ctx.saved_tensors
     dx, d_gamma, d_weight = _backward(upstream, x, gamma, weight, ctx.eps)
-    return dx, d_gamma.to(gamma.dtype), d_weight, None, None
+    return dx, d_gamma.to(gamma.dtype), d_weight, None, None, None
 
 
 _forward.register_autograd(_gradients, setup_context=_setup_context)
 
 
-def packed_rmsnorm_linear(x, gamma, weight, eps: float) -> torch.Tensor:
-    return _forward(x, gamma, weight, eps, "packed")
+def packed_rmsnorm_linear(x, gamma, weight, eps: float, dtype: torch.dtype | None = None) -> torch.Tensor:
+    return _forward(x, gamma, weight, eps, dtype or x.dtype, "packed")
 
 
-def rmsnorm_linear(x, gamma, weight, eps: float) -> torch.Tensor:
-    return _forward(x, gamma, weight, eps, "triton")
+def rmsnorm_linear(x, gamma, weight, eps: float, dtype: torch.dtype | None = None) -> torch.Tensor:
+    return _forward(x, gamma, weight, eps, dtype or x.dtype, "triton")
