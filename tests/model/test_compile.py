@@ -92,8 +92,8 @@ def test_compiled_training_on_the_gpu(mixer, packed):
     torch.manual_seed(0)
     config = part_model(mixer).config.model_copy(update={"dim": 256})
     model = randomise_(build_model(config, vocab_size=1000), scale=0.02)
-    tokens = torch.randint(0, 1000, (16, 2, 200))
-    documents = (torch.arange(199) // 70).expand(2, -1) if packed else None
+    tokens = torch.randint(0, 1000, (16, 2, 100))
+    documents = (torch.arange(99) // 35).expand(2, -1) if packed else None
 
     cpu, gpu = torch.device("cpu"), torch.device("cuda")
     rounded = _losses_and_gradients(model, tokens, documents, cpu, torch.bfloat16)
