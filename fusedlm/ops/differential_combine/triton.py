@@ -8,11 +8,11 @@ import torch
 import triton
 import triton.language as tl
 
-_TILE = 2048  # elements
+_TILE = 1024  # elements
 _PROGRAMS = (
     528  # of the backward pass, 4 on each of an H100's processors: as many vectors of gamma's gradient to add up
 )
-_STAGES = 1  # tiles on their way at a time in the backward pass
+_STAGES = 3  # tiles on their way at a time in the backward pass
 
 
 @triton.jit
@@ -120,7 +120,7 @@ def _launch(signal: torch.Tensor, gamma, scale) -> dict:
         "SCALED": scale is not None,
         "ROWS": max(1, _TILE // block),
         "BLOCK": block,
-        "num_warps": 4,
+        "num_warps": 2,
     }
 
 

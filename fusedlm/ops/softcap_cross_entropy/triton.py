@@ -22,8 +22,7 @@ _IGNORE = tl.constexpr(IGNORE_INDEX)
 _LOWEST = tl.constexpr(-3.0e38)  # finite: a difference of two infinities would be NaN
 _WIDEST_BOUND = 75.0  # caps up to here need no maximum
 _NARROW_TILE = 1024  # elements of the rows that a program takes together
-_WIDE_BLOCK = 8192
-_WIDE_WARPS = 16
+_WHOLE = 4096  # classes up to which a program holds whole rows
 _SCALE_BLOCK = 8192
 _SCALE_PROGRAMS = 1024
 
@@ -305,15 +304,17 @@ def _scale_kernel(x, factor, n, BLOCK: tl.constexpr):
             tl.store(x + at, value.to(x.dtype.element_ty), mask=at < n)
 
 
-def _launch(cap: float | None, width: int) -> dict:
-    """Narrow rows several to a program and whole, in two tiles; wide ones two blocks at a time."""
-    block = max(1, min(triton.next_power_of_2(width), _WIDE_BLOCK) // 2)
-    rows = max(1, _NARROW_TILE // (2 * block)) if 2 * block >= width else 1
+def _launch(cap: float | None, width: int, *, gradient: bool) -> dict:
+    """Narrow rows several to a program and whole, in two tiles; wide ones two blocks at a time, where a gradient is
+    better off with more threads to a row: of fewer rows more stays in the cache."""
+    whole = width <= _WHOLE
+    block = max(1, triton.next_power_of_2(width) // 2) if whole else 2048 if gradient else 1024
+    rows = max(1, _NARROW_TILE // (2 * block)) if whole else 1
     return {
         "CAPPED": cap is not None,
         "ROWS": rows,
         "BLOCK": block,
-        "num_warps": max(1, min(_WIDE_WARPS, block * rows // 256)),
+        "num_warps": max(1, block * rows // (512 if whole else 128)),
     }
 
 
@@ -330,7 +331,7 @@ def _losses(logits, targets, cap, n_classes, z_loss) -> tuple[torch.Tensor, torc
     loss = torch.empty(len(logits), dtype=torch.float32, device=logits.device)
     log2_sums = torch.empty_like(loss)
     if len(logits):
-        launch = _launch(cap, n_classes)
+        launch = _launch(cap, n_classes, gradient=False)
         _forward_kernel[(triton.cdiv(len(logits), launch["ROWS"]),)](
             logits, targets, loss, log2_sums, len(logits), logits.stride(0), n_classes, cap or 0.0, z_loss,
             BOUNDED=_bounded(cap), **launch,
@@ -343,7 +344,7 @@ def _losses_and_gradients(logits, targets, weights, gradient, cap, n_classes, z_
     n_rows, width = logits.shape
     loss = torch.empty(n_rows, dtype=torch.float32, device=logits.device)
     if n_rows:
-        launch = _launch(cap, width)
+        launch = _launch(cap, width, gradient=True)
         kernel = _whole_rows_kernel if 2 * launch["BLOCK"] >= width else _both_kernel
         kernel[(triton.cdiv(n_rows, launch["ROWS"]),)](
             logits, targets, weights, loss, gradient, n_rows, logits.stride(0), gradient.stride(0), weights.stride(0),
@@ -380,7 +381,7 @@ def _backward(
     gradient = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
     n_rows, width = logits.shape
     if n_rows:
-        launch = _launch(cap, width)
+        launch = _launch(cap, width, gradient=True)
         _backward_kernel[(triton.cdiv(n_rows, launch["ROWS"]),)](
             logits, targets.contiguous(), log2_sums, upstream, gradient, n_rows, logits.stride(0), upstream.stride(0),
             width, n_classes, cap or 0.0, z_loss, **launch,
