@@ -109,11 +109,11 @@ def test_kernel_on_nothing(shape, slope, poisoned):
 
 @pytest.mark.parametrize("slope", SLOPES)
 @pytest.mark.parametrize("n_subtiles", [1, 2, 4])
-@pytest.mark.parametrize("shape", [(70, 40, 136), (50, 17, 70)])
+@pytest.mark.parametrize("shape", [(70, 40, 600), (50, 17, 300)])
 def test_kernel_in_many_small_tiles(shape, n_subtiles, slope, poisoned, monkeypatch):
     """More tiles than a program takes at once, more than one group of them, and several steps along the product."""
     small = kernels._CONFIGS["float32"] | {
-        "BLOCK_M": 16, "BLOCK_N": 32, "BLOCK_K": 16, "GROUP_M": 2, "SUBTILES": n_subtiles, "FLATTEN": True
+        "BLOCK_M": 16, "BLOCK_N": 64 * n_subtiles, "BLOCK_K": 16, "GROUP_M": 2, "SUBTILES": n_subtiles, "FLATTEN": True
     }  # fmt: skip
     monkeypatch.setitem(kernels._CONFIGS, "float32", small)
     _check(kernels.relu2_mlp, *_inputs(shape), slope, 2e-6)
@@ -160,35 +160,41 @@ def test_not_a_number_stays_one(slope):
 
 @pytest.mark.parametrize("slope", SLOPES)
 def test_one_matrix_of_the_hidden_layer_is_kept(slope):
+    """And with a slope a bit for each of its numbers, in whole groups of 64."""
     tensors, upstream = _inputs((33, 24, 40))
     kept = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x.shape) or x, lambda x: x):
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append((x.shape, x.dtype)) or x, lambda x: x):
         kernels.relu2_mlp(*(x.requires_grad_() for x in tensors), slope)
-    assert sorted(kept) == sorted([(33, 24), (40, 24), (24, 40), (33, 40)])
+    shapes = [shape for shape, dtype in kept if dtype == torch.float32]
+    assert sorted(shapes) == sorted([(33, 24), (40, 24), (24, 40), (33, 40)])
+    assert [x for x in kept if x[1] != torch.float32] == [((33 if slope else 0, 8), torch.uint8)]
 
 
 @pytest.mark.parametrize("slope", SLOPES)
 def test_matrices_of_the_hidden_layer_that_are_made(slope, monkeypatch):
-    """h, and g where it is needed: when training with a slope."""
-    tensors, _ = _inputs((33, 24, 40))
+    """h; and signs where they are needed: when training with a slope."""
+    tensors, upstream = _inputs((33, 24, 40))
     made, launched = [], []
-    empty, empty_like, launch = torch.empty, torch.empty_like, kernels._launch
+    launch = kernels._launch
+    for name in ("empty", "empty_like"):
+        make = getattr(torch, name)
+        monkeypatch.setattr(torch, name, lambda *x, make=make, **rest: made.append(make(*x, **rest)) or made[-1])
 
-    def record(make):
-        def run(*arguments, **rest):
-            made.append(make(*arguments, **rest))
-            return made[-1]
+    def record(which, *x, **rest):
+        if which == "up":
+            launched.append(rest["KEEPS_SIGNS"])
+        return launch(which, *x, **rest)
 
-        return run
-
-    monkeypatch.setattr(torch, "empty", record(empty))
-    monkeypatch.setattr(torch, "empty_like", record(empty_like))
-    monkeypatch.setattr(kernels, "_launch", lambda *x, **rest: launched.append(rest["KEEPS_G"]) or launch(*x, **rest))
+    monkeypatch.setattr(kernels, "_launch", record)
     for training in (False, True):
         made.clear()
         with torch.set_grad_enabled(training):
-            kernels.relu2_mlp(*(x.requires_grad_() for x in tensors), slope)
-        assert sum(x.shape == (33, 40) for x in made) == 1 + (training and slope > 0)
+            leaves = [x.requires_grad_() for x in tensors]
+            out = kernels.relu2_mlp(*leaves, slope)
+        assert sum(x.shape == (33, 40) for x in made) == 1
+    made.clear()
+    torch.autograd.grad(out, leaves, upstream)
+    assert sum(x.shape == (33, 40) for x in made) == 1, "the gradient of z"
     assert launched == [False, slope > 0]
 
 
@@ -207,8 +213,8 @@ def test_operators_keep_their_promises(slope):
     leaves = [x.requires_grad_() for x in tensors]
     torch.library.opcheck(torch.ops.fusedlm.relu2_mlp.default, (*leaves, slope))
     torch.library.opcheck(torch.ops.fusedlm.relu2_mlp_inference.default, (*detached, slope))
-    kept = torch.ops.fusedlm.relu2_mlp(*detached, slope)[1]
-    torch.library.opcheck(torch.ops.fusedlm.relu2_mlp_backward.default, (upstream, *detached, kept, slope))
+    kept = torch.ops.fusedlm.relu2_mlp(*detached, slope)[1:]
+    torch.library.opcheck(torch.ops.fusedlm.relu2_mlp_backward.default, (upstream, *detached, *kept, slope))
 
 
 @pytest.mark.parametrize("slope", SLOPES)

@@ -1,10 +1,10 @@
 """Squared leaky ReLU feed-forward in Triton: the two products whose output is as wide as the hidden layer.
 
-With z = x w_up^T, a = leaky_relu(z) and h = a^2, the first kernel makes h and, when training with a slope, the
-derivative g = 2 a leaky_relu'(z) from the float32 accumulator; g alone is kept for the backward pass. Without a slope
-g = 2 sqrt(h), and h alone is made and kept. The second kernel, of the backward pass, multiplies dh = dy w_down by g,
-again in the accumulator, and makes h anew from g on the way. The other products have nothing to fuse and are
-torch.mm's.
+With z = x w_up^T and a = leaky_relu(z) the first kernel makes h = a^2 from the float32 accumulator and, when training
+with a slope, one bit for each z: whether it is negative. h and the bits are all that is kept of the hidden layer, and
+all that the gradient wants: 2 a leaky_relu'(z) is 2 sqrt(h), times -|slope| where z is negative, and half as wrong as h
+is by its rounding. The second kernel, of the backward pass, multiplies dh = dy w_down by it, again in the accumulator.
+The other products have nothing to fuse and are torch.mm's.
 
 Tiles are read and written by the tensor memory accelerator, or through pointers where rows or bases are not aligned to
 16 bytes or the device has none.
@@ -20,15 +20,15 @@ from fusedlm.ops.common.products import product, rounded
 _KEYS = (
     "BLOCK_M", "BLOCK_N", "BLOCK_K", "GROUP_M", "SUBTILES", "FLATTEN", "num_warps", "num_stages", "programs_per_sm"
 )  # fmt: skip
-_CONFIGS = {
+_CONFIGS = {  # BLOCK_N / SUBTILES is a multiple of 64, the columns whose signs are packed together
     name: dict(zip(_KEYS, values, strict=True))
     for name, values in {
         "wide": (128, 256, 64, 8, 2, True, 8, 3, 1),
         "wide_backward": (128, 256, 64, 8, 4, True, 8, 3, 1),  # its epilogue reads, too, and so needs more registers
-        "square": (128, 128, 64, 8, 4, True, 4, 3, 2),
-        "few_rows": (64, 64, 128, 8, 2, True, 4, 4, 1),
+        "square": (128, 128, 64, 8, 2, True, 4, 3, 2),
+        "few_rows": (64, 64, 128, 8, 1, True, 4, 4, 1),
         "pointers": (64, 128, 32, 8, 2, False, 4, 3, 2),
-        "float32": (32, 64, 32, 8, 2, False, 4, 2, 2),
+        "float32": (32, 64, 32, 8, 1, False, 4, 2, 2),
     }.items()
 }
 _N_SM_INTERPRETED = 3  # where there is no GPU; few, so that a program has several tiles
@@ -102,24 +102,39 @@ def _pieces(tile, ROWS: tl.constexpr, COLUMNS: tl.constexpr, SUBTILES: tl.conste
 
 
 @triton.jit
+def _pack(bits, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """(ROWS, COLUMNS // 8) bytes: bit b of byte 8 i + j is that of column 64 i + 8 b + j, for in the layout of an
+    accumulator these are all of one thread."""
+    bits = tl.reshape(bits.to(tl.int32), (ROWS, COLUMNS // 64, 8, 8))
+    return tl.reshape(tl.sum(bits << tl.arange(0, 8)[None, None, :, None], 2), (ROWS, COLUMNS // 8)).to(tl.uint8)
+
+
+@triton.jit
+def _unpack(packed, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    packed = tl.reshape(packed.to(tl.int32), (ROWS, COLUMNS // 64, 1, 8))
+    return tl.reshape((packed >> tl.arange(0, 8)[None, None, :, None]) & 1, (ROWS, COLUMNS)) != 0
+
+
+@triton.jit
 def _activate(
-    z, h, g, slope, row, column, M, N,
-    LEAKY: tl.constexpr, KEEPS_G: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, TMA: tl.constexpr,
+    z, h, signs, slope, row, column, M, N,
+    LEAKY: tl.constexpr, KEEPS_SIGNS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
     a = tl.where(z < 0, z * slope if LEAKY else 0.0, z)
     _store(h, a * a, row, column, M, N, ROWS, COLUMNS, TMA)
-    if KEEPS_G:
-        _store(g, 2.0 * tl.where(z < 0, a * slope, a), row, column, M, N, ROWS, COLUMNS, TMA)
+    if KEEPS_SIGNS:
+        offsets, inside = _at(row, column // 8, M, tl.cdiv(N, 64) * 8, ROWS, COLUMNS // 8)
+        tl.store(signs + offsets, _pack(z < 0, ROWS, COLUMNS), mask=inside)
 
 
 @triton.jit
 def _up_kernel(
-    x, w, h, g, slope, M, N, K,
-    LEAKY: tl.constexpr, KEEPS_G: tl.constexpr, TMA: tl.constexpr,
+    x, w, h, signs, slope, M, N, K,
+    LEAKY: tl.constexpr, KEEPS_SIGNS: tl.constexpr, TMA: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     GROUP_M: tl.constexpr, SUBTILES: tl.constexpr, FLATTEN: tl.constexpr,
 ):  # fmt: skip
-    """h and g (M, N) of z = x w^T, x (M, K), w (N, K)."""
+    """h (M, N) and signs (M, N up to a multiple of 64 / 8) of z = x w^T, x (M, K), w (N, K)."""
     n_tiles_m, n_tiles_n = tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N)
     done = tl.program_id(0) - tl.num_programs(0)
     WIDTH: tl.constexpr = BLOCK_N // SUBTILES
@@ -137,31 +152,30 @@ def _up_kernel(
         pieces = _pieces(z, BLOCK_M, BLOCK_N, SUBTILES)
         for i in tl.static_range(SUBTILES):
             column = n * BLOCK_N + i * WIDTH
-            _activate(pieces[i], h, g, slope, m * BLOCK_M, column, M, N, LEAKY, KEEPS_G, BLOCK_M, WIDTH, TMA)
+            _activate(pieces[i], h, signs, slope, m * BLOCK_M, column, M, N, LEAKY, KEEPS_SIGNS, BLOCK_M, WIDTH, TMA)
 
 
 @triton.jit
 def _differentiate(
-    dh, kept, dz, h, inverse_slope, row, column, M, N,
+    dh, h, signs, dz, negative, row, column, M, N,
     LEAKY: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
-    g = _load(kept, row, column, M, N, ROWS, COLUMNS, TMA).to(tl.float32)
+    dh *= 2.0 * tl.sqrt(_load(h, row, column, M, N, ROWS, COLUMNS, TMA).to(tl.float32))
     if LEAKY:
-        a = 0.5 * tl.where(g < 0, g * inverse_slope, g)
-        _store(h, a * a, row, column, M, N, ROWS, COLUMNS, TMA)
-    else:
-        g = 2.0 * tl.sqrt(g)
-    _store(dz, dh * g, row, column, M, N, ROWS, COLUMNS, TMA)
+        offsets, inside = _at(row, column // 8, M, tl.cdiv(N, 64) * 8, ROWS, COLUMNS // 8)
+        below = _unpack(tl.load(signs + offsets, mask=inside, other=0), ROWS, COLUMNS)
+        dh = tl.where(below, dh * negative, dh)
+    _store(dz, dh, row, column, M, N, ROWS, COLUMNS, TMA)
 
 
 @triton.jit
 def _down_backward_kernel(
-    dy, w, kept, dz, h, inverse_slope, M, N, K,
+    dy, w, h, dz, signs, negative, M, N, K,
     LEAKY: tl.constexpr, TMA: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     GROUP_M: tl.constexpr, SUBTILES: tl.constexpr, FLATTEN: tl.constexpr,
 ):  # fmt: skip
-    """dz and h (M, N) of dh = dy w, dy (M, K), w (K, N), and of what was kept (M, N): g, or h without a slope."""
+    """dz (M, N) of dh = dy w, dy (M, K), w (K, N), and of what was kept: h (M, N) and, with a slope, the signs."""
     n_tiles_m, n_tiles_n = tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N)
     done = tl.program_id(0) - tl.num_programs(0)
     WIDTH: tl.constexpr = BLOCK_N // SUBTILES
@@ -177,7 +191,7 @@ def _down_backward_kernel(
         pieces = _pieces(dh, BLOCK_M, BLOCK_N, SUBTILES)
         for i in tl.static_range(SUBTILES):
             column = n * BLOCK_N + i * WIDTH
-            _differentiate(pieces[i], kept, dz, h, inverse_slope, m * BLOCK_M, column, M, N, LEAKY, BLOCK_M, WIDTH, TMA)
+            _differentiate(pieces[i], h, signs, dz, negative, m * BLOCK_M, column, M, N, LEAKY, BLOCK_M, WIDTH, TMA)
 
 
 def _can_use_tma(*matrices: torch.Tensor) -> bool:
@@ -193,18 +207,21 @@ def _described(matrix: torch.Tensor, rows: int, columns: int) -> TensorDescripto
     return TensorDescriptor(matrix, list(matrix.shape), [matrix.shape[1], 1], [rows, columns])
 
 
-def _launch(which: str, first, second, outputs: list, number: float, config: dict | None = None, **constants) -> None:
+def _launch(
+    which: str, first, second, hidden: list, signs, number: float, config: dict | None = None, **constants
+) -> None:
     """Run a kernel on contiguous matrices, none of them empty.
 
     Args:
         which: `up` or `down_backward`.
         first, second: (M, K), and (N, K) for `up` or (K, N) for `down_backward`.
-        outputs: the kernel's (M, N) matrices.
-        number: slope for `up`, its inverse for `down_backward`.
+        hidden: the kernel's (M, N) matrices: h, and for `down_backward` dz.
+        signs: as `_signs` makes them.
+        number: the slope for `up`; for `down_backward` what the gradient is multiplied by where z is negative.
         config: instead of what `_config` says.
     """
-    (M, K), N = first.shape, outputs[0].shape[1]
-    tma = _can_use_tma(first, second, *outputs)
+    (M, K), N = first.shape, hidden[0].shape[1]
+    tma = _can_use_tma(first, second, *hidden)
     if config is None:
         if first.dtype == torch.float32:
             config = _CONFIGS["float32"]
@@ -217,9 +234,9 @@ def _launch(which: str, first, second, outputs: list, number: float, config: dic
     if tma:
         first = _described(first, block_m, block_k)
         second = _described(second, *((block_n, block_k) if which == "up" else (block_k, block_n)))
-        outputs = [_described(matrix, block_m, block_n // config["SUBTILES"]) for matrix in outputs]
+        hidden = [_described(matrix, block_m, block_n // config["SUBTILES"]) for matrix in hidden]
     kernel = _up_kernel if which == "up" else _down_backward_kernel
-    kernel[(n_programs,)](first, second, *outputs, number, M, N, K, TMA=tma, **constants, **config)
+    kernel[(n_programs,)](first, second, *hidden, signs, number, M, N, K, TMA=tma, **constants, **config)
 
 
 def _n_sm(device: torch.device) -> int:
@@ -228,33 +245,41 @@ def _n_sm(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
-def _hidden(x: torch.Tensor, w_up: torch.Tensor, slope: float, keeps_g: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    """h and g; h twice when g is not kept."""
+def _signs(like: torch.Tensor, n_rows: int, n_columns: int, slope: float) -> torch.Tensor:
+    """Memory for a bit an element, or for none without a slope."""
+    return like.new_empty(n_rows if slope else 0, (n_columns + 63) // 64 * 8, dtype=torch.uint8)
+
+
+def _hidden(x: torch.Tensor, w_up: torch.Tensor, slope: float, signs: torch.Tensor | None) -> torch.Tensor:
     h = torch.empty(len(x), len(w_up), dtype=x.dtype, device=x.device)
-    g = torch.empty_like(h) if keeps_g else h
     if not x.numel() or not h.numel():
-        return h.zero_(), g.zero_()
-    _launch("up", x, w_up, [h, g], slope, LEAKY=slope != 0, KEEPS_G=keeps_g)
-    return h, g
+        if signs is not None:
+            signs.zero_()
+        return h.zero_()
+    keeps = signs is not None and slope != 0
+    _launch("up", x, w_up, [h], signs if keeps else h, slope, LEAKY=slope != 0, KEEPS_SIGNS=keeps)
+    return h
 
 
 @torch.library.custom_op("fusedlm::relu2_mlp", mutates_args=())
 def _forward(
     x: torch.Tensor, w_up: torch.Tensor, w_down: torch.Tensor, slope: float
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """y, and what the backward pass needs: g, or h without a slope."""
-    h, g = _hidden(x.contiguous(), rounded(w_up, x), slope, keeps_g=slope != 0)
-    return product(h, rounded(w_down, x).t(), x.dtype), g
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """y, and what the backward pass needs: h and, with a slope, the signs of z."""
+    signs = _signs(x, len(x), len(w_up), slope)
+    h = _hidden(x.contiguous(), rounded(w_up, x), slope, signs)
+    return product(h, rounded(w_down, x).t(), x.dtype), h, signs
 
 
 @_forward.register_fake
 def _(x, w_up, w_down, slope):
-    return torch.empty(x.shape, dtype=x.dtype, device=x.device), x.new_empty(x.shape[0], w_up.shape[0])
+    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    return y, x.new_empty(x.shape[0], w_up.shape[0]), _signs(x, x.shape[0], w_up.shape[0], slope)
 
 
 @torch.library.custom_op("fusedlm::relu2_mlp_inference", mutates_args=())
 def _inference(x: torch.Tensor, w_up: torch.Tensor, w_down: torch.Tensor, slope: float) -> torch.Tensor:
-    h, _ = _hidden(x.contiguous(), rounded(w_up, x), slope, keeps_g=False)
+    h = _hidden(x.contiguous(), rounded(w_up, x), slope, None)
     return product(h, rounded(w_down, x).t(), x.dtype)
 
 
@@ -265,33 +290,39 @@ def _(x, w_up, w_down, slope):
 
 @torch.library.custom_op("fusedlm::relu2_mlp_backward", mutates_args=())
 def _backward(
-    dy: torch.Tensor, x: torch.Tensor, w_up: torch.Tensor, w_down: torch.Tensor, kept: torch.Tensor, slope: float
+    dy: torch.Tensor,
+    x: torch.Tensor,
+    w_up: torch.Tensor,
+    w_down: torch.Tensor,
+    h: torch.Tensor,
+    signs: torch.Tensor,
+    slope: float,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Gradients of x and of the weights, each in its own dtype."""
-    dy, x, kept, leaky = dy.contiguous(), x.contiguous(), kept.contiguous(), slope != 0
-    dz = torch.empty_like(kept)
-    h = torch.empty_like(kept) if leaky else kept
-    if dy.numel() and kept.numel():
-        inverse = 1 / slope if leaky else 0.0
-        _launch("down_backward", dy, rounded(w_down, x), [kept, dz, h], inverse, LEAKY=leaky)
+    dy, x, h, signs = dy.contiguous(), x.contiguous(), h.contiguous(), signs.contiguous()
+    dz = torch.empty_like(h)
+    if dy.numel() and h.numel():
+        leaky = slope != 0
+        _launch(
+            "down_backward", dy, rounded(w_down, x), [h, dz], signs if leaky else h, -abs(slope), LEAKY=leaky
+        )  # fmt: skip
     dw_down = product(dy.t(), h, w_down.dtype)
-    if leaky:
-        del h
     return product(dz, rounded(w_up, x), x.dtype), product(dz.t(), x, w_up.dtype), dw_down
 
 
 @_backward.register_fake
-def _(dy, x, w_up, w_down, kept, slope):
+def _(dy, x, w_up, w_down, h, signs, slope):
     return tuple(torch.empty(a.shape, dtype=a.dtype, device=a.device) for a in (x, w_up, w_down))
 
 
 def _setup_context(ctx, inputs, output):
     x, w_up, w_down, ctx.slope = inputs
-    ctx.mark_non_differentiable(output[1])
-    ctx.save_for_backward(x, w_up, w_down, output[1])
+    _, h, signs = output
+    ctx.mark_non_differentiable(h, signs)
+    ctx.save_for_backward(x, w_up, w_down, h, signs)
 
 
-def _gradients(ctx, dy, _):
+def _gradients(ctx, dy, *_):
     return *_backward(dy, *ctx.saved_tensors, ctx.slope), None
 
 
