@@ -42,23 +42,22 @@ def main() -> None:
         f"copy {ceilings.bytes_per_second / 1e9:,.0f} GB/s, product {ceilings.flops_per_second / 1e12:,.1f} TFLOP/s",
         flush=True,
     )
-    cases = []
+    command = ["python benchmarks/run.py", *arguments.ops, *(["--quick"] if arguments.quick else [])]
+    record = {"name": "ops", "command": " ".join(command), "environment": environment(device, dtype)}
+    record |= {"ceilings": asdict(ceilings), "cases": []}
     for name in arguments.ops or OPS:
         op = OPS[name]
         for shape in op.quick_shapes if arguments.quick else op.shapes:
             for problem in op.problems(shape, device, dtype):
-                cases.append(_record(problem, ceilings, measure(problem, device, arguments.quick)))
-                print(_lines(cases[-1]), flush=True)
+                record["cases"].append(_record(problem, ceilings, measure(problem, device, arguments.quick)))
+                print(_lines(record["cases"][-1]), flush=True)
             del problem
             gc.collect()
             torch._dynamo.reset()
             if device.type == "cuda":
                 torch.cuda.empty_cache()
-    if arguments.out:
-        command = ["python benchmarks/run.py", *arguments.ops, *(["--quick"] if arguments.quick else [])]
-        record = {"name": "ops", "command": " ".join(command)}
-        record |= {"environment": environment(device, dtype), "ceilings": asdict(ceilings), "cases": cases}
-        write_atomic(arguments.out, json.dumps(record, indent=1) + "\n")
+            if arguments.out:  # each time: a run that is stopped has measured something
+                write_atomic(arguments.out, json.dumps(record, indent=1) + "\n")
 
 
 def _record(problem: Problem, ceilings: Ceilings, measured: list[Measured]) -> dict:

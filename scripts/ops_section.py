@@ -28,7 +28,9 @@ def _ops(record: dict | None) -> str:
     page += f"{ceilings['bytes_per_second'] / 1e9:,.0f} GB/s, a product of 8192³ runs at "
     page += f"{ceilings['flops_per_second'] / 1e12:,.0f} TFLOP/s. The floor is the fewest bytes or the FLOPs at these, "
     page += "whichever takes longer; what is worse than twice eager PyTorch against float64 is called wrong and not "
-    page += "timed. Memory is what is held beyond inputs, outputs and gradients.\n"
+    page += "timed. Times are those of replays of a CUDA graph; Liger and cut cross entropy wait for the device, which "
+    page += "a graph cannot hold, and are timed by their calls. Memory is what is held beyond inputs, outputs and "
+    page += "gradients.\n"
     for op in dict.fromkeys(case["op"] for case in record["cases"]):
         page += f"\n## {op}\n\n| shape | | contender | ms | of the floor | beyond, MiB | error |\n" + "|---" * 7 + "|\n"
         for case in record["cases"]:

@@ -38,7 +38,7 @@ def problems(shape: tuple[int, int, int, int], device: torch.device, dtype: torc
         "leaves": [signal, noise, weight, gamma],
         "contenders": present(eager=eager, torch_compile=torch.compile(eager), fusedlm=fused),
         "sample": lambda found: found,
-        "copies": 1 + 150 * 2**20 // (3 * signal.nbytes) if device.type == "cuda" else 0,  # three times a cache
+        "copies": 1 + 150 * 2**20 // (3 * signal.nbytes),  # three times a cache
     }
     return [
         Problem(upstream=None, exact=lambda: exact()[:1], n_bytes=3 * signal.nbytes, **common),

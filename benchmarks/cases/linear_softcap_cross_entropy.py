@@ -65,8 +65,8 @@ def problems(shape: tuple[int, int, int], device: torch.device, dtype: torch.dty
         "contenders": present(
             eager=eager,
             torch_compile=torch.compile(eager),
-            Liger=peer("liger_kernel.ops.fused_linear_cross_entropy", _liger),
-            cut_cross_entropy=peer("cut_cross_entropy", _cut),
+            Liger=peer("liger_kernel.ops.fused_linear_cross_entropy", _liger, waits_for_device=True),
+            cut_cross_entropy=peer("cut_cross_entropy", _cut, waits_for_device=True),
             fusedlm=fused,
         ),
         "sample": lambda found: [found[0], *(gradient[:SAMPLED] for gradient in found[1:])],

@@ -4,12 +4,14 @@ import importlib
 from collections.abc import Callable
 
 
-def peer(module: str, make: Callable) -> Callable | None:
-    """make(module), or None where it cannot be imported."""
+def peer(module: str, make: Callable, *, waits_for_device: bool = False) -> Callable | None:
+    """make(module), or None where it cannot be imported. waits_for_device: which a CUDA graph cannot hold."""
     try:
-        return make(importlib.import_module(module))
+        contender = make(importlib.import_module(module))
     except ImportError:
         return None
+    contender.waits_for_device = waits_for_device
+    return contender
 
 
 def present(**contenders: Callable | None) -> dict[str, Callable]:

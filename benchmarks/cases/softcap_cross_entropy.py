@@ -75,7 +75,7 @@ def problems(shape: tuple[int, int], device: torch.device, dtype: torch.dtype) -
             contenders=present(
                 eager=mean,
                 torch_compile=torch.compile(mean),
-                Liger=peer("liger_kernel.ops.cross_entropy", _liger),
+                Liger=peer("liger_kernel.ops.cross_entropy", _liger, waits_for_device=True),
                 fusedlm=fused_mean,
             ),
             **common,

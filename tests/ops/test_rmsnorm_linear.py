@@ -110,14 +110,15 @@ def test_every_number_of_few_tokens(n):
 @pytest.mark.parametrize("norm_first", [False, True])
 def test_few_tokens_of_which_x_is_normalised_before_or_after(shape, norm_first):
     (x, gamma, weight), _ = _inputs(*shape)
-    config = kernels.few_config(16, *weight.shape[::-1]) | {"NORM_FIRST": norm_first, "BLOCK_D": 16}
+    config = kernels.few_config(16, weight.shape[1]) | {"NORM_FIRST": norm_first, "BLOCK_D": 16}
     exact = reference.rmsnorm_linear(x.double(), gamma.double(), weight.double(), EPS)
     assert_close(kernels.few_tokens(x, gamma, weight, EPS, config), exact, 1e-6)
 
 
+@pytest.mark.parametrize("n", [1, 3])
 @pytest.mark.parametrize("stages", [1, 3])
-def test_one_token_wider_than_a_tile(stages):
-    (x, gamma, weight), _ = _inputs(1, 300, 37)
+def test_tokens_wider_than_a_tile(stages, n):
+    (x, gamma, weight), _ = _inputs(n, 300, 37)
     config = {"BLOCK_E": 4, "BLOCK_D": 64, "STAGES": stages, "num_warps": 4}
     exact = reference.rmsnorm_linear(x.double(), gamma.double(), weight.double(), EPS)
     assert_close(kernels.few_tokens(x, gamma, weight, EPS, config), exact, 1e-6)

@@ -23,9 +23,9 @@ _KEYS = (
 _CONFIGS = {  # BLOCK_N / SUBTILES is a multiple of 64, the columns whose signs are packed together
     name: dict(zip(_KEYS, values, strict=True))
     for name, values in {
-        "wide": (128, 256, 64, 8, 2, True, 8, 3, 1),
-        "wide_backward": (128, 256, 64, 8, 4, True, 8, 3, 1),  # its epilogue reads, too, and so needs more registers
-        "square": (128, 128, 64, 8, 2, True, 4, 3, 2),
+        "up": (128, 256, 64, 8, 4, True, 8, 4, 1),
+        "down_backward": (128, 256, 64, 8, 4, True, 8, 3, 1),
+        "down_backward_shallow": (128, 128, 32, 8, 2, True, 4, 4, 2),
         "few_rows": (64, 64, 128, 8, 1, True, 4, 4, 1),
         "pointers": (64, 128, 32, 8, 2, False, 4, 3, 2),
         "float32": (32, 64, 32, 8, 1, False, 4, 2, 2),
@@ -38,10 +38,9 @@ def _config(M: int, N: int, K: int, which: str) -> dict:
     """Tiles and launch of the product (M, K) × (K, N) of 16-bit operands in the kernel `up` or `down_backward`."""
     if M <= 64:
         return _CONFIGS["few_rows"]
-    # Where little is multiplied for each number written, two programs on a multiprocessor hide each other's epilogues.
-    if K <= 1024:
-        return _CONFIGS["square"]
-    return _CONFIGS["wide" if which == "up" else "wide_backward"]
+    # Where little is multiplied for each number that is read and written, two programs on a multiprocessor hide each
+    # other's epilogues, which is more than the larger tile saves.
+    return _CONFIGS["down_backward_shallow" if which == "down_backward" and K <= 1024 else which]
 
 
 @triton.jit

@@ -21,14 +21,12 @@ from fusedlm.ops.rmsnorm_linear.op import unaligned
 
 FEW = 32  # tokens that go through one kernel
 _TILE = 4096  # elements of whole rows
-_PROGRAMS_PER_SM = 4  # of the backward pass, so that there are as few vectors of gamma's gradient to add up
+_PROGRAMS_PER_SM = 8  # of the backward pass, so that there are as few vectors of gamma's gradient to add up
 
-# With a single token: elements of the weight that a program of 128 threads takes at once, in rows of at most these.
-_ONE_TILE, _ONE_WIDTH = 8192, 2048
-# With several tokens: rows of the weight and numbers of each that a program takes at once.
-SEVERAL_NARROW = {"BLOCK_E": 16, "BLOCK_D": 256, "STAGES": 3, "num_warps": 4}
-SEVERAL_WIDE = {"BLOCK_E": 32, "BLOCK_D": 128, "STAGES": 4, "num_warps": 4}
-_WIDE = 8192  # rows of the weight from which SEVERAL_WIDE still gives every multiprocessor its share
+_MOST_BY_ELEMENT = 4  # tokens that are multiplied number by number; more of them as tiles
+_FEW_TILE, _FEW_WIDTH = 8192, 2048  # products of a program of 128 threads: whole rows of the weight where they fit
+# With more tokens: rows of the weight and numbers of each that a program takes at once.
+_SEVERAL = {"BLOCK_E": 32, "BLOCK_D": 128, "STAGES": 3, "num_warps": 2}
 
 
 def _tiling(rows: int, columns: int, depth: int, subtiles: int, num_warps: int, num_stages: int) -> dict:
@@ -38,7 +36,7 @@ def _tiling(rows: int, columns: int, depth: int, subtiles: int, num_warps: int, 
 
 # Tiles of the product. RMS_INSIDE: sums of squares are made from the tiles of x rather than in a pass before.
 _CONFIGS = {
-    "large": _tiling(128, 256, 64, 2, num_warps=8, num_stages=3),
+    "large": _tiling(128, 256, 64, 2, num_warps=8, num_stages=4),
     "small": _tiling(128, 128, 64, 1, num_warps=8, num_stages=4),
     "float32": _tiling(64, 64, 32, 1, num_warps=8, num_stages=2),
 }
@@ -110,27 +108,32 @@ def _backward_kernel(
 
 
 @triton.jit
-def _one_token_kernel(
-    x, gamma, weight, out, n_out, weight_row, eps,
-    WIDTH: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_D: tl.constexpr, STAGES: tl.constexpr,
+def _few_tokens_kernel(
+    x, gamma, weight, out, n_tokens, n_out, x_row, weight_row, eps,
+    WIDTH: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_D: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
+    token = tl.arange(0, BLOCK_N)
     row = tl.program_id(0) * BLOCK_E + tl.arange(0, BLOCK_E)
-    row_inside = row < n_out
+    token_inside, row_inside = token < n_tokens, row < n_out
+    token_at = token.to(tl.int64) * x_row
     row_at = row.to(tl.int64) * weight_row
-    total = tl.zeros((BLOCK_E, BLOCK_D), dtype=tl.float32)
-    squares = tl.zeros((BLOCK_D,), dtype=tl.float32)
+    total = tl.zeros((BLOCK_N, BLOCK_E, BLOCK_D), dtype=tl.float32)
+    squares = tl.zeros((BLOCK_N, BLOCK_D), dtype=tl.float32)
     for start in tl.range(0, WIDTH, BLOCK_D, num_stages=STAGES):
         column = start + tl.arange(0, BLOCK_D)
         inside = column < WIDTH
         w = tl.load(
             weight + row_at[:, None] + column[None, :], mask=row_inside[:, None] & inside[None, :], other=0.0
         ).to(tl.float32)
-        z = tl.load(x + column, mask=inside, other=0.0).to(tl.float32)
+        z = tl.load(
+            x + token_at[:, None] + column[None, :], mask=token_inside[:, None] & inside[None, :], other=0.0
+        ).to(tl.float32)
         g = tl.load(gamma + column, mask=inside, other=0.0).to(tl.float32)
         squares += z * z
-        total += w * (z * g)[None, :]
-    y = tl.sum(total, 1) * _inverse_rms(tl.sum(squares, 0), eps, WIDTH)
-    tl.store(out + row, y.to(out.dtype.element_ty), mask=row_inside)
+        total += w[None, :, :] * (z * g[None, :])[:, None, :]
+    y = tl.sum(total, 2) * _inverse_rms(tl.sum(squares, 1), eps, WIDTH)[:, None]
+    at = token.to(tl.int64)[:, None] * n_out + row[None, :]
+    tl.store(out + at, y.to(out.dtype.element_ty), mask=token_inside[:, None] & row_inside[None, :])
 
 
 @triton.jit
@@ -264,29 +267,28 @@ def normalise(x: torch.Tensor, gamma: torch.Tensor, eps: float, dtype: torch.dty
 def few_tokens(x: torch.Tensor, gamma: torch.Tensor, weight: torch.Tensor, eps: float, config=None) -> torch.Tensor:
     """The whole for x (N, D) of at most FEW rows. config: as one of `few_config`."""
     (n, width), n_out = x.shape, len(weight)
-    config = dict(config or few_config(n, width, n_out))
+    config = dict(config or few_config(n, width))
     out = torch.empty(n, n_out, dtype=x.dtype, device=x.device)
     grid = (triton.cdiv(n_out, config["BLOCK_E"]),)
     weight, gamma = _rows(weight), gamma.contiguous()
+    launch = {"WIDTH": width, "BLOCK_N": triton.next_power_of_2(n)}
+    kernel = _few_tokens_kernel
     if "NORM_FIRST" in config:
         config["NORM_FIRST"] |= x.dtype == torch.float16
-        _several_tokens_kernel[grid](
-            x, gamma, weight, out, n, n_out, x.stride(0), weight.stride(0), eps,
-            WIDTH=width, BLOCK_N=max(16, triton.next_power_of_2(n)), **config,
-        )  # fmt: skip
-    else:
-        _one_token_kernel[grid](x, gamma, weight, out, n_out, weight.stride(0), eps, WIDTH=width, **config)
+        launch["BLOCK_N"] = max(16, launch["BLOCK_N"])
+        kernel = _several_tokens_kernel
+    kernel[grid](x, gamma, weight, out, n, n_out, x.stride(0), weight.stride(0), eps, **launch, **config)
     return out
 
 
-def few_config(n: int, width: int, n_out: int) -> dict:
-    """What a program takes at once; with NORM_FIRST for the kernel for several tokens."""
+def few_config(n: int, width: int) -> dict:
+    """What a program takes at once; with NORM_FIRST for the kernel that multiplies tiles."""
     block = max(16, triton.next_power_of_2(width))
-    if n == 1:
-        block = min(block, _ONE_WIDTH)
-        return {"BLOCK_E": min(64, _ONE_TILE // block), "BLOCK_D": block, "STAGES": 1, "num_warps": 4}
-    config = SEVERAL_WIDE if n_out >= _WIDE else SEVERAL_NARROW
-    return config | {"BLOCK_D": min(config["BLOCK_D"], block), "NORM_FIRST": False}
+    if n <= _MOST_BY_ELEMENT:
+        block = min(block, _FEW_WIDTH)
+        rows = max(1, min(64, _FEW_TILE // (block * triton.next_power_of_2(n))))
+        return {"BLOCK_E": rows, "BLOCK_D": block, "STAGES": 1, "num_warps": 4}
+    return _SEVERAL | {"BLOCK_D": min(_SEVERAL["BLOCK_D"], block), "NORM_FIRST": False}
 
 
 def scaled_product(x: torch.Tensor, gamma: torch.Tensor, weight: torch.Tensor, eps: float, config=None) -> torch.Tensor:
