@@ -3,8 +3,9 @@
     python benchmarks/end_to_end.py [--out FILE] [--op NAME ...]
 
 For each case: tokens a second and peak memory with what the recipe chooses, with the reference of every fused op, and
-with --op with only that one switched to its reference (where the model has it); for the first case the ten heaviest kernels of either end.
-With --turns 2 every measurement is made twice, the second time in reverse order, and the better is kept.
+with --op with only that one switched to its reference, where the model has it; for the first case the ten heaviest
+kernels of either end. With --turns 2 every measurement is made twice, the second time in reverse order, and the better
+is kept.
 """
 
 import argparse

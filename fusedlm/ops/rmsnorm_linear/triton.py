@@ -23,8 +23,9 @@ FEW = 32  # tokens that go through one kernel
 _TILE = 4096  # elements of whole rows
 _PROGRAMS_PER_SM = 8  # of the backward pass, so that there are as few vectors of gamma's gradient to add up
 
-_MOST_BY_ELEMENT = 4  # tokens that are multiplied number by number; more of them as tiles
-_FEW_TILE, _FEW_WIDTH = 8192, 2048  # products of a program of 128 threads: whole rows of the weight where they fit
+_ONE_TILE, _ONE_WIDTH = 8192, 2048  # elements of the weight for a program of one token: whole rows where they fit
+_MOST_BY_ELEMENT = 4  # tokens that are multiplied number by number, in smaller tiles; more of them as matrices
+_FEW = {"BLOCK_E": 8, "BLOCK_D": 256, "STAGES": 3, "num_warps": 4}
 # With more tokens: rows of the weight and numbers of each that a program takes at once.
 _SEVERAL = {"BLOCK_E": 32, "BLOCK_D": 128, "STAGES": 3, "num_warps": 2}
 
@@ -284,10 +285,11 @@ def few_tokens(x: torch.Tensor, gamma: torch.Tensor, weight: torch.Tensor, eps: 
 def few_config(n: int, width: int) -> dict:
     """What a program takes at once; with NORM_FIRST for the kernel that multiplies tiles."""
     block = max(16, triton.next_power_of_2(width))
+    if n == 1:
+        block = min(block, _ONE_WIDTH)
+        return {"BLOCK_E": min(64, _ONE_TILE // block), "BLOCK_D": block, "STAGES": 1, "num_warps": 4}
     if n <= _MOST_BY_ELEMENT:
-        block = min(block, _FEW_WIDTH)
-        rows = max(1, min(64, _FEW_TILE // (block * triton.next_power_of_2(n))))
-        return {"BLOCK_E": rows, "BLOCK_D": block, "STAGES": 1, "num_warps": 4}
+        return _FEW | {"BLOCK_D": min(_FEW["BLOCK_D"], block)}
     return _SEVERAL | {"BLOCK_D": min(_SEVERAL["BLOCK_D"], block), "NORM_FIRST": False}
 
 
