@@ -62,7 +62,7 @@ def test_compile_compiles_every_block_and_the_head(tmp_path, monkeypatch, wanted
     train(tiny_recipe(tmp_path, *SHORT, f"train.compile={str(wanted).lower()}"), tmp_path / "run")
     names = sorted(type(module).__name__ for module, _ in compiled)
     assert names == (["Block", "Block", "Block", "LMHead"] if wanted else [])
-    assert all(options == {"fullgraph": True} for _, options in compiled)
+    assert all(options == {"fullgraph": True, "backend": "inductor"} for _, options in compiled)
 
 
 def test_deterministic_is_on_during_the_run_and_off_after_it(tmp_path, monkeypatch):
