@@ -1,11 +1,13 @@
 """The part of docs/results.md about operations, from the records of benchmarks/run.py and benchmarks/end_to_end.py."""
 
+import itertools
 from pathlib import Path
 
 OPS = "benchmarks/results/ops.json"
 STEPS = "benchmarks/results/steps.json"
-PLOT = "docs/images/ops.png"
+IMAGES = "docs/images"
 _OURS = "fusedlm"
+_COLOURS = ("#b03060", "#d4709a", "#e8a8c0", "#303a5c", "#5c78b8", "#90a8d8", "#7a9a5a", "#c0a040", "#909090")
 
 
 def ops_section(record: dict | None, steps: dict | None) -> str:
@@ -36,7 +38,8 @@ def _ops(record: dict | None) -> str:
         for case in record["cases"]:
             if case["op"] == op:
                 page += "".join(_row(case, one, i == 0) for i, one in enumerate(case["contenders"]))
-    return page + f"\n![Share of the floor reached by each contender](../{PLOT})\n" + _note(record)
+        page += f"\n![Share of the floor reached by each contender](images/ops-{op}.png)\n"
+    return page + _note(record)
 
 
 def _row(case: dict, one: dict, first: bool) -> str:
@@ -85,32 +88,35 @@ def _profile(title: str, profile: dict) -> str:
     return page
 
 
-def draw_ops(record: dict, path: Path) -> None:
-    """Bars of the share of the floor, a group for each case, ours in front."""
+def draw_ops(record: dict, folder: Path) -> None:
+    """For each op bars of the share of the floor, a group for each case."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    cases = record["cases"]
-    names = list(dict.fromkeys(one["name"] for case in cases for one in case["contenders"]))
-    figure, axes = pyplot.subplots(figsize=(9, 0.9 + 0.62 * len(cases)), layout="constrained")
-    height = 0.8 / len(names)
-    colours = dict(zip(names, pyplot.get_cmap("tab10").colors * 2, strict=False))
-    for i, name in enumerate(names):
-        places, shares = [], []
-        for row, case in enumerate(cases):
-            for one in case["contenders"]:
-                if one["name"] == name and one["milliseconds"] is not None:
-                    places.append(row + (i - (len(names) - 1) / 2) * height)
-                    shares.append(case["floor_ms"] / one["milliseconds"])
-        axes.barh(places, shares, height, label=name, color=colours[name])
-    axes.axvline(1, color="black", linewidth=0.8)
-    labels = [f"{case['op']}\n{case['shape']} {case['direction']}" for case in cases]
-    axes.set_yticks(range(len(cases)), labels, fontsize=7)
-    axes.invert_yaxis()
-    axes.set_xlabel("share of the floor (1: as fast as the device's measured ceilings allow)")
-    axes.margins(y=0.01)
-    figure.legend(loc="outside upper right", ncols=len(names), fontsize=7)
-    figure.savefig(path, dpi=110)
-    pyplot.close(figure)
+    names = list(dict.fromkeys(one["name"] for case in record["cases"] for one in case["contenders"]))
+    colours = dict(
+        zip(sorted(names, key=lambda name: not name.startswith(_OURS)), itertools.cycle(_COLOURS), strict=False)
+    )
+    for op in dict.fromkeys(case["op"] for case in record["cases"]):
+        cases = [case for case in record["cases"] if case["op"] == op]
+        rows, labels, ticks = [], [], []
+        for case in cases:
+            start = len(rows) + len(ticks)  # a free line between cases
+            timed = [one for one in case["contenders"] if one["milliseconds"] is not None]
+            ticks.append(start + (len(timed) - 1) / 2)
+            labels.append(f"{case['shape']}\n{case['direction']}")
+            rows += [(start + i, one["name"], case["floor_ms"] / one["milliseconds"]) for i, one in enumerate(timed)]
+        figure, axes = pyplot.subplots(figsize=(9, 1.2 + 0.14 * (len(rows) + len(ticks))), layout="constrained")
+        for name in dict.fromkeys(name for _, name, _ in rows):
+            own = [(place, share) for place, of, share in rows if of == name]
+            axes.barh(*zip(*own, strict=True), 0.9, label=name, color=colours[name])
+        axes.axvline(1, color="black", linewidth=0.8)
+        axes.set_yticks(ticks, labels, fontsize=7)
+        axes.invert_yaxis()
+        axes.margins(y=0.01)
+        axes.set_xlabel(f"{op}: share of the floor (1: as fast as the device's measured ceilings allow)", fontsize=8)
+        figure.legend(loc="outside upper center", ncols=4, fontsize=7)
+        figure.savefig(folder / f"ops-{op}.png", dpi=110)
+        pyplot.close(figure)

@@ -11,7 +11,7 @@ from pathlib import Path
 REPOSITORY = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REPOSITORY))
 
-from scripts.ops_section import OPS, PLOT, STEPS, draw_ops, ops_section  # noqa: E402
+from scripts.ops_section import IMAGES, OPS, STEPS, draw_ops, ops_section  # noqa: E402
 
 RUNS, EXPERIMENTS = "benchmarks/results", "benchmarks/results/experiments"
 EXTENSION = "benchmarks/results/probes/extend.json"  # as `fusedlm eval RUN --probe extend` wrote it
@@ -275,7 +275,7 @@ def main() -> int:
     experiments = read_experiments(REPOSITORY / EXPERIMENTS)
     others = read_others(REPOSITORY)
     if others[OPS] is not None:
-        draw_ops(others[OPS], REPOSITORY / PLOT)
+        draw_ops(others[OPS], REPOSITORY / IMAGES)
     page = results_page(records, experiments, others)
     (REPOSITORY / "docs/results.md").write_text(page, encoding="utf-8")
     print(f"docs/results.md: {len(records)} runs, {len(experiments)} experiments")
