@@ -99,8 +99,8 @@ def measure(problem: Problem, device: torch.device, quick: bool) -> list[Measure
         try:
             before = _in_use(device)
             found = run()
-            result = Measured(name, [error_ratio(a, e) for a, e in zip(problem.sample(found), exact, strict=True)])
             extra = _peak(device) - before - sum(x.nbytes for x in found)
+            result = Measured(name, [error_ratio(a, e) for a, e in zip(problem.sample(found), exact, strict=True)])
             result.extra_mib = extra / 2**20 if device.type == "cuda" else None
             del found
         except torch.OutOfMemoryError:

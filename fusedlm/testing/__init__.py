@@ -1,6 +1,16 @@
-"""Helpers for numerical tests: error ratios, random weights, a small model of any part."""
+"""Helpers for tests: error ratios, random weights, a small model of any part, which operators run."""
 
 from fusedlm.testing.compare import assert_close, error_ratio
 from fusedlm.testing.models import FFN_CASES, MIXER_CASES, every_mixer_config, part_model, randomise_
+from fusedlm.testing.operators import RecordedOperators
 
-__all__ = ["FFN_CASES", "MIXER_CASES", "assert_close", "error_ratio", "every_mixer_config", "part_model", "randomise_"]
+__all__ = [
+    "FFN_CASES",
+    "MIXER_CASES",
+    "RecordedOperators",
+    "assert_close",
+    "error_ratio",
+    "every_mixer_config",
+    "part_model",
+    "randomise_",
+]

@@ -5,7 +5,7 @@ import torch
 
 from fusedlm.ops import linear_softcap_cross_entropy
 from fusedlm.ops.linear_softcap_cross_entropy import reference
-from fusedlm.testing import assert_close, error_ratio
+from fusedlm.testing import RecordedOperators, assert_close, error_ratio
 
 chunked = pytest.importorskip("fusedlm.ops.linear_softcap_cross_entropy.chunked")
 chunk_rows = chunked.chunk_rows
@@ -85,6 +85,15 @@ def test_forward_only():
         found = chunked.linear_softcap_cross_entropy(x, weight, targets, token_weights, 15.0, 64, 0.0)
     for a, e in zip(found, expected, strict=True):
         assert_close(a, e, 1e-6)
+
+
+def test_backward_fills_nothing_with_zeros():
+    """As autograd does for gradients of what was made beforehand, unless told that nobody reads them."""
+    x, weight, targets, token_weights = _inputs(*SHAPES[1])
+    total, _ = chunked.linear_softcap_cross_entropy(x, weight, targets, token_weights, 15.0, 64, 0.0)
+    with RecordedOperators() as ran:
+        torch.autograd.grad(total, (x, weight))
+    assert ran.names and not any("zeros" in name for name in ran.names)
 
 
 def test_no_tokens():

@@ -7,7 +7,7 @@ from fusedlm.ops import relu2_mlp
 from fusedlm.ops.common import Setting
 from fusedlm.ops.relu2_mlp import reference
 from fusedlm.ops.relu2_mlp.op import RELU2_MLP
-from fusedlm.testing import assert_close, error_ratio
+from fusedlm.testing import RecordedOperators, assert_close, error_ratio
 
 kernels = pytest.importorskip("fusedlm.ops.relu2_mlp.triton")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -196,6 +196,17 @@ def test_matrices_of_the_hidden_layer_that_are_made(slope, monkeypatch):
     torch.autograd.grad(out, leaves, upstream)
     assert sum(x.shape == (33, 40) for x in made) == 1, "the gradient of z"
     assert launched == [False, slope > 0]
+
+
+@pytest.mark.parametrize("slope", SLOPES)
+def test_backward_fills_nothing_with_zeros(slope):
+    """As autograd does for gradients of what is kept, unless told that nobody reads them."""
+    tensors, upstream = _inputs((33, 24, 40))
+    leaves = [x.requires_grad_() for x in tensors]
+    out = kernels.relu2_mlp(*leaves, slope)
+    with RecordedOperators() as ran:
+        torch.autograd.grad(out, leaves, upstream)
+    assert ran.names and not any("zeros" in name for name in ran.names)
 
 
 def test_backward_twice():

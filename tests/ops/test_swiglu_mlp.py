@@ -5,7 +5,7 @@ import torch
 
 from fusedlm.ops import swiglu_mlp
 from fusedlm.ops.swiglu_mlp import reference
-from fusedlm.testing import assert_close, error_ratio
+from fusedlm.testing import RecordedOperators, assert_close, error_ratio
 
 kernels = pytest.importorskip("fusedlm.ops.swiglu_mlp.triton")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -100,6 +100,16 @@ def test_the_hidden_layer_is_not_kept():
     with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x.shape) or x, lambda x: x):
         kernels.swiglu_mlp(*(x.requires_grad_() for x in tensors))
     assert sorted(kept) == sorted([(33, 24), (80, 24), (24, 40), (33, 80)])
+
+
+def test_backward_fills_nothing_with_zeros():
+    """As autograd does for the gradient of what is kept, unless told that nobody reads it."""
+    tensors, upstream = _inputs((33, 24, 40))
+    leaves = [x.requires_grad_() for x in tensors]
+    out = kernels.swiglu_mlp(*leaves)
+    with RecordedOperators() as ran:
+        torch.autograd.grad(out, leaves, upstream)
+    assert ran.names and not any("zeros" in name for name in ran.names)
 
 
 def test_backward_twice():

@@ -318,6 +318,7 @@ def _setup_context(ctx, inputs, output):
     x, w_up, w_down, ctx.slope = inputs
     _, h, signs = output
     ctx.mark_non_differentiable(h, signs)
+    ctx.set_materialize_grads(False)  # which would fill a matrix of the hidden layer with zeros for each
     ctx.save_for_backward(x, w_up, w_down, h, signs)
 
 

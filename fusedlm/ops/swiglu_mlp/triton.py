@@ -102,6 +102,7 @@ def _(dy, x, w_gate_up, w_down, gate_up):
 
 def _setup_context(ctx, inputs, output):
     ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)  # which would fill one as large with zeros
     ctx.save_for_backward(*inputs, output[1])
 
 
