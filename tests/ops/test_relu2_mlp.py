@@ -19,14 +19,6 @@ ODD = [(5, 3, 7), (40, 31, 70), (70, 24, 135), (70, 21, 136), (4, 1, 9), (9, 4, 
 EMPTY = [(0, 4, 8), (3, 0, 8), (3, 4, 0), (0, 0, 0)]
 
 
-@pytest.fixture
-def poisoned(monkeypatch):
-    """Memory comes full of NaN."""
-    for name in ("empty", "empty_like"):
-        make = getattr(torch, name)
-        monkeypatch.setattr(torch, name, lambda *size, make=make, **rest: make(*size, **rest).fill_(float("nan")))
-
-
 def _inputs(shape, dtype=torch.float32, weight_dtype=None):
     n, d, h = shape
     g = torch.Generator().manual_seed(sum(shape))

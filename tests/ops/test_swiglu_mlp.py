@@ -14,14 +14,6 @@ SHAPES = [(70, 24, 136), (33, 20, 44), (1, 16, 40), (5, 3, 7), (40, 31, 70), (4,
 EMPTY = [(0, 4, 8), (3, 0, 8), (3, 4, 0), (0, 0, 0)]
 
 
-@pytest.fixture
-def poisoned(monkeypatch):
-    """Memory comes full of NaN."""
-    for name in ("empty", "empty_like"):
-        make = getattr(torch, name)
-        monkeypatch.setattr(torch, name, lambda *size, make=make, **rest: make(*size, **rest).fill_(float("nan")))
-
-
 def _inputs(shape, dtype=torch.float32, weight_dtype=None):
     n, d, h = shape
     g = torch.Generator().manual_seed(sum(shape))

@@ -16,6 +16,7 @@ import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from fusedlm.ops.common.products import product, rounded
+from fusedlm.ops.common.tiles import tile_at
 
 _KEYS = (
     "BLOCK_M", "BLOCK_N", "BLOCK_K", "GROUP_M", "SUBTILES", "FLATTEN", "num_warps", "num_stages", "programs_per_sm"
@@ -41,15 +42,6 @@ def _config(M: int, N: int, K: int, which: str) -> dict:
     # Where little is multiplied for each number that is read and written, two programs on a multiprocessor hide each
     # other's epilogues, which is more than the larger tile saves.
     return _CONFIGS["down_backward_shallow" if which == "down_backward" and K <= 1024 else which]
-
-
-@triton.jit
-def _tile_at(index, n_tiles_m, n_tiles_n, GROUP_M: tl.constexpr):
-    """Row and column of a tile, by groups of GROUP_M rows whose operands stay in the L2 cache."""
-    in_group = GROUP_M * n_tiles_n
-    first = index // in_group * GROUP_M
-    height = tl.minimum(n_tiles_m - first, GROUP_M)
-    return first + index % in_group % height, index % in_group // height
 
 
 @triton.jit
@@ -138,7 +130,7 @@ def _up_kernel(
     done = tl.program_id(0) - tl.num_programs(0)
     WIDTH: tl.constexpr = BLOCK_N // SUBTILES
     for index in tl.range(tl.program_id(0), n_tiles_m * n_tiles_n, tl.num_programs(0), flatten=FLATTEN):
-        m, n = _tile_at(index, n_tiles_m, n_tiles_n, GROUP_M)
+        m, n = tile_at(index, n_tiles_m, n_tiles_n, GROUP_M)
         z = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
         for k in range(tl.cdiv(K, BLOCK_K)):
             x_tile = _load(x, m * BLOCK_M, k * BLOCK_K, M, K, BLOCK_M, BLOCK_K, TMA)
@@ -147,7 +139,7 @@ def _up_kernel(
         # Where the tile lies is found a second time: as a value carried from before the inner loop it would tie the
         # epilogue to the loads of the next tile.
         done += tl.num_programs(0)
-        m, n = _tile_at(done, n_tiles_m, n_tiles_n, GROUP_M)
+        m, n = tile_at(done, n_tiles_m, n_tiles_n, GROUP_M)
         pieces = _pieces(z, BLOCK_M, BLOCK_N, SUBTILES)
         for i in tl.static_range(SUBTILES):
             column = n * BLOCK_N + i * WIDTH
@@ -179,14 +171,14 @@ def _down_backward_kernel(
     done = tl.program_id(0) - tl.num_programs(0)
     WIDTH: tl.constexpr = BLOCK_N // SUBTILES
     for index in tl.range(tl.program_id(0), n_tiles_m * n_tiles_n, tl.num_programs(0), flatten=FLATTEN):
-        m, n = _tile_at(index, n_tiles_m, n_tiles_n, GROUP_M)
+        m, n = tile_at(index, n_tiles_m, n_tiles_n, GROUP_M)
         dh = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
         for k in range(tl.cdiv(K, BLOCK_K)):
             dy_tile = _load(dy, m * BLOCK_M, k * BLOCK_K, M, K, BLOCK_M, BLOCK_K, TMA)
             w_tile = _load(w, k * BLOCK_K, n * BLOCK_N, K, N, BLOCK_K, BLOCK_N, TMA)
             dh = tl.dot(dy_tile, w_tile, dh, input_precision="ieee")
         done += tl.num_programs(0)
-        m, n = _tile_at(done, n_tiles_m, n_tiles_n, GROUP_M)
+        m, n = tile_at(done, n_tiles_m, n_tiles_n, GROUP_M)
         pieces = _pieces(dh, BLOCK_M, BLOCK_N, SUBTILES)
         for i in tl.static_range(SUBTILES):
             column = n * BLOCK_N + i * WIDTH

@@ -17,6 +17,7 @@ import triton
 import triton.language as tl
 
 from fusedlm.ops.common.products import product, rounded
+from fusedlm.ops.common.tiles import tile_at
 from fusedlm.ops.rmsnorm_linear.op import unaligned
 
 FEW = 32  # tokens that go through one kernel
@@ -25,9 +26,9 @@ _PROGRAMS_PER_SM = 8  # of the backward pass, so that there are as few vectors o
 
 _ONE_TILE, _ONE_WIDTH = 8192, 2048  # elements of the weight for a program of one token: whole rows where they fit
 _MOST_BY_ELEMENT = 4  # tokens that are multiplied number by number, in smaller tiles; more of them as matrices
-_FEW = {"BLOCK_E": 8, "BLOCK_D": 256, "STAGES": 3, "num_warps": 4}
+_BY_ELEMENT = {"BLOCK_E": 8, "BLOCK_D": 256, "STAGES": 3, "num_warps": 4}
 # With more tokens: rows of the weight and numbers of each that a program takes at once.
-_SEVERAL = {"BLOCK_E": 32, "BLOCK_D": 128, "STAGES": 3, "num_warps": 2}
+_BY_TILE = {"BLOCK_E": 32, "BLOCK_D": 128, "STAGES": 3, "num_warps": 2}
 
 
 def _tiling(rows: int, columns: int, depth: int, subtiles: int, num_warps: int, num_stages: int) -> dict:
@@ -181,16 +182,6 @@ def _several_tokens_kernel(
 
 
 @triton.jit
-def _tile_at(tile, n_row_tiles, n_column_tiles, GROUP: tl.constexpr):
-    """Row and column of a tile, GROUP rows of tiles at a time."""
-    in_group = n_column_tiles * GROUP
-    first = (tile // in_group) * GROUP
-    n_rows = tl.minimum(n_row_tiles - first, GROUP)
-    within = tile % in_group
-    return first + within % n_rows, within // n_rows
-
-
-@triton.jit
 def _product_kernel(
     x, weight, out, inverse_rms, n_rows, n_out, eps,
     WIDTH: tl.constexpr, RMS_INSIDE: tl.constexpr, N_PROGRAMS: tl.constexpr, GROUP: tl.constexpr,
@@ -202,7 +193,7 @@ def _product_kernel(
     # Counted apart from the loop: the store of a tile then overlaps with the loads of the next.
     stored = tl.program_id(0) - N_PROGRAMS
     for tile in tl.range(tl.program_id(0), n_tiles, N_PROGRAMS, flatten=True):
-        tile_row, tile_column = _tile_at(tile, n_row_tiles, n_column_tiles, GROUP)
+        tile_row, tile_column = tile_at(tile, n_row_tiles, n_column_tiles, GROUP)
         total = tl.zeros((BLOCK_N, BLOCK_E), dtype=tl.float32)
         squares = tl.zeros((BLOCK_N,), dtype=tl.float32)
         for step in range(tl.cdiv(WIDTH, BLOCK_D)):
@@ -213,7 +204,7 @@ def _product_kernel(
                 squares += tl.sum(wide * wide, 1)
             total = tl.dot(a, b.T, total, input_precision="ieee")
         stored += N_PROGRAMS
-        tile_row, tile_column = _tile_at(stored, n_row_tiles, n_column_tiles, GROUP)
+        tile_row, tile_column = tile_at(stored, n_row_tiles, n_column_tiles, GROUP)
         if RMS_INSIDE:
             inverse = _inverse_rms(squares, eps, WIDTH)
         else:
@@ -289,8 +280,8 @@ def few_config(n: int, width: int) -> dict:
         block = min(block, _ONE_WIDTH)
         return {"BLOCK_E": min(64, _ONE_TILE // block), "BLOCK_D": block, "STAGES": 1, "num_warps": 4}
     if n <= _MOST_BY_ELEMENT:
-        return _FEW | {"BLOCK_D": min(_FEW["BLOCK_D"], block)}
-    return _SEVERAL | {"BLOCK_D": min(_SEVERAL["BLOCK_D"], block), "NORM_FIRST": False}
+        return _BY_ELEMENT | {"BLOCK_D": min(_BY_ELEMENT["BLOCK_D"], block)}
+    return _BY_TILE | {"BLOCK_D": min(_BY_TILE["BLOCK_D"], block), "NORM_FIRST": False}
 
 
 def scaled_product(x: torch.Tensor, gamma: torch.Tensor, weight: torch.Tensor, eps: float, config=None) -> torch.Tensor:
