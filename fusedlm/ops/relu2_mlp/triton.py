@@ -147,16 +147,12 @@ def _up_kernel(
 
 
 @triton.jit
-def _differentiate(
-    dh, h, signs, dz, negative, row, column, M, N,
-    LEAKY: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, TMA: tl.constexpr,
-):  # fmt: skip
-    dh *= 2.0 * tl.sqrt(_load(h, row, column, M, N, ROWS, COLUMNS, TMA).to(tl.float32))
-    if LEAKY:
-        offsets, inside = _at(row, column // 8, M, tl.cdiv(N, 64) * 8, ROWS, COLUMNS // 8)
-        below = _unpack(tl.load(signs + offsets, mask=inside, other=0), ROWS, COLUMNS)
-        dh = tl.where(below, dh * negative, dh)
-    _store(dz, dh, row, column, M, N, ROWS, COLUMNS, TMA)
+def _slope_below(dh, signs, negative, row, column, M, N, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """dh times `negative` where z was below zero. Of a whole accumulator, not of its pieces: the packed signs are then
+    brought into its layout, and not the accumulator into that in which they are read."""
+    offsets, inside = _at(row, column // 8, M, tl.cdiv(N, 64) * 8, ROWS, COLUMNS // 8)
+    below = _unpack(tl.load(signs + offsets, mask=inside, other=0), ROWS, COLUMNS)
+    return tl.where(below, dh * negative, dh)
 
 
 @triton.jit
@@ -179,10 +175,14 @@ def _down_backward_kernel(
             dh = tl.dot(dy_tile, w_tile, dh, input_precision="ieee")
         done += tl.num_programs(0)
         m, n = tile_at(done, n_tiles_m, n_tiles_n, GROUP_M)
+        row = m * BLOCK_M
+        if LEAKY:
+            dh = _slope_below(dh, signs, negative, row, n * BLOCK_N, M, N, BLOCK_M, BLOCK_N)
         pieces = _pieces(dh, BLOCK_M, BLOCK_N, SUBTILES)
         for i in tl.static_range(SUBTILES):
             column = n * BLOCK_N + i * WIDTH
-            _differentiate(pieces[i], h, signs, dz, negative, m * BLOCK_M, column, M, N, LEAKY, BLOCK_M, WIDTH, TMA)
+            root = tl.sqrt(_load(h, row, column, M, N, BLOCK_M, WIDTH, TMA).to(tl.float32))
+            _store(dz, pieces[i] * (2.0 * root), row, column, M, N, BLOCK_M, WIDTH, TMA)
 
 
 def _can_use_tma(*matrices: torch.Tensor) -> bool:
