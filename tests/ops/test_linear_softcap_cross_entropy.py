@@ -94,6 +94,12 @@ def test_backward_fills_nothing_with_zeros():
     with RecordedOperators() as ran:
         torch.autograd.grad(total, (x, weight))
     assert ran.names and not any("zeros" in name for name in ran.names)
+def test_gradients_are_given_once():
+    x, weight, targets, token_weights = _inputs(*SHAPES[1])
+    total, _ = chunked.linear_softcap_cross_entropy(x, weight, targets, token_weights, 15.0, 64, 0.0)
+    torch.autograd.grad(total, (x, weight), retain_graph=True)
+    with pytest.raises(RuntimeError, match="gives its gradients once"):
+        torch.autograd.grad(total, (x, weight))
 
 
 def test_no_tokens():
@@ -127,7 +133,7 @@ def test_mean_of_a_tied_embedding():
 
 def test_operators_keep_their_promises():
     x, weight, targets, token_weights = _inputs(*SHAPES[0])
-    arguments = (x, weight, targets, token_weights, 15.0, 13, 1e-3)
+    arguments = (x.detach(), weight.detach(), targets, token_weights, 15.0, 13, 1e-3)
     torch.library.opcheck(torch.ops.fusedlm.linear_softcap_cross_entropy.default, arguments)
     rest = (x.detach(), weight.detach(), targets, 15.0, 13, 1e-3)
     torch.library.opcheck(torch.ops.fusedlm.linear_softcap_cross_entropy_losses.default, rest)

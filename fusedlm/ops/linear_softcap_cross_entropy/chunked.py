@@ -7,7 +7,7 @@ the dtype of the weight: parts rounded one by one would be worse than the whole 
 
 import torch
 
-from fusedlm.ops.softcap_cross_entropy.triton import loss_and_gradient_, loss_only
+from fusedlm.ops.softcap_cross_entropy.triton import loss_and_gradient_, loss_only, scale_
 
 _BYTES = (
     298 * 2**20
@@ -78,19 +78,28 @@ def _(x, weight, targets, token_weights, cap, n_classes, z_loss):
     return losses.sum(), losses, dx, dw
 
 
-def _setup_context(ctx, inputs, output):
-    _, losses, dx, dw = output
-    ctx.mark_non_differentiable(losses, dx, dw)
-    ctx.set_materialize_grads(False)  # which would fill as many bytes with zeros
-    ctx.save_for_backward(dx, dw)
+class _WithGradients(torch.autograd.Function):
+    """Sum and losses, with gradients that were made with them and can be used once."""
 
+    @staticmethod
+    def forward(ctx, x, weight, targets, token_weights, cap, n_classes, z_loss):
+        total, losses, *gradients = _forward_backward(x, weight, targets, token_weights, cap, n_classes, z_loss)
+        ctx.save_for_backward(*gradients)
+        ctx.mark_non_differentiable(losses)
+        ctx.set_materialize_grads(False)
+        ctx.used = False
+        return total, losses
 
-def _gradients(ctx, upstream, *_):
-    dx, dw = ctx.saved_tensors
-    return dx * upstream.to(dx.dtype), dw * upstream.to(dw.dtype), None, None, None, None, None
-
-
-_forward_backward.register_autograd(_gradients, setup_context=_setup_context)
+    @staticmethod
+    def backward(ctx, upstream, _):
+        if ctx.used:
+            raise RuntimeError("linear_softcap_cross_entropy gives its gradients once; call it again for others")
+        ctx.used = True
+        gradients = ctx.saved_tensors
+        for gradient in gradients:
+            if gradient.numel():
+                scale_(gradient, upstream)
+        return *gradients, None, None, None, None, None
 
 
 @torch.library.custom_op("fusedlm::linear_softcap_cross_entropy_losses", mutates_args=())
@@ -111,6 +120,6 @@ def _(x, weight, targets, cap, n_classes, z_loss):
 
 def linear_softcap_cross_entropy(x, weight, targets, token_weights, cap, n_classes, z_loss):
     if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
-        return _forward_backward(x, weight, targets, token_weights, cap, n_classes, z_loss)[:2]
+        return _WithGradients.apply(x, weight, targets, token_weights, cap, n_classes, z_loss)
     losses = _forward(x, weight, targets, cap, n_classes, z_loss)
     return (losses * token_weights).sum(), losses

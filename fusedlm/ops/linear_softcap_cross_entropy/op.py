@@ -24,7 +24,7 @@ def linear_softcap_cross_entropy(
     """The sum of weighted losses of targets under softmax(cap * tanh(x weight^T / cap)), in nats.
 
     The gradients of x and weight are made with the loss, so the weights of the tokens must be known by then: 1/n for a
-    mean over n tokens. Several heads or losses are several calls.
+    mean over n tokens. They can be asked for once. Several heads or losses are several calls.
 
     Args:
         x_ND: (N, D) of any float dtype, which is that of the products; the arithmetic on logits is float32 or better.

@@ -439,7 +439,7 @@ def _(logits, targets, weights, cap, n_classes, z_loss):
 
 
 @torch.library.custom_op("fusedlm::scale_", mutates_args=("x",))
-def _scale_(x: torch.Tensor, factor: torch.Tensor) -> None:
+def scale_(x: torch.Tensor, factor: torch.Tensor) -> None:
     """x *= factor (); next to free when that is 1, as it is where the loss is what is differentiated."""
     _scale_kernel[(min(triton.cdiv(x.numel(), _SCALE_BLOCK), _SCALE_PROGRAMS),)](
         x, factor, x.numel(), BLOCK=_SCALE_BLOCK, num_warps=8
@@ -467,7 +467,7 @@ class _Weighted(torch.autograd.Function):
         ctx.used = True
         (gradient,) = ctx.saved_tensors
         if gradient.numel():
-            _scale_(gradient, upstream)
+            scale_(gradient, upstream)
         return gradient, None, None, None, None, None, None
 
 
