@@ -11,10 +11,11 @@ kernels = pytest.importorskip("fusedlm.ops.differential_combine.triton")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 EPS = 1e-5
 
-SHAPES = [(2, 5, 3, 16), (1, 1, 1, 1), (1, 130, 2, 40), (2, 3, 4, 64), (1, 2, 2, 200), (0, 3, 2, 8)]
+SHAPES = [(2, 5, 3, 16), (1, 1, 1, 1), (1, 130, 2, 40), (2, 3, 4, 64), (1, 2, 2, 200)]
+EMPTY = [(0, 3, 2, 8), (2, 3, 0, 8), (2, 3, 2, 0)]
 WEIGHTS = ["one", "head", "token"]
-# Without the single number, whose norm is its sign: its gradient is what rounding leaves of 0.
-HALF_SHAPES = [shape for shape in SHAPES if shape[-1] > 1 and 0 not in shape]
+# Without the single number, of which the reference may by luck be right to the last bit.
+HALF_SHAPES = [shape for shape in SHAPES if shape[-1] > 1]
 ENDS = [(True, True), (True, False), (False, True), (False, False)]  # with gamma, with a scale
 NAMES = ("output", "signal", "noise", "weight", "gamma")
 
@@ -32,18 +33,18 @@ def _inputs(shape, weights, with_gamma, with_scale, dtype=torch.float32):
     return tensors, scale, (draw(*shape) + tensors[1]).to(dtype)
 
 
-def _run(function, tensors, scale, upstream, dtype=None):
+def _run(function, tensors, scale, upstream, dtype=None, eps=EPS):
     leaves = [None if x is None else x.detach().to(dtype or x.dtype).requires_grad_() for x in tensors]
-    out = function(*leaves, scale, EPS)
+    out = function(*leaves, scale, eps)
     gradients = torch.autograd.grad(out, [x for x in leaves if x is not None], upstream.to(out.dtype))
     return [out.detach(), *gradients]
 
 
-def _check(function, tensors, scale, upstream, floor):
+def _check(function, tensors, scale, upstream, floor, eps=EPS):
     """Within four times what the reference in the same precision is wrong by, which by luck may be little."""
-    found = _run(function, tensors, scale, upstream)
-    same = _run(reference.differential_combine, tensors, scale, upstream)
-    exact = _run(reference.differential_combine, tensors, scale, upstream, torch.float64)
+    found = _run(function, tensors, scale, upstream, eps=eps)
+    same = _run(reference.differential_combine, tensors, scale, upstream, eps=eps)
+    exact = _run(reference.differential_combine, tensors, scale, upstream, torch.float64, eps)
     for name, a, s, e in zip(NAMES, found, same, exact, strict=False):
         assert a.dtype == s.dtype and a.shape == s.shape, name
         assert_close(a, e, max(4 * error_ratio(s, e), floor), name)
@@ -69,14 +70,19 @@ def test_gradients_of_the_reference(weights, gamma, scale):
 @pytest.mark.parametrize("shape", SHAPES)
 def test_kernel(shape, weights, gamma, scale):
     tensors, scale, upstream = _inputs(shape, weights, gamma, scale)
-    if 0 in shape:
-        found = _run(kernels.differential_combine, tensors, scale, upstream)
-        assert [x.shape for x in found] == [
-            x.shape for x in _run(reference.differential_combine, tensors, scale, upstream)
-        ]
-        assert all(not x.any() for x in found)
-        return
-    _check(kernels.differential_combine, tensors, scale, upstream, 2e-6)
+    # The norm of a single number is its sign unless eps is large: its gradient is then what rounding leaves of 0.
+    _check(kernels.differential_combine, tensors, scale, upstream, 2e-6, eps=1.0 if shape[-1] == 1 else EPS)
+
+
+@pytest.mark.parametrize("weights", WEIGHTS)
+@pytest.mark.parametrize("gamma, scale", ENDS)
+@pytest.mark.parametrize("shape", EMPTY)
+def test_kernel_on_nothing(shape, weights, gamma, scale):
+    tensors, scale, upstream = _inputs(shape, weights, gamma, scale)
+    found = _run(kernels.differential_combine, tensors, scale, upstream)
+    expected = _run(reference.differential_combine, tensors, scale, upstream)
+    for a, e in zip(found, expected, strict=True):
+        assert a.shape == e.shape and a.dtype == e.dtype and not a.any()
 
 
 def test_kernel_on_more_rows_than_a_program_takes_at_once(monkeypatch):
@@ -84,6 +90,58 @@ def test_kernel_on_more_rows_than_a_program_takes_at_once(monkeypatch):
     monkeypatch.setattr(kernels, "_TILE", 32)
     tensors, scale, upstream = _inputs((2, 5, 3, 16), "token", True, True)
     _check(kernels.differential_combine, tensors, scale, upstream, 2e-6)
+
+
+@pytest.mark.parametrize("weights", ["one", "head"])
+@pytest.mark.parametrize("n_programs", [2, 8])
+@pytest.mark.parametrize("heads", [3, 5, 6, 7])
+def test_heads_that_do_not_divide_the_tile(heads, n_programs, weights, poisoned, monkeypatch):
+    """Four rows a tile, and more than one turn for every program; with 2 of them fewer than some heads ask for."""
+    monkeypatch.setattr(kernels, "_PROGRAMS", n_programs)
+    monkeypatch.setattr(kernels, "_TILE", 32)
+    tensors, scale, upstream = _inputs((1, 23, heads, 8), weights, True, True)
+    _check(kernels.differential_combine, tensors, scale, upstream, 2e-6)
+
+
+@pytest.mark.parametrize("weights", WEIGHTS)
+@pytest.mark.parametrize("shape", [(1, 1, 3, 8), (2, 3, 5, 8), (1, 9, 6, 8)], ids=str)
+def test_weights_get_every_row_once(shape, weights, poisoned, monkeypatch):
+    """Whole numbers, whose sums are exact in any order; also with more programs than tiles."""
+    monkeypatch.setattr(kernels, "_TILE", 32)
+    (signal, noise, weight, _), _, upstream = _inputs(shape, weights, False, False)
+    tensors, upstream = [(8 * signal).round(), (8 * noise).round(), weight, None], (8 * upstream).round()
+    found, same = (
+        _run(f, tensors, None, upstream)[3] for f in (kernels.differential_combine, reference.differential_combine)
+    )
+    assert torch.equal(found, same)
+
+
+@pytest.mark.filterwarnings("ignore:divide by zero", "ignore:invalid value")  # in rows that are never written
+@pytest.mark.parametrize("weights", WEIGHTS)
+def test_rows_beyond_the_last_add_nothing(weights, poisoned):
+    """Not even without eps, where the norm divides them by zero."""
+    tensors, scale, upstream = _inputs((1, 5, 3, 8), weights, True, True)
+    _check(kernels.differential_combine, tensors, scale, upstream, 2e-6, eps=0.0)
+
+
+@pytest.mark.parametrize("weights", WEIGHTS)
+def test_gradients_have_the_dtypes_of_what_they_belong_to(weights):
+    (signal, noise, weight, gamma), scale, upstream = _inputs((2, 5, 3, 16), weights, True, True)
+    tensors = [signal, noise, weight.double(), gamma.double()]
+    _check(kernels.differential_combine, tensors, scale, upstream, 2e-6)
+    found = _run(kernels.differential_combine, [signal, noise, weight.bfloat16(), gamma.half()], scale, upstream)
+    assert [x.dtype for x in found[3:]] == [torch.bfloat16, torch.float16]
+
+
+@pytest.mark.parametrize("weights, with_gamma", [("head", True), ("one", False), ("token", True), ("token", False)])
+def test_what_is_summed_after_the_backward_pass(weights, with_gamma, monkeypatch):
+    """Nothing that no gradient needs."""
+    widths, column_sums = [], kernels.column_sums
+    monkeypatch.setattr(
+        kernels, "column_sums", lambda parts, dtype: widths.append(parts.shape[1]) or column_sums(parts, dtype)
+    )
+    _run(kernels.differential_combine, *_inputs((2, 5, 3, 16), weights, with_gamma, True))
+    assert widths == {"one": [1], "head": [3], "token": []}[weights] + [16] * with_gamma
 
 
 def test_kernel_on_heads_before_tokens_and_on_slices():
@@ -101,12 +159,16 @@ def test_kernel_on_heads_before_tokens_and_on_slices():
     assert_close(found, reference.differential_combine(*tensors, scale, EPS), 1e-6)
 
 
-def test_operators_keep_their_promises():
-    tensors, scale, upstream = _inputs((2, 3, 2, 8), "head", True, True)
-    leaves = [x.requires_grad_() for x in tensors]
+@pytest.mark.parametrize("weights", WEIGHTS)
+@pytest.mark.parametrize("gamma, scale", [(True, True), (False, False)])
+@pytest.mark.parametrize("shape", [(2, 3, 2, 8), (2, 0, 2, 8)], ids=str)
+def test_operators_keep_their_promises(shape, gamma, scale, weights):
+    tensors, scale, upstream = _inputs(shape, weights, gamma, scale)
+    leaves = [None if x is None else x.requires_grad_() for x in tensors]
     torch.library.opcheck(torch.ops.fusedlm.differential_combine.default, (*leaves, scale, EPS))
-    detached = [x.detach().transpose(0, 1) if x.ndim == 4 else x.detach() for x in tensors]
-    arguments = (upstream.transpose(0, 1), *detached, scale, EPS)
+    turned = [x.detach().transpose(0, 1) for x in (upstream, *tensors[:2])]
+    weight, gamma = (None if x is None else x.detach() for x in tensors[2:])
+    arguments = (*turned, weight.transpose(0, 1) if weight.ndim == 3 else weight, gamma, scale, EPS)
     torch.library.opcheck(torch.ops.fusedlm.differential_combine_backward.default, arguments)
 
 
@@ -139,6 +201,14 @@ def test_bad_input():
 def test_kernel_in_half_precision(shape, weights, gamma, scale, dtype):
     tensors, scale, upstream = _inputs(shape, weights, gamma, scale, dtype)
     _check(kernels.differential_combine, tensors, scale, upstream, 1e-5)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("weights", WEIGHTS)
+def test_gradients_come_out_the_same_again(weights):
+    tensors, scale, upstream = _inputs((4, 1000, 7, 64), weights, True, True, torch.bfloat16)
+    first, second = (_run(kernels.differential_combine, tensors, scale, upstream) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
 @pytest.mark.gpu

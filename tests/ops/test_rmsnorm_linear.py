@@ -234,7 +234,7 @@ def test_operators_keep_their_promises(form, n):
     leaves = [x.requires_grad_() for x in tensors]
     torch.library.opcheck(torch.ops.fusedlm.rmsnorm_linear.default, (*leaves, EPS, torch.float32, form))
     wide = torch.cat([tensors[0], tensors[0]], 1).detach().view(1, n, 32)[..., :16]
-    arguments = (upstream[None], wide, tensors[1].detach(), tensors[2].detach(), EPS)
+    arguments = (upstream[None], wide, tensors[1].detach().double(), tensors[2].detach(), EPS)
     torch.library.opcheck(torch.ops.fusedlm.rmsnorm_linear.default, (*arguments[1:], torch.float32, form))
     torch.library.opcheck(torch.ops.fusedlm.rmsnorm_linear_backward.default, arguments)
 

@@ -1,17 +1,20 @@
 """The end of differential attention in Triton: one pass forward, one pass backward.
 
-A tile is a few heads' rows, each normalised by itself. The gradients of lambda leave the backward pass one a row and
-those of gamma one vector a program; torch sums both, in a fixed order.
+A tile is a few heads' rows, each normalised by itself. Each program of the backward pass keeps sums of its own for the
+gradients of gamma and, unless every token has its own, of lambda; a second kernel adds the programs' sums up, in a
+fixed order.
 """
+
+import math
 
 import torch
 import triton
 import triton.language as tl
 
+from fusedlm.ops.common.sums import column_sums
+
 _TILE = 1024  # elements
-_PROGRAMS = (
-    528  # of the backward pass, 4 on each of an H100's processors: as many vectors of gamma's gradient to add up
-)
+_PROGRAMS = 528  # of the backward pass, 4 on each of an H100's processors: as many sums of their own to add up
 _STAGES = 3  # tiles on their way at a time in the backward pass
 
 
@@ -66,10 +69,12 @@ def _backward_kernel(
     up_b, up_t, up_h, signal_b, signal_t, signal_h, noise_b, noise_t, noise_h, weight_b, weight_t, weight_h,
     eps,
     N_HEADS: tl.constexpr, WIDTH: tl.constexpr, NORM: tl.constexpr, SCALED: tl.constexpr,
-    ROWS: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr,
+    PER_TOKEN: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
+    """d_gamma: a row a program. d_weight: of PER_TOKEN the gradient itself, else a sum for each of a program's ROWS."""
     column = tl.arange(0, BLOCK)
-    total = tl.zeros((BLOCK,), dtype=tl.float32)
+    gamma_total = tl.zeros((BLOCK,), dtype=tl.float32)
+    weight_total = tl.zeros((ROWS,), dtype=tl.float32)
     g = tl.zeros((BLOCK,), dtype=tl.float32)
     if NORM:
         g = tl.load(gamma + column, mask=column < WIDTH, other=0.0).to(tl.float32)
@@ -87,16 +92,23 @@ def _backward_kernel(
         up_at = (b * up_b + t * up_t + h * up_h)[:, None] + column[None, :]
         dz = tl.load(upstream + up_at, mask=inside, other=0.0).to(tl.float32) * factor
         if NORM:
-            inverse = _inverse_rms(z, eps, WIDTH)[:, None]
+            # With eps 0 a row beyond the last would have an infinite one, and bring NaN into the sums.
+            inverse = tl.where(row_inside, _inverse_rms(z, eps, WIDTH), 0.0)[:, None]
             normed = z * inverse
-            total += tl.sum(dz * normed, 0)
+            gamma_total += tl.sum(dz * normed, 0)
             dz *= g[None, :]
             dz = (dz - normed * (tl.sum(dz * normed, 1) / WIDTH)[:, None]) * inverse
         tl.store(d_signal + signal_at, dz.to(d_signal.dtype.element_ty), mask=inside)
         tl.store(d_noise + noise_at, (-w[:, None] * dz).to(d_noise.dtype.element_ty), mask=inside)
-        tl.store(d_weight + row, -tl.sum(dz * n, 1), mask=row_inside)
+        dw = -tl.sum(dz * n, 1)
+        if PER_TOKEN:
+            tl.store(d_weight + row, dw.to(d_weight.dtype.element_ty), mask=row_inside)
+        else:
+            weight_total += dw
     if NORM:
-        tl.store(d_gamma + tl.program_id(0) * WIDTH + column, total, mask=column < WIDTH)
+        tl.store(d_gamma + tl.program_id(0) * WIDTH + column, gamma_total, mask=column < WIDTH)
+    if not PER_TOKEN:
+        tl.store(d_weight + tl.program_id(0) * ROWS + tl.arange(0, ROWS), weight_total)
 
 
 def _ready(x: torch.Tensor) -> torch.Tensor:
@@ -122,6 +134,16 @@ def _launch(signal: torch.Tensor, gamma, scale) -> dict:
         "BLOCK": block,
         "num_warps": 2,
     }
+
+
+def _n_programs(n_tiles: int, rows: int, period: int) -> int:
+    """Programs of the backward pass whose rows are together a multiple of `period`, after which the weights repeat.
+
+    Each row of a program then meets the same weight in all its tiles, and the programs' sums lie in the order of the
+    weights. There may be more programs than tiles, or than _PROGRAMS; the sums of those without a tile are zero.
+    """
+    step = period // math.gcd(period, rows)
+    return step * max(1, min(triton.cdiv(n_tiles, step), _PROGRAMS // step))
 
 
 @torch.library.custom_op("fusedlm::differential_combine", mutates_args=())
@@ -161,29 +183,39 @@ def _backward(
     scale: torch.Tensor | None,
     eps: float,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Gradients of signal and noise, of lambda (B, T, H) float32 and of gamma (E,) float32."""
+    """Gradients of signal, noise, weight and gamma, of their shapes and dtypes; of no gamma it is empty."""
     upstream, signal, noise = _ready(upstream), _ready(signal), _ready(noise)
     d_signal, d_noise = torch.empty_like(signal), torch.empty_like(noise)
-    d_weight = torch.empty(signal.shape[:3], dtype=torch.float32, device=signal.device)
+    if not signal.numel():
+        d_gamma = signal.new_empty(0, dtype=torch.float32) if gamma is None else gamma.new_zeros(gamma.shape)
+        return d_signal, d_noise, weight.new_zeros(weight.shape), d_gamma
     launch = _launch(signal, gamma, scale)
-    n_tiles = triton.cdiv(d_weight.numel(), launch["ROWS"])
-    n_programs = min(n_tiles, _PROGRAMS)
-    d_gamma = torch.empty(n_programs, signal.shape[-1], dtype=torch.float32, device=signal.device)
-    if signal.numel():
-        _backward_kernel[(n_programs,)](
-            upstream, signal, noise, weight, weight if gamma is None else gamma.contiguous(),
-            weight if scale is None else scale, d_signal, d_noise, d_weight, d_gamma,
-            d_weight.numel(), signal.shape[1], n_tiles, *upstream.stride()[:3], *signal.stride()[:3],
-            *noise.stride()[:3], *_weight_strides(weight), eps, STAGES=_STAGES, **launch,
-        )  # fmt: skip
-    return d_signal, d_noise, d_weight, d_gamma.sum(0) if gamma is not None else d_gamma.new_zeros(signal.shape[-1])
+    rows, n_rows = launch["ROWS"], signal.shape[:3].numel()
+    n_tiles = triton.cdiv(n_rows, rows)
+    per_token = weight.ndim == 3
+    period = 1 if per_token else weight.numel()
+    n_programs = _n_programs(n_tiles, rows, period)
+    shape, dtype = (weight.shape, weight.dtype) if per_token else ((n_programs * rows // period, period), torch.float32)
+    d_weight = torch.empty(shape, dtype=dtype, device=signal.device)
+    shape = 0 if gamma is None else (n_programs, signal.shape[-1])
+    d_gamma = torch.empty(shape, dtype=torch.float32, device=signal.device)
+    _backward_kernel[(n_programs,)](
+        upstream, signal, noise, weight, weight if gamma is None else gamma.contiguous(),
+        weight if scale is None else scale, d_signal, d_noise, d_weight, d_gamma,
+        n_rows, signal.shape[1], n_tiles, *upstream.stride()[:3], *signal.stride()[:3],
+        *noise.stride()[:3], *_weight_strides(weight), eps, PER_TOKEN=per_token, STAGES=_STAGES, **launch,
+    )  # fmt: skip
+    if not per_token:
+        d_weight = column_sums(d_weight, weight.dtype).view(weight.shape)
+    if gamma is not None:
+        d_gamma = column_sums(d_gamma, gamma.dtype)
+    return d_signal, d_noise, d_weight, d_gamma
 
 
 @_backward.register_fake
 def _(upstream, signal, noise, weight, gamma, scale, eps):
-    narrow = signal.new_empty(signal.shape[:3], dtype=torch.float32)
-    d_gamma = signal.new_empty(signal.shape[-1:], dtype=torch.float32)
-    return torch.empty_like(_ready(signal)), torch.empty_like(_ready(noise)), narrow, d_gamma
+    d_gamma = signal.new_empty(0, dtype=torch.float32) if gamma is None else gamma.new_empty(gamma.shape)
+    return torch.empty_like(_ready(signal)), torch.empty_like(_ready(noise)), weight.new_empty(weight.shape), d_gamma
 
 
 def _setup_context(ctx, inputs, output):
@@ -194,8 +226,7 @@ def _setup_context(ctx, inputs, output):
 def _gradients(ctx, upstream):
     signal, noise, weight, gamma, scale = ctx.saved_tensors
     d_signal, d_noise, d_weight, d_gamma = _backward(upstream, signal, noise, weight, gamma, scale, ctx.eps)
-    d_weight = d_weight.sum_to_size(weight.shape).to(weight.dtype)
-    return d_signal, d_noise, d_weight, None if gamma is None else d_gamma.to(gamma.dtype), None, None
+    return d_signal, d_noise, d_weight, None if gamma is None else d_gamma, None, None
 
 
 _forward.register_autograd(_gradients, setup_context=_setup_context)

@@ -8,8 +8,8 @@ to torch. `triton` multiplies x as it is by gamma * weight and scales rows of th
 never written, and gamma * weight is rounded in place of the normalised x.
 
 The backward pass has x and the weights. The gradient of the normalised x becomes that of x in one pass, in place, which
-writes x normalised once more for the gradient of the weight, and gamma's gradient one vector a program; torch sums
-these in a fixed order.
+writes x normalised once more for the gradient of the weight, and gamma's gradient one vector a program; a second
+kernel sums these in a fixed order.
 """
 
 import torch
@@ -17,6 +17,7 @@ import triton
 import triton.language as tl
 
 from fusedlm.ops.common.products import product, rounded
+from fusedlm.ops.common.sums import column_sums
 from fusedlm.ops.common.tiles import tile_at
 from fusedlm.ops.rmsnorm_linear.op import unaligned
 
@@ -350,7 +351,7 @@ def _(x, gamma, weight, eps, dtype, form):
 def _backward(
     upstream: torch.Tensor, x: torch.Tensor, gamma: torch.Tensor, weight: torch.Tensor, eps: float
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Gradients of x, of gamma (D,) float32 and of the weight in its dtype."""
+    """Gradients of x, gamma and the weight, each in its dtype."""
     rows = _rows(x)
     n, width = rows.shape
     upstream = upstream.reshape(n, len(weight))
@@ -365,12 +366,12 @@ def _backward(
         _backward_kernel[(n_programs,)](
             rows, gamma.contiguous(), gradient, dx, normed, d_gamma, n, n_tiles, rows.stride(0), eps, **launch
         )
-    return dx.view(x.shape), d_gamma.sum(0), product(upstream.t(), normed, weight.dtype)
+    return dx.view(x.shape), column_sums(d_gamma, gamma.dtype), product(upstream.t(), normed, weight.dtype)
 
 
 @_backward.register_fake
 def _(upstream, x, gamma, weight, eps):
-    d_gamma = torch.empty(gamma.shape, dtype=torch.float32, device=x.device)
+    d_gamma = torch.empty(gamma.shape, dtype=gamma.dtype, device=x.device)
     d_weight = torch.empty(weight.shape, dtype=weight.dtype, device=x.device)
     return torch.empty(x.shape, dtype=x.dtype, device=x.device), d_gamma, d_weight
 
@@ -382,8 +383,7 @@ def _setup_context(ctx, inputs, output):
 
 def _gradients(ctx, upstream):
     x, gamma, weight = ctx.saved_tensors
-    dx, d_gamma, d_weight = _backward(upstream, x, gamma, weight, ctx.eps)
-    return dx, d_gamma.to(gamma.dtype), d_weight, None, None, None
+    return *_backward(upstream, x, gamma, weight, ctx.eps), None, None, None
 
 
 _forward.register_autograd(_gradients, setup_context=_setup_context)
