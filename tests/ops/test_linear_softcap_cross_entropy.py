@@ -94,6 +94,8 @@ def test_backward_fills_nothing_with_zeros():
     with RecordedOperators() as ran:
         torch.autograd.grad(total, (x, weight))
     assert ran.names and not any("zeros" in name for name in ran.names)
+
+
 def test_gradients_are_given_once():
     x, weight, targets, token_weights = _inputs(*SHAPES[1])
     total, _ = chunked.linear_softcap_cross_entropy(x, weight, targets, token_weights, 15.0, 64, 0.0)

@@ -54,7 +54,7 @@ def test_shapes_that_do_not_go_together():
 
 
 CAPS = [None, 3.0, 15.0, 90.0]  # with the last the kernel looks for the maximum, as without a cap
-SHAPES = [(7, 13, 13), (5, 5003, 4990), (3, 25000, 24990), (9, 2, 2), (4, 4096, 4096), (0, 10, 10), (3, 1, 1)]
+SHAPES = [(7, 13, 13), (5, 5003, 4990), (3, 25000, 24990), (3, 70000, 69990), (9, 2, 2), (4, 4096, 4096), (0, 10, 10)]
 
 
 def _inputs(rows, width, classes, dtype=torch.float32):
@@ -101,6 +101,16 @@ def test_kernel(shape, cap, z_loss):
     in_place = logits.detach().clone()
     loss = kernels.loss_and_gradient_(in_place, targets, upstream, *rest)
     _check((loss, in_place), exact, same, 2e-6)
+
+
+@pytest.mark.parametrize("cap", CAPS)
+def test_of_one_class_the_loss_is_nothing(cap):
+    """But for the rounding of the two numbers, some 10, that it is the difference of."""
+    logits, targets, upstream = _inputs(3, 1, 1)
+    found = _losses_and_gradients(kernels.softcap_cross_entropy, logits, targets, upstream, cap, 1)
+    in_place = logits.detach().clone()
+    both = kernels.loss_and_gradient_(in_place, targets, upstream, cap, 1)
+    assert all(x.abs().max() < 1e-5 for x in (*found, both, in_place))
 
 
 def test_kernel_on_rows_apart_and_one_weight_for_all():
@@ -212,9 +222,9 @@ def test_operators_keep_their_promises():
     sums = torch.ops.fusedlm.softcap_cross_entropy(clean, targets, 15.0, 33, 1e-3)[1].detach()
     arguments = (upstream, clean.detach(), targets, sums, 15.0, 33, 1e-3)
     torch.library.opcheck(torch.ops.fusedlm.softcap_cross_entropy_backward.default, arguments)
-    arguments = (clean.detach(), targets, upstream, 15.0, 33, 1e-3)
-    torch.library.opcheck(torch.ops.fusedlm.weighted_softcap_cross_entropy.default, arguments)
-    torch.library.opcheck(torch.ops.fusedlm.weighted_softcap_cross_entropy_.default, arguments)
+    arguments = (clean.detach(), targets, True, 15.0, 33, 1e-3)
+    torch.library.opcheck(torch.ops.fusedlm.reduced_softcap_cross_entropy.default, arguments)
+    torch.library.opcheck(torch.ops.fusedlm.reduced_softcap_cross_entropy_.default, arguments)
     torch.library.opcheck(torch.ops.fusedlm.scale_.default, (clean.detach(), upstream[0]))
 
 
@@ -244,7 +254,7 @@ def test_which_runs_where():
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("cap", CAPS)
-@pytest.mark.parametrize("shape", [*SHAPES[:-1], (300, 50304, 50257)])  # of one class the loss is 0
+@pytest.mark.parametrize("shape", [*SHAPES, (300, 50304, 50257)])
 def test_kernel_in_half_precision(shape, cap, dtype):
     logits, targets, upstream = _inputs(*shape, dtype)
     rest = cap, shape[2]

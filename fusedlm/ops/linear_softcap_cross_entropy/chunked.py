@@ -7,11 +7,10 @@ the dtype of the weight: parts rounded one by one would be worse than the whole 
 
 import torch
 
-from fusedlm.ops.softcap_cross_entropy.triton import loss_and_gradient_, loss_only, scale_
+from fusedlm.ops.softcap_cross_entropy.triton import loss_and_gradient_, loss_only, scale_, total
 
-_BYTES = (
-    298 * 2**20
-)  # of logits and what else is held: each chunk more reads and writes the weight's gradient once more
+# Of logits and what else is held: each chunk more reads and writes the weight's gradient once more.
+_BYTES = 298 * 2**20
 _ROWS = 256  # a chunk is a multiple of these, for the tiles of the products
 
 
@@ -35,13 +34,13 @@ def _chunks(x: torch.Tensor, weight: torch.Tensor, held: int):
         yield part, torch.mm(x[part], weight.t(), out=buffer[: part.stop - start])
 
 
-def _add_product(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor, first: bool) -> None:
-    """total (float32) = a b, plus what it is already unless first."""
+def _add_product(out: torch.Tensor, a: torch.Tensor, b: torch.Tensor, first: bool) -> None:
+    """out (float32) = a b, plus what it is already unless first."""
     beta = 0.0 if first else 1.0
-    if a.dtype == total.dtype:
-        torch.addmm(total, a, b, beta=beta, out=total)
+    if a.dtype == out.dtype:
+        torch.addmm(out, a, b, beta=beta, out=out)
     else:
-        torch.addmm(total, a, b, out_dtype=total.dtype, beta=beta, out=total)
+        torch.addmm(out, a, b, out_dtype=out.dtype, beta=beta, out=out)
 
 
 @torch.library.custom_op("fusedlm::linear_softcap_cross_entropy", mutates_args=())
@@ -64,10 +63,10 @@ def _forward_backward(
     held = 0 if rounded is weight else rounded.nbytes
     held += 0 if weight.dtype == dw.dtype else dw.nbytes
     for part, logits in _chunks(x, rounded, held):
-        losses[part] = loss_and_gradient_(logits, targets[part], token_weights[part], cap, n_classes, z_loss)
+        loss_and_gradient_(logits, targets[part], token_weights[part], cap, n_classes, z_loss, out=losses[part])
         torch.mm(logits, rounded, out=dx[part])
         _add_product(dw, logits.t(), x[part], first=part.start == 0)
-    return (losses * token_weights).sum(), losses, dx, dw.to(weight.dtype)
+    return total(losses, token_weights), losses, dx, dw.to(weight.dtype)
 
 
 @_forward_backward.register_fake
@@ -75,7 +74,7 @@ def _(x, weight, targets, token_weights, cap, n_classes, z_loss):
     losses = x.new_empty(x.shape[:1], dtype=torch.float32)
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     dw = torch.empty(weight.shape, dtype=weight.dtype, device=weight.device)
-    return losses.sum(), losses, dx, dw
+    return x.new_empty((), dtype=torch.float32), losses, dx, dw
 
 
 class _WithGradients(torch.autograd.Function):
@@ -83,12 +82,12 @@ class _WithGradients(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, weight, targets, token_weights, cap, n_classes, z_loss):
-        total, losses, *gradients = _forward_backward(x, weight, targets, token_weights, cap, n_classes, z_loss)
+        loss, losses, *gradients = _forward_backward(x, weight, targets, token_weights, cap, n_classes, z_loss)
         ctx.save_for_backward(*gradients)
         ctx.mark_non_differentiable(losses)
         ctx.set_materialize_grads(False)
         ctx.used = False
-        return total, losses
+        return loss, losses
 
     @staticmethod
     def backward(ctx, upstream, _):
@@ -109,7 +108,7 @@ def _forward(
     x, weight, targets = x.contiguous(), weight.to(x.dtype).contiguous(), targets.contiguous()
     losses = torch.empty(len(x), dtype=torch.float32, device=x.device)
     for part, logits in _chunks(x, weight, 0):
-        losses[part] = loss_only(logits, targets[part], cap, n_classes, z_loss)
+        loss_only(logits, targets[part], cap, n_classes, z_loss, out=losses[part])
     return losses
 
 

@@ -60,12 +60,6 @@ def softcap_cross_entropy(
         raise ValueError(f"reduction {reduction!r} must be 'none', 'sum' or 'mean'")
     if ignore_index != IGNORE_INDEX:
         targets = targets.masked_fill(targets == ignore_index, IGNORE_INDEX)
-    weights = None
-    if reduction != "none":
-        weights = torch.ones((), dtype=torch.promote_types(logits.dtype, torch.float32), device=logits.device)
-        if reduction == "mean":
-            weights = weights / (targets != IGNORE_INDEX).sum()
-        weights = weights.expand(len(targets))
     implementation = implementation or reference.softcap_cross_entropy
     n_classes = logits.shape[-1] if n_classes is None else n_classes
-    return implementation(logits, targets, cap, n_classes, z_loss, weights, in_place)
+    return implementation(logits, targets, cap, n_classes, z_loss, reduction, in_place)
