@@ -31,9 +31,9 @@ def _inputs(n, width, n_out, dtype=torch.float32, weights=None):
     return [x.to(dtype), gamma.to(weights or dtype), weight.to(weights or dtype)], draw(n, n_out).to(dtype)
 
 
-def _run(function, tensors, upstream, dtype=None):
+def _run(function, tensors, upstream, dtype=None, eps=EPS):
     leaves = [x.detach().to(dtype or x.dtype).requires_grad_() for x in tensors]
-    out = function(*leaves, EPS)
+    out = function(*leaves, eps)
     return [out.detach(), *torch.autograd.grad(out, leaves, upstream.to(out.dtype))]
 
 
@@ -90,12 +90,20 @@ def test_packed(shape):
     _check(kernels.packed_rmsnorm_linear, *_inputs(*shape), 2e-6)
 
 
+@pytest.mark.parametrize("n", [1, 5, 35])
+def test_without_eps(n):
+    """Tokens that the last tile has no row for have no length to divide by."""
+    tensors, upstream = _inputs(n, 50, 7)
+    found = _run(kernels.packed_rmsnorm_linear, tensors, upstream, eps=0.0)
+    exact = _run(reference.rmsnorm_linear, tensors, upstream, torch.float64, eps=0.0)
+    for name, a, e in zip(NAMES, found, exact, strict=True):
+        assert_close(a, e, 2e-6, name)
+
+
 @pytest.mark.parametrize("shape", ALIGNED, ids=str)
-@pytest.mark.parametrize("rms_inside", [False, True])
 @pytest.mark.parametrize("tiling", ["float32", "large"])
-def test_scaled_product(shape, rms_inside, tiling, monkeypatch):
-    config = kernels._CONFIGS[tiling] | {"RMS_INSIDE": rms_inside}
-    monkeypatch.setitem(kernels._CONFIGS, "float32", config)
+def test_scaled_product(shape, tiling, monkeypatch):
+    monkeypatch.setitem(kernels._CONFIGS, "float32", kernels._CONFIGS[tiling])
     if DEVICE == "cuda" and tiling == "large":
         pytest.skip("tiles for half precision, tried in float32 where there is no GPU")
     _check(kernels.rmsnorm_linear, *_inputs(*shape), 2e-6)
@@ -106,22 +114,14 @@ def test_every_number_of_few_tokens(n):
     _check(kernels.rmsnorm_linear, *_inputs(n, 72, 40), 2e-6)
 
 
-@pytest.mark.parametrize("shape", [(1, 72, 40), (5, 72, 40), (20, 72, 40), (5, 7, 3)], ids=str)
-@pytest.mark.parametrize("norm_first", [False, True])
-def test_few_tokens_of_which_x_is_normalised_before_or_after(shape, norm_first):
-    (x, gamma, weight), _ = _inputs(*shape)
-    config = kernels.few_config(16, weight.shape[1]) | {"NORM_FIRST": norm_first, "BLOCK_D": 16}
-    exact = reference.rmsnorm_linear(x.double(), gamma.double(), weight.double(), EPS)
-    assert_close(kernels.few_tokens(x, gamma, weight, EPS, config), exact, 1e-6)
-
-
-@pytest.mark.parametrize("n", [1, 3])
-@pytest.mark.parametrize("stages", [1, 3])
-def test_tokens_wider_than_a_tile(stages, n):
-    (x, gamma, weight), _ = _inputs(n, 300, 37)
-    config = {"BLOCK_E": 4, "BLOCK_D": 64, "STAGES": stages, "num_warps": 4}
-    exact = reference.rmsnorm_linear(x.double(), gamma.double(), weight.double(), EPS)
-    assert_close(kernels.few_tokens(x, gamma, weight, EPS, config), exact, 1e-6)
+@pytest.mark.parametrize("n", [1, 5, 20])
+@pytest.mark.parametrize("widths", [(300, 37), (7, 3), (129, 65)], ids=str)
+def test_few_tokens_wider_than_a_tile(n, widths, monkeypatch):
+    monkeypatch.setattr(kernels, "_ONE_TILE", 256)
+    monkeypatch.setattr(kernels, "_ONE_WIDTH", 64)
+    config = {"BLOCK_E": 16, "BLOCK_D": 32, "STAGES": 2, "num_warps": 4}
+    monkeypatch.setattr(kernels, "_FEW_ROWS_FLOAT32", config)
+    _check(kernels.rmsnorm_linear, *_inputs(n, *widths), 2e-6)
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -340,10 +340,9 @@ def test_few_in_half_precision(n, dtype, weights, widths):
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("tiling", ["large", "small"])
-@pytest.mark.parametrize("rms_inside", [False, True])
-def test_every_tiling(dtype, tiling, rms_inside):
+def test_every_tiling(dtype, tiling):
     (x, gamma, weight), _ = _inputs(1111, 520, 776, dtype)
-    found = kernels.scaled_product(x, gamma, weight, EPS, kernels._CONFIGS[tiling] | {"RMS_INSIDE": rms_inside})
+    found = kernels.scaled_product(x, gamma, weight, EPS, kernels._CONFIGS[tiling])
     exact = reference.rmsnorm_linear(x.double(), gamma.double(), weight.double(), EPS)
     assert_close(found, exact, 2 * error_ratio(reference.rmsnorm_linear(x, gamma, weight, EPS), exact))
 

@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from fusedlm.ops.common.device import n_multiprocessors
 from fusedlm.ops.common.products import product, rounded
 from fusedlm.ops.common.tiles import tile_at
 
@@ -32,7 +33,6 @@ _CONFIGS = {  # BLOCK_N / SUBTILES is a multiple of 64, the columns whose signs 
         "float32": (32, 64, 32, 8, 1, False, 4, 2, 2),
     }.items()
 }
-_N_SM_INTERPRETED = 3  # where there is no GPU; few, so that a program has several tiles
 
 
 def _config(M: int, N: int, K: int, which: str) -> dict:
@@ -221,19 +221,13 @@ def _launch(
     config = dict(config)
     block_m, block_n, block_k = (config[f"BLOCK_{axis}"] for axis in "MNK")
     n_tiles = triton.cdiv(M, block_m) * triton.cdiv(N, block_n)
-    n_programs = min(n_tiles, config.pop("programs_per_sm") * _n_sm(first.device))
+    n_programs = min(n_tiles, config.pop("programs_per_sm") * n_multiprocessors(first.device))
     if tma:
         first = _described(first, block_m, block_k)
         second = _described(second, *((block_n, block_k) if which == "up" else (block_k, block_n)))
         hidden = [_described(matrix, block_m, block_n // config["SUBTILES"]) for matrix in hidden]
     kernel = _up_kernel if which == "up" else _down_backward_kernel
     kernel[(n_programs,)](first, second, *hidden, signs, number, M, N, K, TMA=tma, **constants, **config)
-
-
-def _n_sm(device: torch.device) -> int:
-    if device.type != "cuda":
-        return _N_SM_INTERPRETED
-    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def _signs(like: torch.Tensor, n_rows: int, n_columns: int, slope: float) -> torch.Tensor:

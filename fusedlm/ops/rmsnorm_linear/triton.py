@@ -1,7 +1,8 @@
-"""Norm and projection: one kernel for few tokens, two forms for many, one backward pass.
+"""Norm and projection: one kernel for one token, two for a few, two forms for many, one backward pass.
 
-Few tokens, as in decoding, are a question of reading the weight once: each program takes some of its rows, norms the
-tokens itself and scales what it has at the end.
+One token, as in decoding, is a question of reading the weight once: each program takes some of its rows, norms the
+token itself and scales what it has at the end. A few tokens are normalised first: for each program to do so would take
+longer than the launch of a kernel.
 
 Many tokens are a question of what the product costs besides. `packed` normalises x in one pass and leaves the product
 to torch. `triton` multiplies x as it is by gamma * weight and scales rows of the product by 1 / rms(x): x is read and
@@ -16,28 +17,28 @@ import torch
 import triton
 import triton.language as tl
 
+from fusedlm.ops.common.device import n_multiprocessors
 from fusedlm.ops.common.products import product, rounded
 from fusedlm.ops.common.sums import column_sums
 from fusedlm.ops.common.tiles import tile_at
 from fusedlm.ops.rmsnorm_linear.op import unaligned
 
-FEW = 32  # tokens that go through one kernel
+FEW = 32  # tokens whose product is our own
 _TILE = 4096  # elements of whole rows
 _PROGRAMS_PER_SM = 8  # of the backward pass, so that there are as few vectors of gamma's gradient to add up
 
 _ONE_TILE, _ONE_WIDTH = 8192, 2048  # elements of the weight for a program of one token: whole rows where they fit
-_MOST_BY_ELEMENT = 4  # tokens that are multiplied number by number, in smaller tiles; more of them as matrices
-_BY_ELEMENT = {"BLOCK_E": 8, "BLOCK_D": 256, "STAGES": 3, "num_warps": 4}
-# With more tokens: rows of the weight and numbers of each that a program takes at once.
-_BY_TILE = {"BLOCK_E": 32, "BLOCK_D": 128, "STAGES": 3, "num_warps": 2}
+# Rows of the weight, and numbers of each at once, for a program of a few tokens.
+_FEW_ROWS = {"BLOCK_E": 64, "BLOCK_D": 128, "STAGES": 4, "num_warps": 4}
+_FEW_ROWS_FLOAT32 = {"BLOCK_E": 32, "BLOCK_D": 64, "STAGES": 2, "num_warps": 4}
 
 
 def _tiling(rows: int, columns: int, depth: int, subtiles: int, num_warps: int, num_stages: int) -> dict:
-    tile = {"BLOCK_N": rows, "BLOCK_E": columns, "BLOCK_D": depth, "SUBTILES": subtiles, "RMS_INSIDE": False}
+    tile = {"BLOCK_N": rows, "BLOCK_E": columns, "BLOCK_D": depth, "SUBTILES": subtiles}
     return tile | {"num_warps": num_warps, "num_stages": num_stages}
 
 
-# Tiles of the product. RMS_INSIDE: sums of squares are made from the tiles of x rather than in a pass before.
+# Tiles of the product.
 _CONFIGS = {
     "large": _tiling(128, 256, 64, 2, num_warps=8, num_stages=4),
     "small": _tiling(128, 128, 64, 1, num_warps=8, num_stages=4),
@@ -100,7 +101,8 @@ def _backward_kernel(
         at = row[:, None] * WIDTH + column[None, :]
         z = tl.load(x + row[:, None] * x_row + column[None, :], mask=inside, other=0.0).to(tl.float32)
         dz = tl.load(gradient + at, mask=inside, other=0.0).to(tl.float32)
-        inverse = _inverse_rms(tl.sum(z * z, 1), eps, WIDTH)[:, None]
+        # With eps 0 a row beyond the last would have an infinite one, and bring NaN into the sum.
+        inverse = tl.where(row < n_rows, _inverse_rms(tl.sum(z * z, 1), eps, WIDTH), 0.0)[:, None]
         z *= inverse
         tl.store(normed + at, (z * g[None, :]).to(normed.dtype.element_ty), mask=inside)
         total += tl.sum(dz * z, 0)
@@ -111,81 +113,58 @@ def _backward_kernel(
 
 
 @triton.jit
-def _few_tokens_kernel(
-    x, gamma, weight, out, n_tokens, n_out, x_row, weight_row, eps,
-    WIDTH: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_D: tl.constexpr, STAGES: tl.constexpr,
+def _one_token_kernel(
+    x, gamma, weight, out, n_out, weight_row, eps,
+    WIDTH: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    token = tl.arange(0, BLOCK_N)
     row = tl.program_id(0) * BLOCK_E + tl.arange(0, BLOCK_E)
-    token_inside, row_inside = token < n_tokens, row < n_out
-    token_at = token.to(tl.int64) * x_row
+    row_inside = row < n_out
     row_at = row.to(tl.int64) * weight_row
-    total = tl.zeros((BLOCK_N, BLOCK_E, BLOCK_D), dtype=tl.float32)
-    squares = tl.zeros((BLOCK_N, BLOCK_D), dtype=tl.float32)
-    for start in tl.range(0, WIDTH, BLOCK_D, num_stages=STAGES):
+    total = tl.zeros((BLOCK_E, BLOCK_D), dtype=tl.float32)
+    squares = tl.zeros((BLOCK_D,), dtype=tl.float32)
+    for start in range(0, WIDTH, BLOCK_D):
         column = start + tl.arange(0, BLOCK_D)
         inside = column < WIDTH
         w = tl.load(
             weight + row_at[:, None] + column[None, :], mask=row_inside[:, None] & inside[None, :], other=0.0
         ).to(tl.float32)
-        z = tl.load(
-            x + token_at[:, None] + column[None, :], mask=token_inside[:, None] & inside[None, :], other=0.0
-        ).to(tl.float32)
+        z = tl.load(x + column, mask=inside, other=0.0).to(tl.float32)
         g = tl.load(gamma + column, mask=inside, other=0.0).to(tl.float32)
         squares += z * z
-        total += w[None, :, :] * (z * g[None, :])[:, None, :]
-    y = tl.sum(total, 2) * _inverse_rms(tl.sum(squares, 1), eps, WIDTH)[:, None]
-    at = token.to(tl.int64)[:, None] * n_out + row[None, :]
-    tl.store(out + at, y.to(out.dtype.element_ty), mask=token_inside[:, None] & row_inside[None, :])
+        total += w * (z * g)[None, :]
+    y = tl.sum(total, 1) * _inverse_rms(tl.sum(squares, 0), eps, WIDTH)
+    tl.store(out + row, y.to(out.dtype.element_ty), mask=row_inside)
 
 
 @triton.jit
-def _several_tokens_kernel(
-    x, gamma, weight, out, n_tokens, n_out, x_row, weight_row, eps,
-    WIDTH: tl.constexpr, NORM_FIRST: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_E: tl.constexpr,
-    BLOCK_D: tl.constexpr, STAGES: tl.constexpr,
+def _few_rows_kernel(
+    x, weight, out, n_tokens, n_out, weight_row,
+    WIDTH: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_D: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """NORM_FIRST: x is normalised before it is multiplied, at the price of reading it twice; float16 needs it, since
-    x * gamma can be too large for it. Else the product is scaled, and the sum of squares made on the way."""
+    """x weight^T of a few contiguous rows x: tiles of the weight are what the matrix units take 64 rows of."""
     token = tl.arange(0, BLOCK_N)
     row = tl.program_id(0) * BLOCK_E + tl.arange(0, BLOCK_E)
     token_inside, row_inside = token < n_tokens, row < n_out
-    token_at = token.to(tl.int64) * x_row
-    row_at = row.to(tl.int64) * weight_row
-    squares = tl.zeros((BLOCK_N, BLOCK_D), dtype=tl.float32)
-    inverse = tl.zeros((BLOCK_N,), dtype=tl.float32)
-    if NORM_FIRST:
-        for start in tl.range(0, WIDTH, BLOCK_D):
-            column = start + tl.arange(0, BLOCK_D)
-            inside = token_inside[:, None] & (column < WIDTH)[None, :]
-            z = tl.load(x + token_at[:, None] + column[None, :], mask=inside, other=0.0).to(tl.float32)
-            squares += z * z
-        inverse = _inverse_rms(tl.sum(squares, 1), eps, WIDTH)
-    y = tl.zeros((BLOCK_N, BLOCK_E), dtype=tl.float32)
+    token_at, row_at = token * WIDTH, row.to(tl.int64) * weight_row
+    y = tl.zeros((BLOCK_E, BLOCK_N), dtype=tl.float32)
     for start in tl.range(0, WIDTH, BLOCK_D, num_stages=STAGES):
         column = start + tl.arange(0, BLOCK_D)
         column_inside = column < WIDTH
-        inside = token_inside[:, None] & column_inside[None, :]
-        z = tl.load(x + token_at[:, None] + column[None, :], mask=inside, other=0.0)
-        g = tl.load(gamma + column, mask=column_inside, other=0.0).to(tl.float32)
-        inside = column_inside[:, None] & row_inside[None, :]
-        w = tl.load(weight + row_at[None, :] + column[:, None], mask=inside, other=0.0).to(z.dtype)
-        wide = z.to(tl.float32)
-        if NORM_FIRST:
-            wide *= inverse[:, None]
-        else:
-            squares += wide * wide
-        y = tl.dot((wide * g[None, :]).to(z.dtype), w, y, input_precision="ieee")
-    if not NORM_FIRST:
-        y *= _inverse_rms(tl.sum(squares, 1), eps, WIDTH)[:, None]
-    at = token.to(tl.int64)[:, None] * n_out + row[None, :]
-    tl.store(out + at, y.to(out.dtype.element_ty), mask=token_inside[:, None] & row_inside[None, :])
+        w = tl.load(
+            weight + row_at[:, None] + column[None, :], mask=row_inside[:, None] & column_inside[None, :], other=0.0
+        )
+        z = tl.load(
+            x + token_at[None, :] + column[:, None], mask=token_inside[None, :] & column_inside[:, None], other=0.0
+        )
+        y = tl.dot(w.to(z.dtype), z, y, input_precision="ieee")
+    at = token.to(tl.int64)[None, :] * n_out + row[:, None]
+    tl.store(out + at, y.to(out.dtype.element_ty), mask=token_inside[None, :] & row_inside[:, None])
 
 
 @triton.jit
 def _product_kernel(
-    x, weight, out, inverse_rms, n_rows, n_out, eps,
-    WIDTH: tl.constexpr, RMS_INSIDE: tl.constexpr, N_PROGRAMS: tl.constexpr, GROUP: tl.constexpr,
+    x, weight, out, inverse_rms, n_rows, n_out,
+    WIDTH: tl.constexpr, N_PROGRAMS: tl.constexpr, GROUP: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_D: tl.constexpr, SUBTILES: tl.constexpr,
 ):  # fmt: skip
     """x, weight and out: tensor descriptors, which read zeros beyond the ends and write nothing there."""
@@ -196,21 +175,14 @@ def _product_kernel(
     for tile in tl.range(tl.program_id(0), n_tiles, N_PROGRAMS, flatten=True):
         tile_row, tile_column = tile_at(tile, n_row_tiles, n_column_tiles, GROUP)
         total = tl.zeros((BLOCK_N, BLOCK_E), dtype=tl.float32)
-        squares = tl.zeros((BLOCK_N,), dtype=tl.float32)
         for step in range(tl.cdiv(WIDTH, BLOCK_D)):
             a = x.load([tile_row * BLOCK_N, step * BLOCK_D])
             b = weight.load([tile_column * BLOCK_E, step * BLOCK_D])
-            if RMS_INSIDE:
-                wide = a.to(tl.float32)
-                squares += tl.sum(wide * wide, 1)
             total = tl.dot(a, b.T, total, input_precision="ieee")
         stored += N_PROGRAMS
         tile_row, tile_column = tile_at(stored, n_row_tiles, n_column_tiles, GROUP)
-        if RMS_INSIDE:
-            inverse = _inverse_rms(squares, eps, WIDTH)
-        else:
-            row = tile_row * BLOCK_N + tl.arange(0, BLOCK_N)
-            inverse = tl.load(inverse_rms + row, mask=row < n_rows, other=0.0)
+        row = tile_row * BLOCK_N + tl.arange(0, BLOCK_N)
+        inverse = tl.load(inverse_rms + row, mask=row < n_rows, other=0.0)
         total *= inverse[:, None]
         if SUBTILES == 2:  # halves, which take half of the shared memory
             halves = tl.permute(tl.reshape(total, (BLOCK_N, 2, BLOCK_E // 2)), (0, 2, 1))
@@ -244,10 +216,6 @@ def _row_launch(width: int) -> dict:
     }
 
 
-def _n_processors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
-
-
 def normalise(x: torch.Tensor, gamma: torch.Tensor, eps: float, dtype: torch.dtype) -> torch.Tensor:
     """x (N, D) normalised, times gamma, in dtype."""
     out = torch.empty(x.shape, dtype=dtype, device=x.device)
@@ -257,32 +225,29 @@ def normalise(x: torch.Tensor, gamma: torch.Tensor, eps: float, dtype: torch.dty
     return out
 
 
-def few_tokens(x: torch.Tensor, gamma: torch.Tensor, weight: torch.Tensor, eps: float, config=None) -> torch.Tensor:
-    """The whole for x (N, D) of at most FEW rows. config: as one of `few_config`."""
-    (n, width), n_out = x.shape, len(weight)
-    config = dict(config or few_config(n, width))
-    out = torch.empty(n, n_out, dtype=x.dtype, device=x.device)
-    grid = (triton.cdiv(n_out, config["BLOCK_E"]),)
-    weight, gamma = _rows(weight), gamma.contiguous()
-    launch = {"WIDTH": width, "BLOCK_N": triton.next_power_of_2(n)}
-    kernel = _few_tokens_kernel
-    if "NORM_FIRST" in config:
-        config["NORM_FIRST"] |= x.dtype == torch.float16
-        launch["BLOCK_N"] = max(16, launch["BLOCK_N"])
-        kernel = _several_tokens_kernel
-    kernel[grid](x, gamma, weight, out, n, n_out, x.stride(0), weight.stride(0), eps, **launch, **config)
+def one_token(x: torch.Tensor, gamma: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    """The whole for x (1, D)."""
+    width, n_out = x.shape[1], len(weight)
+    block = min(max(16, triton.next_power_of_2(width)), _ONE_WIDTH)
+    block_e = min(64, _ONE_TILE // block)
+    out, weight = torch.empty(1, n_out, dtype=x.dtype, device=x.device), _rows(weight)
+    _one_token_kernel[(triton.cdiv(n_out, block_e),)](
+        x, gamma.contiguous(), weight, out, n_out, weight.stride(0), eps, WIDTH=width, BLOCK_E=block_e, BLOCK_D=block,
+        num_warps=4,
+    )  # fmt: skip
     return out
 
 
-def few_config(n: int, width: int) -> dict:
-    """What a program takes at once; with NORM_FIRST for the kernel that multiplies tiles."""
-    block = max(16, triton.next_power_of_2(width))
-    if n == 1:
-        block = min(block, _ONE_WIDTH)
-        return {"BLOCK_E": min(64, _ONE_TILE // block), "BLOCK_D": block, "STAGES": 1, "num_warps": 4}
-    if n <= _MOST_BY_ELEMENT:
-        return _BY_ELEMENT | {"BLOCK_D": min(_BY_ELEMENT["BLOCK_D"], block)}
-    return _BY_TILE | {"BLOCK_D": min(_BY_TILE["BLOCK_D"], block), "NORM_FIRST": False}
+def few_rows(x: torch.Tensor, weight: torch.Tensor, config: dict | None = None) -> torch.Tensor:
+    """x weight^T for contiguous x (N, D) of at most FEW rows. config: as _FEW_ROWS."""
+    (n, width), n_out = x.shape, len(weight)
+    config = dict(config or (_FEW_ROWS_FLOAT32 if x.dtype == torch.float32 else _FEW_ROWS))
+    config["BLOCK_D"] = min(config["BLOCK_D"], max(16, triton.next_power_of_2(width)))
+    out, weight = torch.empty(n, n_out, dtype=x.dtype, device=x.device), _rows(weight)
+    _few_rows_kernel[(triton.cdiv(n_out, config["BLOCK_E"]),)](
+        x, weight, out, n, n_out, weight.stride(0), WIDTH=width, BLOCK_N=max(16, triton.next_power_of_2(n)), **config
+    )  # fmt: skip
+    return out
 
 
 def scaled_product(x: torch.Tensor, gamma: torch.Tensor, weight: torch.Tensor, eps: float, config=None) -> torch.Tensor:
@@ -302,17 +267,16 @@ def scaled_product(x: torch.Tensor, gamma: torch.Tensor, weight: torch.Tensor, e
     grid = (triton.cdiv(n_out, launch["ROWS"]),)
     _fold_kernel[grid](gamma.contiguous(), weight, folded, n_out, weight.stride(0), **launch)
     inverse_rms = torch.empty(n, dtype=torch.float32, device=x.device)
-    if not config["RMS_INSIDE"]:
-        grid = (triton.cdiv(n, launch["ROWS"]),)
-        _inverse_rms_kernel[grid](x, inverse_rms, n, x.stride(0), eps, **launch)
+    grid = (triton.cdiv(n, launch["ROWS"]),)
+    _inverse_rms_kernel[grid](x, inverse_rms, n, x.stride(0), eps, **launch)
     out = torch.empty(n, n_out, dtype=x.dtype, device=x.device)
     block_n, block_e, block_d = (config[name] for name in ("BLOCK_N", "BLOCK_E", "BLOCK_D"))
-    n_programs = min(triton.cdiv(n, block_n) * triton.cdiv(n_out, block_e), _n_processors(x.device))
+    n_programs = min(triton.cdiv(n, block_n) * triton.cdiv(n_out, block_e), n_multiprocessors(x.device))
     _product_kernel[(n_programs,)](
         TensorDescriptor.from_tensor(_aligned(x), [block_n, block_d]),
         TensorDescriptor.from_tensor(folded, [block_e, block_d]),
         TensorDescriptor.from_tensor(out, [block_n, block_e // config["SUBTILES"]]),
-        inverse_rms, n, n_out, eps,
+        inverse_rms, n, n_out,
         WIDTH=width, N_PROGRAMS=n_programs, GROUP=_GROUP, **config,
     )  # fmt: skip
     return out
@@ -332,8 +296,10 @@ def _forward(
     rows, shape = _rows(x), (*x.shape[:-1], len(weight))
     if not len(rows) or not len(weight):
         return torch.empty(shape, dtype=dtype, device=x.device)
-    if len(rows) <= FEW:
-        y = few_tokens(rows.to(dtype), gamma, weight, eps)
+    if len(rows) == 1:
+        y = one_token(rows.to(dtype), gamma, weight, eps)
+    elif len(rows) <= FEW:
+        y = few_rows(normalise(rows, gamma, eps, dtype), weight)
     elif form == "packed":
         normed = normalise(rows, gamma, eps, dtype)
         y = product(normed, rounded(weight, normed).t(), dtype)
@@ -360,7 +326,7 @@ def _backward(
     normed = torch.empty_like(gradient)
     launch = _row_launch(width)
     n_tiles = triton.cdiv(n, launch["ROWS"])
-    n_programs = min(n_tiles, _PROGRAMS_PER_SM * _n_processors(x.device))
+    n_programs = min(n_tiles, _PROGRAMS_PER_SM * n_multiprocessors(x.device))
     d_gamma = torch.empty(n_programs, width, dtype=torch.float32, device=x.device)
     if n:
         _backward_kernel[(n_programs,)](
