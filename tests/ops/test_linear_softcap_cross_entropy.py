@@ -78,6 +78,11 @@ def test_what_is_held_beside_a_chunk_makes_it_smaller():
     assert chunk_rows(16384, 50304, 2, held=196 * 2**20) == 2816, "the allowance is lost anyway"
 
 
+def test_what_is_held_beside_a_chunk_and_large_makes_it_larger():
+    assert chunk_rows(8192, 152064, 2, held=594 * 2**20) == 1024
+    assert chunk_rows(8192, 152064, 2, held=1188 * 2**20) == 2048
+
+
 def test_forward_only():
     x, weight, targets, token_weights = _inputs(*SHAPES[1])
     expected = reference.linear_softcap_cross_entropy(x, weight, targets, token_weights, 15.0, 64, 0.0)

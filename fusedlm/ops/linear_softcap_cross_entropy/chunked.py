@@ -17,9 +17,10 @@ _ROWS = 256  # a chunk is a multiple of these, for the tiles of the products
 def chunk_rows(n_tokens: int, n_classes: int, itemsize: int, held: int = 0) -> int:
     """Tokens whose logits are held at a time: as few chunks as the bytes allow, of about one size.
 
-    held: bytes of other tensors that count towards the allowance, unless they take more than half of it.
+    held: bytes of other tensors. They count towards the allowance unless they take more than half of it; a chunk may be
+    half as large as they are, since what is held is gone through once a chunk.
     """
-    allowed = _BYTES - held if 2 * held < _BYTES else _BYTES
+    allowed = _BYTES - held if 2 * held < _BYTES else max(_BYTES, held // 2)
     most = max(1, allowed // (n_classes * itemsize * _ROWS)) * _ROWS
     n_chunks = -(-n_tokens // most)
     return -(-n_tokens // (n_chunks * _ROWS)) * _ROWS if n_chunks > 1 else max(1, n_tokens)
