@@ -35,6 +35,7 @@ class Problem:
     n_flops: int = 0  # of matrix products
     floor: float = 1e-5  # of the allowed error, where eager PyTorch is right by luck
     copies: int = 1  # of the leaves: a CUDA graph is timed that goes through them all
+    alone: tuple[str, Callable] | None = None  # a part of the work by its name, timed beside the whole and not checked
 
     @property
     def direction(self) -> str:
@@ -113,6 +114,9 @@ def measure(problem: Problem, device: torch.device, quick: bool) -> list[Measure
         else:
             result.reason = "wrong"
         measured.append(result)
+    if problem.alone:
+        name, part = problem.alone
+        measured.append(Measured(name, [], _time(problem, part, _runner(problem, part), device, quick)))
     return measured
 
 

@@ -76,15 +76,13 @@ def _record(problem: Problem, ceilings: Ceilings, measured: list[Measured]) -> d
 def _lines(case: dict) -> str:
     lines = [f"{case['op']}  {case['shape']}  {case['dtype']}  {case['direction']}  floor {case['floor_ms']:.4f} ms"]
     for one in case["contenders"]:
-        worst = max(one["errors"], default=float("nan"))
+        error = f"error {max(one['errors']):.1e}" if one["errors"] else ""
         if one["milliseconds"] is None:
-            lines.append(f"  {one['name']:15} {one['reason']} (error {worst:.1e})")
+            lines.append(f"  {one['name']:15} {one['reason']} {error}")
             continue
         extra = "" if one["extra_mib"] is None else f"  +{one['extra_mib']:,.0f} MiB"
         share = case["floor_ms"] / one["milliseconds"]
-        lines.append(
-            f"  {one['name']:15} {one['milliseconds']:9.4f} ms  {share:6.1%} of the floor  error {worst:.1e}{extra}"
-        )
+        lines.append(f"  {one['name']:15} {one['milliseconds']:9.4f} ms  {share:6.1%} of the floor  {error}{extra}")
     return "\n".join(lines)
 
 

@@ -22,6 +22,10 @@ def eager_separate(x, gamma, weight):
     return tuple(F.linear(normed, part) for part in weight.unflatten(0, (PROJECTIONS, -1)).unbind())
 
 
+def product_alone(x, gamma, weight):
+    return F.linear(x, weight)
+
+
 def problems(shape: tuple[int, int], device: torch.device, dtype: torch.dtype) -> list[Problem]:
     n, width = shape
 
@@ -64,7 +68,7 @@ def problems(shape: tuple[int, int], device: torch.device, dtype: torch.dtype) -
         return [_forward(exact, n_bytes=weight.nbytes, copies=COPIES, **common)]
     product, n_bytes = 2 * n * width * len(weight), x.nbytes + weight.nbytes + upstream.nbytes
     return [
-        _forward(exact, n_bytes=n_bytes, n_flops=product, **common),
+        _forward(exact, n_bytes=n_bytes, n_flops=product, alone=("product alone", product_alone), **common),
         Problem(
             upstream=upstream,
             exact=exact,
