@@ -23,6 +23,16 @@ _BYTES = {
 }
 _NEAR = 0.8  # of the floor
 
+# Kernels of `fusedlm.ops`, by the op that launches them. These multiply matrices:
+PRODUCTS = {"relu2_mlp": ("_up_kernel", "_down_backward_kernel"), "rmsnorm_linear": ("_product_kernel",)}
+# These read and write a matrix so many times: the logits, the heads, x, half of the packed projection.
+PASSES = {
+    "softcap_cross_entropy": {"forward_kernel": 1, "backward_kernel": 2, "both_kernel": 2, "whole_rows_kernel": 2},
+    "differential_combine": {"_forward_kernel": 3, "_backward_kernel": 5},
+    "rmsnorm_linear": {"_normalise_kernel": 2, "_backward_kernel": 4},
+    "swiglu_mlp": {"_forward_kernel": 3, "_backward_kernel": 6},
+}
+
 
 @dataclass
 class Row:
@@ -82,16 +92,38 @@ def rows_of(events: list[dict], ceilings: Ceilings) -> list[Row]:
 
 
 def summary(rows: list[Row]) -> dict:
-    """Of all kernels: the ten heaviest, and the shares of time near the floor and of unknown floor."""
+    """Of all kernels: the ten heaviest, the shares of time near the floor and of unknown floor, and by what launched
+    them the time and how much of it is above floors that are known."""
     total = sum(row.milliseconds for row in rows)
     near = sum(r.milliseconds for r in rows if r.share_of_floor is not None and r.share_of_floor >= _NEAR)
     unknown = sum(row.milliseconds for row in rows if row.floor_ms is None)
+    groups: dict[str, dict] = {}
+    for row in rows:
+        group = groups.setdefault(_group(row), {"milliseconds": 0.0, "above_floor_ms": 0.0, "unknown_floor_ms": 0.0})
+        group["milliseconds"] += row.milliseconds
+        if row.floor_ms is None:
+            group["unknown_floor_ms"] += row.milliseconds
+        else:
+            group["above_floor_ms"] += max(0.0, row.milliseconds - row.floor_ms)
     return {
         "kernel_ms": total,
         "share_near_floor": near / total,
         "share_of_unknown_floor": unknown / total,
+        "groups": groups,
         "heaviest": [asdict(row) for row in rows[:10]],
     }
+
+
+def _group(row: Row) -> str:
+    if row.kernel.startswith("triton_"):
+        return "compiled"
+    if row.op in ("aten::mm", "aten::addmm", "aten::bmm"):
+        return "matrix products"
+    if row.op.startswith("fusedlm::"):
+        return "fused ops"
+    if "attention" in row.op:
+        return "attention"
+    return "optimizer" if "adamw" in row.op else "other"
 
 
 def _floor_ms(kernel: str, op: dict, ceilings: Ceilings) -> float | None:
@@ -139,20 +171,30 @@ def _attention_flops(q, k, width_v: int) -> float:
 
 
 def _flops_of_ours(kernel: str, op: str, dims) -> float | None:
-    """Of the kernels of `fusedlm.ops` that multiply matrices."""
-    if kernel in ("_up_kernel", "_down_backward_kernel"):
-        x, w_up = dims[1:3] if "backward" in op else dims[:2]
-        return 2.0 * math.prod(x) * w_up[0]
-    return None
+    """Of the kernels of `fusedlm.ops` that multiply matrices: x (N, D) with a weight of as many rows as are made."""
+    if not any(op.startswith(f"fusedlm::{name}") and kernel in kernels for name, kernels in PRODUCTS.items()):
+        return None
+    if "relu2_mlp" in op:
+        x, weight = dims[1:3] if "backward" in op else dims[:2]
+    else:
+        x, weight = dims[0], dims[2]
+    return 2.0 * math.prod(x) * weight[0]
 
 
 def _moved_by_ours(kernel: str, op: str, dims) -> int | None:
-    """Bytes of the kernels of `fusedlm.ops`, in bfloat16."""
-    if "softcap_cross_entropy" in op and len(dims[0]) == 2:
-        linear = "linear" in op
-        logits = dims[0][0] * (dims[1][0] if linear else dims[0][1]) * 2
-        passes = {"_forward_kernel": 1, "_backward_kernel": 2, "_both_kernel": 2, "_whole_rows_kernel": 2}
-        return passes.get(kernel, 0) * logits or None
-    if op.startswith("fusedlm::differential_combine"):
-        return math.prod(dims[0]) * 2 * {"_forward_kernel": 3, "_backward_kernel": 5}.get(kernel, 0) or None
-    return None
+    """Bytes of the kernels of `fusedlm.ops` that go over a matrix in bfloat16."""
+    family = next((name for name in PASSES if name in op), None)
+    passes = PASSES.get(family, {}).get(kernel)
+    if passes is None:
+        return None
+    matrices = [size for size in dims if len(size) >= 2]
+    if family == "softcap_cross_entropy":
+        if op in ("fusedlm::softcap_cross_entropy", "fusedlm::linear_softcap_cross_entropy_losses"):
+            passes = 1  # whole rows without a gradient, too
+        numbers = matrices[0][0] * matrices[1][0] if "linear" in op else math.prod(matrices[0])
+    elif family == "swiglu_mlp":
+        x, w_gate_up = matrices[1:3] if "backward" in op else matrices[:2]
+        numbers = x[0] * w_gate_up[0] // 2
+    else:
+        numbers = math.prod(matrices[1] if op == "fusedlm::rmsnorm_linear_backward" else matrices[0])
+    return 2 * passes * numbers or None

@@ -1,9 +1,11 @@
 """Kernels of a trace beside their floors."""
 
+import importlib
+
 import pytest
 
 from benchmarks.harness import Ceilings
-from benchmarks.kernel_table import rows_of, summary
+from benchmarks.kernel_table import PASSES, PRODUCTS, rows_of, summary
 
 CEILINGS = Ceilings(bytes_per_second=1e12, flops_per_second=1e14)
 
@@ -32,7 +34,7 @@ def test_floors():
             [[64, 8], [500, 8], [64], [64]],
             [bf16, bf16, "long int", "float"],
         ),
-        _kernel(4, "_both_kernel", 0.5),
+        _kernel(4, "both_kernel", 0.5),
         _op(
             5, "aten::_scaled_dot_product_cudnn_attention", [[2, 4, 16, 24], [2, 4, 16, 24], [2, 4, 16, 8]], [bf16] * 3
         ),
@@ -53,7 +55,7 @@ def test_floors():
     assert rows["gemm"].calls == 2 and rows["gemm"].milliseconds == pytest.approx(4e-3)
     assert rows["gemm"].floor_ms == pytest.approx(1e3 * 2 * 100 * 200 * 50 / 1e14)
     assert rows["triton_poi_fused_add"].share_of_floor == pytest.approx(1)
-    assert rows["_both_kernel"].floor_ms == pytest.approx(1e3 * 2 * 64 * 500 * 2 / 1e12)
+    assert rows["both_kernel"].floor_ms == pytest.approx(1e3 * 2 * 64 * 500 * 2 / 1e12)
     assert rows["sdpa"].floor_ms == pytest.approx(1e3 * 2 * 4 * 16 * 16 * (24 + 8) / 1e14)
     assert rows["sdpa_backward"].floor_ms == pytest.approx(2.5 * rows["sdpa"].floor_ms)
     assert rows["_down_backward_kernel"].floor_ms == pytest.approx(1e3 * 2 * 10 * 8 * 32 / 1e14)
@@ -63,3 +65,47 @@ def test_floors():
     assert found["share_near_floor"] == pytest.approx(0.006 / 13.506)
     assert found["share_of_unknown_floor"] == pytest.approx(6 / 13.506)
     assert len(found["heaviest"]) == 8
+    groups = found["groups"]
+    assert groups["matrix products"]["milliseconds"] == pytest.approx(4e-3)
+    assert groups["matrix products"]["above_floor_ms"] == pytest.approx(4e-3 - rows["gemm"].floor_ms)
+    assert groups["compiled"]["above_floor_ms"] == pytest.approx(0)
+    assert groups["attention"]["milliseconds"] == pytest.approx(2e-3)
+    assert groups["fused ops"]["milliseconds"] == pytest.approx(1.5e-3)
+    assert groups["other"] == {"milliseconds": 6e-3, "above_floor_ms": 0.0, "unknown_floor_ms": 6e-3}
+    assert sum(group["milliseconds"] for group in groups.values()) == pytest.approx(found["kernel_ms"])
+
+
+BF16 = "c10::BFloat16"
+N, D, H, V = 64, 8, 32, 500
+MOVED = [  # op, sizes of its arguments, kernel, numbers that it moves
+    ("softcap_cross_entropy", [[N, V], [N]], "forward_kernel", N * V),
+    ("softcap_cross_entropy", [[N, V], [N]], "whole_rows_kernel", N * V),
+    ("softcap_cross_entropy_backward", [[N], [N, V], [N], [2, N]], "backward_kernel", 2 * N * V),
+    ("reduced_softcap_cross_entropy", [[N, V], [N]], "both_kernel", 2 * N * V),
+    ("reduced_softcap_cross_entropy_", [[N, V], [N]], "whole_rows_kernel", 2 * N * V),
+    ("linear_softcap_cross_entropy_losses", [[N, D], [V, D], [N]], "whole_rows_kernel", N * V),
+    ("differential_combine", [[2, 4, 3, 8]] * 2, "_forward_kernel", 3 * 192),
+    ("differential_combine_backward", [[2, 4, 3, 8]] * 3, "_backward_kernel", 5 * 192),
+    ("rmsnorm_linear", [[2, N, D], [D], [V, D]], "_normalise_kernel", 2 * 2 * N * D),
+    ("rmsnorm_linear_backward", [[N, V], [N, D], [D], [V, D]], "_backward_kernel", 4 * N * D),
+    ("swiglu_mlp", [[N, D], [2 * H, D], [D, H]], "_forward_kernel", 3 * N * H),
+    ("swiglu_mlp_backward", [[N, D], [N, D], [2 * H, D], [D, H], [N, 2 * H]], "_backward_kernel", 6 * N * H),
+]
+
+
+@pytest.mark.parametrize("op, dims, kernel, numbers", MOVED)
+def test_floors_of_what_our_kernels_move(op, dims, kernel, numbers):
+    events = [_op(1, f"fusedlm::{op}", dims, [BF16] * len(dims)), _kernel(1, kernel, 1.0)]
+    assert rows_of(events, CEILINGS)[0].floor_ms == pytest.approx(1e3 * 2 * numbers / CEILINGS.bytes_per_second)
+
+
+def test_floor_of_the_product_behind_a_norm():
+    events = [_op(1, "fusedlm::rmsnorm_linear", [[N, D], [D], [V, D]], [BF16] * 3), _kernel(1, "_product_kernel", 1.0)]
+    assert rows_of(events, CEILINGS)[0].floor_ms == pytest.approx(1e3 * 2 * N * D * V / CEILINGS.flops_per_second)
+
+
+def test_the_kernels_have_these_names():
+    for op, names in [*PASSES.items(), *PRODUCTS.items()]:
+        module = "kernels" if op == "softcap_cross_entropy" else "triton"
+        found = importlib.import_module(f"fusedlm.ops.{op}.{module}")
+        assert all(hasattr(found, name) for name in names), op

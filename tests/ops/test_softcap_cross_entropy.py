@@ -54,7 +54,16 @@ def test_shapes_that_do_not_go_together():
 
 
 CAPS = [None, 3.0, 15.0, 90.0]  # with the last the kernel looks for the maximum, as without a cap
-SHAPES = [(7, 13, 13), (5, 5003, 4990), (3, 25000, 24990), (3, 70000, 69990), (9, 2, 2), (4, 4096, 4096), (0, 10, 10)]
+SHAPES = [
+    (7, 13, 13),
+    (5, 5003, 4990),
+    (3, 25000, 24990),
+    (3, 70000, 69990),
+    (2, 262144, 262144),
+    (9, 2, 2),
+    (4, 4096, 4096),
+    (0, 10, 10),
+]
 
 
 def _inputs(rows, width, classes, dtype=torch.float32):
