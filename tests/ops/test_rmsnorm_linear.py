@@ -287,6 +287,12 @@ MIXERS = [
     "{type: sdla, n_heads: 4, rope_dim: 4, chunk_size: 8}",
     "{type: mla, n_heads: 4, kv_rank: 12, q_rank: 20, rope_dim: 6}",
     "{type: cmd_mla, n_heads: 4, kv_rank: 12, q_rank: 20, rope_dim: 6}",
+    "{type: diff_mla, n_heads: 4, kv_rank: 12, q_rank: 20, rope_dim: 6}",
+]
+# What reads x twice: queries beside the latents, lambda beside both.
+READ_TWICE = [
+    "{type: mla, n_heads: 4, kv_rank: 12}",
+    "{type: diff_mla, n_heads: 4, kv_rank: 12, q_rank: 20, lambda_form: token}",
 ]
 
 
@@ -306,13 +312,17 @@ def test_in_a_model(mixer):
         state = model.init_state(1)
         decoded = [model(tokens[:, t : t + 1], state=state) for t in range(6)]
         assert_close(torch.cat(decoded, 1), plain[:, :6], 1e-5)
-    block = model.blocks[0]
-    if block.normed_input is not None:
-        normed = []
-        block.mixer.mix = lambda projected, *_: normed.append(projected) or torch.zeros_like(x)
-        x = torch.randn(1, 5, 32, device=DEVICE)
-        block._mix(x, None, None)
-        assert_close(normed[0], block.mixer.input_projection(block.mixer_norm(x)), 1e-5)
+    block, normed = model.blocks[0], []
+    block.mixer.mix = lambda projected, *_: normed.append(projected) or torch.zeros_like(x)
+    x = torch.randn(1, 5, 32, device=DEVICE)
+    block._mix(x, None, None)
+    assert_close(normed[0], block.mixer.input_projection(block.mixer_norm(x)), 1e-5)
+
+
+@pytest.mark.parametrize("mixer", READ_TWICE)
+def test_not_where_x_is_read_twice(mixer):
+    block = part_model(mixer).blocks[0]
+    assert block.mixer.input_projection is None and block.normed_input is None
 
 
 @pytest.mark.gpu

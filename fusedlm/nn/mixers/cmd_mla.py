@@ -71,7 +71,7 @@ class CommonModeLatentAttention(LatentMixer):
         read = cached_attention(q, keys, keys[..., : self.rank], scale=scale, reach_BT=reach_of(q, context))
         return self.raised(read[:, :, :-1]), read[:, :, -1]
 
-    def combined(self, x_BTD: torch.Tensor, signal_BTHE: torch.Tensor, read_BTR: torch.Tensor) -> torch.Tensor:
+    def combined(self, x_BTD: torch.Tensor | None, signal_BTHE: torch.Tensor, read_BTR: torch.Tensor) -> torch.Tensor:
         noise_BTGE = self.values(read_BTR)
         if self.n_groups != self.n_heads:
             noise_BTGE = noise_BTGE.repeat_interleave(self.n_heads // self.n_groups, dim=2)

@@ -30,7 +30,7 @@ class StaticLambda(torch.nn.Module):
         # A buffer, not a number: layers differ in it, and compiled blocks that share a graph must not.
         self.register_buffer("start", torch.tensor(start), persistent=False)
 
-    def forward(self, x_BTD: torch.Tensor) -> torch.Tensor:
+    def forward(self, x_BTD: torch.Tensor | None) -> torch.Tensor:
         plus, minus = (self.q * self.k).sum(-1).exp().unbind()
         return plus - minus + self.start
 
@@ -74,6 +74,7 @@ class DifferentialLatentAttention(LatentMixer):
             self.gamma = torch.nn.Parameter(torch.ones(self.head_dim))
         else:
             self.weight = TokenLambda(model.dim, self.n_heads)
+            self.ends_with_input = True
         self.attend = SoftmaxAttention(
             model.impl, setting, head_dim=self.head_dim + self.rope[0], value_dim=self.head_dim
         )
@@ -94,7 +95,7 @@ class DifferentialLatentAttention(LatentMixer):
         read = cached_attention(q, keys, keys[..., : self.rank], scale=scale, reach_BT=reach_of(q, context))
         return tuple(self.raised(half) for half in read.chunk(2, dim=2))
 
-    def combined(self, x_BTD: torch.Tensor, signal: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
+    def combined(self, x_BTD: torch.Tensor | None, signal: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
         return differential_combine(
             signal,
             noise,

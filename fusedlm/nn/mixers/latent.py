@@ -29,6 +29,8 @@ class LatentMixer(torch.nn.Module, ABC):
 
     # Whether all behind attention is computed again in the backward pass rather than kept.
     computes_end_again = False
+    # Whether `combined` reads x.
+    ends_with_input = False
 
     def __init__(
         self,
@@ -68,8 +70,19 @@ class LatentMixer(torch.nn.Module, ABC):
         if config.value_residual:
             self.value_residual = ValueResidual(model, layer, self.rank, lambda c: c.kv_rank)
 
+    @property
+    def input_projection(self) -> Linear | None:
+        """None where x is read by more than this one."""
+        return None if self.q_rank is None or self.ends_with_input else self.down
+
     def forward(self, x_BTD: torch.Tensor, context: Context, state: TokenCache | None = None) -> torch.Tensor:
-        q_latent, latent, k_rope = self.down(x_BTD).split([self.q_rank or 0, self.rank, self.rope[0]], dim=-1)
+        return self._mix(self.down(x_BTD), x_BTD, context, state)
+
+    def mix(self, projected_BTE: torch.Tensor, context: Context, state: TokenCache | None = None) -> torch.Tensor:
+        return self._mix(projected_BTE, None, context, state)
+
+    def _mix(self, projected_BTE, x_BTD: torch.Tensor | None, context: Context, state) -> torch.Tensor:
+        q_latent, latent, k_rope = projected_BTE.split([self.q_rank or 0, self.rank, self.rope[0]], dim=-1)
         q, q_noise = self._queries(x_BTD, q_latent).split(self.q_widths, dim=-1)
         q = q.unflatten(-1, (self.n_heads, -1))
         q, q_rope = q.split([self.n_streams * self.head_dim, self.rope[0]], dim=-1)
@@ -91,7 +104,7 @@ class LatentMixer(torch.nn.Module, ABC):
             return checkpoint(self._end, x_BTD, v, *streams, use_reentrant=False)
         return self._end(x_BTD, v, *streams)
 
-    def _queries(self, x_BTD: torch.Tensor, q_latent_BTR: torch.Tensor) -> torch.Tensor:
+    def _queries(self, x_BTD: torch.Tensor | None, q_latent_BTR: torch.Tensor) -> torch.Tensor:
         if self.q_norm is None:
             return self.q_up(x_BTD)
         return project_normed(q_latent_BTR, self.q_norm, self.q_up, self.normed_q)
@@ -118,8 +131,8 @@ class LatentMixer(torch.nn.Module, ABC):
         stream (B, T, H, rank + rope_dim)."""
 
     @abstractmethod
-    def combined(self, x_BTD: torch.Tensor, *streams: torch.Tensor) -> torch.Tensor:
-        """(B, T, H, head_dim) of what attention gave."""
+    def combined(self, x_BTD: torch.Tensor | None, *streams: torch.Tensor) -> torch.Tensor:
+        """(B, T, H, head_dim) of what attention gave, and of x where `ends_with_input`."""
 
     def up_weights(self) -> list[torch.Tensor]:
         """The rows of kv_up that make keys, values and the noise key of a latent."""

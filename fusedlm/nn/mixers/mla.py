@@ -33,7 +33,7 @@ class LatentAttention(LatentMixer):
         read = cached_attention(q, keys, keys[..., : self.rank], scale=scale, reach_BT=reach_of(q, context))
         return (self.raised(read),)
 
-    def combined(self, x_BTD: torch.Tensor, heads_BTHE: torch.Tensor) -> torch.Tensor:
+    def combined(self, x_BTD: torch.Tensor | None, heads_BTHE: torch.Tensor) -> torch.Tensor:
         return heads_BTHE
 
     def flops(self, n_tokens: int) -> int:
