@@ -101,6 +101,16 @@ def test_backward_fills_nothing_with_zeros():
     assert ran.names and not any("zeros" in name for name in ran.names)
 
 
+@pytest.mark.parametrize("dtype", [torch.int64, torch.float64, torch.bfloat16])
+def test_weights_of_tokens_of_any_dtype(dtype):
+    """Whole numbers, too, are what each token weighs."""
+    x, weight, targets, _ = _inputs(*SHAPES[1])
+    token_weights = (torch.arange(len(x), device=DEVICE) % 3).to(dtype)
+    found = _run(chunked.linear_softcap_cross_entropy, x, weight, targets, token_weights, 15.0, 64, 0.0)
+    same = _run(chunked.linear_softcap_cross_entropy, x, weight, targets, token_weights.float(), 15.0, 64, 0.0)
+    assert all(torch.equal(a, b) for a, b in zip(found, same, strict=True))
+
+
 def test_gradients_are_given_once():
     x, weight, targets, token_weights = _inputs(*SHAPES[1])
     total, _ = chunked.linear_softcap_cross_entropy(x, weight, targets, token_weights, 15.0, 64, 0.0)

@@ -7,7 +7,7 @@ the dtype of the weight: parts rounded one by one would be worse than the whole 
 
 import torch
 
-from fusedlm.ops.softcap_cross_entropy.triton import loss_and_gradient_, loss_only, scale_, total
+from fusedlm.ops.softcap_cross_entropy.triton import loss_and_gradient_, loss_only, scale_, weighted_sum
 
 # Of logits and what else is held: each chunk more reads and writes the weight's gradient once more.
 _BYTES = 298 * 2**20
@@ -67,7 +67,7 @@ def _forward_backward(
         loss_and_gradient_(logits, targets[part], token_weights[part], cap, n_classes, z_loss, out=losses[part])
         torch.mm(logits, rounded, out=dx[part])
         _add_product(dw, logits.t(), x[part], first=part.start == 0)
-    return total(losses, token_weights), losses, dx, dw.to(weight.dtype)
+    return weighted_sum(losses, token_weights), losses, dx, dw.to(weight.dtype)
 
 
 @_forward_backward.register_fake

@@ -5,6 +5,8 @@ finds in the cache what was read last, and a gradient that is made with the loss
 read or written for the last time is the first to leave the cache; the end of each row is the last.
 """
 
+from dataclasses import dataclass
+
 import torch
 import triton
 
@@ -55,6 +57,18 @@ def _kept(logits: torch.Tensor, tile: dict) -> int:
     return room // (2 * tile["BLOCK"]) * (2 * tile["BLOCK"])
 
 
+@dataclass(frozen=True)
+class _Weights:
+    """What rows' losses are multiplied by, as the kernels take it."""
+
+    numbers: torch.Tensor | None
+    n_counts: int  # of numbers over the sum of which it is one; 0: one number a row; -1: none, it is 1
+
+    @property
+    def stride(self) -> int:
+        return self.numbers.stride(0) if self.n_counts == 0 else 0
+
+
 def _rows(logits: torch.Tensor) -> torch.Tensor:
     return logits if logits.stride(-1) == 1 or logits.shape[-1] == 1 else logits.contiguous()
 
@@ -67,7 +81,7 @@ def _losses(
     loss = torch.empty(n_rows, dtype=torch.float32, device=logits.device) if loss is None else loss
     normalisers = torch.empty(2, n_rows, dtype=torch.float32, device=logits.device)
     if n_rows and logits.shape[1] <= _WHOLE:
-        _whole_rows(logits, targets, None, loss, normalisers, None, cap, n_classes, z_loss)
+        _whole_rows(logits, targets, _Weights(None, -1), loss, normalisers, None, cap, n_classes, z_loss)
     elif n_rows:
         kernels.forward_kernel[(n_rows,)](
             logits, targets, loss, *normalisers, n_rows, logits.stride(0), n_classes, cap or 0.0, z_loss,
@@ -77,7 +91,7 @@ def _losses(
 
 
 def _losses_and_gradients(
-    logits, targets, weights, gradient, cap, n_classes, z_loss, loss: torch.Tensor | None = None
+    logits, targets, weights: _Weights, gradient, cap, n_classes, z_loss, loss: torch.Tensor | None = None
 ) -> torch.Tensor:
     """Loss of each row (N,) float32; gradient (N, V), which may be the logits, becomes weights times its own."""
     n_rows, width = logits.shape
@@ -87,47 +101,36 @@ def _losses_and_gradients(
     elif n_rows:
         tile = _gradient_tile(width)
         kernels.both_kernel[(n_rows,)](
-            logits, targets, weights, loss, gradient, n_rows, logits.stride(0), gradient.stride(0),
-            _weight_stride(weights), width, n_classes, _kept(logits, tile), cap or 0.0, z_loss,
-            N_COUNTS=_n_counts(weights), **_capping(cap, logits), **tile,
+            logits, targets, weights.numbers, loss, gradient, n_rows, logits.stride(0), gradient.stride(0),
+            weights.stride, width, n_classes, _kept(logits, tile), cap or 0.0, z_loss,
+            N_COUNTS=weights.n_counts, **_capping(cap, logits), **tile,
         )  # fmt: skip
     return loss
 
 
-def _whole_rows(logits, targets, weights, loss, normalisers, gradient, cap, n_classes, z_loss) -> None:
+def _whole_rows(logits, targets, weights: _Weights, loss, normalisers, gradient, cap, n_classes, z_loss) -> None:
     """Of narrow rows the losses, and the gradient or, without one, the normalisers."""
     (n_rows, width), tile, (peaks, log2_totals) = logits.shape, _narrow(logits.shape[1]), normalisers
     kernels.whole_rows_kernel[(triton.cdiv(n_rows, tile["ROWS"]),)](
-        logits, targets, weights, loss, peaks, log2_totals, gradient, n_rows, logits.stride(0),
-        0 if gradient is None else gradient.stride(0), _weight_stride(weights), width, n_classes, cap or 0.0, z_loss,
-        N_COUNTS=_n_counts(weights), GRADIENT=gradient is not None,
+        logits, targets, weights.numbers, loss, peaks, log2_totals, gradient, n_rows, logits.stride(0),
+        0 if gradient is None else gradient.stride(0), weights.stride, width, n_classes, cap or 0.0, z_loss,
+        N_COUNTS=weights.n_counts, GRADIENT=gradient is not None,
         FULL=n_classes == width == 2 * tile["BLOCK"] and n_rows % tile["ROWS"] == 0, **_capping(cap, logits), **tile,
     )  # fmt: skip
 
 
-def _n_counts(weights: torch.Tensor | None) -> int:
-    """N_COUNTS of the kernels: weights are counts if they are whole numbers."""
-    if weights is None:
-        return -1
-    return 0 if weights.is_floating_point() else len(weights)
-
-
-def _weight_stride(weights: torch.Tensor | None) -> int:
-    return weights.stride(0) if _n_counts(weights) == 0 else 0
-
-
-def _counts(targets: torch.Tensor) -> torch.Tensor:
-    """Numbers whose sum is that of the rows that count, (_N_COUNTS,) int32."""
+def _of_reduction(targets: torch.Tensor, mean: bool) -> _Weights:
+    if not mean:
+        return _Weights(None, -1)
     counts = torch.empty(_N_COUNTS, dtype=torch.int32, device=targets.device)
     kernels.count_kernel[(_N_COUNTS,)](targets, counts, len(targets), BLOCK=_COUNT_BLOCK)
-    return counts
+    return _Weights(counts, _N_COUNTS)
 
 
-def total(losses: torch.Tensor, weights: torch.Tensor | None) -> torch.Tensor:
-    """The sum () float32 of losses (N,) times weights: (N,) numbers, or counts to divide by, or none."""
+def _total(losses: torch.Tensor, weights: _Weights) -> torch.Tensor:
     out = torch.empty((), dtype=torch.float32, device=losses.device)
     kernels.total_kernel[(1,)](
-        losses, weights, out, len(losses), _weight_stride(weights), N_COUNTS=_n_counts(weights), BLOCK=_TOTAL_BLOCK,
+        losses, weights.numbers, out, len(losses), weights.stride, N_COUNTS=weights.n_counts, BLOCK=_TOTAL_BLOCK,
         num_warps=32,
     )  # fmt: skip
     return out
@@ -197,8 +200,8 @@ def _reduced(
     """Sum or mean () of the losses, and its gradient (N, V)."""
     logits, targets = _rows(logits), targets.contiguous()
     gradient = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
-    counts = _counts(targets) if mean else None
-    return total(_losses_and_gradients(logits, targets, counts, gradient, cap, n_classes, z_loss), counts), gradient
+    weights = _of_reduction(targets, mean)
+    return _total(_losses_and_gradients(logits, targets, weights, gradient, cap, n_classes, z_loss), weights), gradient
 
 
 @_reduced.register_fake
@@ -213,8 +216,8 @@ def _reduced_(
 ) -> torch.Tensor:
     """Sum or mean () of the losses; the logits, whose rows must be contiguous, become its gradient."""
     targets = targets.contiguous()
-    counts = _counts(targets) if mean else None
-    return total(_losses_and_gradients(logits, targets, counts, logits, cap, n_classes, z_loss), counts)
+    weights = _of_reduction(targets, mean)
+    return _total(_losses_and_gradients(logits, targets, weights, logits, cap, n_classes, z_loss), weights)
 
 
 @_reduced_.register_fake
@@ -266,7 +269,12 @@ def softcap_cross_entropy(
 
 def loss_and_gradient_(logits, targets, weights, cap, n_classes, z_loss=0.0, out=None) -> torch.Tensor:
     """Loss of each row (N,) float32, in out if given; the logits (N, V) become weights (N,) times its gradient."""
-    return _losses_and_gradients(logits, targets, weights, logits, cap, n_classes, z_loss, out)
+    return _losses_and_gradients(logits, targets, _Weights(weights, 0), logits, cap, n_classes, z_loss, out)
+
+
+def weighted_sum(losses: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """The sum () float32 of losses (N,) float32 times weights (N,)."""
+    return _total(losses, _Weights(weights, 0))
 
 
 def loss_only(logits, targets, cap, n_classes, z_loss=0.0, out=None) -> torch.Tensor:
