@@ -16,8 +16,9 @@ kernel sums these in a fixed order.
 import torch
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from fusedlm.ops.common.device import n_multiprocessors
+from fusedlm.ops.common.device import launched_early, n_multiprocessors, overlaps
 from fusedlm.ops.common.products import product, rounded
 from fusedlm.ops.common.sums import column_sums
 from fusedlm.ops.common.tiles import tile_at
@@ -30,6 +31,7 @@ _PROGRAMS_PER_SM = 8  # of the backward pass, so that there are as few vectors o
 _ONE_TILE, _ONE_WIDTH = 8192, 2048  # elements of the weight for a program of one token: whole rows where they fit
 # Rows of the weight, and numbers of each at once, for a program of a few tokens.
 _FEW_ROWS = {"BLOCK_E": 64, "BLOCK_D": 128, "STAGES": 4, "num_warps": 4}
+_LINES_AHEAD = tl.constexpr(8)  # of the cache, of each row of the weight, fetched before x is there
 _FEW_ROWS_FLOAT32 = {"BLOCK_E": 32, "BLOCK_D": 64, "STAGES": 2, "num_warps": 4}
 
 
@@ -61,7 +63,13 @@ def _row_tile(tile, n_rows, WIDTH: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.c
 
 
 @triton.jit
-def _normalise_kernel(x, gamma, out, n_rows, x_row, eps, WIDTH: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+def _normalise_kernel(
+    x, gamma, out, n_rows, x_row, eps,
+    WIDTH: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, OVERLAPPED: tl.constexpr,
+):  # fmt: skip
+    """OVERLAPPED: what comes next may begin, and waits for this to end itself."""
+    if OVERLAPPED:
+        gdc_launch_dependents()
     # From the end to the start, where the product begins: that part is then still in the cache.
     tile = tl.num_programs(0) - 1 - tl.program_id(0)
     row, column, inside = _row_tile(tile, n_rows, WIDTH, ROWS, BLOCK)
@@ -140,12 +148,23 @@ def _one_token_kernel(
 def _few_rows_kernel(
     x, weight, out, n_tokens, n_out, weight_row,
     WIDTH: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_D: tl.constexpr, STAGES: tl.constexpr,
+    OVERLAPPED: tl.constexpr,
 ):  # fmt: skip
-    """x weight^T of a few contiguous rows x: tiles of the weight are what the matrix units take 64 rows of."""
+    """x weight^T of a few contiguous rows x: tiles of the weight are what the matrix units take 64 rows of.
+    OVERLAPPED: it may begin before x is made, and has the first tiles of the weight fetched meanwhile."""
     token = tl.arange(0, BLOCK_N)
     row = tl.program_id(0) * BLOCK_E + tl.arange(0, BLOCK_E)
     token_inside, row_inside = token < n_tokens, row < n_out
     token_at, row_at = token * WIDTH, row.to(tl.int64) * weight_row
+    if OVERLAPPED:
+        # A line of the cache is 1024 bits.
+        ahead = tl.arange(0, _LINES_AHEAD) * (1024 // weight.dtype.element_ty.primitive_bitwidth)
+        first = weight + tl.minimum(row, n_out - 1).to(tl.int64)[:, None] * weight_row
+        tl.inline_asm_elementwise(
+            "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [first + tl.minimum(ahead, WIDTH - 1)[None, :]],
+            dtype=tl.int32, is_pure=False, pack=1,
+        )  # fmt: skip
+        gdc_wait()
     y = tl.zeros((BLOCK_E, BLOCK_N), dtype=tl.float32)
     for start in tl.range(0, WIDTH, BLOCK_D, num_stages=STAGES):
         column = start + tl.arange(0, BLOCK_D)
@@ -219,7 +238,9 @@ def _row_launch(width: int) -> dict:
 def normalise(x: torch.Tensor, gamma: torch.Tensor, eps: float, dtype: torch.dtype) -> torch.Tensor:
     """x (N, D) normalised, times gamma, in dtype."""
     out = torch.empty(x.shape, dtype=dtype, device=x.device)
-    launch = _row_launch(x.shape[1])
+    launch = _row_launch(x.shape[1]) | {"OVERLAPPED": overlaps(x.device)}
+    if len(x) <= FEW:  # which leave most processors idle: as many programs and threads as there can be
+        launch |= {"ROWS": 1, "num_warps": max(launch["num_warps"], 8)}
     grid = (triton.cdiv(len(x), launch["ROWS"]),)
     _normalise_kernel[grid](x, gamma.contiguous(), out, len(x), x.stride(0), eps, **launch)
     return out
@@ -245,7 +266,8 @@ def few_rows(x: torch.Tensor, weight: torch.Tensor, config: dict | None = None) 
     config["BLOCK_D"] = min(config["BLOCK_D"], max(16, triton.next_power_of_2(width)))
     out, weight = torch.empty(n, n_out, dtype=x.dtype, device=x.device), _rows(weight)
     _few_rows_kernel[(triton.cdiv(n_out, config["BLOCK_E"]),)](
-        x, weight, out, n, n_out, weight.stride(0), WIDTH=width, BLOCK_N=max(16, triton.next_power_of_2(n)), **config
+        x, weight, out, n, n_out, weight.stride(0), WIDTH=width, BLOCK_N=max(16, triton.next_power_of_2(n)),
+        **config, **launched_early(x.device),
     )  # fmt: skip
     return out
 
