@@ -135,13 +135,23 @@ def test_gradients_have_the_dtypes_of_what_they_belong_to(weights):
 
 @pytest.mark.parametrize("weights, with_gamma", [("head", True), ("one", False), ("token", True), ("token", False)])
 def test_what_is_summed_after_the_backward_pass(weights, with_gamma, monkeypatch):
-    """Nothing that no gradient needs."""
-    widths, column_sums = [], kernels.column_sums
-    monkeypatch.setattr(
-        kernels, "column_sums", lambda parts, dtype: widths.append(parts.shape[1]) or column_sums(parts, dtype)
-    )
+    """Nothing that no gradient needs, and all of it in one kernel."""
+    kernels_run = []
+
+    def spy(name):
+        function = getattr(kernels, name)
+
+        def spied(*arguments):
+            kernels_run.append([x.shape[1] for x in arguments if isinstance(x, torch.Tensor)])
+            return function(*arguments)
+
+        monkeypatch.setattr(kernels, name, spied)
+
+    spy("column_sums")
+    spy("column_sums_of_two")
     _run(kernels.differential_combine, *_inputs((2, 5, 3, 16), weights, with_gamma, True))
-    assert widths == {"one": [1], "head": [3], "token": []}[weights] + [16] * with_gamma
+    widths = {"one": [1], "head": [3], "token": []}[weights] + [16] * with_gamma
+    assert kernels_run == [widths] * bool(widths)
 
 
 def test_kernel_on_heads_before_tokens_and_on_slices():

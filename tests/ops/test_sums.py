@@ -30,6 +30,14 @@ def test_whole_numbers_are_summed_exactly(shape, poisoned):
     assert torch.equal(sums.column_sums(parts, torch.float32), parts.sum(0))
 
 
+@pytest.mark.parametrize("shapes", [((528, 64), (1056, 6)), ((1, 1), (8193, 33)), ((700, 17), (0, 5))], ids=str)
+def test_two_at_once_are_each_as_alone(shapes, poisoned):
+    first, second = (_parts(*shape) for shape in shapes)
+    found = sums.column_sums_of_two(first, torch.float32, second, torch.bfloat16)
+    assert torch.equal(found[0], sums.column_sums(first, torch.float32))
+    assert torch.equal(found[1], sums.column_sums(second, torch.bfloat16))
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
 def test_only_the_end_has_the_dtype_asked_for(dtype, poisoned):
     """Whole numbers that cancel to small ones, which every dtype can hold, on a way that only float32 can."""

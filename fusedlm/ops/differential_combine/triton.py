@@ -10,8 +10,10 @@ import math
 import torch
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents
 
-from fusedlm.ops.common.sums import column_sums
+from fusedlm.ops.common.device import overlaps
+from fusedlm.ops.common.sums import column_sums, column_sums_of_two
 
 _TILE = 1024  # elements
 _PROGRAMS = 528  # of the backward pass, 4 on each of an H100's processors: as many sums of their own to add up
@@ -69,9 +71,12 @@ def _backward_kernel(
     up_b, up_t, up_h, signal_b, signal_t, signal_h, noise_b, noise_t, noise_h, weight_b, weight_t, weight_h,
     eps,
     N_HEADS: tl.constexpr, WIDTH: tl.constexpr, NORM: tl.constexpr, SCALED: tl.constexpr,
-    PER_TOKEN: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr,
+    PER_TOKEN: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr, OVERLAPPED: tl.constexpr,
 ):  # fmt: skip
-    """d_gamma: a row a program. d_weight: of PER_TOKEN the gradient itself, else a sum for each of a program's ROWS."""
+    """d_gamma: a row a program. d_weight: of PER_TOKEN the gradient itself, else a sum for each of a program's ROWS.
+    OVERLAPPED: what sums the programs' rows up may be launched meanwhile."""
+    if OVERLAPPED:
+        gdc_launch_dependents()
     column = tl.arange(0, BLOCK)
     gamma_total = tl.zeros((BLOCK,), dtype=tl.float32)
     weight_total = tl.zeros((ROWS,), dtype=tl.float32)
@@ -203,13 +208,16 @@ def _backward(
         upstream, signal, noise, weight, weight if gamma is None else gamma.contiguous(),
         weight if scale is None else scale, d_signal, d_noise, d_weight, d_gamma,
         n_rows, signal.shape[1], n_tiles, *upstream.stride()[:3], *signal.stride()[:3],
-        *noise.stride()[:3], *_weight_strides(weight), eps, PER_TOKEN=per_token, STAGES=_STAGES, **launch,
+        *noise.stride()[:3], *_weight_strides(weight), eps, PER_TOKEN=per_token, STAGES=_STAGES,
+        OVERLAPPED=overlaps(signal.device), **launch,
     )  # fmt: skip
-    if not per_token:
-        d_weight = column_sums(d_weight, weight.dtype).view(weight.shape)
-    if gamma is not None:
+    if not per_token and gamma is not None:
+        d_weight, d_gamma = column_sums_of_two(d_weight, weight.dtype, d_gamma, gamma.dtype)
+    elif not per_token:
+        d_weight = column_sums(d_weight, weight.dtype)
+    elif gamma is not None:
         d_gamma = column_sums(d_gamma, gamma.dtype)
-    return d_signal, d_noise, d_weight, d_gamma
+    return d_signal, d_noise, d_weight.view(weight.shape), d_gamma
 
 
 @_backward.register_fake
