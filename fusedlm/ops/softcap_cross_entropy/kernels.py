@@ -63,16 +63,27 @@ def _exponent(z, cap, CAP: tl.constexpr):
 
 
 @triton.jit
+def _inverses(x):
+    """1 / x of a tile (ROWS, BLOCK), 1 <= x <= 2^61: of neighbours, one division for two."""
+    if x.shape[1] == 1:
+        return _inverse(x)
+    else:
+        a, b = tl.split(tl.reshape(x, (x.shape[0], x.shape[1] // 2, 2)))
+        inverse = _inverse(a * b)
+        return tl.reshape(tl.join(b * inverse, a * inverse), x.shape)
+
+
+@triton.jit
 def _exponents(a, b, cap, CAP: tl.constexpr):
-    """`_exponent` of two tiles with one division: exponentials and divisions are what the kernels wait for."""
+    """`_exponent` of two tiles with one division for four: exponentials and divisions are what the kernels wait for."""
     if CAP == UNCAPPED:
         return a * _LOG2E, tl.zeros_like(a), b * _LOG2E, tl.zeros_like(b)
     else:
         factor = 2.0 * _LOG2E / cap
-        # At 2^60 r is nothing beside 1 and the product of two is finite; NaN must stay NaN.
-        p = 1.0 + tl.exp2(tl.minimum(a * factor, 60.0, propagate_nan=tl.PropagateNan.ALL))
-        q = 1.0 + tl.exp2(tl.minimum(b * factor, 60.0, propagate_nan=tl.PropagateNan.ALL))
-        inverse = _inverse(p * q)
+        # At 2^30 r is nothing beside 1 and the product of four is finite; NaN must stay NaN.
+        p = 1.0 + tl.exp2(tl.minimum(a * factor, 30.0, propagate_nan=tl.PropagateNan.ALL))
+        q = 1.0 + tl.exp2(tl.minimum(b * factor, 30.0, propagate_nan=tl.PropagateNan.ALL))
+        inverse = _inverses(p * q)
         r_a, r_b = q * inverse, p * inverse
         return _bent(a, r_a, cap, CAP), r_a, _bent(b, r_b, cap, CAP), r_b
 
