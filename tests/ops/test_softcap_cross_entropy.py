@@ -113,6 +113,23 @@ def test_kernel(shape, cap, z_loss):
     _check((loss, in_place), exact, same, 2e-6)
 
 
+@pytest.mark.parametrize("width", [8, 25000])
+@pytest.mark.parametrize("z", [-20.0, -10.0, -1.0, 20.0])
+def test_the_gradient_of_a_target_where_the_cap_is_flat(z, width):
+    """To float32's last digits, of which the difference of 1 and a tanh keeps few."""
+    logits = torch.zeros(3, width, device=DEVICE)
+    logits[:, 1] = z
+    targets, upstream = torch.ones(3, dtype=torch.int64, device=DEVICE), torch.ones(3, device=DEVICE)
+    _, exact = _expected(logits, targets, upstream, torch.float64, 3.0, width, 0.0)
+    _, found = _losses_and_gradients(
+        kernels.softcap_cross_entropy, logits.requires_grad_(), targets, upstream, 3.0, width
+    )
+    in_place = logits.detach().clone()
+    kernels.loss_and_gradient_(in_place, targets, upstream, 3.0, width)
+    assert_close(found[:, 1], exact[:, 1], 2e-6)
+    assert_close(in_place[:, 1], exact[:, 1], 2e-6)
+
+
 @pytest.mark.parametrize("cap", CAPS)
 def test_of_one_class_the_loss_is_nothing(cap):
     """But for the rounding of the two numbers, some 10, that it is the difference of."""

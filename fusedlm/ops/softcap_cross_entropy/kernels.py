@@ -53,16 +53,6 @@ def _bent(z, r, cap, CAP: tl.constexpr):
 
 
 @triton.jit
-def _exponent(z, cap, CAP: tl.constexpr):
-    """log2 of exp(capped z), and r, of which the derivative of the cap is made (0 without a cap)."""
-    if CAP == UNCAPPED:
-        return z * _LOG2E, tl.zeros_like(z)
-    else:
-        r = 1.0 / (1.0 + tl.exp2(z * (2.0 * _LOG2E / cap)))
-        return _bent(z, r, cap, CAP), r
-
-
-@triton.jit
 def _inverses(x):
     """1 / x of a tile (ROWS, BLOCK), 1 <= x <= 2^61: of neighbours, one division for two."""
     if x.shape[1] == 1:
@@ -75,7 +65,8 @@ def _inverses(x):
 
 @triton.jit
 def _exponents(a, b, cap, CAP: tl.constexpr):
-    """`_exponent` of two tiles with one division for four: exponentials and divisions are what the kernels wait for."""
+    """Of two tiles log2 of exp(capped z) and r, of which the derivative of the cap is made (0 without a cap), with one
+    division for four: exponentials and divisions are what the kernels wait for."""
     if CAP == UNCAPPED:
         return a * _LOG2E, tl.zeros_like(a), b * _LOG2E, tl.zeros_like(b)
     else:
@@ -157,9 +148,15 @@ def _normalisers(
 
 @triton.jit
 def _at_targets(rows, target, n, cap, CAP: tl.constexpr):
-    """Exponent and r of each row's target; 0 where it is none of the n."""
+    """Exponent of each row's target, and a quarter of the derivative of the cap there (1 without one), which is not
+    made of the difference of 1 and r: it can be most of the row's gradient. Of 0 where the target is none of the n."""
     z = tl.load(rows + target, mask=(target >= 0) & (target < n), other=0.0).to(tl.float32)
-    return _exponent(z, cap, CAP)
+    if CAP == UNCAPPED:
+        return z * _LOG2E, tl.full(z.shape, 1.0, dtype=tl.float32)
+    else:
+        e = tl.exp2(tl.minimum(z * (2.0 * _LOG2E / cap), 60.0, propagate_nan=tl.PropagateNan.ALL))
+        r = 1.0 / (1.0 + e)
+        return _bent(z, r, cap, CAP), e * r * r
 
 
 @triton.jit
@@ -263,11 +260,11 @@ def _write_gradients(
 
 
 @triton.jit
-def _write_targets(out_rows, target, scale, pull, u, r, n, peak, log2_total, row_inside, CAP: tl.constexpr):
+def _write_targets(out_rows, target, scale, pull, u, slope, n, peak, log2_total, row_inside):
     """The gradients of the targets themselves: last, so that no other element has to ask whether it is one."""
     tl.debug_barrier()  # another thread has written the share there
     share = tl.exp2(u - peak - log2_total)
-    gradient = _through_cap(scale * (share - 1.0 + share * pull), r, CAP)
+    gradient = scale * (share - 1.0 + share * pull) * slope
     mask = (target >= 0) & (target < n) & row_inside
     tl.store(out_rows + target, gradient.to(out_rows.dtype.element_ty), mask=mask)
 
@@ -307,12 +304,12 @@ def backward_kernel(
     factor, scale, pull = _factors(scale, target, peak, log2_total, z_loss, CAP)
     rows, out_rows = logits + row * row_stride, gradient + row * width
     columns = tl.arange(0, BLOCK)[None, :]
-    u, r = _at_targets(rows, target, n, cap, CAP)
+    u, slope = _at_targets(rows, target, n, cap, CAP)
     _write_gradients(
         rows[:, None] + columns, out_rows[:, None] + columns, target, factor, peak, n, width, cap, row_inside,
         CAP, BOUNDED, ROWS, BLOCK,
     )  # fmt: skip
-    _write_targets(out_rows, target, scale, pull, u, r, n, peak, log2_total, row_inside, CAP)
+    _write_targets(out_rows, target, scale, pull, u, slope, n, peak, log2_total, row_inside)
 
 
 @triton.jit
@@ -328,7 +325,7 @@ def both_kernel(
     rows, out_rows = logits + row * row_stride, gradient + row * gradient_stride
     columns = tl.arange(0, BLOCK)[None, :]
     pointers, out_pointers = rows[:, None] + columns, out_rows[:, None] + columns
-    u, r = _at_targets(rows, target, n, cap, CAP)
+    u, slope = _at_targets(rows, target, n, cap, CAP)
     peak, log2_total = _normalisers(pointers, _read(target, n), kept, cap, CAP, BOUNDED, ROWS, BLOCK)
     tl.store(loss + row, _losses_of(u, target, n, peak, log2_total, z_loss), mask=row_inside)
     factor, scale, pull = _factors(weight, target, peak, log2_total, z_loss, CAP)
@@ -336,7 +333,7 @@ def both_kernel(
     _write_gradients(
         pointers, out_pointers, target, factor, peak, n, width, cap, row_inside, CAP, BOUNDED, ROWS, BLOCK
     )  # fmt: skip
-    _write_targets(out_rows, target, scale, pull, u, r, n, peak, log2_total, row_inside, CAP)
+    _write_targets(out_rows, target, scale, pull, u, slope, n, peak, log2_total, row_inside)
 
 
 @triton.jit
@@ -358,7 +355,7 @@ def whole_rows_kernel(
         b = tl.load(rows[:, None] + columns + BLOCK).to(tl.float32)
     else:
         a, b, in_a, in_b = _load_pair(rows[:, None] + columns, 0, n, BLOCK)
-    u, r = _at_targets(rows, target, n, cap, CAP)
+    u, slope = _at_targets(rows, target, n, cap, CAP)
     u_a, r_a, u_b, r_b = _exponents(a, b, cap, CAP)
     peak = tl.zeros((ROWS,), dtype=tl.float32)
     if not BOUNDED:
@@ -383,7 +380,7 @@ def whole_rows_kernel(
             out_rows[:, None] + columns, 0, a, b, in_a, in_b, target != _IGNORE, row_inside, width, ROWS, BLOCK,
             not FULL, "",
         )  # fmt: skip
-        _write_targets(out_rows, target, scale, pull, u, r, n, peak, log2_total, row_inside, CAP)
+        _write_targets(out_rows, target, scale, pull, u, slope, n, peak, log2_total, row_inside)
     else:
         tl.store(peaks + row, peak, mask=row_inside)
         tl.store(log2_totals + row, log2_total, mask=row_inside)
