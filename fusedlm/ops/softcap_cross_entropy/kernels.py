@@ -39,6 +39,18 @@ def _inverse(x):
 
 
 @triton.jit
+def _widened(x):
+    """x in float32; of bfloat16 with one instruction a number where the compiler has three for two."""
+    if _INTERPRETED or x.dtype != tl.bfloat16:
+        return x.to(tl.float32)
+    else:
+        bits = tl.inline_asm_elementwise(
+            "shl.b32 $0, $2, 16; and.b32 $1, $2, 0xffff0000;", "=r,=r,r", [x], dtype=tl.int32, is_pure=True, pack=2
+        )
+        return bits.to(tl.float32, bitcast=True)
+
+
+@triton.jit
 def _bent(z, r, cap, CAP: tl.constexpr):
     """log2 of exp(cap tanh(z / cap)) of z and r = 1 / (1 + exp(2 z / cap))."""
     peak = cap * _LOG2E
@@ -84,8 +96,8 @@ def _load_pair(pointers, start, n, BLOCK: tl.constexpr):
     """Two tiles side by side, the first n of each row; 0 beyond, and which are not beyond."""
     column = start + tl.arange(0, BLOCK)[None, :]
     in_a, in_b = column < n, column + BLOCK < n
-    a = tl.load(pointers + start, mask=in_a, other=0.0).to(tl.float32)
-    b = tl.load(pointers + start + BLOCK, mask=in_b, other=0.0).to(tl.float32)
+    a = _widened(tl.load(pointers + start, mask=in_a, other=0.0))
+    b = _widened(tl.load(pointers + start + BLOCK, mask=in_b, other=0.0))
     return a, b, in_a, in_b
 
 
@@ -115,8 +127,8 @@ def _add_pair(total, peak, u_a, u_b, in_a, in_b, BOUNDED: tl.constexpr, MASKED: 
 def _add_whole_pair(
     pointers, total, peak, cap, CAP: tl.constexpr, BOUNDED: tl.constexpr, BLOCK: tl.constexpr, EVICTION: tl.constexpr
 ):
-    a = tl.load(pointers, eviction_policy=EVICTION).to(tl.float32)
-    b = tl.load(pointers + BLOCK, eviction_policy=EVICTION).to(tl.float32)
+    a = _widened(tl.load(pointers, eviction_policy=EVICTION))
+    b = _widened(tl.load(pointers + BLOCK, eviction_policy=EVICTION))
     u_a, _, u_b, _ = _exponents(a, b, cap, CAP)
     return _add_pair(total, peak, u_a, u_b, True, True, BOUNDED, False)
 
@@ -214,8 +226,14 @@ def _gradients(a, b, factor, peak, cap, CAP: tl.constexpr, BOUNDED: tl.constexpr
 
 
 @triton.jit
-def _store(pointers, gradient, kept, mask, MASKED: tl.constexpr, EVICTION: tl.constexpr):
-    gradient = tl.where(kept[:, None], gradient, 0.0).to(pointers.dtype.element_ty)
+def _of_kept(gradient, target):
+    """Zero for ignored rows, whatever their logits."""
+    return tl.where((target != _IGNORE)[:, None], gradient, 0.0)
+
+
+@triton.jit
+def _store(pointers, gradient, mask, MASKED: tl.constexpr, EVICTION: tl.constexpr):
+    gradient = gradient.to(pointers.dtype.element_ty)
     if MASKED:
         tl.store(pointers, gradient, mask=mask, eviction_policy=EVICTION)
     else:
@@ -224,18 +242,18 @@ def _store(pointers, gradient, kept, mask, MASKED: tl.constexpr, EVICTION: tl.co
 
 @triton.jit
 def _store_pair(
-    pointers, start, a, b, in_a, in_b, kept, row_inside, width, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    pointers, start, a, b, in_a, in_b, row_inside, width, ROWS: tl.constexpr, BLOCK: tl.constexpr,
     MASKED: tl.constexpr, EVICTION: tl.constexpr,
 ):  # fmt: skip
-    """Two tiles of gradients, zero in the padding and for ignored rows."""
+    """Two tiles of gradients, zero in the padding."""
     if MASKED:
         column = start + tl.arange(0, BLOCK)[None, :]
         a, b = tl.where(in_a, a, 0.0), tl.where(in_b, b, 0.0)
-        _store(pointers + start, a, kept, (column < width) & row_inside[:, None], True, EVICTION)
-        _store(pointers + start + BLOCK, b, kept, (column + BLOCK < width) & row_inside[:, None], True, EVICTION)
+        _store(pointers + start, a, (column < width) & row_inside[:, None], True, EVICTION)
+        _store(pointers + start + BLOCK, b, (column + BLOCK < width) & row_inside[:, None], True, EVICTION)
     else:
-        _store(pointers + start, a, kept, row_inside[:, None], ROWS > 1, EVICTION)
-        _store(pointers + start + BLOCK, b, kept, row_inside[:, None], ROWS > 1, EVICTION)
+        _store(pointers + start, a, row_inside[:, None], ROWS > 1, EVICTION)
+        _store(pointers + start + BLOCK, b, row_inside[:, None], ROWS > 1, EVICTION)
 
 
 @triton.jit
@@ -243,20 +261,24 @@ def _write_gradients(
     pointers, out_pointers, target, factor, peak, n, width, cap, row_inside,
     CAP: tl.constexpr, BOUNDED: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """factor times 2^(u - peak), through the cap; may overwrite the rows."""
-    kept = target != _IGNORE
+    """factor times 2^(u - peak), through the cap; may overwrite the rows. A single row that is ignored is not read, so
+    that all of it is padding."""
     peak, factor = peak[:, None], factor[:, None]
     whole = _read(target, n) // (2 * BLOCK) * (2 * BLOCK)
     for start in range(whole, width, 2 * BLOCK):
         a, b, in_a, in_b = _load_pair(pointers, start, _read(target, n), BLOCK)
         a, b = _gradients(a, b, factor, peak, cap, CAP, BOUNDED)
-        _store_pair(out_pointers, start, a, b, in_a, in_b, kept, row_inside, width, ROWS, BLOCK, True, _DONE)
+        if ROWS > 1:
+            a, b = _of_kept(a, target), _of_kept(b, target)
+        _store_pair(out_pointers, start, a, b, in_a, in_b, row_inside, width, ROWS, BLOCK, True, _DONE)
     for past in range(0, whole, 2 * BLOCK):
         start = whole - 2 * BLOCK - past
-        a = tl.load(pointers + start, eviction_policy=_DONE).to(tl.float32)
-        b = tl.load(pointers + start + BLOCK, eviction_policy=_DONE).to(tl.float32)
+        a = _widened(tl.load(pointers + start, eviction_policy=_DONE))
+        b = _widened(tl.load(pointers + start + BLOCK, eviction_policy=_DONE))
         a, b = _gradients(a, b, factor, peak, cap, CAP, BOUNDED)
-        _store_pair(out_pointers, start, a, b, True, True, kept, row_inside, width, ROWS, BLOCK, False, _DONE)
+        if ROWS > 1:
+            a, b = _of_kept(a, target), _of_kept(b, target)
+        _store_pair(out_pointers, start, a, b, True, True, row_inside, width, ROWS, BLOCK, False, _DONE)
 
 
 @triton.jit
@@ -351,8 +373,8 @@ def whole_rows_kernel(
     columns = tl.arange(0, BLOCK)[None, :]
     if FULL:
         in_a, in_b = True, True
-        a = tl.load(rows[:, None] + columns).to(tl.float32)
-        b = tl.load(rows[:, None] + columns + BLOCK).to(tl.float32)
+        a = _widened(tl.load(rows[:, None] + columns))
+        b = _widened(tl.load(rows[:, None] + columns + BLOCK))
     else:
         a, b, in_a, in_b = _load_pair(rows[:, None] + columns, 0, n, BLOCK)
     u, slope = _at_targets(rows, target, n, cap, CAP)
@@ -376,9 +398,9 @@ def whole_rows_kernel(
         out_rows = gradient + row * gradient_stride
         tl.debug_barrier()  # all threads have read the targets' logits: the rows may be overwritten
         a, b = _through_cap(e_a * factor, r_a, CAP), _through_cap(e_b * factor, r_b, CAP)
+        a, b = _of_kept(a, target), _of_kept(b, target)
         _store_pair(
-            out_rows[:, None] + columns, 0, a, b, in_a, in_b, target != _IGNORE, row_inside, width, ROWS, BLOCK,
-            not FULL, "",
+            out_rows[:, None] + columns, 0, a, b, in_a, in_b, row_inside, width, ROWS, BLOCK, not FULL, ""
         )  # fmt: skip
         _write_targets(out_rows, target, scale, pull, u, slope, n, peak, log2_total, row_inside)
     else:
