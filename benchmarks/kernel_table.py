@@ -32,6 +32,11 @@ PASSES = {
     "rmsnorm_linear": {"_normalise_kernel": 2, "_backward_kernel": 4},
     "swiglu_mlp": {"_forward_kernel": 3, "_backward_kernel": 6},
 }
+_LOSSES_ALONE = (
+    "fusedlm::softcap_cross_entropy",
+    "fusedlm::reduced_softcap_cross_entropy_loss",
+    "fusedlm::linear_softcap_cross_entropy_losses",
+)
 
 
 @dataclass
@@ -189,7 +194,7 @@ def _moved_by_ours(kernel: str, op: str, dims) -> int | None:
         return None
     matrices = [size for size in dims if len(size) >= 2]
     if family == "softcap_cross_entropy":
-        if op in ("fusedlm::softcap_cross_entropy", "fusedlm::linear_softcap_cross_entropy_losses"):
+        if op in _LOSSES_ALONE:
             passes = 1  # whole rows without a gradient, too
         numbers = matrices[0][0] * matrices[1][0] if "linear" in op else math.prod(matrices[0])
     elif family == "swiglu_mlp":

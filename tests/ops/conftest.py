@@ -2,9 +2,16 @@ import pytest
 import torch
 
 
+def _poisoning(make):
+    def poison(*size, **rest):
+        out = make(*size, **rest)
+        return out.fill_(float("nan") if out.is_floating_point() else torch.iinfo(out.dtype).min)
+
+    return poison
+
+
 @pytest.fixture
 def poisoned(monkeypatch):
-    """Memory comes full of NaN."""
+    """Memory comes full of NaN, or of the lowest whole number."""
     for name in ("empty", "empty_like"):
-        make = getattr(torch, name)
-        monkeypatch.setattr(torch, name, lambda *size, make=make, **rest: make(*size, **rest).fill_(float("nan")))
+        monkeypatch.setattr(torch, name, _poisoning(getattr(torch, name)))

@@ -188,6 +188,44 @@ def test_reduced_with_the_gradient_made_beside_it(shape, reduction, factor, in_p
     assert not found[1][0].any(), "the ignored row"
 
 
+@pytest.mark.parametrize("reduction", ["sum", "mean"])
+@pytest.mark.parametrize("shape", [(7, 13, 13), (5, 9000, 8990), (70_001, 3, 3)], ids=str)
+def test_reduced_without_a_gradient(shape, reduction, poisoned):
+    """The last has more rows than the programs that count them and sum them up take at once."""
+    logits, targets, _ = _inputs(*shape)
+    targets[::3] = -100
+    logits = logits.detach().nan_to_num()
+    options = {"cap": 15.0, "n_classes": shape[2], "z_loss": 1e-3, "reduction": reduction}
+    found = softcap_cross_entropy(logits, targets, implementation=kernels.softcap_cross_entropy, **options)
+    exact = softcap_cross_entropy(logits.double(), targets, **options)
+    assert not found.requires_grad
+    assert_close(found, exact, max(4 * error_ratio(softcap_cross_entropy(logits, targets, **options), exact), 1e-6))
+
+
+@pytest.mark.parametrize("cap", [None, 15.0])
+@pytest.mark.parametrize("width", [40, 5000])
+def test_what_is_in_front_of_the_loss_is_finished(width, cap):
+    """Kernels may be launched before the one in front of them ends; what that writes last is read all the same."""
+    n = 4096 if DEVICE == "cuda" else 8
+    logits, targets, _ = _inputs(n, width, width)
+    clean, weights = logits.detach().nan_to_num(), torch.rand(n, device=DEVICE)
+    expected, others = None, torch.randn_like(clean)
+    for _ in range(4):
+        for reduction in ("mean", "sum"):
+            z = others.mul_(0.5).add_(clean).requires_grad_()  # other logits every time, in the same memory
+            loss = kernels.softcap_cross_entropy(z, targets, cap, width, 0.0, reduction)
+            (gradient,) = torch.autograd.grad(loss, z)
+            others = z.detach()
+            leaf = others.double().requires_grad_()
+            expected = reference.softcap_cross_entropy(leaf, targets, cap, width, 0.0, reduction)
+            assert_close(loss, expected.detach(), 1e-5)
+            assert_close(gradient, torch.autograd.grad(expected, leaf)[0], 1e-5)
+        again = others.clone()
+        losses = kernels.loss_and_gradient_(again, targets, weights, cap, width)
+        alone = reference.softcap_cross_entropy(others.double(), targets, cap, width, 0.0, "none")
+        assert_close(kernels.weighted_sum(losses, weights), (alone * weights).sum(), 1e-5)
+
+
 def test_in_place_writes_into_the_logits_and_only_when_allowed():
     logits, targets, _ = _inputs(7, 13, 13)
     for in_place in (False, True):
@@ -252,6 +290,7 @@ def test_operators_keep_their_promises():
     arguments = (clean.detach(), targets, True, 15.0, 33, 1e-3)
     torch.library.opcheck(torch.ops.fusedlm.reduced_softcap_cross_entropy.default, arguments)
     torch.library.opcheck(torch.ops.fusedlm.reduced_softcap_cross_entropy_.default, arguments)
+    torch.library.opcheck(torch.ops.fusedlm.reduced_softcap_cross_entropy_loss.default, arguments)
     torch.library.opcheck(torch.ops.fusedlm.scale_.default, (clean.detach(), upstream[0]))
 
 

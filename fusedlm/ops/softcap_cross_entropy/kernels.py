@@ -4,12 +4,16 @@ With a cap the arithmetic needs no maximum: exp(cap tanh(z / cap)) lies within e
 holds up to a cap of some 40, for sums over any vocabulary and for what is divided by them. With
 r = 1 / (1 + exp(2 z / cap)) both what is summed, exp(cap (1 - 2r)), and the derivative of the cap, 4 r (1 - r), come
 without cancellation, but for float32 logits much smaller than the cap, of which 1 - 2r keeps too few digits.
+
+OVERLAPPED, in all kernels: what comes next may be launched before this ends, and this may have been launched before
+what is in front of it, the count of rows or the losses, has ended.
 """
 
 import math
 
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from fusedlm.ops.softcap_cross_entropy.reference import IGNORE_INDEX
 
@@ -303,8 +307,11 @@ def _rows_of(tile, targets, n_rows, ROWS: tl.constexpr):
 @triton.jit
 def forward_kernel(
     logits, targets, loss, peaks, log2_totals, n_rows, row_stride, n, cap, z_loss,
-    CAP: tl.constexpr, BOUNDED: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    CAP: tl.constexpr, BOUNDED: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, OVERLAPPED: tl.constexpr,
 ):  # fmt: skip
+    if OVERLAPPED:
+        gdc_launch_dependents()
+        gdc_wait()
     row, row_inside, target = _rows_of(tl.program_id(0), targets, n_rows, ROWS)
     rows = logits + row * row_stride
     pointers = rows[:, None] + tl.arange(0, BLOCK)[None, :]
@@ -339,9 +346,12 @@ def both_kernel(
     logits, targets, weights, loss, gradient, n_rows, row_stride, gradient_stride, weight_stride, width, n, kept, cap,
     z_loss,
     CAP: tl.constexpr, BOUNDED: tl.constexpr, N_COUNTS: tl.constexpr,
-    ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr, OVERLAPPED: tl.constexpr,
 ):  # fmt: skip
     """gradient may be the logits themselves."""
+    if OVERLAPPED:
+        gdc_launch_dependents()
+        gdc_wait()
     row, row_inside, target = _rows_of(tl.program_id(0), targets, n_rows, ROWS)
     weight = _weights_of(weights, row, weight_stride, N_COUNTS)
     rows, out_rows = logits + row * row_stride, gradient + row * gradient_stride
@@ -363,11 +373,13 @@ def whole_rows_kernel(
     logits, targets, weights, loss, peaks, log2_totals, gradient, n_rows, row_stride, gradient_stride, weight_stride,
     width, n, cap, z_loss,
     CAP: tl.constexpr, BOUNDED: tl.constexpr, N_COUNTS: tl.constexpr, GRADIENT: tl.constexpr, FULL: tl.constexpr,
-    ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr, OVERLAPPED: tl.constexpr,
 ):  # fmt: skip
     """`forward_kernel`, or with GRADIENT `both_kernel`, of rows that a pair of tiles holds: nothing is computed twice.
     FULL: rows are as wide as the pair. Rows to be ignored are read like the others: to wait for their targets first
     would take longer."""
+    if OVERLAPPED:
+        gdc_launch_dependents()
     row, row_inside, target = _rows_of(tl.program_id(0), targets, n_rows, ROWS)
     rows = logits + row * row_stride
     columns = tl.arange(0, BLOCK)[None, :]
@@ -390,6 +402,8 @@ def whole_rows_kernel(
     if not FULL:
         e_a, e_b = tl.where(in_a, e_a, 0.0), tl.where(in_b, e_b, 0.0)
     log2_total = tl.log2(tl.sum(e_a + e_b, 1))
+    if OVERLAPPED:
+        gdc_wait()
     tl.store(loss + row, _losses_of(u, target, n, peak, log2_total, z_loss), mask=row_inside)
     if GRADIENT:
         weight = _weights_of(weights, row, weight_stride, N_COUNTS)
@@ -409,8 +423,10 @@ def whole_rows_kernel(
 
 
 @triton.jit
-def count_kernel(targets, counts, n_rows, BLOCK: tl.constexpr):
+def count_kernel(targets, counts, n_rows, BLOCK: tl.constexpr, OVERLAPPED: tl.constexpr):
     """How many targets of each program's share are not to be ignored."""
+    if OVERLAPPED:
+        gdc_launch_dependents()
     total = tl.zeros((BLOCK,), dtype=tl.int32)
     for start in range(tl.program_id(0) * BLOCK, n_rows, tl.num_programs(0) * BLOCK):
         at = start + tl.arange(0, BLOCK)
@@ -420,24 +436,40 @@ def count_kernel(targets, counts, n_rows, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def total_kernel(losses, weights, out, n_rows, weight_stride, N_COUNTS: tl.constexpr, BLOCK: tl.constexpr):
-    """The sum of losses times weights, in one program and so in one order."""
+def sums_kernel(
+    losses, weights, sums, n_rows, weight_stride, WEIGHTED: tl.constexpr, BLOCK: tl.constexpr, OVERLAPPED: tl.constexpr
+):
+    """The sum of each program's share of losses times weights."""
+    if OVERLAPPED:
+        gdc_launch_dependents()
+        gdc_wait()
     total = tl.zeros((BLOCK,), dtype=tl.float32)
-    for start in range(0, n_rows, BLOCK):
+    for start in range(tl.program_id(0) * BLOCK, n_rows, tl.num_programs(0) * BLOCK):
         row = (start + tl.arange(0, BLOCK)).to(tl.int64)
         loss = tl.load(losses + row, mask=row < n_rows, other=0.0)
-        if N_COUNTS == 0:
+        if WEIGHTED:
             loss *= tl.load(weights + row * weight_stride, mask=row < n_rows, other=0.0).to(tl.float32)
         total += loss
-    whole = tl.sum(total, 0)
-    if N_COUNTS > 0:
-        whole /= _sum_of_counts(weights, N_COUNTS)
-    tl.store(out, whole)
+    tl.store(sums + tl.program_id(0), tl.sum(total, 0))
 
 
 @triton.jit
-def scale_kernel(x, factor, n, BLOCK: tl.constexpr):
+def total_kernel(sums, counts, out, N_SUMS: tl.constexpr, N_COUNTS: tl.constexpr, OVERLAPPED: tl.constexpr):
+    """The sum of the sums, over that of the counts if there are any."""
+    if OVERLAPPED:
+        gdc_launch_dependents()
+        gdc_wait()
+    total = tl.sum(tl.load(sums + tl.arange(0, N_SUMS)), 0)
+    if N_COUNTS > 0:
+        total /= _sum_of_counts(counts, N_COUNTS)
+    tl.store(out, total)
+
+
+@triton.jit
+def scale_kernel(x, factor, n, BLOCK: tl.constexpr, OVERLAPPED: tl.constexpr):
     """x *= factor, without touching it when that is 1."""
+    if OVERLAPPED:
+        gdc_wait()
     scale = tl.load(factor).to(tl.float32)
     if scale != 1.0:
         own = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)

@@ -10,17 +10,17 @@ from dataclasses import dataclass
 import torch
 import triton
 
+from fusedlm.ops.common.device import launched_early, overlaps
 from fusedlm.ops.softcap_cross_entropy import kernels
-from fusedlm.ops.softcap_cross_entropy.reference import reduce
 
 _WIDEST_BOUND = 40.0  # caps up to here need no maximum
 _WHOLE = 4096  # classes up to which a program holds whole rows
 _NARROW_TILE = 1024  # elements of the rows that a program takes together
-_WIDE = 65536  # classes from which few rows at a time fit into the cache
+_WIDE = 131072  # bytes of a row from which few at a time fit into the cache
 _KEPT_SHARE = 1.0  # of the cache, for what is read again
 _N_COUNTS = 64  # programs that count the rows of a mean
-_COUNT_BLOCK = 1024
-_TOTAL_BLOCK = 32768
+_N_SUMS = 64  # programs that sum up losses
+_SHARE = 1024  # rows of each at a time
 _SCALE_BLOCK = 8192
 _SCALE_PROGRAMS = 1024
 
@@ -39,12 +39,18 @@ def _capping(cap: float | None, logits: torch.Tensor) -> dict:
     return {"CAP": mode.value, "BOUNDED": cap is not None and cap <= _WIDEST_BOUND}
 
 
-def _gradient_tile(width: int) -> dict:
+def _gradient_tile(logits: torch.Tensor, capped: bool) -> dict:
     """Many threads to a row, and for the widest rows all that a program can have: of fewer rows at a time more is left
-    in the cache."""
-    if width >= _WIDE:
-        return {"ROWS": 1, "BLOCK": 8192, "num_warps": 32, "maxnreg": 32}
-    return {"ROWS": 1, "BLOCK": 2048, "num_warps": 16}
+    in the cache. Without a cap there is less to compute, and the memory wants more of fewer rows sooner. Registers are
+    as many as the threads leave; the arithmetic for float32 needs more of them for each number."""
+    wide = logits.shape[1] * logits.element_size() >= _WIDE
+    if not capped:
+        block, num_warps = 4096, 32
+    elif logits.dtype == torch.float32:
+        block, num_warps = 2048, 32 if wide else 16
+    else:
+        block, num_warps = (8192, 32) if wide else (4096, 16)
+    return {"ROWS": 1, "BLOCK": block, "num_warps": num_warps, "maxnreg": 32 if num_warps == 32 else 40}
 
 
 def _kept(logits: torch.Tensor, tile: dict) -> int:
@@ -52,7 +58,8 @@ def _kept(logits: torch.Tensor, tile: dict) -> int:
     if logits.device.type != "cuda":
         return 2 * tile["BLOCK"]
     device = torch.cuda.get_device_properties(logits.device)
-    n_rows = device.multi_processor_count * (device.max_threads_per_multi_processor // (32 * tile["num_warps"]))
+    n_threads = min(device.max_threads_per_multi_processor, device.regs_per_multiprocessor // tile["maxnreg"])
+    n_rows = device.multi_processor_count * (n_threads // (32 * tile["num_warps"]))
     room = int(_KEPT_SHARE * device.L2_cache_size) // (n_rows * logits.element_size())
     return room // (2 * tile["BLOCK"]) * (2 * tile["BLOCK"])
 
@@ -74,18 +81,20 @@ def _rows(logits: torch.Tensor) -> torch.Tensor:
 
 
 def _losses(
-    logits, targets, cap, n_classes, z_loss, loss: torch.Tensor | None = None
+    logits, targets, cap, n_classes, z_loss, loss: torch.Tensor | None = None, counted: bool = False
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Loss of each row (N,) and of its normaliser the highest exponent and log2 of the rest (2, N), both float32."""
+    """Loss of each row (N,) and of its normaliser the highest exponent and log2 of the rest (2, N), both float32.
+    counted: the last kernel that was launched counts the rows."""
     n_rows = len(logits)
     loss = torch.empty(n_rows, dtype=torch.float32, device=logits.device) if loss is None else loss
     normalisers = torch.empty(2, n_rows, dtype=torch.float32, device=logits.device)
     if n_rows and logits.shape[1] <= _WHOLE:
-        _whole_rows(logits, targets, _Weights(None, -1), loss, normalisers, None, cap, n_classes, z_loss)
+        weights = _Weights(None, -1)
+        _whole_rows(logits, targets, weights, loss, normalisers, None, cap, n_classes, z_loss, counted)
     elif n_rows:
         kernels.forward_kernel[(n_rows,)](
             logits, targets, loss, *normalisers, n_rows, logits.stride(0), n_classes, cap or 0.0, z_loss,
-            ROWS=1, BLOCK=1024, num_warps=8, **_capping(cap, logits),
+            ROWS=1, BLOCK=1024, num_warps=8, **_capping(cap, logits), **_launch(logits, counted),
         )  # fmt: skip
     return loss, normalisers
 
@@ -96,19 +105,20 @@ def _losses_and_gradients(
     """Loss of each row (N,) float32; gradient (N, V), which may be the logits, becomes weights times its own."""
     n_rows, width = logits.shape
     loss = torch.empty(n_rows, dtype=torch.float32, device=logits.device) if loss is None else loss
+    counted = weights.n_counts > 0
     if n_rows and width <= _WHOLE:
-        _whole_rows(logits, targets, weights, loss, (None, None), gradient, cap, n_classes, z_loss)
+        _whole_rows(logits, targets, weights, loss, (None, None), gradient, cap, n_classes, z_loss, counted)
     elif n_rows:
-        tile = _gradient_tile(width)
+        tile = _gradient_tile(logits, cap is not None)
         kernels.both_kernel[(n_rows,)](
             logits, targets, weights.numbers, loss, gradient, n_rows, logits.stride(0), gradient.stride(0),
             weights.stride, width, n_classes, _kept(logits, tile), cap or 0.0, z_loss,
-            N_COUNTS=weights.n_counts, **_capping(cap, logits), **tile,
+            N_COUNTS=weights.n_counts, **_capping(cap, logits), **tile, **_launch(logits, counted),
         )  # fmt: skip
     return loss
 
 
-def _whole_rows(logits, targets, weights: _Weights, loss, normalisers, gradient, cap, n_classes, z_loss) -> None:
+def _whole_rows(logits, targets, weights: _Weights, loss, normalisers, gradient, cap, n_classes, z_loss, counted):
     """Of narrow rows the losses, and the gradient or, without one, the normalisers."""
     (n_rows, width), tile, (peaks, log2_totals) = logits.shape, _narrow(logits.shape[1]), normalisers
     kernels.whole_rows_kernel[(triton.cdiv(n_rows, tile["ROWS"]),)](
@@ -116,23 +126,35 @@ def _whole_rows(logits, targets, weights: _Weights, loss, normalisers, gradient,
         0 if gradient is None else gradient.stride(0), weights.stride, width, n_classes, cap or 0.0, z_loss,
         N_COUNTS=weights.n_counts, GRADIENT=gradient is not None,
         FULL=n_classes == width == 2 * tile["BLOCK"] and n_rows % tile["ROWS"] == 0, **_capping(cap, logits), **tile,
+        **_launch(logits, counted),
     )  # fmt: skip
 
 
+def _launch(logits: torch.Tensor, counted: bool) -> dict:
+    """Early behind the count of rows alone: behind another kernel the logits need not be there."""
+    return launched_early(logits.device) if counted else {"OVERLAPPED": overlaps(logits.device)}
+
+
 def _of_reduction(targets: torch.Tensor, mean: bool) -> _Weights:
+    """For a mean this launches the count of rows."""
     if not mean:
         return _Weights(None, -1)
     counts = torch.empty(_N_COUNTS, dtype=torch.int32, device=targets.device)
-    kernels.count_kernel[(_N_COUNTS,)](targets, counts, len(targets), BLOCK=_COUNT_BLOCK)
+    kernels.count_kernel[(_N_COUNTS,)](targets, counts, len(targets), BLOCK=_SHARE, OVERLAPPED=overlaps(targets.device))
     return _Weights(counts, _N_COUNTS)
 
 
 def _total(losses: torch.Tensor, weights: _Weights) -> torch.Tensor:
+    sums = torch.empty(_N_SUMS, dtype=torch.float32, device=losses.device)
     out = torch.empty((), dtype=torch.float32, device=losses.device)
-    kernels.total_kernel[(1,)](
-        losses, weights.numbers, out, len(losses), weights.stride, N_COUNTS=weights.n_counts, BLOCK=_TOTAL_BLOCK,
-        num_warps=32,
+    kernels.sums_kernel[(_N_SUMS,)](
+        losses, weights.numbers, sums, len(losses), weights.stride, WEIGHTED=weights.n_counts == 0, BLOCK=_SHARE,
+        **launched_early(losses.device),
     )  # fmt: skip
+    counts = weights.numbers if weights.n_counts > 0 else None
+    kernels.total_kernel[(1,)](
+        sums, counts, out, N_SUMS=_N_SUMS, N_COUNTS=weights.n_counts, num_warps=1, **launched_early(losses.device)
+    )
     return out
 
 
@@ -164,7 +186,7 @@ def _backward(
     gradient = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
     n_rows, width = logits.shape
     if n_rows:
-        tile = _narrow(width) if width <= _WHOLE else _gradient_tile(width)
+        tile = _narrow(width) if width <= _WHOLE else _gradient_tile(logits, cap is not None)
         kernels.backward_kernel[(triton.cdiv(n_rows, tile["ROWS"]),)](
             logits, targets.contiguous(), *normalisers, upstream, gradient, n_rows, logits.stride(0),
             upstream.stride(0), width, n_classes, cap or 0.0, z_loss, **_capping(cap, logits),
@@ -225,11 +247,26 @@ def _(logits, targets, mean, cap, n_classes, z_loss):
     return logits.new_empty((), dtype=torch.float32)
 
 
+@torch.library.custom_op("fusedlm::reduced_softcap_cross_entropy_loss", mutates_args=())
+def _reduced_loss(
+    logits: torch.Tensor, targets: torch.Tensor, mean: bool, cap: float | None, n_classes: int, z_loss: float
+) -> torch.Tensor:
+    """Sum or mean () of the losses alone."""
+    logits, targets = _rows(logits), targets.contiguous()
+    weights = _of_reduction(targets, mean)
+    return _total(_losses(logits, targets, cap, n_classes, z_loss, counted=mean)[0], weights)
+
+
+@_reduced_loss.register_fake
+def _(logits, targets, mean, cap, n_classes, z_loss):
+    return logits.new_empty((), dtype=torch.float32)
+
+
 @torch.library.custom_op("fusedlm::scale_", mutates_args=("x",))
 def scale_(x: torch.Tensor, factor: torch.Tensor) -> None:
     """x *= factor (); next to free when that is 1, as it is where the loss is what is differentiated."""
     kernels.scale_kernel[(min(triton.cdiv(x.numel(), _SCALE_BLOCK), _SCALE_PROGRAMS),)](
-        x, factor, x.numel(), BLOCK=_SCALE_BLOCK, num_warps=8
+        x, factor, x.numel(), BLOCK=_SCALE_BLOCK, num_warps=8, **launched_early(x.device)
     )
 
 
@@ -263,8 +300,9 @@ def softcap_cross_entropy(
 ) -> torch.Tensor:
     if reduction != "none" and torch.is_grad_enabled() and logits.requires_grad:
         return _Reduced.apply(logits, targets, reduction == "mean", cap, n_classes, z_loss, in_place)
-    loss, _ = _forward(logits, targets, cap, n_classes, z_loss)
-    return reduce(loss, targets, reduction)
+    if reduction != "none":
+        return _reduced_loss(logits, targets, reduction == "mean", cap, n_classes, z_loss)
+    return _forward(logits, targets, cap, n_classes, z_loss)[0]
 
 
 def loss_and_gradient_(logits, targets, weights, cap, n_classes, z_loss=0.0, out=None) -> torch.Tensor:
