@@ -5,6 +5,8 @@ holds up to a cap of some 40, for sums over any vocabulary and for what is divid
 r = 1 / (1 + exp(2 z / cap)) both what is summed, exp(cap (1 - 2r)), and the derivative of the cap, 4 r (1 - r), come
 without cancellation, but for float32 logits much smaller than the cap, of which 1 - 2r keeps too few digits.
 
+cap and rate, in all kernels: the cap, and 2 log2(e) / cap.
+
 OVERLAPPED, in all kernels: what comes next may be launched before this ends, and this may have been launched before
 what is in front of it, the count of rows or the losses, has ended.
 """
@@ -80,16 +82,15 @@ def _inverses(x):
 
 
 @triton.jit
-def _exponents(a, b, cap, CAP: tl.constexpr):
+def _exponents(a, b, cap, rate, CAP: tl.constexpr):
     """Of two tiles log2 of exp(capped z) and r, of which the derivative of the cap is made (0 without a cap), with one
     division for four: exponentials and divisions are what the kernels wait for."""
     if CAP == UNCAPPED:
         return a * _LOG2E, tl.zeros_like(a), b * _LOG2E, tl.zeros_like(b)
     else:
-        factor = 2.0 * _LOG2E / cap
         # At 2^30 r is nothing beside 1 and the product of four is finite; NaN must stay NaN.
-        p = 1.0 + tl.exp2(tl.minimum(a * factor, 30.0, propagate_nan=tl.PropagateNan.ALL))
-        q = 1.0 + tl.exp2(tl.minimum(b * factor, 30.0, propagate_nan=tl.PropagateNan.ALL))
+        p = 1.0 + tl.exp2(tl.minimum(a * rate, 30.0, propagate_nan=tl.PropagateNan.ALL))
+        q = 1.0 + tl.exp2(tl.minimum(b * rate, 30.0, propagate_nan=tl.PropagateNan.ALL))
         inverse = _inverses(p * q)
         r_a, r_b = q * inverse, p * inverse
         return _bent(a, r_a, cap, CAP), r_a, _bent(b, r_b, cap, CAP), r_b
@@ -129,17 +130,18 @@ def _add_pair(total, peak, u_a, u_b, in_a, in_b, BOUNDED: tl.constexpr, MASKED: 
 
 @triton.jit
 def _add_whole_pair(
-    pointers, total, peak, cap, CAP: tl.constexpr, BOUNDED: tl.constexpr, BLOCK: tl.constexpr, EVICTION: tl.constexpr
-):
+    pointers, total, peak, cap, rate,
+    CAP: tl.constexpr, BOUNDED: tl.constexpr, BLOCK: tl.constexpr, EVICTION: tl.constexpr,
+):  # fmt: skip
     a = _widened(tl.load(pointers, eviction_policy=EVICTION))
     b = _widened(tl.load(pointers + BLOCK, eviction_policy=EVICTION))
-    u_a, _, u_b, _ = _exponents(a, b, cap, CAP)
+    u_a, _, u_b, _ = _exponents(a, b, cap, rate, CAP)
     return _add_pair(total, peak, u_a, u_b, True, True, BOUNDED, False)
 
 
 @triton.jit
 def _normalisers(
-    pointers, n, kept, cap, CAP: tl.constexpr, BOUNDED: tl.constexpr, ROWS: tl.constexpr,
+    pointers, n, kept, cap, rate, CAP: tl.constexpr, BOUNDED: tl.constexpr, ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
     """The highest exponent of each row (ROWS,), 0 where BOUNDED, and log2 of the sum of 2^(u - highest) over the first
@@ -152,26 +154,26 @@ def _normalisers(
     whole = n // (2 * BLOCK) * (2 * BLOCK)
     passing = tl.maximum(whole - kept, 0)
     for start in range(0, passing, 2 * BLOCK):
-        total, peak = _add_whole_pair(pointers + start, total, peak, cap, CAP, BOUNDED, BLOCK, _DONE)
+        total, peak = _add_whole_pair(pointers + start, total, peak, cap, rate, CAP, BOUNDED, BLOCK, _DONE)
     for start in range(passing, whole, 2 * BLOCK):
-        total, peak = _add_whole_pair(pointers + start, total, peak, cap, CAP, BOUNDED, BLOCK, "evict_last")
+        total, peak = _add_whole_pair(pointers + start, total, peak, cap, rate, CAP, BOUNDED, BLOCK, "evict_last")
     if whole < n:
         a, b, in_a, in_b = _load_pair(pointers, whole, n, BLOCK)
-        u_a, _, u_b, _ = _exponents(a, b, cap, CAP)
+        u_a, _, u_b, _ = _exponents(a, b, cap, rate, CAP)
         total, peak = _add_pair(total, peak, u_a, u_b, in_a, in_b, BOUNDED, True)
     return tl.where(n > 0, peak, 0.0), tl.log2(tl.where(n > 0, tl.sum(total, 1), 1.0))
 
 
 @triton.jit
-def _at_targets(rows, target, n, cap, CAP: tl.constexpr):
+def _at_targets(rows, target, n, cap, rate, CAP: tl.constexpr):
     """Exponent of each row's target, and a quarter of the derivative of the cap there (1 without one), which is not
     made of the difference of 1 and r: it can be most of the row's gradient. Of 0 where the target is none of the n."""
     z = tl.load(rows + target, mask=(target >= 0) & (target < n), other=0.0).to(tl.float32)
     if CAP == UNCAPPED:
         return z * _LOG2E, tl.full(z.shape, 1.0, dtype=tl.float32)
     else:
-        e = tl.exp2(tl.minimum(z * (2.0 * _LOG2E / cap), 60.0, propagate_nan=tl.PropagateNan.ALL))
-        r = 1.0 / (1.0 + e)
+        e = tl.exp2(tl.minimum(z * rate, 60.0, propagate_nan=tl.PropagateNan.ALL))
+        r = _inverse(1.0 + e)
         return _bent(z, r, cap, CAP), e * r * r
 
 
@@ -221,8 +223,8 @@ def _through_cap(gradient, r, CAP: tl.constexpr):
 
 
 @triton.jit
-def _gradients(a, b, factor, peak, cap, CAP: tl.constexpr, BOUNDED: tl.constexpr):
-    u_a, r_a, u_b, r_b = _exponents(a, b, cap, CAP)
+def _gradients(a, b, factor, peak, cap, rate, CAP: tl.constexpr, BOUNDED: tl.constexpr):
+    u_a, r_a, u_b, r_b = _exponents(a, b, cap, rate, CAP)
     if not BOUNDED:
         u_a, u_b = u_a - peak, u_b - peak
     e_a, e_b = tl.exp2(u_a), tl.exp2(u_b)
@@ -262,7 +264,7 @@ def _store_pair(
 
 @triton.jit
 def _write_gradients(
-    pointers, out_pointers, target, factor, peak, n, width, cap, row_inside,
+    pointers, out_pointers, target, factor, peak, n, width, cap, rate, row_inside,
     CAP: tl.constexpr, BOUNDED: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """factor times 2^(u - peak), through the cap; may overwrite the rows. A single row that is ignored is not read, so
@@ -271,7 +273,7 @@ def _write_gradients(
     whole = _read(target, n) // (2 * BLOCK) * (2 * BLOCK)
     for start in range(whole, width, 2 * BLOCK):
         a, b, in_a, in_b = _load_pair(pointers, start, _read(target, n), BLOCK)
-        a, b = _gradients(a, b, factor, peak, cap, CAP, BOUNDED)
+        a, b = _gradients(a, b, factor, peak, cap, rate, CAP, BOUNDED)
         if ROWS > 1:
             a, b = _of_kept(a, target), _of_kept(b, target)
         _store_pair(out_pointers, start, a, b, in_a, in_b, row_inside, width, ROWS, BLOCK, True, _DONE)
@@ -279,7 +281,7 @@ def _write_gradients(
         start = whole - 2 * BLOCK - past
         a = _widened(tl.load(pointers + start, eviction_policy=_DONE))
         b = _widened(tl.load(pointers + start + BLOCK, eviction_policy=_DONE))
-        a, b = _gradients(a, b, factor, peak, cap, CAP, BOUNDED)
+        a, b = _gradients(a, b, factor, peak, cap, rate, CAP, BOUNDED)
         if ROWS > 1:
             a, b = _of_kept(a, target), _of_kept(b, target)
         _store_pair(out_pointers, start, a, b, True, True, row_inside, width, ROWS, BLOCK, False, _DONE)
@@ -306,7 +308,7 @@ def _rows_of(tile, targets, n_rows, ROWS: tl.constexpr):
 
 @triton.jit
 def forward_kernel(
-    logits, targets, loss, peaks, log2_totals, n_rows, row_stride, n, cap, z_loss,
+    logits, targets, loss, peaks, log2_totals, n_rows, row_stride, n, cap, rate, z_loss,
     CAP: tl.constexpr, BOUNDED: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, OVERLAPPED: tl.constexpr,
 ):  # fmt: skip
     if OVERLAPPED:
@@ -315,8 +317,8 @@ def forward_kernel(
     row, row_inside, target = _rows_of(tl.program_id(0), targets, n_rows, ROWS)
     rows = logits + row * row_stride
     pointers = rows[:, None] + tl.arange(0, BLOCK)[None, :]
-    peak, log2_total = _normalisers(pointers, _read(target, n), 0, cap, CAP, BOUNDED, ROWS, BLOCK)
-    u, _ = _at_targets(rows, target, n, cap, CAP)
+    peak, log2_total = _normalisers(pointers, _read(target, n), 0, cap, rate, CAP, BOUNDED, ROWS, BLOCK)
+    u, _ = _at_targets(rows, target, n, cap, rate, CAP)
     tl.store(peaks + row, peak, mask=row_inside)
     tl.store(log2_totals + row, log2_total, mask=row_inside)
     tl.store(loss + row, _losses_of(u, target, n, peak, log2_total, z_loss), mask=row_inside)
@@ -324,7 +326,8 @@ def forward_kernel(
 
 @triton.jit
 def backward_kernel(
-    logits, targets, peaks, log2_totals, upstream, gradient, n_rows, row_stride, upstream_stride, width, n, cap, z_loss,
+    logits, targets, peaks, log2_totals, upstream, gradient, n_rows, row_stride, upstream_stride, width, n, cap,
+    rate, z_loss,
     CAP: tl.constexpr, BOUNDED: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row, row_inside, target = _rows_of(tl.program_id(0), targets, n_rows, ROWS)
@@ -333,9 +336,9 @@ def backward_kernel(
     factor, scale, pull = _factors(scale, target, peak, log2_total, z_loss, CAP)
     rows, out_rows = logits + row * row_stride, gradient + row * width
     columns = tl.arange(0, BLOCK)[None, :]
-    u, slope = _at_targets(rows, target, n, cap, CAP)
+    u, slope = _at_targets(rows, target, n, cap, rate, CAP)
     _write_gradients(
-        rows[:, None] + columns, out_rows[:, None] + columns, target, factor, peak, n, width, cap, row_inside,
+        rows[:, None] + columns, out_rows[:, None] + columns, target, factor, peak, n, width, cap, rate, row_inside,
         CAP, BOUNDED, ROWS, BLOCK,
     )  # fmt: skip
     _write_targets(out_rows, target, scale, pull, u, slope, n, peak, log2_total, row_inside)
@@ -344,7 +347,7 @@ def backward_kernel(
 @triton.jit
 def both_kernel(
     logits, targets, weights, loss, gradient, n_rows, row_stride, gradient_stride, weight_stride, width, n, kept, cap,
-    z_loss,
+    rate, z_loss,
     CAP: tl.constexpr, BOUNDED: tl.constexpr, N_COUNTS: tl.constexpr,
     ROWS: tl.constexpr, BLOCK: tl.constexpr, OVERLAPPED: tl.constexpr,
 ):  # fmt: skip
@@ -357,13 +360,13 @@ def both_kernel(
     rows, out_rows = logits + row * row_stride, gradient + row * gradient_stride
     columns = tl.arange(0, BLOCK)[None, :]
     pointers, out_pointers = rows[:, None] + columns, out_rows[:, None] + columns
-    u, slope = _at_targets(rows, target, n, cap, CAP)
-    peak, log2_total = _normalisers(pointers, _read(target, n), kept, cap, CAP, BOUNDED, ROWS, BLOCK)
+    u, slope = _at_targets(rows, target, n, cap, rate, CAP)
+    peak, log2_total = _normalisers(pointers, _read(target, n), kept, cap, rate, CAP, BOUNDED, ROWS, BLOCK)
     tl.store(loss + row, _losses_of(u, target, n, peak, log2_total, z_loss), mask=row_inside)
     factor, scale, pull = _factors(weight, target, peak, log2_total, z_loss, CAP)
     tl.debug_barrier()  # all threads have read the targets' logits: the rows may be overwritten
     _write_gradients(
-        pointers, out_pointers, target, factor, peak, n, width, cap, row_inside, CAP, BOUNDED, ROWS, BLOCK
+        pointers, out_pointers, target, factor, peak, n, width, cap, rate, row_inside, CAP, BOUNDED, ROWS, BLOCK
     )  # fmt: skip
     _write_targets(out_rows, target, scale, pull, u, slope, n, peak, log2_total, row_inside)
 
@@ -371,7 +374,7 @@ def both_kernel(
 @triton.jit
 def whole_rows_kernel(
     logits, targets, weights, loss, peaks, log2_totals, gradient, n_rows, row_stride, gradient_stride, weight_stride,
-    width, n, cap, z_loss,
+    width, n, cap, rate, z_loss,
     CAP: tl.constexpr, BOUNDED: tl.constexpr, N_COUNTS: tl.constexpr, GRADIENT: tl.constexpr, FULL: tl.constexpr,
     ROWS: tl.constexpr, BLOCK: tl.constexpr, OVERLAPPED: tl.constexpr,
 ):  # fmt: skip
@@ -389,8 +392,8 @@ def whole_rows_kernel(
         b = _widened(tl.load(rows[:, None] + columns + BLOCK))
     else:
         a, b, in_a, in_b = _load_pair(rows[:, None] + columns, 0, n, BLOCK)
-    u, slope = _at_targets(rows, target, n, cap, CAP)
-    u_a, r_a, u_b, r_b = _exponents(a, b, cap, CAP)
+    u, slope = _at_targets(rows, target, n, cap, rate, CAP)
+    u_a, r_a, u_b, r_b = _exponents(a, b, cap, rate, CAP)
     peak = tl.zeros((ROWS,), dtype=tl.float32)
     if not BOUNDED:
         if FULL:

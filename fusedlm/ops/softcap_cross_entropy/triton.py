@@ -5,6 +5,7 @@ finds in the cache what was read last, and a gradient that is made with the loss
 read or written for the last time is the first to leave the cache; the end of each row is the last.
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -37,6 +38,11 @@ def _capping(cap: float | None, logits: torch.Tensor) -> dict:
     if cap is not None:
         mode = kernels.CAPPED_PRECISELY if logits.dtype == torch.float32 else kernels.CAPPED
     return {"CAP": mode.value, "BOUNDED": cap is not None and cap <= _WIDEST_BOUND}
+
+
+def _scales(cap: float | None) -> tuple[float, float]:
+    """What the kernels take of the cap: itself, and what a logit is multiplied by in the exponent of its tanh."""
+    return (0.0, 0.0) if cap is None else (cap, 2 * math.log2(math.e) / cap)
 
 
 def _gradient_tile(logits: torch.Tensor, capped: bool) -> dict:
@@ -93,7 +99,7 @@ def _losses(
         _whole_rows(logits, targets, weights, loss, normalisers, None, cap, n_classes, z_loss, counted)
     elif n_rows:
         kernels.forward_kernel[(n_rows,)](
-            logits, targets, loss, *normalisers, n_rows, logits.stride(0), n_classes, cap or 0.0, z_loss,
+            logits, targets, loss, *normalisers, n_rows, logits.stride(0), n_classes, *_scales(cap), z_loss,
             ROWS=1, BLOCK=1024, num_warps=8, **_capping(cap, logits), **_launch(logits, counted),
         )  # fmt: skip
     return loss, normalisers
@@ -112,7 +118,7 @@ def _losses_and_gradients(
         tile = _gradient_tile(logits, cap is not None)
         kernels.both_kernel[(n_rows,)](
             logits, targets, weights.numbers, loss, gradient, n_rows, logits.stride(0), gradient.stride(0),
-            weights.stride, width, n_classes, _kept(logits, tile), cap or 0.0, z_loss,
+            weights.stride, width, n_classes, _kept(logits, tile), *_scales(cap), z_loss,
             N_COUNTS=weights.n_counts, **_capping(cap, logits), **tile, **_launch(logits, counted),
         )  # fmt: skip
     return loss
@@ -123,15 +129,16 @@ def _whole_rows(logits, targets, weights: _Weights, loss, normalisers, gradient,
     (n_rows, width), tile, (peaks, log2_totals) = logits.shape, _narrow(logits.shape[1]), normalisers
     kernels.whole_rows_kernel[(triton.cdiv(n_rows, tile["ROWS"]),)](
         logits, targets, weights.numbers, loss, peaks, log2_totals, gradient, n_rows, logits.stride(0),
-        0 if gradient is None else gradient.stride(0), weights.stride, width, n_classes, cap or 0.0, z_loss,
+        0 if gradient is None else gradient.stride(0), weights.stride, width, n_classes, *_scales(cap), z_loss,
         N_COUNTS=weights.n_counts, GRADIENT=gradient is not None,
         FULL=n_classes == width == 2 * tile["BLOCK"] and n_rows % tile["ROWS"] == 0, **_capping(cap, logits), **tile,
-        **_launch(logits, counted),
+        **(_launch(logits, counted) if gradient is not None else {"OVERLAPPED": False}),
     )  # fmt: skip
 
 
 def _launch(logits: torch.Tensor, counted: bool) -> dict:
-    """Early behind the count of rows alone: behind another kernel the logits need not be there."""
+    """Early behind the count of rows alone: behind another kernel the logits need not be there. Not for narrow rows
+    without a gradient, which 65536 programs of one warp take: to ask whether they must wait costs them more."""
     return launched_early(logits.device) if counted else {"OVERLAPPED": overlaps(logits.device)}
 
 
@@ -189,7 +196,7 @@ def _backward(
         tile = _narrow(width) if width <= _WHOLE else _gradient_tile(logits, cap is not None)
         kernels.backward_kernel[(triton.cdiv(n_rows, tile["ROWS"]),)](
             logits, targets.contiguous(), *normalisers, upstream, gradient, n_rows, logits.stride(0),
-            upstream.stride(0), width, n_classes, cap or 0.0, z_loss, **_capping(cap, logits),
+            upstream.stride(0), width, n_classes, *_scales(cap), z_loss, **_capping(cap, logits),
             **tile,
         )  # fmt: skip
     return gradient
