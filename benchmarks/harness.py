@@ -12,6 +12,8 @@ from fusedlm.testing import error_ratio
 
 Tensors = list[torch.Tensor]
 
+_TURNS, _TURN_MS = 5, 25  # of each contender, one after the other
+
 
 @dataclass
 class Problem:
@@ -74,12 +76,12 @@ def measure_ceilings(device: torch.device, dtype: torch.dtype, quick: bool) -> C
     return Ceilings(2 * n / copy * 1e3, 2 * size**3 / product * 1e3)
 
 
-def median_ms(function: Callable[[], object], device: torch.device, quick: bool) -> float:
-    """Of at least five calls after a warm-up: 100 ms of them, 20 when quick."""
+def median_ms(function: Callable[[], object], device: torch.device, quick: bool, rep: int = 100) -> float:
+    """Of at least five calls after a warm-up: rep ms of them, 20 when quick."""
     if device.type == "cuda":
         from triton.testing import do_bench
 
-        return do_bench(function, warmup=10 if quick else 25, rep=20 if quick else 100, return_mode="median")
+        return do_bench(function, warmup=10 if quick else 25, rep=20 if quick else rep, return_mode="median")
     function()
     seconds = []
     while len(seconds) < 5 or (sum(seconds) < 0.2 and not quick):
@@ -90,10 +92,12 @@ def median_ms(function: Callable[[], object], device: torch.device, quick: bool)
 
 
 def measure(problem: Problem, device: torch.device, quick: bool) -> list[Measured]:
-    """Every contender: checked against float64, then timed if it is no worse than twice eager PyTorch."""
+    """Every contender: checked against float64, then timed if it is no worse than twice eager PyTorch. They take turns:
+    under load the device slows down by several percent, and the last would be measured on a slower one."""
     exact = problem.exact()
     allowed: list[float] | None = None
     measured = []
+    timed: list[tuple[Measured, Callable[[], object], int]] = []
     for name, contender in problem.contenders.items():
         run = _runner(problem, contender)
         poison(device)
@@ -110,13 +114,17 @@ def measure(problem: Problem, device: torch.device, quick: bool) -> list[Measure
         if allowed is None:
             allowed = [max(2 * error, problem.floor) for error in result.errors]
         if all(error <= bound for error, bound in zip(result.errors, allowed, strict=True)):
-            result.milliseconds = _time(problem, contender, run, device, quick)
+            timed.append((result, *_repeatable(problem, contender, run, device)))
         else:
             result.reason = "wrong"
         measured.append(result)
     if problem.alone:
         name, part = problem.alone
-        measured.append(Measured(name, [], _time(problem, part, _runner(problem, part), device, quick)))
+        measured.append(Measured(name, []))
+        timed.append((measured[-1], *_repeatable(problem, part, _runner(problem, part), device)))
+    rounds = [[median_ms(f, device, quick, _TURN_MS) / copies for _, f, copies in timed] for _ in range(_TURNS)]
+    for (result, _, _), milliseconds in zip(timed, zip(*rounds, strict=True), strict=True):
+        result.milliseconds = statistics.median(milliseconds)
     return measured
 
 
@@ -148,10 +156,11 @@ def _runner(problem: Problem, contender) -> Callable[[], Tensors]:
     return forward if problem.upstream is None else both
 
 
-def _time(problem: Problem, contender, run, device: torch.device, quick: bool) -> float:
+def _repeatable(problem: Problem, contender, run, device: torch.device) -> tuple[Callable[[], object], int]:
+    """What is timed, and how many times it holds the problem."""
     if device.type != "cuda" or getattr(contender, "waits_for_device", False):
-        return median_ms(run, device, quick)
-    return median_ms(_captured(problem, contender), device, quick) / problem.copies
+        return run, 1
+    return _captured(problem, contender), problem.copies
 
 
 def _captured(problem: Problem, contender) -> Callable[[], None]:
