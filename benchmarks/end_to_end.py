@@ -62,9 +62,10 @@ def main() -> None:
                     switched = _switched(result["implementations"], arguments.op)
                     ways |= switched
                     order += switched  # and this turn goes on with them
-                gc.collect()
                 torch._dynamo.reset()
+                gc.collect()
                 if torch.cuda.is_available():
+                    torch._C._cuda_clearCublasWorkspaces()  # one for each stream that a graph was captured on
                     torch.cuda.empty_cache()
                 memory = "" if result["peak_memory_gib"] is None else f", {result['peak_memory_gib']:.2f} GiB"
                 print(f"{name}, {way}: {result['tokens_per_second']:,.0f} tokens/s{memory}", flush=True)
