@@ -1,5 +1,6 @@
 """How an op is measured: correct first, then the median time, beside the floor that this device sets."""
 
+import random
 import statistics
 import time
 from collections.abc import Callable
@@ -12,7 +13,8 @@ from fusedlm.testing import error_ratio
 
 Tensors = list[torch.Tensor]
 
-_TURNS, _TURN_MS = 5, 25  # of each contender, one after the other
+_MILLISECONDS = 600  # that all contenders of a problem are timed for together
+_MOST_CALLS = 300  # of each
 
 
 @dataclass
@@ -76,12 +78,12 @@ def measure_ceilings(device: torch.device, dtype: torch.dtype, quick: bool) -> C
     return Ceilings(2 * n / copy * 1e3, 2 * size**3 / product * 1e3)
 
 
-def median_ms(function: Callable[[], object], device: torch.device, quick: bool, rep: int = 100) -> float:
-    """Of at least five calls after a warm-up: rep ms of them, 20 when quick."""
+def median_ms(function: Callable[[], object], device: torch.device, quick: bool) -> float:
+    """Of at least five calls after a warm-up: 100 ms of them, 20 when quick."""
     if device.type == "cuda":
         from triton.testing import do_bench
 
-        return do_bench(function, warmup=10 if quick else 25, rep=20 if quick else rep, return_mode="median")
+        return do_bench(function, warmup=10 if quick else 25, rep=20 if quick else 100, return_mode="median")
     function()
     seconds = []
     while len(seconds) < 5 or (sum(seconds) < 0.2 and not quick):
@@ -92,8 +94,7 @@ def median_ms(function: Callable[[], object], device: torch.device, quick: bool,
 
 
 def measure(problem: Problem, device: torch.device, quick: bool) -> list[Measured]:
-    """Every contender: checked against float64, then timed if it is no worse than twice eager PyTorch. They take turns:
-    under load the device slows down by several percent, and the last would be measured on a slower one."""
+    """Every contender: checked against float64, then timed if it is no worse than twice eager PyTorch."""
     exact = problem.exact()
     allowed: list[float] | None = None
     measured = []
@@ -122,9 +123,9 @@ def measure(problem: Problem, device: torch.device, quick: bool) -> list[Measure
         name, part = problem.alone
         measured.append(Measured(name, []))
         timed.append((measured[-1], *_repeatable(problem, part, _runner(problem, part), device)))
-    rounds = [[median_ms(f, device, quick, _TURN_MS) / copies for _, f, copies in timed] for _ in range(_TURNS)]
-    for (result, _, _), milliseconds in zip(timed, zip(*rounds, strict=True), strict=True):
-        result.milliseconds = statistics.median(milliseconds)
+    milliseconds = _side_by_side([function for _, function, _ in timed], device, quick)
+    for (result, _, copies), found in zip(timed, milliseconds, strict=True):
+        result.milliseconds = found / copies
     return measured
 
 
@@ -161,6 +162,36 @@ def _repeatable(problem: Problem, contender, run, device: torch.device) -> tuple
     if device.type != "cuda" or getattr(contender, "waits_for_device", False):
         return run, 1
     return _captured(problem, contender), problem.copies
+
+
+def _side_by_side(functions: list[Callable[[], object]], device: torch.device, quick: bool) -> list[float]:
+    """Median ms of each. On a GPU one call of each after the other, in an order that changes: products slow it down by
+    several percent for those who come next, so that no two that are timed one after the other could be compared.
+    """
+    if device.type != "cuda":
+        return [median_ms(function, device, quick) for function in functions]
+    cache = torch.empty(2**28, dtype=torch.int8, device=device)  # five times an H100's: what calls left there is gone
+
+    def once(function) -> tuple[torch.cuda.Event, torch.cuda.Event]:
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        cache.zero_()
+        start.record()
+        function()
+        end.record()
+        return start, end
+
+    def elapsed(turns) -> list[list[float]]:
+        torch.cuda.synchronize()
+        return [[start.elapsed_time(end) for start, end in turn] for turn in turns]
+
+    estimate = sum(statistics.median(turn) for turn in elapsed([[once(f) for _ in range(3)] for f in functions]))
+    n_calls = min(_MOST_CALLS, max(9, int((50 if quick else _MILLISECONDS) / estimate)))
+    turns: list[list] = [[] for _ in functions]
+    shuffled = random.Random(0)
+    for _ in range(n_calls):
+        for i in shuffled.sample(range(len(functions)), len(functions)):
+            turns[i].append(once(functions[i]))
+    return [statistics.median(turn) for turn in elapsed(turns)]
 
 
 def _captured(problem: Problem, contender) -> Callable[[], None]:
