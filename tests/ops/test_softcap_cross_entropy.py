@@ -113,6 +113,27 @@ def test_kernel(shape, cap, z_loss):
     _check((loss, in_place), exact, same, 2e-6)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("width", [2, 16, 1024, 4100, 9000])
+@pytest.mark.parametrize("cap", [3.0, 15.0])
+def test_neighbours_of_any_size(cap, width, dtype):
+    """Logits share divisions, of products that must neither overflow nor vanish."""
+    g = torch.Generator().manual_seed(width)
+    sizes = torch.tensor([-3e4, -300.0, -40.0, -2.0, 0.0, 0.5, 40.0, 300.0, 3e4])
+    logits = sizes[torch.randint(len(sizes), (12, width), generator=g)]
+    logits[:4], logits[4] = sizes[torch.tensor([0, 3, 6, 8])][:, None], sizes[-1]  # and whole rows of one size
+    logits = logits.to(DEVICE, dtype).requires_grad_()
+    targets, upstream = torch.arange(12, device=DEVICE) % width, torch.ones(12, device=DEVICE)
+    floor = 2e-6 if dtype == torch.float32 else 2**-8 * 1.1  # a rounding, where few numbers are most of a gradient
+    exact = _expected(logits, targets, upstream, torch.float64, cap, width, 0.0)
+    same = _expected(logits, targets, upstream, dtype, cap, width, 0.0)
+    found = _losses_and_gradients(kernels.softcap_cross_entropy, logits, targets, upstream, cap, width)
+    _check(found, exact, same, floor)
+    in_place = logits.detach().clone()
+    loss = kernels.loss_and_gradient_(in_place, targets, upstream, cap, width)
+    _check((loss, in_place), exact, same, floor)
+
+
 @pytest.mark.parametrize("width", [8, 25000])
 @pytest.mark.parametrize("z", [-20.0, -10.0, -1.0, 20.0])
 def test_the_gradient_of_a_target_where_the_cap_is_flat(z, width):

@@ -26,6 +26,8 @@ _LOWEST = tl.constexpr(-3.0e38)  # finite: a difference of two infinities would 
 _DONE = tl.constexpr("evict_first")  # of what no one reads again: the cache is for what is read twice
 _INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)  # without a GPU there is no assembler
 
+_SMALL = tl.constexpr(2.0**-15)  # keeps products of eight within float32
+
 # CAP, in all kernels: whether there is none, or one, or one to float32's last digits.
 UNCAPPED = tl.constexpr(0)
 CAPPED = tl.constexpr(1)
@@ -34,8 +36,8 @@ CAPPED_PRECISELY = tl.constexpr(2)
 
 @triton.jit
 def _inverse(x):
-    """1 / x of 1 <= x <= 2^122, where the device's reciprocal needs none of the care that a division takes with numbers
-    beyond: seven instructions of every pair."""
+    """1 / x of 2^-122 <= x <= 2^122, where the device's reciprocal needs none of the care that a division takes with
+    numbers beyond: seven instructions of every pair."""
     if _INTERPRETED:
         return 1.0 / x
     else:
@@ -71,27 +73,40 @@ def _bent(z, r, cap, CAP: tl.constexpr):
 
 
 @triton.jit
-def _inverses(x):
-    """1 / x of a tile (ROWS, BLOCK), 1 <= x <= 2^61: of neighbours, one division for two."""
+def _inverses_of_pairs(x):
+    """`_SMALL` / x of a tile (ROWS, BLOCK), of neighbours with one division for two."""
     if x.shape[1] == 1:
-        return _inverse(x)
+        return _inverse(x) * _SMALL
     else:
         a, b = tl.split(tl.reshape(x, (x.shape[0], x.shape[1] // 2, 2)))
-        inverse = _inverse(a * b)
+        inverse = _inverse(a * b) * _SMALL
         return tl.reshape(tl.join(b * inverse, a * inverse), x.shape)
 
 
 @triton.jit
-def _exponents(a, b, cap, rate, CAP: tl.constexpr):
+def _inverses(x, WHOLE: tl.constexpr):
+    """`_SMALL` / x of a tile (ROWS, BLOCK), of neighbours with one division for two, or of WHOLE rows for four."""
+    if not WHOLE or x.shape[1] == 1:
+        return _inverses_of_pairs(x)
+    else:
+        a, b = tl.split(tl.reshape(x, (x.shape[0], x.shape[1] // 2, 2)))
+        inverse = _inverses_of_pairs(a * b)
+        return tl.reshape(tl.join(b * inverse, a * inverse), x.shape)
+
+
+@triton.jit
+def _exponents(a, b, cap, rate, CAP: tl.constexpr, WHOLE: tl.constexpr):
     """Of two tiles log2 of exp(capped z) and r, of which the derivative of the cap is made (0 without a cap), with one
-    division for four: exponentials and divisions are what the kernels wait for."""
+    division for four, or of WHOLE rows, which leave the registers for it, for eight: exponentials and divisions are
+    what the kernels wait for."""
     if CAP == UNCAPPED:
         return a * _LOG2E, tl.zeros_like(a), b * _LOG2E, tl.zeros_like(b)
     else:
-        # At 2^30 r is nothing beside 1 and the product of four is finite; NaN must stay NaN.
-        p = 1.0 + tl.exp2(tl.minimum(a * rate, 30.0, propagate_nan=tl.PropagateNan.ALL))
-        q = 1.0 + tl.exp2(tl.minimum(b * rate, 30.0, propagate_nan=tl.PropagateNan.ALL))
-        inverse = _inverses(p * q)
+        # 1 + exp(2 z / cap) times 2^-15, at most 2^15, so that of eight the product is within float32 and so is what it
+        # divides. From 2^30 on r is nothing beside 1. NaN must stay NaN.
+        p = _SMALL + tl.exp2(tl.minimum(a * rate - 15.0, 15.0, propagate_nan=tl.PropagateNan.ALL))
+        q = _SMALL + tl.exp2(tl.minimum(b * rate - 15.0, 15.0, propagate_nan=tl.PropagateNan.ALL))
+        inverse = _inverses(p * q, WHOLE)
         r_a, r_b = q * inverse, p * inverse
         return _bent(a, r_a, cap, CAP), r_a, _bent(b, r_b, cap, CAP), r_b
 
@@ -135,7 +150,7 @@ def _add_whole_pair(
 ):  # fmt: skip
     a = _widened(tl.load(pointers, eviction_policy=EVICTION))
     b = _widened(tl.load(pointers + BLOCK, eviction_policy=EVICTION))
-    u_a, _, u_b, _ = _exponents(a, b, cap, rate, CAP)
+    u_a, _, u_b, _ = _exponents(a, b, cap, rate, CAP, False)
     return _add_pair(total, peak, u_a, u_b, True, True, BOUNDED, False)
 
 
@@ -159,7 +174,7 @@ def _normalisers(
         total, peak = _add_whole_pair(pointers + start, total, peak, cap, rate, CAP, BOUNDED, BLOCK, "evict_last")
     if whole < n:
         a, b, in_a, in_b = _load_pair(pointers, whole, n, BLOCK)
-        u_a, _, u_b, _ = _exponents(a, b, cap, rate, CAP)
+        u_a, _, u_b, _ = _exponents(a, b, cap, rate, CAP, False)
         total, peak = _add_pair(total, peak, u_a, u_b, in_a, in_b, BOUNDED, True)
     return tl.where(n > 0, peak, 0.0), tl.log2(tl.where(n > 0, tl.sum(total, 1), 1.0))
 
@@ -224,7 +239,7 @@ def _through_cap(gradient, r, CAP: tl.constexpr):
 
 @triton.jit
 def _gradients(a, b, factor, peak, cap, rate, CAP: tl.constexpr, BOUNDED: tl.constexpr):
-    u_a, r_a, u_b, r_b = _exponents(a, b, cap, rate, CAP)
+    u_a, r_a, u_b, r_b = _exponents(a, b, cap, rate, CAP, False)
     if not BOUNDED:
         u_a, u_b = u_a - peak, u_b - peak
     e_a, e_b = tl.exp2(u_a), tl.exp2(u_b)
@@ -393,7 +408,7 @@ def whole_rows_kernel(
     else:
         a, b, in_a, in_b = _load_pair(rows[:, None] + columns, 0, n, BLOCK)
     u, slope = _at_targets(rows, target, n, cap, rate, CAP)
-    u_a, r_a, u_b, r_b = _exponents(a, b, cap, rate, CAP)
+    u_a, r_a, u_b, r_b = _exponents(a, b, cap, rate, CAP, True)
     peak = tl.zeros((ROWS,), dtype=tl.float32)
     if not BOUNDED:
         if FULL:
