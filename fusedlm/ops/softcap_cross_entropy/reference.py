@@ -15,7 +15,8 @@ def softcap(logits: torch.Tensor, cap: float | None) -> torch.Tensor:
 def softcap_cross_entropy(
     logits, targets, cap, n_classes, z_loss=0.0, reduction="none", in_place=False
 ) -> torch.Tensor:
-    """The losses (N,), or their sum or mean (); in_place allows, and does not ask, to overwrite."""
+    """The losses (N,), 0 where ignored, or their sum, or mean over the rows that count (); in_place allows, and does
+    not ask, to overwrite."""
     logits = softcap(logits, cap)
     if n_classes < logits.shape[-1]:
         padding = torch.arange(logits.shape[-1], device=logits.device) >= n_classes
@@ -23,11 +24,6 @@ def softcap_cross_entropy(
     loss = F.cross_entropy(logits, targets, ignore_index=IGNORE_INDEX, reduction="none")
     if z_loss:
         loss = loss + z_loss * logits.logsumexp(-1).square() * (targets != IGNORE_INDEX)
-    return reduce(loss, targets, reduction)
-
-
-def reduce(loss: torch.Tensor, targets: torch.Tensor, reduction: str) -> torch.Tensor:
-    """Losses (N,), 0 where ignored, to () unless the reduction is "none"; a mean is over the rows that count."""
     if reduction == "none":
         return loss
     return loss.sum() if reduction == "sum" else loss.sum() / (targets != IGNORE_INDEX).sum()
