@@ -1,5 +1,6 @@
 """How an op is measured: correct first, then the median time, beside the floor that this device sets."""
 
+import gc
 import random
 import statistics
 import time
@@ -98,9 +99,10 @@ def measure(problem: Problem, device: torch.device, quick: bool) -> list[Measure
     exact = problem.exact()
     allowed: list[float] | None = None
     measured = []
-    timed: list[tuple[Measured, Callable[[], object], int]] = []
+    timed: list[tuple[Measured, Callable]] = []
     for name, contender in problem.contenders.items():
         run = _runner(problem, contender)
+        gc.collect()  # what would be freed meanwhile would be missing in what the contender holds
         poison(device)
         try:
             before = _in_use(device)
@@ -115,16 +117,17 @@ def measure(problem: Problem, device: torch.device, quick: bool) -> list[Measure
         if allowed is None:
             allowed = [max(2 * error, problem.floor) for error in result.errors]
         if all(error <= bound for error, bound in zip(result.errors, allowed, strict=True)):
-            timed.append((result, *_repeatable(problem, contender, run, device)))
+            timed.append((result, contender))
         else:
             result.reason = "wrong"
         measured.append(result)
     if problem.alone:
         name, part = problem.alone
         measured.append(Measured(name, []))
-        timed.append((measured[-1], *_repeatable(problem, part, _runner(problem, part), device)))
-    milliseconds = _side_by_side([function for _, function, _ in timed], device, quick)
-    for (result, _, copies), found in zip(timed, milliseconds, strict=True):
+        timed.append((measured[-1], part))
+    repeated = [_repeatable(problem, contender, device) for _, contender in timed]
+    milliseconds = _side_by_side([function for function, _ in repeated], device, quick)
+    for (result, _), (_, copies), found in zip(timed, repeated, milliseconds, strict=True):
         result.milliseconds = found / copies
     return measured
 
@@ -157,10 +160,10 @@ def _runner(problem: Problem, contender) -> Callable[[], Tensors]:
     return forward if problem.upstream is None else both
 
 
-def _repeatable(problem: Problem, contender, run, device: torch.device) -> tuple[Callable[[], object], int]:
+def _repeatable(problem: Problem, contender, device: torch.device) -> tuple[Callable[[], object], int]:
     """What is timed, and how many times it holds the problem."""
     if device.type != "cuda" or getattr(contender, "waits_for_device", False):
-        return run, 1
+        return _runner(problem, contender), 1
     return _captured(problem, contender), problem.copies
 
 
