@@ -7,7 +7,9 @@ OPS = "benchmarks/results/ops.json"
 STEPS = "benchmarks/results/steps.json"
 IMAGES = "docs/images"
 _OURS = "fusedlm"
-_COLOURS = ("#b03060", "#d4709a", "#e8a8c0", "#303a5c", "#5c78b8", "#90a8d8", "#7a9a5a", "#c0a040", "#909090")
+_COLOURS = (
+    "#b03060", "#d4709a", "#e8a8c0", "#303a5c", "#5c78b8", "#90a8d8", "#7a9a5a", "#c0a040", "#909090", "#202020",
+)  # fmt: skip
 
 
 def ops_section(record: dict | None, steps: dict | None) -> str:
@@ -30,9 +32,9 @@ def _ops(record: dict | None) -> str:
     page += f"{ceilings['bytes_per_second'] / 1e9:,.0f} GB/s, a product of 8192³ runs at "
     page += f"{ceilings['flops_per_second'] / 1e12:,.0f} TFLOP/s. The floor is the fewest bytes or the FLOPs at these, "
     page += "whichever takes longer; what is worse than twice eager PyTorch against float64 is called wrong and not "
-    page += "timed. Times are those of replays of a CUDA graph; Liger and cut cross entropy wait for the device, which "
-    page += "a graph cannot hold, and are timed by their calls. Memory is what is held beyond inputs, outputs and "
-    page += "gradients.\n"
+    page += "timed. Times are medians of replays of a CUDA graph, of one contender after the other in an order that "
+    page += "changes. Liger and cut cross entropy wait for the device, which a graph cannot hold; theirs are of calls. "
+    page += "Memory is what is held beyond inputs, outputs and gradients.\n"
     for op in dict.fromkeys(case["op"] for case in record["cases"]):
         page += f"\n## {op}\n\n| shape | | contender | ms | of the floor | beyond, MiB | error |\n" + "|---" * 7 + "|\n"
         for case in record["cases"]:
