@@ -87,12 +87,11 @@ def _profile(title: str, profile: dict) -> str:
     for row in profile["heaviest"]:
         share = "–" if row["floor_ms"] is None else f"{row['floor_ms'] / row['milliseconds']:.0%}"
         page += f"| {row['milliseconds']:.2f} | {row['calls']} | {share} | `{row['kernel'][:70]}` | {row['op']} |\n"
-    if "groups" in profile:
-        page += "\n| launched by | ms | above known floors | of the step | of unknown floor |\n|---|---|---|---|---|\n"
-        for name, group in sorted(profile["groups"].items(), key=lambda item: -item[1]["milliseconds"]):
-            above, unknown = group["above_floor_ms"], group["unknown_floor_ms"]
-            page += f"| {name} | {group['milliseconds']:.2f} | {above:.2f} | {above / profile['kernel_ms']:.1%} "
-            page += f"| {unknown:.2f} |\n"
+    page += "\n| launched by | ms | above known floors | of the step | of unknown floor |\n|---|---|---|---|---|\n"
+    for name, group in sorted(profile["groups"].items(), key=lambda item: -item[1]["milliseconds"]):
+        above, unknown = group["above_floor_ms"], group["unknown_floor_ms"]
+        page += f"| {name} | {group['milliseconds']:.2f} | {above:.2f} | {above / profile['kernel_ms']:.1%} "
+        page += f"| {unknown:.2f} |\n"
     return page
 
 

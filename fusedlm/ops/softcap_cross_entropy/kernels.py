@@ -1,4 +1,4 @@
-"""The kernels of soft-capped cross entropy: of whole rows where they are narrow, of two blocks at a time where not.
+"""The kernels of soft-capped cross entropy: on whole rows where they are narrow, on two blocks at a time where not.
 
 With a cap the arithmetic needs no maximum: exp(cap tanh(z / cap)) lies within exp(-cap) and exp(cap), which float32
 holds up to a cap of some 40, for sums over any vocabulary and for what is divided by them. With
@@ -7,8 +7,8 @@ without cancellation, but for float32 logits much smaller than the cap, of which
 
 cap and rate, in all kernels: the cap, and 2 log2(e) / cap.
 
-OVERLAPPED, in all kernels: what comes next may be launched before this ends, and this may have been launched before
-what is in front of it, the count of rows or the losses, has ended.
+OVERLAPPED, in the kernels that have it: what comes next may be launched before this ends, and this may have been
+launched before what is in front of it, the count of rows or the losses, has ended.
 """
 
 import math

@@ -18,7 +18,6 @@ _WIDEST_BOUND = 40.0  # caps up to here need no maximum
 _WHOLE = 4096  # classes up to which a program holds whole rows
 _NARROW_TILE = 1024  # elements of the rows that a program takes together
 _WIDE = 131072  # bytes of a row from which few at a time fit into the cache
-_KEPT_SHARE = 1.0  # of the cache, for what is read again
 _N_COUNTS = 64  # programs that count the rows of a mean
 _N_SUMS = 64  # programs that sum up losses
 _SHARE = 1024  # rows of each at a time
@@ -66,7 +65,7 @@ def _kept(logits: torch.Tensor, tile: dict) -> int:
     device = torch.cuda.get_device_properties(logits.device)
     n_threads = min(device.max_threads_per_multi_processor, device.regs_per_multiprocessor // tile["maxnreg"])
     n_rows = device.multi_processor_count * (n_threads // (32 * tile["num_warps"]))
-    room = int(_KEPT_SHARE * device.L2_cache_size) // (n_rows * logits.element_size())
+    room = device.L2_cache_size // (n_rows * logits.element_size())
     return room // (2 * tile["BLOCK"]) * (2 * tile["BLOCK"])
 
 
@@ -127,18 +126,19 @@ def _losses_and_gradients(
 def _whole_rows(logits, targets, weights: _Weights, loss, normalisers, gradient, cap, n_classes, z_loss, counted):
     """Of narrow rows the losses, and the gradient or, without one, the normalisers."""
     (n_rows, width), tile, (peaks, log2_totals) = logits.shape, _narrow(logits.shape[1]), normalisers
+    # Without a gradient a program of one warp is so short that to ask whether it must wait takes longer than to wait.
+    launch = {"OVERLAPPED": False} if gradient is None else _launch(logits, counted)
     kernels.whole_rows_kernel[(triton.cdiv(n_rows, tile["ROWS"]),)](
         logits, targets, weights.numbers, loss, peaks, log2_totals, gradient, n_rows, logits.stride(0),
         0 if gradient is None else gradient.stride(0), weights.stride, width, n_classes, *_scales(cap), z_loss,
         N_COUNTS=weights.n_counts, GRADIENT=gradient is not None,
         FULL=n_classes == width == 2 * tile["BLOCK"] and n_rows % tile["ROWS"] == 0, **_capping(cap, logits), **tile,
-        **(_launch(logits, counted) if gradient is not None else {"OVERLAPPED": False}),
+        **launch,
     )  # fmt: skip
 
 
 def _launch(logits: torch.Tensor, counted: bool) -> dict:
-    """Early behind the count of rows alone: behind another kernel the logits need not be there. Not for narrow rows
-    without a gradient, which 65536 programs of one warp take: to ask whether they must wait costs them more."""
+    """Early behind the count of rows alone: behind another kernel the logits need not be there."""
     return launched_early(logits.device) if counted else {"OVERLAPPED": overlaps(logits.device)}
 
 
@@ -152,6 +152,7 @@ def _of_reduction(targets: torch.Tensor, mean: bool) -> _Weights:
 
 
 def _total(losses: torch.Tensor, weights: _Weights) -> torch.Tensor:
+    """The sum () float32 of losses (N,) float32 times weights, always in the same order."""
     sums = torch.empty(_N_SUMS, dtype=torch.float32, device=losses.device)
     out = torch.empty((), dtype=torch.float32, device=losses.device)
     kernels.sums_kernel[(_N_SUMS,)](
