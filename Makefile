@@ -7,7 +7,7 @@ PYTHON = python3
 
 .PHONY: demo test graph
 
-# A demo that was interrupted goes on from its last checkpoint; a finished one is evaluated and reported again.
+# An interrupted demo resumes from its last checkpoint; a finished one is evaluated and reported again.
 demo: .venv/installed
 	.venv/bin/fusedlm train recipes/demo.yaml --out runs/demo --resume
 	.venv/bin/fusedlm eval runs/demo

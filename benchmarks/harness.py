@@ -1,6 +1,7 @@
-"""How an op is measured: correct first, then the median time, beside the floor that this device sets."""
+"""How an op is measured: checked against float64 first, then timed, with the floor that the device sets."""
 
 import gc
+import math
 import random
 import statistics
 import time
@@ -14,18 +15,19 @@ from fusedlm.testing import error_ratio
 
 Tensors = list[torch.Tensor]
 
-_MILLISECONDS = 600  # that all contenders of a problem are timed for together
-_MOST_CALLS = 300  # of each
+OURS = "fusedlm"  # names of our own contenders begin with it
+_MILLISECONDS = 600  # of timed calls, all contenders of a problem together
+_MAX_CALLS = 300  # of each contender
 
 
 @dataclass
 class Problem:
     """One op at one shape and direction.
 
-    Contenders take the leaves and give one output, or a tuple of its parts side by side. What is compared is the output
-    and, with an upstream gradient, the gradient of each leaf that wants one; `sample` takes from these what `exact`
-    computes in float64. Contenders are timed as replays of a CUDA graph, so that a slow host is not what is measured;
-    one with the attribute `waits_for_device`, which a graph cannot hold, by its calls.
+    Contenders take the leaves and return one output, or a tuple of its parts along the last dimension. What is compared
+    is the output and, with an upstream gradient, the gradient of each leaf that requires one; `sample` selects from
+    these what `exact` computes in float64. Contenders are timed as replays of a CUDA graph, which excludes the time of
+    the host; those with the attribute `waits_for_device`, which cannot be captured, by plain calls.
     """
 
     op: str
@@ -33,14 +35,14 @@ class Problem:
     dtype: torch.dtype
     leaves: Tensors
     upstream: torch.Tensor | None  # None: forward only
-    contenders: dict[str, Callable[..., torch.Tensor | tuple]]  # the first is eager PyTorch, by which errors are judged
+    contenders: dict[str, Callable[..., torch.Tensor | tuple]]  # the first is eager PyTorch, whose error sets the bound
     exact: Callable[[], Tensors]
     sample: Callable[[Tensors], Tensors]
     n_bytes: int  # the fewest that must move through the device's memory
     n_flops: int = 0  # of matrix products
-    floor: float = 1e-5  # of the allowed error, where eager PyTorch is right by luck
-    copies: int = 1  # of the leaves: a CUDA graph is timed that goes through them all
-    alone: tuple[str, Callable] | None = None  # a part of the work by its name, timed beside the whole and not checked
+    min_bound: float = 1e-5  # of the error, where eager PyTorch happens to be exact
+    copies: int = 1  # of the leaves: the CUDA graph that is timed runs the problem on each
+    part: tuple[str, Callable] | None = None  # name and function of a part of the work, timed too and not checked
 
     @property
     def direction(self) -> str:
@@ -49,18 +51,19 @@ class Problem:
 
 @dataclass
 class Measured:
-    """Of one contender."""
+    """The result of one contender."""
 
     name: str
-    errors: list[float]
-    milliseconds: float | None = None  # None: wrong, and so not timed
-    extra_mib: float | None = None  # most memory in use beyond inputs, output and gradients
+    errors: list[float]  # error ratios of what is compared
+    milliseconds: float | None = None
+    extra_mib: float | None = None  # peak memory beyond inputs, output and gradients
     reason: str | None = None  # why there is no time
+    error_over_bound: float | None = None  # the largest; above 1 it is less exact than twice eager PyTorch
 
 
 @dataclass
 class Ceilings:
-    """What the device does at best, measured now: bytes copied (read and written) and FLOPs of a large product."""
+    """The measured rates of the device: bytes of a copy (read and written) and FLOPs of a large matrix product."""
 
     bytes_per_second: float
     flops_per_second: float
@@ -70,7 +73,7 @@ class Ceilings:
 
 
 def measure_ceilings(device: torch.device, dtype: torch.dtype, quick: bool) -> Ceilings:
-    """A device-to-device copy of 2 GiB and a product of 8192 (small on a CPU or when quick)."""
+    """By a device-to-device copy of 2 GiB and a matrix product of size 8192 (smaller on a CPU or when quick)."""
     n, size = (2**31, 8192) if device.type == "cuda" and not quick else (2**24, 512)
     flat = torch.randn(n // dtype.itemsize, device=device).to(dtype)
     copy = median_ms(partial(torch.empty_like(flat).copy_, flat), device, quick)
@@ -80,7 +83,7 @@ def measure_ceilings(device: torch.device, dtype: torch.dtype, quick: bool) -> C
 
 
 def median_ms(function: Callable[[], object], device: torch.device, quick: bool) -> float:
-    """Of at least five calls after a warm-up: 100 ms of them, 20 when quick."""
+    """The median of at least five calls after a warm-up: 100 ms of them, 20 when quick."""
     if device.type == "cuda":
         from triton.testing import do_bench
 
@@ -95,52 +98,73 @@ def median_ms(function: Callable[[], object], device: torch.device, quick: bool)
 
 
 def measure(problem: Problem, device: torch.device, quick: bool) -> list[Measured]:
-    """Every contender: checked against float64, then timed if it is no worse than twice eager PyTorch."""
+    """Every contender, checked against float64 and then timed.
+
+    The bound of each error is twice that of eager PyTorch. One that exceeds it is timed all the same, with
+    `error_over_bound` above 1, unless it is ours: then it is wrong. NaN, infinity or a wrong shape is never timed.
+    """
     exact = problem.exact()
-    allowed: list[float] | None = None
+    bounds: list[float] | None = None
     measured = []
     timed: list[tuple[Measured, Callable]] = []
     for name, contender in problem.contenders.items():
-        run = _runner(problem, contender)
-        gc.collect()  # what would be freed meanwhile would be missing in what the contender holds
-        poison(device)
-        try:
-            before = _in_use(device)
-            found = run()
-            extra = _peak(device) - before - sum(x.nbytes for x in found)
-            result = Measured(name, [error_ratio(a, e) for a, e in zip(problem.sample(found), exact, strict=True)])
-            result.extra_mib = extra / 2**20 if device.type == "cuda" else None
-            del found
-        except torch.OutOfMemoryError:
-            measured.append(Measured(name, [], reason="out of memory"))
-            continue
-        if allowed is None:
-            allowed = [max(2 * error, problem.floor) for error in result.errors]
-        if all(error <= bound for error, bound in zip(result.errors, allowed, strict=True)):
-            timed.append((result, contender))
-        else:
-            result.reason = "wrong"
+        result = _checked(problem, name, contender, exact, device)
         measured.append(result)
-    if problem.alone:
-        name, part = problem.alone
+        if result.reason is not None:
+            continue
+        if bounds is None:
+            bounds = [max(2 * error, problem.min_bound) for error in result.errors]
+        result.error_over_bound = max(error / bound for error, bound in zip(result.errors, bounds, strict=True))
+        if result.error_over_bound > 1 and name.startswith(OURS):
+            result.reason = "wrong"
+        else:
+            timed.append((result, contender))
+    if problem.part:
+        name, part = problem.part
         measured.append(Measured(name, []))
         timed.append((measured[-1], part))
-    repeated = [_repeatable(problem, contender, device) for _, contender in timed]
-    milliseconds = _side_by_side([function for function, _ in repeated], device, quick)
-    for (result, _), (_, copies), found in zip(timed, repeated, milliseconds, strict=True):
+    functions = [_timed_function(problem, contender, device) for _, contender in timed]
+    milliseconds = _interleaved([function for function, _ in functions], device, quick)
+    for (result, _), (_, copies), found in zip(timed, functions, milliseconds, strict=True):
         result.milliseconds = found / copies
     return measured
 
 
+def _checked(problem: Problem, name: str, contender, exact: Tensors, device: torch.device) -> Measured:
+    """Errors and memory of one call, or the reason why it cannot be timed."""
+    run = _runner(problem, contender)
+    gc.collect()  # garbage that is freed during the call would be missing in its memory
+    poison(device)
+    try:
+        before = _in_use(device)
+        found = run()
+        extra = _peak(device) - before - sum(x.nbytes for x in found)
+        result = Measured(name, [], extra_mib=extra / 2**20 if device.type == "cuda" else None)
+        has_nan = any(bool(x.isnan().any()) for x in found)
+        sampled = problem.sample(found)
+    except torch.OutOfMemoryError:
+        return Measured(name, [], reason="out of memory")
+    shapes, expected = ([tuple(x.shape) for x in tensors] for tensors in (sampled, exact))
+    if shapes != expected:
+        result.reason = f"wrong shape: {shapes}, not {expected}"
+        return result
+    errors = [error_ratio(a, e) for a, e in zip(sampled, exact, strict=True)]
+    if has_nan or not all(map(math.isfinite, errors)):
+        result.reason = "NaN or infinity"
+    else:
+        result.errors = errors
+    return result
+
+
 def poison(device: torch.device) -> None:
-    """Fill memory that is free, and will be handed out next, with NaN."""
+    """Fill free memory, which is allocated next, with NaN."""
     if device.type == "cuda":
         torch.cuda.synchronize()
         torch.full((2**30,), float("nan"), device=device)
 
 
 def _runner(problem: Problem, contender) -> Callable[[], Tensors]:
-    wanted = [leaf for leaf in problem.leaves if leaf.requires_grad]
+    inputs = [leaf for leaf in problem.leaves if leaf.requires_grad]
 
     def parts() -> Tensors:
         out = contender(*problem.leaves)
@@ -155,29 +179,29 @@ def _runner(problem: Problem, contender) -> Callable[[], Tensors]:
         upstream = problem.upstream
         if len(out) > 1:
             upstream = upstream.split([part.shape[-1] for part in out], dim=-1)
-        return [*(part.detach() for part in out), *torch.autograd.grad(out, wanted, upstream)]
+        return [*(part.detach() for part in out), *torch.autograd.grad(out, inputs, upstream)]
 
     return forward if problem.upstream is None else both
 
 
-def _repeatable(problem: Problem, contender, device: torch.device) -> tuple[Callable[[], object], int]:
-    """What is timed, and how many times it holds the problem."""
+def _timed_function(problem: Problem, contender, device: torch.device) -> tuple[Callable[[], object], int]:
+    """The function that is timed, and how many times it runs the problem."""
     if device.type != "cuda" or getattr(contender, "waits_for_device", False):
         return _runner(problem, contender), 1
     return _captured(problem, contender), problem.copies
 
 
-def _side_by_side(functions: list[Callable[[], object]], device: torch.device, quick: bool) -> list[float]:
-    """Median ms of each. On a GPU one call of each after the other, in an order that changes: products slow it down by
-    several percent for those who come next, so that no two that are timed one after the other could be compared.
+def _interleaved(functions: list[Callable[[], object]], device: torch.device, quick: bool) -> list[float]:
+    """Median ms of each. On a GPU the calls are interleaved in an order that changes: matrix products slow the device
+    down by several percent for what follows, so that functions timed one after another could not be compared.
     """
     if device.type != "cuda":
         return [median_ms(function, device, quick) for function in functions]
-    cache = torch.empty(2**28, dtype=torch.int8, device=device)  # five times an H100's: what calls left there is gone
+    cache = torch.empty(2**28, dtype=torch.int8, device=device)  # five times that of an H100
 
     def once(function) -> tuple[torch.cuda.Event, torch.cuda.Event]:
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        cache.zero_()
+        cache.zero_()  # evicts what the last call left
         start.record()
         function()
         end.record()
@@ -188,18 +212,18 @@ def _side_by_side(functions: list[Callable[[], object]], device: torch.device, q
         return [[start.elapsed_time(end) for start, end in turn] for turn in turns]
 
     estimate = sum(statistics.median(turn) for turn in elapsed([[once(f) for _ in range(3)] for f in functions]))
-    n_calls = min(_MOST_CALLS, max(9, int((50 if quick else _MILLISECONDS) / estimate)))
+    n_calls = min(_MAX_CALLS, max(9, int((50 if quick else _MILLISECONDS) / estimate)))
     turns: list[list] = [[] for _ in functions]
-    shuffled = random.Random(0)
+    shuffle = random.Random(0)
     for _ in range(n_calls):
-        for i in shuffled.sample(range(len(functions)), len(functions)):
+        for i in shuffle.sample(range(len(functions)), len(functions)):
             turns[i].append(once(functions[i]))
     return [statistics.median(turn) for turn in elapsed(turns)]
 
 
 def _captured(problem: Problem, contender) -> Callable[[], None]:
-    """Replays the problem on copies of the leaves, one after the other. Copies that together exceed the cache leave
-    nothing in it for the next to find, and the launch of the graph is shared among them."""
+    """A function that replays the problem on copies of the leaves. Copies that together exceed the cache find nothing
+    in it, and share the launch of the graph."""
     copies = [
         [leaf.detach().clone().requires_grad_(leaf.requires_grad) for leaf in problem.leaves]
         for _ in range(problem.copies)
@@ -213,14 +237,14 @@ def _captured(problem: Problem, contender) -> Callable[[], None]:
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
-        for _ in range(2):  # kernels are compiled and chosen before the capture
+        for _ in range(2):  # kernels are compiled and tuned before the capture
             all_runs()
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         all_runs()
 
-    def replay(_kept=copies) -> None:  # their memory is read every time
+    def replay(_copies=copies) -> None:  # the graph reads their memory
         graph.replay()
 
     return replay
@@ -239,7 +263,7 @@ def _peak(device: torch.device) -> int:
 
 @dataclass
 class Op:
-    """The cases of one op: shapes to report, small ones to try the script on, and the problems they make."""
+    """The cases of one op: shapes to report, small ones to try the script with, and their problems."""
 
     name: str
     shapes: list[tuple]

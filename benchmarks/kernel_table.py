@@ -1,4 +1,4 @@
-"""The kernels of a profiled function by time, each beside the floor that the device's ceilings set."""
+"""The kernels of a profiled function by time, each with the floor that the measured rates of the device set."""
 
 import json
 import math
@@ -21,18 +21,23 @@ _BYTES = {
     "unsigned char": 1,
     "double": 8,
 }
-_NEAR = 0.8  # of the floor
+_NEAR = 0.8  # fraction of the floor
 
-# Kernels of `fusedlm.ops`, by the op that launches them. These multiply matrices:
-PRODUCTS = {"relu2_mlp": ("_up_kernel", "_down_backward_kernel"), "rmsnorm_linear": ("_product_kernel",)}
-# These read and write a matrix so many times: the logits, the heads, x, half of the packed projection.
+# Kernels of `fusedlm.ops`, by the op that launches them. These compute matrix products:
+PRODUCTS = {"relu2_mlp": ("_up_kernel", "_down_backward_kernel"), "rmsnorm_linear": ("_scaled_matmul_kernel",)}
+# These read or write a matrix so many times: the logits, the heads, x, half of the packed projection.
 PASSES = {
-    "softcap_cross_entropy": {"forward_kernel": 1, "backward_kernel": 2, "both_kernel": 2, "whole_rows_kernel": 2},
+    "softcap_cross_entropy": {
+        "forward_kernel": 1,
+        "backward_kernel": 2,
+        "loss_and_gradient_kernel": 2,
+        "full_rows_kernel": 2,
+    },
     "differential_combine": {"_forward_kernel": 3, "_backward_kernel": 5},
     "rmsnorm_linear": {"_normalise_kernel": 2, "_backward_kernel": 4},
     "swiglu_mlp": {"_forward_kernel": 3, "_backward_kernel": 6},
 }
-_LOSSES_ALONE = (
+_LOSSES_ONLY = (
     "fusedlm::softcap_cross_entropy",
     "fusedlm::reduced_softcap_cross_entropy_loss",
     "fusedlm::linear_softcap_cross_entropy_losses",
@@ -47,7 +52,7 @@ class Row:
     op: str  # what launched it
     calls: int
     milliseconds: float
-    floor_ms: float | None  # None: neither products nor the sizes of its arguments are known
+    floor_ms: float | None  # None: neither its FLOPs nor its bytes are known
 
     @property
     def share_of_floor(self) -> float | None:
@@ -55,7 +60,7 @@ class Row:
 
 
 def kernel_table(function: Callable[[], object], ceilings: Ceilings) -> list[Row]:
-    """The kernels of one call on the current CUDA device, the heaviest first."""
+    """The kernels of one call on the current CUDA device, the slowest first."""
     activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
     with torch.profiler.profile(activities=activities, record_shapes=True) as profile:
         function()
@@ -67,8 +72,8 @@ def kernel_table(function: Callable[[], object], ceilings: Ceilings) -> list[Row
 
 
 def rows_of(events: list[dict], ceilings: Ceilings) -> list[Row]:
-    """From the events of a Chrome trace: a kernel's floor is that of the op which launched it, once a launch of the op
-    however many of its calls that took."""
+    """From the events of a Chrome trace. A kernel's floor is that of the op that launched it, counted once per call of
+    the op, however many launches it took."""
     launched_by = {
         event["args"]["External id"]: event
         for event in events
@@ -83,7 +88,7 @@ def rows_of(events: list[dict], ceilings: Ceilings) -> list[Row]:
         op = launched_by.get(number)
         name = event["name"]
         by = op["name"] if op else ""
-        # Our kernels have short names, of which one may stand in several ops.
+        # Kernels of several of our ops may have the same name.
         row = rows.setdefault((name, by if by.startswith("fusedlm::") else ""), Row(name, by, 0, 0.0, 0.0))
         row.calls += 1
         row.milliseconds += event["dur"] / 1e3
@@ -97,8 +102,8 @@ def rows_of(events: list[dict], ceilings: Ceilings) -> list[Row]:
 
 
 def summary(rows: list[Row]) -> dict:
-    """Of all kernels: the ten heaviest, the shares of time near the floor and of unknown floor, and by what launched
-    them the time and how much of it is above floors that are known."""
+    """Of all kernels: the ten slowest, the fractions of time near the floor and of unknown floor, and for each kind of
+    op its time and how much of it is above known floors."""
     total = sum(row.milliseconds for row in rows)
     near = sum(r.milliseconds for r in rows if r.share_of_floor is not None and r.share_of_floor >= _NEAR)
     unknown = sum(row.milliseconds for row in rows if row.floor_ms is None)
@@ -141,7 +146,7 @@ def _floor_ms(kernel: str, op: dict, ceilings: Ceilings) -> float | None:
     if op["name"].startswith("fusedlm::"):
         moved = _moved_by_ours(kernel, op["name"], dims)
     elif "_fused_adamw" in op["name"]:
-        moved = sum(map(math.prod, dims[0])) * 28  # weights and both moments read and written, gradients read
+        moved = sum(map(math.prod, dims[0])) * 28  # weights and both moments are read and written, gradients read
     elif kernel.startswith("triton_"):
         moved = _bytes(dims, types)
     else:
@@ -150,12 +155,12 @@ def _floor_ms(kernel: str, op: dict, ceilings: Ceilings) -> float | None:
 
 
 def _bytes(dims, types) -> int:
-    """Of the tensors among the arguments, each counted once."""
+    """Bytes of the tensor arguments, each counted once."""
     return sum(math.prod(size) * _BYTES.get(kind, 0) for size, kind in zip(dims, types, strict=True) if size)
 
 
 def _flops(op: str, dims) -> float | None:
-    """Of a matrix product or of causal attention."""
+    """FLOPs of a matrix product or of causal attention."""
     if op in ("aten::mm", "aten::bmm"):
         return 2.0 * math.prod(dims[0]) * dims[1][-1]
     if op == "aten::addmm":
@@ -163,20 +168,20 @@ def _flops(op: str, dims) -> float | None:
     if "attention" in op and len(dims) > 2:
         tensors = [size for size in dims if len(size) == 4]
         if "backward" in op:
-            (*_, width_v), q, k = tensors[:3]  # the upstream gradient comes first
-            return 2.5 * _attention_flops(q, k, width_v)
+            (*_, value_dim), q, k = tensors[:3]  # the upstream gradient comes first
+            return 2.5 * _attention_flops(q, k, value_dim)
         return _attention_flops(tensors[0], tensors[1], tensors[2][-1])
     return None
 
 
-def _attention_flops(q, k, width_v: int) -> float:
-    """Causal, (B, H, T, E)."""
-    batch, heads, n_queries, width = q
-    return 1.0 * batch * heads * n_queries * k[2] * (width + width_v)
+def _attention_flops(q, k, value_dim: int) -> float:
+    """FLOPs of causal attention, q and k (B, H, T, E)."""
+    batch, heads, n_queries, head_dim = q
+    return 1.0 * batch * heads * n_queries * k[2] * (head_dim + value_dim)
 
 
 def _flops_of_ours(kernel: str, op: str, dims) -> float | None:
-    """Of the kernels of `fusedlm.ops` that multiply matrices: x (N, D) with a weight of as many rows as are made."""
+    """FLOPs of the kernels of `fusedlm.ops` that multiply matrices, x (N, D) and a weight (H, D)."""
     if not any(op.startswith(f"fusedlm::{name}") and kernel in kernels for name, kernels in PRODUCTS.items()):
         return None
     if "relu2_mlp" in op:
@@ -187,19 +192,19 @@ def _flops_of_ours(kernel: str, op: str, dims) -> float | None:
 
 
 def _moved_by_ours(kernel: str, op: str, dims) -> int | None:
-    """Bytes of the kernels of `fusedlm.ops` that go over a matrix in bfloat16."""
+    """Bytes that the kernels of `fusedlm.ops` read and write of a bfloat16 matrix."""
     family = next((name for name in PASSES if name in op), None)
     passes = PASSES.get(family, {}).get(kernel)
     if passes is None:
         return None
     matrices = [size for size in dims if len(size) >= 2]
     if family == "softcap_cross_entropy":
-        if op in _LOSSES_ALONE:
-            passes = 1  # whole rows without a gradient, too
-        numbers = matrices[0][0] * matrices[1][0] if "linear" in op else math.prod(matrices[0])
+        if op in _LOSSES_ONLY:
+            passes = 1  # full_rows_kernel too
+        elements = matrices[0][0] * matrices[1][0] if "linear" in op else math.prod(matrices[0])
     elif family == "swiglu_mlp":
         x, w_gate_up = matrices[1:3] if "backward" in op else matrices[:2]
-        numbers = x[0] * w_gate_up[0] // 2
+        elements = x[0] * w_gate_up[0] // 2
     else:
-        numbers = math.prod(matrices[1] if op == "fusedlm::rmsnorm_linear_backward" else matrices[0])
-    return 2 * passes * numbers or None
+        elements = math.prod(matrices[1] if op == "fusedlm::rmsnorm_linear_backward" else matrices[0])
+    return 2 * passes * elements or None

@@ -3,9 +3,9 @@
     python benchmarks/recall.py [--out FILE] [--only attention gdn] [--seeds 0 1] [--device cpu]
 
 Two probes of fusedlm.probes: multi-query associative recall, and retrieval of a sentence planted in presidents'
-speeches, for which a model that has read nothing else is taught. What is done is written to the file at once and is not
-done again; plots are drawn beside it. A model takes minutes on one core, and one that does not solve a probe has not
-solved it within those steps: of 1000 steps of the first, mamba2 makes nothing, and of 3000 it does.
+speeches, on which a new model is trained directly. Each result is written to the file at once and is not computed
+again; plots are drawn beside it. A model takes minutes on one core. One that does not solve a probe has not solved it
+within these steps: mamba2 does not solve the first in 1000 steps, and does in 3000.
 """
 
 import argparse
@@ -26,10 +26,10 @@ from fusedlm.model import build_model
 from fusedlm.model.accounting import count_parameters
 from fusedlm.model.precision import resolve_device, resolve_dtype
 from fusedlm.nn.mixers import MIXERS
-from fusedlm.probes import Recall, probe_mqar, probe_needle, teach
+from fusedlm.probes import Recall, finetune, probe_mqar, probe_needle
 from fusedlm.probes.needle import training_texts
 from fusedlm.probes.plots import needle_plot, recall_plot
-from fusedlm.train.hardware import environment, numerics
+from fusedlm.runs.hardware import environment, numerics
 
 DIM, LAYERS = 64, 4
 BLOCKS = {
@@ -45,15 +45,15 @@ PATTERNS = {name: [name] for name in BLOCKS} | {
     "gdn 3 : mla 1": ["gdn", "gdn", "gdn", "mla"],
     "attention 1 : sdla 1": ["attention", "sdla"],
 }
-ATTENTION_HIDDEN = 128  # width of the feed-forward beside attention, whose parameters the others come close to
-# Few pairs among many: models learn to look up on them first, and latent attention on nothing less.
+ATTENTION_HIDDEN = 128  # feed-forward of the attention model; the others are given about its parameters
+# The easy sequences of few pairs are where models learn to look up first; latent attention needs them.
 RECALL = {"pairs": [4, 8, 16, 32, 64], "n_keys": 128, "n_values": 64}
 NEEDLE = {"trained_length": 128, "vocab_size": 512, "batch_tokens": 4096}
 PROBES = ("mqar", "needle")
 
 
 def model_config(name: str, hidden: int) -> ModelConfig:
-    """Layers of a pattern's mixers, each followed by a SwiGLU of that hidden width."""
+    """A pattern's mixers, each with a SwiGLU of that hidden width."""
     letters = dict(zip(dict.fromkeys(PATTERNS[name]), "ab", strict=False))
     blocks = {
         letter: {"mixer": yaml.safe_load(BLOCKS[mixer]), "ffn": {"type": "swiglu", "hidden": hidden}}
@@ -64,7 +64,7 @@ def model_config(name: str, hidden: int) -> ModelConfig:
 
 
 def equal_hidden(name: str, vocab_size: int) -> int:
-    """The hidden width with which a model comes closest to the parameters of attention's."""
+    """The hidden width whose parameters are closest to those of the attention model."""
 
     def parameters(name: str, hidden: int) -> int:
         return count_parameters(build_model(model_config(name, hidden), vocab_size=vocab_size, device="meta")).total
@@ -93,10 +93,9 @@ def run_needle(name: str, seed: int, settings: dict, device: torch.device, dtype
     data = prepare(DataConfig(tokenizer=BPETokenizerConfig(vocab_size=NEEDLE["vocab_size"])))
     tokenizer, trained_length = data.tokenizer, NEEDLE["trained_length"]
     hidden = equal_hidden(name, tokenizer.vocab_size)
-    torch.manual_seed(seed)
-    model = build_model(model_config(name, hidden), vocab_size=tokenizer.vocab_size, device=device, dtype=dtype)
+    model = build_model(model_config(name, hidden), vocab_size=tokenizer.vocab_size, device=device, seed=seed)
     texts = training_texts(data.train, seq_len=trained_length, eot_id=tokenizer.eot_id, seed=seed)
-    model, losses = teach(
+    model, losses = finetune(
         model,
         texts,
         tokenizer,
@@ -124,7 +123,7 @@ def run_needle(name: str, seed: int, settings: dict, device: torch.device, dtype
 
 
 def open_record(path: Path, settings: dict, device: torch.device, dtype: torch.dtype) -> dict:
-    """The record so far, or a new one."""
+    """The existing record, or a new one."""
     if not path.exists():
         found = environment(device, dtype)
         return {
@@ -173,13 +172,13 @@ def main() -> None:
     arguments = parser.parse_args()
     wanted = {mixer for name in arguments.only for mixer in PATTERNS[name]}
     if missing := sorted(wanted - set(MIXERS)):
-        sys.exit(f"error: there is no mixer {', '.join(missing)}; the registry has {', '.join(MIXERS)}")
+        sys.exit(f"error: unknown mixer {', '.join(missing)}; the registry has {', '.join(MIXERS)}")
     settings = {"dim": DIM, "layers": LAYERS, "blocks": BLOCKS, "recall": RECALL, "needle": NEEDLE}
     settings |= {
         key: getattr(arguments, key) for key in ("mqar_steps", "mqar_lr", "needle_steps", "needle_lr", "needle_samples")
     }
     device = resolve_device(arguments.device)
-    # Float32 everywhere: the models are too small for bfloat16 to save time, and the probe is not of precision.
+    # float32 everywhere: the models are too small to be faster in bfloat16.
     dtype = resolve_dtype("float32", device)
     record = open_record(arguments.out, settings, device, dtype)
     done = {(entry["probe"], entry["model"], entry["seed"]) for entry in record["entries"]}

@@ -1,8 +1,9 @@
-"""Record what an experiment found as one JSON file for benchmarks/results/experiments.
+"""Record the results of an experiment as one JSON file for benchmarks/results/experiments.
 
     python benchmarks/record_experiment.py RUNS/NAME benchmarks/results/experiments/NAME.json --command "fusedlm ..."
 
-What `fusedlm compare` wrote to results.json, without the recipes, which the experiment's file and the command give.
+The record is results.json as `fusedlm compare` wrote it, without the recipes: the experiment's file and the command
+give them.
 """
 
 import argparse
@@ -26,8 +27,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("folder", type=Path)
     parser.add_argument("out", type=Path)
-    parser.add_argument("--command", required=True, help="what was run, for the reader who wants to repeat it")
-    parser.add_argument("--note", help="what the reader of the results page must know besides")
+    parser.add_argument("--command", required=True, help="the command that made the experiment")
+    parser.add_argument("--note", help="a remark for the results page")
     arguments = parser.parse_args()
     record = summarise(arguments.folder, arguments.command, arguments.note)
     arguments.out.parent.mkdir(parents=True, exist_ok=True)

@@ -1,8 +1,9 @@
-"""Record what a finished run measured as one JSON file for benchmarks/results.
+"""Record the measurements of a finished run as one JSON file for benchmarks/results.
 
     python benchmarks/record_run.py RUN benchmarks/results/NAME.json --command "fusedlm train ..."
 
-Rates are medians over the steps after the first tenth, which compile and warm up; the loader's share is of the sum.
+Rates are medians over the steps after the first tenth, in which kernels compile and clocks settle. The loader's
+fraction is of the total time of those steps.
 """
 
 import argparse
@@ -44,6 +45,8 @@ def summarise(run: Path, name: str, command: str) -> dict:
         "best_val_bpb": best["val_bpb"],
         "best_val_nll_per_token": best["val_nll_per_token"],
         "best_step": best["step"],
+        "val_window": best.get("val_window"),
+        "val_stride": best.get("val_stride"),
         "validation": [[record["step"], record["val_bpb"], record["val_nll_per_token"]] for record in validations],
     }
 
@@ -57,7 +60,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("run", type=Path)
     parser.add_argument("out", type=Path)
-    parser.add_argument("--command", required=True, help="what was run, for the reader who wants to repeat it")
+    parser.add_argument("--command", required=True, help="the command that made the run")
     arguments = parser.parse_args()
     record = summarise(arguments.run, arguments.out.stem, arguments.command)
     arguments.out.write_text(json.dumps(record, indent=1) + "\n")

@@ -1,10 +1,11 @@
-"""Time the ops beside eager PyTorch, torch.compile and other libraries, in one run on one device.
+"""Time the ops against eager PyTorch, torch.compile and other libraries, in one run on one device.
 
     python benchmarks/run.py [op ...] [--quick] [--device cuda] [--out FILE]
 
-Every contender is checked against float64 first, and one that is wrong gets no time. The floor is the fewest bytes over
-the bandwidth of a copy, or the FLOPs over the rate of a large product, whichever takes longer; both are measured in the
-same run. --quick takes tiny shapes, to try the script where there is no GPU (TRITON_INTERPRET=1).
+Every contender is checked against float64 first. A kernel of ours that is less exact than twice eager PyTorch has no
+time; a peer's time is marked and shown with its error. The floor is the time of the fewest bytes at the bandwidth of a
+copy, or of the FLOPs at the rate of a large matrix product, whichever is longer; both rates are measured in the same
+run. --quick uses tiny shapes, to try the script where there is no GPU (TRITON_INTERPRET=1).
 """
 
 import argparse
@@ -22,26 +23,24 @@ from benchmarks.cases import OPS  # noqa: E402
 from benchmarks.harness import Ceilings, Measured, Problem, measure, measure_ceilings  # noqa: E402
 from fusedlm.files import write_atomic  # noqa: E402
 from fusedlm.model.precision import resolve_device, resolve_dtype  # noqa: E402
-from fusedlm.train.hardware import environment  # noqa: E402
+from fusedlm.runs.hardware import environment  # noqa: E402
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("ops", nargs="*", metavar="op", help=f"of {', '.join(OPS)}; none: all")
+    parser.add_argument("ops", nargs="*", metavar="op", help=f"{', '.join(OPS)}; default: all")
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
     if unknown := [name for name in arguments.ops if name not in OPS]:
-        parser.error(f"no op {', '.join(unknown)}; there are {', '.join(OPS)}")
+        parser.error(f"unknown op {', '.join(unknown)}; one of {', '.join(OPS)}")
     device = resolve_device(arguments.device)
     dtype = resolve_dtype("auto", device)
     torch.manual_seed(0)
     ceilings = measure_ceilings(device, dtype, arguments.quick)
-    print(
-        f"copy {ceilings.bytes_per_second / 1e9:,.0f} GB/s, product {ceilings.flops_per_second / 1e12:,.1f} TFLOP/s",
-        flush=True,
-    )
+    rates = f"copy {ceilings.bytes_per_second / 1e9:,.0f} GB/s, matrix product "
+    print(f"{rates}{ceilings.flops_per_second / 1e12:,.1f} TFLOP/s", flush=True)
     command = ["python benchmarks/run.py", *arguments.ops, *(["--quick"] if arguments.quick else [])]
     record = {"name": "ops", "command": " ".join(command), "environment": environment(device, dtype)}
     record |= {"ceilings": asdict(ceilings), "cases": []}
@@ -56,7 +55,7 @@ def main() -> None:
             torch._dynamo.reset()
             if device.type == "cuda":
                 torch.cuda.empty_cache()
-            if arguments.out:  # each time: a run that is stopped has measured something
+            if arguments.out:  # after every shape, so that a run that is stopped leaves a record
                 write_atomic(arguments.out, json.dumps(record, indent=1) + "\n")
 
 
@@ -77,12 +76,14 @@ def _lines(case: dict) -> str:
     lines = [f"{case['op']}  {case['shape']}  {case['dtype']}  {case['direction']}  floor {case['floor_ms']:.4f} ms"]
     for one in case["contenders"]:
         error = f"error {max(one['errors']):.1e}" if one["errors"] else ""
+        if (one["error_over_bound"] or 0) > 1:
+            error += f", less exact: up to {one['error_over_bound']:.2g} times the bound"
         if one["milliseconds"] is None:
             lines.append(f"  {one['name']:15} {one['reason']} {error}")
             continue
         extra = "" if one["extra_mib"] is None else f"  +{one['extra_mib']:,.0f} MiB"
-        share = case["floor_ms"] / one["milliseconds"]
-        lines.append(f"  {one['name']:15} {one['milliseconds']:9.4f} ms  {share:6.1%} of the floor  {error}{extra}")
+        fraction = case["floor_ms"] / one["milliseconds"]
+        lines.append(f"  {one['name']:15} {one['milliseconds']:9.4f} ms  {fraction:6.1%} of the floor  {error}{extra}")
     return "\n".join(lines)
 
 

@@ -1,11 +1,11 @@
-"""Time one training step of a recipe by parts, on random tokens.
+"""Time the parts of one training step of a recipe, on random tokens.
 
     python benchmarks/train_step.py recipes/gpt-350m.yaml [key=value ...] [--documents 1024] [--profile] [--json FILE]
 
-Prints the median of forward + backward of a micro-batch (as a CUDA graph where the recipe says so) and of the
-optimizer, the model-FLOPs utilisation that they give for the recipe's batch, peak memory and, with --profile, the
-kernels of a whole step beside their floors. Whole runs with a loader are measured by the metrics of `fusedlm train`;
-this shows where a step's time goes.
+Prints the median time of forward + backward of a micro-batch (as a CUDA graph if the recipe sets it) and of the
+optimizer, the resulting model-FLOPs utilisation at the recipe's batch size, peak memory and, with --profile, the
+kernels of a full step with their floors. The metrics of `fusedlm train` measure full runs with a loader; this shows
+where the time of a step goes.
 """
 
 import argparse
@@ -28,8 +28,10 @@ from fusedlm.config import Recipe  # noqa: E402
 from fusedlm.model.accounting import count_parameters, training_flops_per_token  # noqa: E402
 from fusedlm.model.precision import autocast, resolve_device, resolve_dtype  # noqa: E402
 from fusedlm.optim import build_optimizer  # noqa: E402
+from fusedlm.runs.backends import use_backends  # noqa: E402
+from fusedlm.runs.hardware import numerics, peak_flops  # noqa: E402
 from fusedlm.train.cuda_graph import CapturedBackward  # noqa: E402
-from fusedlm.train.hardware import peak_flops  # noqa: E402
+from fusedlm.train.micro_batch import forward_backward  # noqa: E402
 
 
 def main() -> None:
@@ -37,20 +39,23 @@ def main() -> None:
     parser.add_argument("recipe")
     parser.add_argument("overrides", nargs="*")
     parser.add_argument("--vocab-size", type=int, default=50257)
-    parser.add_argument("--documents", type=int, help="mean document length; without it every row is one document")
+    parser.add_argument("--documents", type=int, help="mean document length; default: every row is one document")
     parser.add_argument("--repeats", type=int, default=8)
     parser.add_argument("--profile", action="store_true")
     parser.add_argument("--json")
     arguments = parser.parse_intermixed_args()
     if arguments.profile and not torch.cuda.is_available():
         parser.error("--profile needs a CUDA device")
-    result = measure(
-        load_recipe(arguments.recipe, arguments.overrides),
-        vocab_size=arguments.vocab_size,
-        mean_document=arguments.documents,
-        repeats=arguments.repeats,
-        profiled=arguments.profile,
-    ) | {"overrides": arguments.overrides}
+    try:
+        result = measure(
+            load_recipe(arguments.recipe, arguments.overrides),
+            vocab_size=arguments.vocab_size,
+            mean_document=arguments.documents,
+            repeats=arguments.repeats,
+            profiled=arguments.profile,
+        ) | {"overrides": arguments.overrides}
+    except ValueError as error:
+        parser.error(str(error))
     for key, value in result.items():
         if key != "profile":
             print(f"{key:28} {value:,.4g}" if isinstance(value, float) else f"{key:28} {value}")
@@ -60,63 +65,79 @@ def main() -> None:
 
 
 def measure(recipe: Recipe, *, vocab_size: int, mean_document: int | None, repeats: int, profiled: bool) -> dict:
-    train = recipe.train
-    device = resolve_device(train.device)
-    dtype = resolve_dtype(train.dtype, device)
-    if dtype == torch.bfloat16:
-        torch.set_float32_matmul_precision("high")
+    """The result of one recipe, as `--json` writes it.
+
+    Args:
+        mean_document: documents of this mean length; None: every row is one document.
+        profiled: whether to profile a step; needs a CUDA device.
+
+    Raises:
+        ValueError: the recipe cannot run here, or has `runtime.cuda_graph` with documents or on the CPU.
+    """
+    device = resolve_device(recipe.runtime.device)
+    dtype = resolve_dtype(recipe.runtime.dtype, device)
+    if recipe.runtime.cuda_graph and (mean_document or device.type != "cuda"):
+        why = "does not go with --documents" if mean_document else f"needs a CUDA device, not {device.type}"
+        raise ValueError(f"runtime.cuda_graph=true: {why}; set runtime.cuda_graph=false")
+    with numerics(device, dtype, recipe.runtime.deterministic):
+        return _measure(recipe, device, dtype, vocab_size, mean_document, repeats, profiled)
+
+
+def _measure(recipe: Recipe, device, dtype, vocab_size: int, mean_document, repeats: int, profiled: bool) -> dict:
+    train, runtime = recipe.train, recipe.runtime
     torch.manual_seed(train.seed)
-    model = build_model(recipe.model, vocab_size=vocab_size, device=device, dtype=dtype)
-    for name, choice in model.implementations.items():
-        print(f"{name}: {choice.name} ({choice.reason})")
+    model = build_model(recipe.model, vocab_size=vocab_size, device=device, seed=train.seed)
+    backends = use_backends(model, runtime, device, dtype, strict=True)
+    for name, selection in backends.items():
+        print(f"{name}: {selection.backend} ({selection.reason})")
     optimizer = build_optimizer(model, train.optimizer, device)
-    if train.recompute == "mixer":
+    if runtime.recompute == "mixer":
         model.recompute_mixers()
-    if train.compile:
+    if runtime.compile:
         model.compile_blocks()
+    model.train()
     rows = train.micro_batch_size or train.batch_size
     tokens = torch.randint(vocab_size, (rows, train.seq_len + 1), device=device)
+    tokens, targets = tokens[:, :-1], tokens[:, 1:]
     documents = None
     if mean_document:
         documents = (torch.rand(rows, train.seq_len, device=device) < 1 / mean_document).long().cumsum(1)
-
+    loss_weight = torch.full((), train.batch_size * train.seq_len, dtype=torch.float64, device=device).reciprocal()
+    batch_weight = rows / train.batch_size
     context = partial(autocast, device, dtype)
-    n_valid = train.batch_size * train.seq_len
-    captured = CapturedBackward(model, context, accumulates=rows < train.batch_size) if train.cuda_graph else None
+    captured = CapturedBackward(model, context, accumulates=rows < train.batch_size) if runtime.cuda_graph else None
 
     def plain():
-        with context():
-            weight = torch.full((), 1 / n_valid, device=device)
-            loss = model.weighted_loss(tokens[:, :-1], tokens[:, 1:], weight, documents)
-        loss.backward()
+        weights = {"loss_weight": loss_weight, "batch_weight": batch_weight}
+        return forward_backward(model, tokens, documents, targets, autocast=context, **weights)
 
-    def forward_backward():
-        if captured is None or not optimizer.state:  # as in training, captured when the optimizer has its moments
+    def micro_batch():
+        if captured is None or not optimizer.state:  # as in training, captured once the optimizer has its state
             return plain()
-        return captured(tokens[:, :-1], tokens[:, 1:], n_valid)
+        return captured(tokens, targets, loss_weight, batch_weight)
 
     started = time.perf_counter()
-    forward_backward()
+    micro_batch()
     optimizer.step()
     _synchronize(device)
     compile_seconds = time.perf_counter() - started
     for _ in range(2):
-        forward_backward()
+        micro_batch()
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
-    micro = _median_seconds(forward_backward, device, repeats)
+    micro = _median_seconds(micro_batch, device, repeats)
     update = _median_seconds(optimizer.step, device, repeats)
     peak_bytes = torch.cuda.max_memory_allocated() if device.type == "cuda" else None
     profile = None
     if profiled:
 
-        def whole_step():
+        def full_step():
             plain()
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
 
-        whole_step()  # now without gradients to add to, as in training
-        profile = summary(kernel_table(whole_step, measure_ceilings(device, dtype, quick=False)))
+        full_step()  # the next one has no gradients to accumulate into, as in training
+        profile = summary(kernel_table(full_step, measure_ceilings(device, dtype, quick=False)))
         _print_profile(profile)
     n_micro = train.batch_size // rows
     step = n_micro * micro + update
@@ -136,7 +157,7 @@ def measure(recipe: Recipe, *, vocab_size: int, mean_document: int | None, repea
         "mfu": tokens_per_second * flops / peak if peak else None,
         "peak_memory_gib": None if peak_bytes is None else peak_bytes / 2**30,
         "first_step_seconds": compile_seconds,
-        "implementations": {name: choice.name for name, choice in model.implementations.items()},
+        "backends": {name: selection.backend for name, selection in backends.items()},
     } | ({} if profile is None else {"profile": profile})
 
 

@@ -4,11 +4,11 @@ import importlib
 
 __version__ = "0.1.0"
 
-# Resolved on first use, so that `import fusedlm` and `fusedlm --help` do not wait for torch.
+# Resolved on first use: `import fusedlm` and `fusedlm --help` do not import torch.
 _EXPORTS = {
     "load_recipe": "fusedlm.config",
     "build_model": "fusedlm.model",
-    "load": "fusedlm.train.run",
+    "load": "fusedlm.runs",
 }
 __all__ = ["__version__", *_EXPORTS]
 

@@ -1,4 +1,4 @@
-"""Files and folders that survive a crash: written aside, flushed to the disk, renamed."""
+"""Files that survive a crash: written under a temporary name, flushed to the disk, renamed."""
 
 import os
 from pathlib import Path
@@ -14,10 +14,10 @@ def sync(path: Path) -> None:
 
 
 def write_atomic(path: Path, content: str | bytes) -> None:
-    """Replace the file by bytes, or by text as UTF-8: after a crash it holds the old content or the new, never a part.
+    """Replace a file by bytes, or by text as UTF-8. After a crash it holds either the old or the new content.
 
     Raises:
-        OSError: the folder cannot be written; the file is as it was.
+        OSError: the folder cannot be written; the file is unchanged.
     """
     temporary = path.with_name(path.name + ".tmp")
     try:

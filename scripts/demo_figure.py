@@ -2,7 +2,7 @@
 
     python scripts/demo_figure.py runs/demo
 
-Training loss and held-out bits per byte against tokens. For scale, a line at what xz -9e needs for the whole corpus.
+Training loss and held-out bits per byte over tokens, with a line at the bits per byte of xz -9e on the full corpus.
 """
 
 import lzma

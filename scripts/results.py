@@ -1,7 +1,7 @@
 """Write docs/results.md and the table of README.md from the records in benchmarks/results.
 
-A record is what benchmarks/record_run.py makes of a finished run, or benchmarks/record_experiment.py of an experiment;
-its note says so where it was made otherwise.
+benchmarks/record_run.py makes a record of a finished run, benchmarks/record_experiment.py of an experiment. A record
+that was made differently has a note.
 """
 
 import json
@@ -18,13 +18,13 @@ EXTENSION = "benchmarks/results/probes/extend.json"  # as `fusedlm eval RUN --pr
 RECALL = "benchmarks/results/recall.json"  # as benchmarks/recall.py wrote it, plots beside it
 OTHERS = (EXTENSION, RECALL, OPS, STEPS)
 BEGIN, END = "<!-- results -->\n", "<!-- end of results -->\n"
-# The rows of the README: recipe, what is measured, and how it is read from a record.
+# Rows of the README's table: recipe, measurement, and a function that reads it from a record.
 HEADLINES = [
     ("demo", "held-out bits per byte", lambda r: f"{r['val_bpb']:.3f}"),
-    # A token is a byte there, and the text is ASCII: nats a token are nats a character.
+    # Tokens are bytes and the text is ASCII: nats per token are nats per character.
     (
         "shakespeare",
-        "lowest validation loss, nats a character (the recipe was chosen by it)",
+        "lowest validation loss, nats per character (the recipe was chosen by it)",
         lambda r: f"{r['best_val_nll_per_token']:.4f}",
     ),
     ("gpt-350m", "model-FLOPs utilisation", lambda r: f"{r['mfu']:.1%}"),
@@ -43,11 +43,11 @@ COLUMNS = [
     "val bpb",
     "val nats/token",
 ]
-# Of an experiment: column, key of a variant's summary over seeds, and how a value is written.
+# Columns of an experiment: title, key of a variant's summary over seeds, and format.
 MEASURES = [
     ("train loss, last 10 steps", "train_loss_last_10", lambda x: f"{x:.4f}"),
     ("validation loss", "val_loss", lambda x: f"{x:.4f}"),
-    ("lowest on the way", "best_val_loss", lambda x: f"{x:.4f}"),
+    ("lowest during training", "best_val_loss", lambda x: f"{x:.4f}"),
     ("bits per byte", "val_bpb", lambda x: f"{x:.4f}"),
     ("FFN FLOPs", "ffn_flops_share", lambda x: f"{x:.1%}"),
     ("tokens/s", "tokens_per_second", lambda x: f"{x:,.0f}"),
@@ -55,22 +55,22 @@ MEASURES = [
 ]
 HEADER = """# Results
 
-Written by `python scripts/results.py` from the records in benchmarks/results, which `python benchmarks/record_run.py`
-makes of finished runs, or whose note says how else they were made. Rates are medians over the steps after the first
-tenth. Utilisation is counted as decisions.md says. Bits per byte are on the recipe's own held-out text, so they compare
-where that text is the same.
+Written by `python scripts/results.py` from the records in benchmarks/results. `python benchmarks/record_run.py` makes
+records of finished runs; a record that was made differently has a note. Rates are medians over the steps after the
+first tenth. decisions.md defines utilisation. Bits per byte are on the validation text of the recipe, and are
+comparable only between recipes with the same text.
 
 """
 
 
 def read_records(folder: Path) -> list[dict]:
-    """The records of training runs, by name."""
+    """Records of training runs, sorted by name."""
     records = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*.json"))]
     return sorted((r for r in records if isinstance(r, dict) and "val_bpb" in r), key=lambda r: r["name"])
 
 
 def headline_table(records: list[dict]) -> str:
-    """The README's table, one row a headline whether measured or not."""
+    """The README's table, one row per headline, measured or not."""
     by_name = {record["name"]: record for record in records}
     lines = ["| recipe | measured | result | hardware |", "|---|---|---|---|"]
     for name, what, read in HEADLINES:
@@ -81,14 +81,14 @@ def headline_table(records: list[dict]) -> str:
 
 
 def results_page(records: list[dict], experiments: list[dict], others: dict[str, dict | None]) -> str:
-    """All of docs/results.md; others are the records of OTHERS."""
+    """docs/results.md; `others` are the records of OTHERS."""
     page = HEADER + (runs_section(records) if records else "No run is recorded yet.\n")
     page += experiments_section(experiments) + recall_section(others[RECALL]) + extension_section(others[EXTENSION])
     return page + ops_section(others[OPS], others[STEPS])
 
 
 def runs_section(records: list[dict]) -> str:
-    """One table of all runs, and what each was."""
+    """A table of all runs, and a section for each."""
     lines = [f"| {' | '.join(COLUMNS)} |", "|" + "---|" * len(COLUMNS)]
     for r in records:
         cells = [
@@ -110,22 +110,23 @@ def runs_section(records: list[dict]) -> str:
         versions = ", ".join(f"{name} {version}" for name, version in r["versions"].items() if version)
         page += f"\n## {r['name']}\n\n{r['description']}\n\n    {r['command']}\n\n{r['date']}; {versions}."
         page += f" Best validation at step {r['best_step']:,}: {r['best_val_bpb']:.4f} bits per byte,"
-        page += f" {r['best_val_nll_per_token']:.4f} nats a token.\n"
+        page += f" {r['best_val_nll_per_token']:.4f} nats per token"
+        page += f" (window {r['val_window']}, stride {r['val_stride']}).\n" if r.get("val_window") else ".\n"
         if "note" in r:
             page += f"\n{r['note']}\n"
     return page
 
 
 def read_experiments(folder: Path) -> list[dict]:
-    """The records of experiments, by name."""
+    """Records of experiments, sorted by name."""
     return [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*.json"))]
 
 
 def experiments_section(records: list[dict]) -> str:
     if not records:
         return ""
-    page = "\n# Experiments\n\nBy `fusedlm compare`: mean ± sample standard deviation over seeds; compare.md says how "
-    page += "verdicts are made. Losses are nats a token.\n"
+    page = "\n# Experiments\n\nBy `fusedlm compare`: mean ± sample standard deviation over seeds; compare.md "
+    page += "explains verdicts. Losses are in nats per token.\n"
     return page + "".join(_experiment(record) for record in records)
 
 
@@ -151,7 +152,7 @@ def _experiment(record: dict) -> str:
         for change in variant["changed_to_match"]
     ]
     if changes:
-        page += f"\nTo hold {experiment['match']} equal: {'; '.join(changes)}.\n"
+        page += f"\nChanged to match {experiment['match']}: {'; '.join(changes)}.\n"
     page += "".join(f"\n- {sentence}" for sentence in record["verdicts"]) + "\n"
     return page + (f"\n{record['note']}\n" if "note" in record else "")
 
@@ -179,14 +180,14 @@ def _spread(summary: dict, write) -> str:
 
 
 def recall_section(record: dict | None) -> str:
-    """Associative recall and needles, a row a model."""
+    """Associative recall and retrieval of a sentence, one row per model."""
     if record is None:
         return ""
     versions, settings = record["versions"], record["settings"]
     page = f"\n# Recall\n\n    {record['command']}\n\n{record['date']}; {record['device']}, {record['dtype']}, "
     page += f"torch {versions['torch']}, commit {versions['git_commit'][:7]}. Models of {settings['layers']} layers of "
-    page += f"width {settings['dim']}, made equal in parameters by their feed-forward and trained from scratch for "
-    page += "each probe; [probes.md](probes.md) says how.\n"
+    page += f"width {settings['dim']}, about equal in parameters by the width of their feed-forward, trained from "
+    page += "scratch on each probe; [probes.md](probes.md) has the details.\n"
     for probe, title in (("mqar", "Multi-query associative recall"), ("needle", "Needle")):
         entries = [entry for entry in record["entries"] if entry["probe"] == probe]
         if entries:
@@ -199,58 +200,72 @@ def recall_section(record: dict | None) -> str:
 
 def _recalled(entries: list[dict]) -> str:
     points = entries[0]["result"]["accuracy"]
-    page = "Share of queried keys whose value is the likeliest token, by pairs in a sequence.\n\n"
-    shares = [[point["accuracy"] for point in entry["result"]["accuracy"]] for entry in entries]
-    page += _shares(entries, [f"{point['pairs']} pairs" for point in points], shares)
+    page = "Fraction of queries whose most likely token is the right value, by pairs per sequence.\n\n"
+    fractions = [[point["accuracy"] for point in entry["result"]["accuracy"]] for entry in entries]
+    page += _fractions(entries, [f"{point['pairs']} pairs" for point in points], fractions)
     guesses = " | ".join(f"{point['guess']:.1%}" for point in points)
-    return page + f"| knowing the values, not their keys | | | {guesses} |\n"
+    return page + f"| guessing among the values | | | {guesses} |\n"
 
 
 def _found(entries: list[dict], trained_length: int) -> str:
     cells = entries[0]["result"]["cells"]
     lengths = sorted({cell["length"] for cell in cells})
-    page = f"Share of needles found, mean over {len(cells) // len(lengths)} depths, by tokens of context, of which "
-    page += f"{trained_length} were trained on.\n\n"
+    page = f"Fraction of needles found, mean over {len(cells) // len(lengths)} depths, by tokens of context; the "
+    page += f"training length is {trained_length}.\n\n"
     by_length = [
         [[cell["accuracy"] for cell in entry["result"]["cells"] if cell["length"] == n] for n in lengths]
         for entry in entries
     ]
-    shares = [[sum(values) / len(values) for values in row] for row in by_length]
-    return page + _shares(entries, [f"{n:,} tokens" for n in lengths], shares)
+    fractions = [[sum(values) / len(values) for values in row] for row in by_length]
+    return page + _fractions(entries, [f"{n:,} tokens" for n in lengths], fractions)
 
 
-def _shares(entries: list[dict], columns: list[str], shares: list[list[float]]) -> str:
-    """A row for each model and seed."""
+def _fractions(entries: list[dict], columns: list[str], fractions: list[list[float]]) -> str:
+    """One row per model and seed."""
     page = f"| model | seed | parameters | {' | '.join(columns)} |\n" + "|---" * (3 + len(columns)) + "|\n"
-    for entry, row in zip(entries, shares, strict=True):
-        cells = " | ".join(f"{share:.1%}" for share in row)
+    for entry, row in zip(entries, fractions, strict=True):
+        cells = " | ".join(f"{fraction:.1%}" for fraction in row)
         page += f"| {entry['model']} | {entry['seed']} | {entry['result']['parameters']:,} | {cells} |\n"
     return page
 
 
 def extension_section(record: dict | None) -> str:
-    """Bits per byte by position, of one run; the picture is the probe's own."""
+    """Bits per byte at 1× and 4× the training length with each factor of YaRN; the plot is the probe's own."""
     if record is None:
         return ""
     made, length = record["environment"], record["trained_length"]
+    multiple = record["max_multiple"] if "max_multiple" in record else record["reach"]  # the key of older records
     page = "\n# Context extension\n\n"
     page += f"    fusedlm eval {record['run']} --probe extend --samples {record['windows']}\n\n"
     page += f"{made['date'][:10]}; {made['device_name']}, {made['dtype']}, torch {made['torch']}, "
-    page += f"commit {made['git_commit'][:7]}; trained on {length} tokens, {record['windows']} windows of "
-    page += f"{record['reach']} times as many. Bits per byte of the last quarter of a training length up to one and up "
-    page += "to four of them, on the same text; [probes.md](probes.md) says how.\n\n"
-    page += "| YaRN | at 1× | at 4× | 4× less 1× | no worse |\n|---|---|---|---|---|\n"
+    page += f"commit {made['git_commit'][:7]}; trained on {length} tokens, {record['windows']} windows of {multiple} "
+    page += "times that length. Bits per byte of the last quarter of a training length within one and within four "
+    page += "training lengths, on the same text, and their difference from the unstretched model; "
+    page += "[probes.md](probes.md) has the details.\n\n"
+    page += "| YaRN | at 1× | at 4× | 1× against unstretched | 4× against unstretched |\n|---|---|---|---|---|\n"
+    unstretched = record["curves"][0]
     for curve in record["curves"]:
-        yarn = "as trained" if curve["yarn"] is None else f"factor {curve['yarn']:g}"
-        page += f"| {yarn} | {curve['at_1x']:.4f} | {curve['at_4x']:.4f} "
-        page += (
-            f"| {curve['difference']:+.4f} ± {curve['standard_error']:.4f} | {'yes' if curve['no_worse'] else 'no'} |\n"
-        )
+        cells = ["unstretched" if curve["yarn"] is None else f"factor {curve['yarn']:g}"]
+        cells += [_bits(curve["at_1x"]), _bits(curve["at_4x"])]
+        cells += ["–", "–"] if curve is unstretched else [_change(curve, unstretched, n) for n in ("1x", "4x")]
+        page += f"| {' | '.join(cells)} |\n"
     return page + "\n![Bits per byte by position, without and with YaRN](images/extend.png)\n"
 
 
+def _bits(value: float | None) -> str:
+    return "–" if value is None else f"{value:.4f}"
+
+
+def _change(curve: dict, unstretched: dict, place: str) -> str:
+    """What YaRN adds at 1x or 4x, with its standard error where the record has it; older ones do not."""
+    if curve[f"at_{place}"] is None:
+        return "–"
+    change, error = curve[f"at_{place}"] - unstretched[f"at_{place}"], curve.get(f"change_{place}_error")
+    return f"{change:+.4f}" if error is None else f"{change:+.4f} ± {error:.4f}"
+
+
 def read_others(repository: Path) -> dict[str, dict | None]:
-    """The records of OTHERS that there are."""
+    """The records of OTHERS; None: not there."""
     paths = {name: repository / name for name in OTHERS}
     return {n: json.loads(p.read_text(encoding="utf-8")) if p.exists() else None for n, p in paths.items()}
 
@@ -259,7 +274,7 @@ def replace_table(readme: str, table: str) -> str:
     """The README with its results table replaced.
 
     Raises:
-        ValueError: the marks around the table are missing.
+        ValueError: the markers around the table are missing.
     """
     before, begin, rest = readme.partition(BEGIN)
     _, end, after = rest.partition(END)

@@ -1,9 +1,9 @@
-"""Kill a run again and again, resume it, and compare its losses with a run that was left alone, bit for bit.
+"""Kill a run repeatedly, resume it, and compare its metrics with those of an uninterrupted run, bit for bit.
 
     python scripts/resume_check.py recipes/demo.yaml [key=value ...] [--steps 60] [--kills 5] [--seed 0]
 
 The kills are SIGKILL at random steps, one of them while a checkpoint is being written.
-Exit code 0 when every recorded loss, gradient norm and validation agrees exactly, 1 when one differs.
+The exit code is 0 if every recorded loss, gradient norm and validation is identical, 1 otherwise.
 """
 
 import argparse
@@ -32,9 +32,9 @@ def main() -> int:
         command = [sys.executable, "-c", "from fusedlm.cli import main; main()", "train", arguments.recipe]
         command += [*arguments.overrides, f"train.steps={arguments.steps}", f"data.dir={folder}/prepared"]
         subprocess.run([*command, "--out", str(straight)], check=True, stdout=subprocess.DEVNULL)
-        moments = sorted(draw.sample(range(1, arguments.steps), arguments.kills))
+        steps = sorted(draw.sample(range(1, arguments.steps), arguments.kills))
         in_checkpoint = arguments.kills // 2
-        for kill, step in enumerate(moments):
+        for kill, step in enumerate(steps):
             process = subprocess.Popen([*command, "--out", str(killed), "--resume"], stdout=subprocess.DEVNULL)
             if kill == in_checkpoint:
                 _wait_until(lambda: any(killed.glob("checkpoints/step-*.tmp")), process)
@@ -52,7 +52,7 @@ def main() -> int:
 def _wait_until(condition, process) -> None:
     while not condition():
         if process.poll() is not None:
-            raise SystemExit("the run ended before the moment to kill it came; raise --steps or lower --kills")
+            raise SystemExit("the run ended before it could be killed; raise --steps or lower --kills")
 
 
 def _last_step(run: Path) -> int:
@@ -60,7 +60,7 @@ def _last_step(run: Path) -> int:
 
 
 def _records(run: Path) -> list[dict]:
-    """The metrics without timings; a line cut off by a kill is left out."""
+    """The metrics without timings; a line that a kill interrupted is skipped."""
     path, records = run / "metrics.jsonl", []
     for line in path.read_text().splitlines() if path.exists() else []:
         try:

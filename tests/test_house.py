@@ -73,7 +73,7 @@ def test_no_file_has_two_subjects():
     [
         ("nn/norm.py", "import torch\nfrom fusedlm.ops.norm import rms_norm\n", None),
         ("train/loop.py", "from fusedlm.config import Recipe\n", None),
-        ("train/loop.py", "from fusedlm.train.metrics import log\n", None),
+        ("train/loop.py", "from fusedlm.runs.metrics import log\n", None),
         ("train/loop.py", "from fusedlm import __version__\n", None),
         ("ops/norm/op.py", "from fusedlm.nn import RMSNorm\n", "ops imports nn"),
         ("ops/norm/op.py", "import fusedlm.nn.norm as norm\n", "ops imports nn"),
@@ -83,6 +83,7 @@ def test_no_file_has_two_subjects():
         ("model/decoder.py", "from fusedlm import train\n", "model imports train"),
         ("model/decoder.py", "from fusedlm import load\n", "library face"),
         ("data/loader.py", "from fusedlm.model import build_model\n", "not in a lower layer"),
+        ("nn/norm.py", "from fusedlm.config import Recipe\n", "nn takes plain arguments"),
         ("config/recipe.py", "from fusedlm.data import prepare\n", "imports none of ours"),
         ("train/loop.py", "from fusedlm.testing import assert_close\n", "for tests only"),
         ("train/loop.py", "from fusedlm.quant import pack\n", "has no layer"),

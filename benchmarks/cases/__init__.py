@@ -1,4 +1,4 @@
-"""What benchmarks/run.py measures: one module an op."""
+"""The ops that benchmarks/run.py measures, one module each."""
 
 from benchmarks.cases import (
     differential_combine,

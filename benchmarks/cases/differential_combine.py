@@ -1,10 +1,10 @@
-"""The end of differential attention at the shapes of kepler-14m, kepler-512 and kepler-wiki."""
+"""Fused subtract + head RMSNorm at the shapes of kepler-14m, kepler-512 and kepler-wiki."""
 
 import torch
 
-from benchmarks.cases.peers import present
+from benchmarks.cases.peers import available
 from benchmarks.harness import Op, Problem
-from fusedlm.ops.differential_combine import reference, triton
+from fusedlm.ops.differential import reference, triton
 
 EPS = 1e-6
 
@@ -18,7 +18,9 @@ def problems(shape: tuple[int, int, int, int], device: torch.device, dtype: torc
     signal, noise = (draw(*shape).to(dtype).requires_grad_() for _ in range(2))
     weight, gamma = draw(heads).requires_grad_(), (1 + draw(width)).requires_grad_()
     scale = torch.tensor(0.7, device=device)
-    upstream = (draw(*shape) + noise.detach()).to(dtype)  # along the noise, so that lambda's gradient does not cancel
+    upstream = (draw(*shape) + noise.detach()).to(
+        dtype
+    )  # correlated with the noise, so that the terms of lambda's gradient do not cancel
 
     def eager(signal, noise, weight, gamma):
         return reference.differential_combine(signal, noise, weight, gamma, scale, EPS)
@@ -36,9 +38,9 @@ def problems(shape: tuple[int, int, int, int], device: torch.device, dtype: torc
         "shape": " × ".join(map(str, shape)),
         "dtype": dtype,
         "leaves": [signal, noise, weight, gamma],
-        "contenders": present(eager=eager, torch_compile=torch.compile(eager), fusedlm=fused),
+        "contenders": available(eager=eager, torch_compile=torch.compile(eager), fusedlm=fused),
         "sample": lambda found: found,
-        "copies": 1 + 150 * 2**20 // (3 * signal.nbytes),  # three times a cache
+        "copies": 1 + 150 * 2**20 // (3 * signal.nbytes),  # three times the cache of an H100
     }
     return [
         Problem(upstream=None, exact=lambda: exact()[:1], n_bytes=3 * signal.nbytes, **common),

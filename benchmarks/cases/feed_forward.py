@@ -1,14 +1,14 @@
-"""What the cases of the feed-forwards share."""
+"""Problems of feed-forward networks."""
 
 from collections.abc import Callable
 
 import torch
 
-from benchmarks.cases.peers import present
+from benchmarks.cases.peers import available
 from benchmarks.harness import Problem
 
-SAMPLED = 256  # tokens, and rows of the weights' gradients, that are compared
-_CHUNK = 4096  # tokens in float64 at a time
+SAMPLED = 256  # tokens, and rows of the gradients of the weights, that are compared
+_CHUNK = 4096  # tokens computed in float64 at a time
 
 
 def problems(
@@ -27,13 +27,13 @@ def problems(
     upstream = draw(n, dim)
 
     def exact():
-        """Output and gradients, a few tokens at a time; those of the weights are sums over all tokens."""
+        """Output and gradients, a chunk of tokens at a time; the gradients of the weights are sums over all of them."""
         weights = [w.detach().double().requires_grad_() for w in (w_up, w_down)]
         first, totals = [], [0.0, 0.0]
         for start in range(0, n, _CHUNK):
-            part = x[start : start + _CHUNK].detach().double().requires_grad_()
-            out = eager(part, *weights)
-            dx, *dw = torch.autograd.grad(out, [part, *weights], upstream[start : start + _CHUNK].double())
+            chunk = x[start : start + _CHUNK].detach().double().requires_grad_()
+            out = eager(chunk, *weights)
+            dx, *dw = torch.autograd.grad(out, [chunk, *weights], upstream[start : start + _CHUNK].double())
             first = first or [out.detach(), dx]
             totals = [total + gradient for total, gradient in zip(totals, dw, strict=True)]
         return sample([*first, *totals])
@@ -46,7 +46,7 @@ def problems(
         "shape": " × ".join(map(str, shape)) + label,
         "dtype": dtype,
         "leaves": leaves,
-        "contenders": present(eager=eager, torch_compile=torch.compile(eager), fusedlm=fused),
+        "contenders": available(eager=eager, torch_compile=torch.compile(eager), fusedlm=fused),
         "sample": sample,
     }
     n_bytes = 2 * x.nbytes + w_up.nbytes + w_down.nbytes

@@ -1,13 +1,13 @@
-"""Projection to a vocabulary with soft-capped cross entropy, at three vocabularies."""
+"""Projection to a vocabulary and soft-capped cross entropy, for three vocabularies."""
 
 import torch
 
-from benchmarks.cases.peers import peer, present
+from benchmarks.cases.peers import available, peer
 from benchmarks.harness import Op, Problem
-from fusedlm.ops.linear_softcap_cross_entropy import chunked, reference
+from fusedlm.ops.linear_cross_entropy import chunked, reference
 
 CAP = 15.0
-SAMPLED = 512  # rows of the weight's gradient, and tokens, that are compared
+SAMPLED = 512  # tokens, and rows of the gradient of the weight, that are compared
 
 
 def _liger(module):
@@ -41,17 +41,17 @@ def problems(shape: tuple[int, int, int], device: torch.device, dtype: torch.dty
         return chunked.linear_softcap_cross_entropy(*inputs, CAP, width, 0.0)[0]
 
     def exact():
-        """The sum, and gradients of the first tokens and the first rows of the weight, a few tokens at a time."""
+        """The sum, and gradients of the first tokens and the first rows of the weight, a chunk of tokens at a time."""
         total, dx, dw = 0.0, [], 0.0
         w = weight.detach().double()
         for start in range(0, n, SAMPLED):
-            part = slice(start, start + SAMPLED)
-            leaf, head = x[part].detach().double().requires_grad_(), w[:SAMPLED].clone().requires_grad_()
-            whole = torch.cat([head, w[SAMPLED:]])
+            chunk = slice(start, start + SAMPLED)
+            leaf, rows = x[chunk].detach().double().requires_grad_(), w[:SAMPLED].clone().requires_grad_()
+            full = torch.cat([rows, w[SAMPLED:]])
             loss = reference.linear_softcap_cross_entropy(
-                leaf, whole, targets[part], token_weights[part], CAP, width, 0.0
+                leaf, full, targets[chunk], token_weights[chunk], CAP, width, 0.0
             )[0]
-            gradients = torch.autograd.grad(loss, (leaf, head))
+            gradients = torch.autograd.grad(loss, (leaf, rows))
             total, dw = total + loss.detach(), dw + gradients[1]
             if not dx:
                 dx.append(gradients[0])
@@ -62,7 +62,7 @@ def problems(shape: tuple[int, int, int], device: torch.device, dtype: torch.dty
         "shape": " × ".join(map(str, shape)),
         "dtype": dtype,
         "leaves": [x, weight, targets, token_weights],
-        "contenders": present(
+        "contenders": available(
             eager=eager,
             torch_compile=torch.compile(eager),
             Liger=peer("liger_kernel.ops.fused_linear_cross_entropy", _liger, waits_for_device=True),

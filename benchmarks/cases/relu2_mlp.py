@@ -1,10 +1,10 @@
-"""Squared leaky ReLU feed-forward at two widths, with a slope and without."""
+"""Squared leaky ReLU feed-forward at two widths, with and without a slope."""
 
 from functools import partial
 
 from benchmarks.cases import feed_forward
 from benchmarks.harness import Op
-from fusedlm.ops.relu2_mlp import reference, triton
+from fusedlm.ops.relu2 import reference, triton
 
 
 def problems(shape: tuple, device, dtype):

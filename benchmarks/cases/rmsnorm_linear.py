@@ -1,15 +1,15 @@
-"""RMSNorm and five projections of its width: in training, and for the few tokens of decoding."""
+"""RMSNorm and five projections of its output: in training, and for the few tokens of decoding."""
 
 import torch
 import torch.nn.functional as F
 
-from benchmarks.cases.peers import present
+from benchmarks.cases.peers import available
 from benchmarks.harness import Op, Problem
-from fusedlm.ops.rmsnorm_linear import triton
+from fusedlm.ops.norm_linear import triton
 
 EPS = 1e-6
 PROJECTIONS = 5
-COPIES = 16  # of the weights while decoding: at least three times the cache of an H100
+COPIES = 16  # of the weights in decoding: at least three times the cache of an H100
 
 
 def eager_packed(x, gamma, weight):
@@ -17,7 +17,7 @@ def eager_packed(x, gamma, weight):
 
 
 def eager_separate(x, gamma, weight):
-    """Its gradient of the weight is put together from five, a small share of the time."""
+    """The gradients of the five projections are then concatenated, in a small fraction of the time."""
     normed = F.rms_norm(x, gamma.shape, gamma, EPS)
     return tuple(F.linear(normed, part) for part in weight.unflatten(0, (PROJECTIONS, -1)).unbind())
 
@@ -36,7 +36,7 @@ def problems(shape: tuple[int, int], device: torch.device, dtype: torch.dtype) -
     gamma = (1 + 0.3 * draw(width)).to(dtype).requires_grad_()
     weight = (draw(PROJECTIONS * width, width) / width**0.5).to(dtype).requires_grad_()
     upstream = draw(n, len(weight)).to(dtype)
-    decoding = n <= triton.FEW
+    decoding = n <= triton.FEW_TOKENS
 
     def exact():
         leaves = [leaf.detach().double().requires_grad_() for leaf in (x, gamma, weight)]
@@ -55,7 +55,7 @@ def problems(shape: tuple[int, int], device: torch.device, dtype: torch.dtype) -
         "dtype": dtype,
         "leaves": [x, gamma, weight],
     }
-    contenders = present(
+    contenders = available(
         eager_packed=eager_packed,
         eager_separate=eager_separate,
         torch_compile=torch.compile(eager_packed),
@@ -68,7 +68,7 @@ def problems(shape: tuple[int, int], device: torch.device, dtype: torch.dtype) -
         return [_forward(exact, n_bytes=weight.nbytes, copies=COPIES, **common)]
     product, n_bytes = 2 * n * width * len(weight), x.nbytes + weight.nbytes + upstream.nbytes
     return [
-        _forward(exact, n_bytes=n_bytes, n_flops=product, alone=("product alone", product_alone), **common),
+        _forward(exact, n_bytes=n_bytes, n_flops=product, part=("product alone", product_alone), **common),
         Problem(
             upstream=upstream,
             exact=exact,

@@ -1,19 +1,18 @@
-"""Soft-capped cross entropy at the sizes of three vocabularies."""
+"""Soft-capped cross entropy for three vocabularies."""
 
 import torch
 
-from benchmarks.cases.peers import peer, present
+from benchmarks.cases.peers import available, peer
 from benchmarks.harness import Op, Problem
-from fusedlm.ops import softcap_cross_entropy
-from fusedlm.ops.softcap_cross_entropy import triton
+from fusedlm.ops.cross_entropy import reference, triton
 
 CAP = 15.0
-SAMPLED = 64  # rows at either end that are compared
+SAMPLED = 64  # first and last rows that are compared
 
 
 def _liger(module):
     def run(logits, targets):
-        # It writes the gradient over the logits, which are needed again: the copy is part of its price.
+        # It overwrites the logits with the gradient. They are needed again, so a copy is part of its time.
         losses = module.LigerCrossEntropyFunction.apply(
             logits.clone(), targets, None, -100, 0.0, 0.0, "mean", CAP, False
         )
@@ -28,16 +27,16 @@ def problems(shape: tuple[int, int], device: torch.device, dtype: torch.dtype) -
     targets = torch.randint(width, (rows,), device=device)
 
     def by_row(z, t):
-        return softcap_cross_entropy(z, t, cap=CAP)
+        return reference.softcap_cross_entropy(z, t, CAP, width)
 
     def mean(z, t):
-        return softcap_cross_entropy(z, t, cap=CAP, reduction="mean")
+        return reference.softcap_cross_entropy(z, t, CAP, width, reduction="mean")
 
     def fused_by_row(z, t):
-        return softcap_cross_entropy(z, t, cap=CAP, implementation=triton.softcap_cross_entropy)
+        return triton.softcap_cross_entropy(z, t, CAP, width)
 
     def fused_mean(z, t):
-        return softcap_cross_entropy(z, t, cap=CAP, reduction="mean", implementation=triton.softcap_cross_entropy)
+        return triton.softcap_cross_entropy(z, t, CAP, width, reduction="mean")
 
     def ends(x: torch.Tensor) -> torch.Tensor:
         return x if x.ndim == 0 else torch.cat([x[:SAMPLED], x[-SAMPLED:]])
@@ -46,7 +45,7 @@ def problems(shape: tuple[int, int], device: torch.device, dtype: torch.dtype) -
         return [by_row(ends(logits.detach()).double(), ends(targets))]
 
     def exact_mean():
-        """The mean, and the gradient of the rows at either end."""
+        """The mean, and the gradient of the first and last rows."""
         total = sum(
             by_row(z.double(), t).sum() for z, t in zip(logits.detach().split(256), targets.split(256), strict=True)
         )
@@ -59,21 +58,21 @@ def problems(shape: tuple[int, int], device: torch.device, dtype: torch.dtype) -
         "dtype": dtype,
         "leaves": [logits, targets],
         "sample": lambda found: [ends(x) for x in found],
-        "copies": min(8, max(1, 2**30 // logits.nbytes)),  # of few classes: the graph takes 10 us to launch
+        "copies": min(8, max(1, 2**30 // logits.nbytes)),  # for small vocabularies: the launch of the graph takes 10 us
     }
     return [
         Problem(
             upstream=None,
             exact=exact_by_row,
             n_bytes=logits.nbytes,
-            contenders=present(eager=by_row, torch_compile=torch.compile(by_row), fusedlm=fused_by_row),
+            contenders=available(eager=by_row, torch_compile=torch.compile(by_row), fusedlm=fused_by_row),
             **common,
         ),
         Problem(
             upstream=torch.ones((), device=device),
             exact=exact_mean,
             n_bytes=2 * logits.nbytes,  # read once, and the gradient written
-            contenders=present(
+            contenders=available(
                 eager=mean,
                 torch_compile=torch.compile(mean),
                 Liger=peer("liger_kernel.ops.cross_entropy", _liger, waits_for_device=True),

@@ -4,7 +4,7 @@ from functools import partial
 
 from benchmarks.cases import feed_forward
 from benchmarks.harness import Op
-from fusedlm.ops.swiglu_mlp import reference, triton
+from fusedlm.ops.swiglu import reference, triton
 
 OP = Op(
     "swiglu_mlp",

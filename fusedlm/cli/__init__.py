@@ -1,6 +1,6 @@
-"""The command line: one file a command, each parses, calls the library and prints.
+"""The command line: one file per command, which parses, calls the library and prints.
 
-Commands import the library when they run, so that `fusedlm --help` does not wait for torch.
+Commands import the library when they run, so that `fusedlm --help` does not import torch.
 """
 
 import logging
@@ -23,7 +23,7 @@ from fusedlm.cli.train import train
 
 BAD_INPUT = 2
 INTERRUPTED = 130  # 128 + SIGINT
-PIPE_CLOSED = 1  # what typer exits with when it is the one to meet the closed pipe
+PIPE_CLOSED = 1  # as typer exits when it finds the pipe closed
 
 app = typer.Typer(
     add_completion=False,
@@ -61,8 +61,8 @@ def fusedlm(
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command line and return its exit code.
 
-    Bad input (ValueError, OSError, misuse of the command line) is one line on stderr and exit code 2; an interrupt and
-    a closed pipe end quietly. Any other exception is a defect and keeps its traceback.
+    Bad input (ValueError, OSError, wrong arguments) prints one line on stderr and gives exit code 2. An interrupt and a
+    closed pipe print nothing. Any other exception is a defect and keeps its traceback.
     """
     logging.basicConfig(format="warning: %(message)s", level=logging.WARNING)
     try:
@@ -85,7 +85,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _refuse(message: str) -> int:
     try:
         sys.stdout.flush()
-    except OSError:  # the disk behind stdout may be what is full
+    except OSError:  # stdout may be a file on the full disk
         _discard_stdout()
     print("error:", " ".join(message.split()), file=sys.stderr)
     return BAD_INPUT
@@ -98,5 +98,5 @@ def _describe(error: ValueError | OSError) -> str:
 
 
 def _discard_stdout() -> None:
-    """Send what is still buffered nowhere, so that the interpreter does not fail on it again when it ends."""
+    """Discard buffered output: the interpreter would fail on it again at exit."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -1,36 +1,45 @@
-"""What several commands share: their arguments and the progress of long work."""
+"""Shared by the commands: arguments, loading a run, progress."""
 
 import contextlib
 import sys
 import unicodedata
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-RecipeArgument = Annotated[Path, typer.Argument(metavar="RECIPE", help="Recipe, a YAML file.", show_default=False)]
+RecipeArgument = Annotated[Path, typer.Argument(metavar="RECIPE", help="Recipe (YAML file).", show_default=False)]
 OverridesArgument = Annotated[
     list[str] | None,
-    typer.Argument(metavar="KEY=VALUE", help="Changes to the recipe, such as train.steps=100.", show_default=False),
+    typer.Argument(metavar="KEY=VALUE", help="Overrides of the recipe, such as train.steps=100.", show_default=False),
 ]
-RunArgument = Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run.", show_default=False)]
-CheckpointOption = Annotated[str, typer.Option(metavar="last|best|STEP", help="Which checkpoint.")]
-WeightsOption = Annotated[str, typer.Option(metavar="model|ema", help="Trained weights or their moving average.")]
-DeviceOption = Annotated[str, typer.Option(metavar="auto|cpu|cuda", help="Where to run.")]
-ReportProgress = Callable[[str, int, int | None], None]
+RuntimeArgument = Annotated[
+    list[str] | None,
+    typer.Argument(
+        metavar="RUNTIME.KEY=VALUE",
+        help="Runtime to use instead of the run's, such as runtime.dtype=float32, runtime.backends.attention=sdpa.",
+        show_default=False,
+    ),
+]
+RunArgument = Annotated[Path, typer.Argument(metavar="RUN", help="Run folder.", show_default=False)]
+CheckpointOption = Annotated[str, typer.Option(metavar="last|best|STEP", help="Checkpoint to load.")]
+WeightsOption = Annotated[str, typer.Option(metavar="model|ema", help="Weights, or their moving average.")]
+DeviceOption = Annotated[str, typer.Option(metavar="auto|cpu|cuda", help="Device.")]
+ReportProgress = Callable[[str, int, int | None], None]  # (stage, done, total or None)
 
 
-def whole_number(text: str) -> int:
-    """An option's value as an int; misuse names the value."""
+def integer(text: str) -> int:
+    """Parse an option as an int. Raises typer.BadParameter."""
     try:
         return int(text)
     except ValueError:
-        raise typer.BadParameter(f"{text!r} is not a whole number") from None
+        raise typer.BadParameter(f"{text!r} is not an integer") from None
 
 
 def number(text: str) -> float:
-    """An option's value as a float; misuse names the value."""
+    """Parse an option as a float. Raises typer.BadParameter."""
     try:
         return float(text)
     except ValueError:
@@ -42,14 +51,14 @@ YaRNOption = Annotated[
     typer.Option(
         parser=number,
         metavar="FACTOR",
-        help="Stretch rotary embedding to FACTOR times the training length by YaRN.",
+        help="Extend the context to FACTOR times the training length by YaRN.",
         show_default=False,
     ),
 ]
 
 
 def stretch(model, recipe, factor: float | None) -> None:
-    """What --yarn asks for, done to a loaded model; nothing when it was not given.
+    """Apply --yarn to a loaded model; None: leave it as it is.
 
     Raises:
         ValueError: the factor is out of range, or the model has no rotary embedding.
@@ -64,6 +73,33 @@ def stretch(model, recipe, factor: float | None) -> None:
         raise ValueError(f"--yarn {factor:g}: {error}") from None
 
 
+@dataclass(frozen=True)
+class LoadedRun:
+    """A model with all that a command needs beside it; their types are not imported for --help."""
+
+    model: Any  # Decoder
+    tokenizer: Any  # Tokenizer
+    recipe: Any  # Recipe, with the overrides
+    device: Any  # torch.device
+    dtype: Any  # torch.dtype, of autocast
+    step: int  # of the checkpoint
+
+
+def load_run(run: Path, *, checkpoint: str, weights: str, device: str, overrides: list[str] | None) -> LoadedRun:
+    """A trained model by the options of the command line.
+
+    Raises:
+        ValueError: as `fusedlm.runs.load`.
+    """
+    from fusedlm.model.precision import resolve_device, resolve_dtype
+    from fusedlm.runs import choose_checkpoint, load
+
+    where = resolve_device(device)
+    step = choose_checkpoint(run, checkpoint_name(checkpoint))
+    model, tokenizer, recipe = load(run, checkpoint=step, weights=weights, device=where, overrides=overrides or [])
+    return LoadedRun(model, tokenizer, recipe, where, resolve_dtype(recipe.runtime.dtype, where), step)
+
+
 def checkpoint_name(text: str) -> str | int:
     """`last`, `best` or a step number.
 
@@ -74,11 +110,11 @@ def checkpoint_name(text: str) -> str | int:
         return text
     if text.isascii() and text.isdigit():
         return int(text)
-    raise ValueError(f"--checkpoint {text!r} is not last, best or the number of a step")
+    raise ValueError(f"--checkpoint {text!r} is not last, best or a step")
 
 
 def show(text: str) -> None:
-    """Print a piece of generated text as it comes. A terminal gets no control characters: a model may draw any."""
+    """Print a piece of generated text. On a terminal, control characters are replaced: a model can sample any."""
     if sys.stdout.isatty():
         text = "".join(c if c in "\n\t" or unicodedata.category(c) != "Cc" else "\ufffd" for c in text)
     print(text, end="", flush=True)
@@ -86,9 +122,9 @@ def show(text: str) -> None:
 
 @contextlib.contextmanager
 def progress_bars(*, plain: bool = False) -> Iterator[ReportProgress]:
-    """Give a function (stage, done, total) that shows a bar a stage on stderr while that is a terminal.
+    """Gives a function (stage, done, total) that shows one bar per stage on stderr, if that is a terminal.
 
-    Elsewhere it prints a line to stdout when a stage begins if `plain`, and nothing otherwise.
+    Otherwise it prints one line to stdout per stage if `plain`, and nothing if not.
     """
     from rich.console import Console
     from rich.progress import Progress, TimeElapsedColumn

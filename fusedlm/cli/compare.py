@@ -1,4 +1,4 @@
-"""fusedlm compare: variants of a recipe over seeds, held equal, measured, with a verdict."""
+"""fusedlm compare: matched variants of a recipe over seeds, with measurements and verdicts."""
 
 import shlex
 from pathlib import Path
@@ -6,16 +6,16 @@ from typing import Annotated
 
 import typer
 
-from fusedlm.cli.common import whole_number
+from fusedlm.cli.common import integer
 
 ExperimentArgument = Annotated[
-    Path, typer.Argument(metavar="EXPERIMENT", help="Experiment, a YAML file.", show_default=False)
+    Path, typer.Argument(metavar="EXPERIMENT", help="Experiment (YAML file).", show_default=False)
 ]
 OverridesArgument = Annotated[
     list[str] | None,
     typer.Argument(
         metavar="KEY=VALUE",
-        help="Changes to the base recipe, such as train.steps=100, or to the experiment, such as experiment.seeds=[0].",
+        help="Overrides of the base recipe (train.steps=100) or of the experiment (experiment.seeds=[0]).",
         show_default=False,
     ),
 ]
@@ -28,26 +28,26 @@ def compare(
         Path | None, typer.Option(help="Folder (default: runs/NAME of the experiment).", show_default=False)
     ] = None,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Print the runs and the matched sizes; train nothing.")
+        bool, typer.Option("--dry-run", help="Print the runs and the matched sizes; do not train.")
     ] = False,
-    report_only: Annotated[bool, typer.Option("--report-only", help="Report what is finished; train nothing.")] = False,
+    report_only: Annotated[bool, typer.Option("--report-only", help="Report finished runs; do not train.")] = False,
     vocab_size: Annotated[
         int | None,
         typer.Option(
-            parser=whole_number,
+            parser=integer,
             metavar="N",
-            help="Vocabulary of a dry run (default: that of the recipe's tokenizer).",
+            help="Vocabulary size for --dry-run (default: that of the recipe's tokenizer).",
             show_default=False,
         ),
     ] = None,
 ) -> None:
-    """Run EXPERIMENT, or go on with it, and report what it shows."""
+    """Run or resume EXPERIMENT, and report its results."""
     from fusedlm.config.experiment import load_experiment
 
     config, recipes = load_experiment(experiment, overrides or [])
     folder = out or Path("runs") / config.name
     if vocab_size is not None and (vocab_size < 1 or not dry_run):
-        raise ValueError(f"--vocab-size {vocab_size}: a positive number, and for --dry-run alone")
+        raise ValueError(f"--vocab-size {vocab_size}: must be at least 1, and is only for --dry-run")
     if dry_run:
         from fusedlm.compare import plan_experiment
 
@@ -64,9 +64,9 @@ def compare(
         print(outcome.report)
     if outcome.stopped:
         again = shlex.join(["fusedlm", "compare", str(experiment), *(overrides or []), "--out", str(folder)])
-        print(f"stopped; what is finished is kept; go on with: {again}")
+        print(f"stopped; finished runs are kept; resume with: {again}")
     elif outcome.report is None:
-        print(f"{folder}: no run is finished yet, so there is nothing to report")
+        print(f"{folder}: no run is finished yet; there is nothing to report")
 
 
 def _print_plan(config, variants: dict) -> None:
@@ -92,7 +92,7 @@ def _print_plan(config, variants: dict) -> None:
         if variant.changes:
             print(f"{name}, to match: {', '.join(map(str, variant.changes))}")
     if config.match == "time":
-        print("steps are timed, and set, when the experiment runs")
+        print("steps are timed and set when the experiment runs")
 
 
 def _print_results(results) -> None:
@@ -116,7 +116,7 @@ def _print_table(title: str, head: tuple[str, ...], rows: list[tuple[str, ...]])
     for row in rows:
         table.add_row(*map(escape, row))
     console = Console()
-    if not console.is_terminal:  # a file has no edge to fold at
+    if not console.is_terminal:  # do not wrap lines in a file
         unbounded = console.options.update(max_width=1000)
         console.width = max(console.width, Measurement.get(console, unbounded, table).maximum)
     console.print(table)

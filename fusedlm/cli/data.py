@@ -4,7 +4,7 @@ import typer
 
 from fusedlm.cli.common import OverridesArgument, RecipeArgument, progress_bars
 
-data = typer.Typer(help="Work with the text of a recipe.")
+data = typer.Typer(help="Prepare the text of a recipe.")
 
 
 @data.callback(invoke_without_command=True)
@@ -15,14 +15,14 @@ def group(context: typer.Context) -> None:
 
 @data.command()
 def prepare(recipe: RecipeArgument, overrides: OverridesArgument = None) -> None:
-    """Read, split and tokenize the text of RECIPE into shards; work already done is not done again."""
+    """Read, split and tokenize the text of RECIPE into shards. Text that is already prepared is only verified."""
     from fusedlm.config import load_recipe
     from fusedlm.data import prepare
 
     config = load_recipe(recipe, overrides or []).data
     with progress_bars(plain=True) as progress:
         prepared = prepare(config, progress)
-    for name, shards in (("training", prepared.train), ("held out", prepared.validation)):
+    for name, shards in (("training", prepared.train), ("validation", prepared.validation)):
         print(f"{name}: {shards.n_documents:,} documents, {shards.n_bytes:,} bytes, {shards.n_tokens:,} tokens")
     print(f"vocabulary: {prepared.tokenizer.vocab_size:,}")
     print(prepared.directory)

@@ -1,4 +1,4 @@
-"""fusedlm doctor: what is installed, on what hardware, and which implementation of each op would run."""
+"""fusedlm doctor: versions, hardware, and the backend of each op."""
 
 import importlib.metadata
 import os
@@ -11,17 +11,17 @@ _OPTIONAL = ("tensorboard", "wandb", "transformers", "lm-eval")
 
 
 def doctor() -> None:
-    """Print versions, devices, and for each op the implementation that would run and why."""
+    """Print versions and devices, and for each op which backend runs and why the others do not."""
     import torch
     from rich.console import Console
     from rich.markup import escape
 
     console = Console(highlight=False)
     console.print(f"fusedlm {__version__}, Python {platform.python_version()}, {platform.platform()}")
-    console.print(f"CPU: {_cpu()}, {os.cpu_count()} cores, torch uses {torch.get_num_threads()} threads")
-    settings = [(torch.device("cpu"), torch.float32)]
+    console.print(f"CPU: {_cpu()}, {os.cpu_count()} cores, {torch.get_num_threads()} torch threads")
+    targets = [(torch.device("cpu"), torch.float32)]
     if not torch.cuda.is_available():
-        console.print("GPU: torch sees none")
+        console.print("GPU: none that torch can use")
     for index in range(torch.cuda.device_count()):
         gpu = torch.cuda.get_device_properties(index)
         console.print(
@@ -29,12 +29,12 @@ def doctor() -> None:
             f"CUDA {torch.version.cuda}, cuDNN {torch.backends.cudnn.version()}"
         )
     if torch.cuda.is_available():
-        settings.append((torch.device("cuda"), torch.bfloat16))
+        targets.append((torch.device("cuda"), torch.bfloat16))
 
     console.print()
     for heading, names in (("packages", _REQUIRED), ("optional", _OPTIONAL)):
         console.print(f"{heading}: " + ", ".join(f"{name} {_version(name)}" for name in names), soft_wrap=True)
-    for device, dtype in settings:
+    for device, dtype in targets:
         console.print()
         console.print(f"ops on {device.type} in {str(dtype).removeprefix('torch.')}:")
         for line in op_lines(device, dtype):
@@ -42,18 +42,21 @@ def doctor() -> None:
 
 
 def op_lines(device, dtype) -> list[str]:
-    """One line an op and implementation: whether it runs on that device in that precision, and if not, why."""
-    from fusedlm.ops import OPS
-    from fusedlm.ops.common import Setting
+    """One line per op and backend, fastest first: whether it runs on that device in that dtype, and why."""
+    from fusedlm.ops import OPS, explain
 
-    setting = Setting(device, dtype)
     width = max(map(len, OPS)) + 2
     lines = []
     for op in OPS.values():
-        chosen = op.choose("auto", setting, **op.typical_shape).name
-        for name, reason in op.reasons(setting, **op.typical_shape).items():
-            verdict = "runs" if name == chosen else "could run" if reason is None else f"cannot run: {reason}"
-            lines.append(f"  {op.name:<{width}}{name:<12}{verdict}")
+        selection = explain(op.name, device, dtype)
+        reason = "the fastest that can" if len(op.backends) > 1 else "the only one"
+        for name in op.backends:
+            status = f"can run; {selection.backend} is faster"
+            if name == selection.backend:
+                status = f"runs ({reason})"
+            elif name in selection.unsupported:
+                status = f"cannot run: {selection.unsupported[name]}"
+            lines.append(f"  {op.name:<{width}}{name:<12}{status}")
     return lines
 
 

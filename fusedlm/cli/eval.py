@@ -1,4 +1,4 @@
-"""fusedlm eval: bits per byte of a trained model on held-out text."""
+"""fusedlm eval: bits per byte of a trained model on validation text, and probes."""
 
 import json
 from pathlib import Path
@@ -10,12 +10,13 @@ from fusedlm.cli.common import (
     CheckpointOption,
     DeviceOption,
     RunArgument,
+    RuntimeArgument,
     WeightsOption,
     YaRNOption,
-    checkpoint_name,
+    integer,
+    load_run,
     progress_bars,
     stretch,
-    whole_number,
 )
 from fusedlm.cli.probe_options import (
     DepthsOption,
@@ -32,27 +33,27 @@ from fusedlm.cli.probe_options import (
 )
 from fusedlm.cli.probes import Target, run_probe
 from fusedlm.cli.routing import print_routing
-from fusedlm.cli.text import file_documents, held_out
+from fusedlm.cli.text import documents_of
 
 TextOption = Annotated[
     Path | None,
-    typer.Option(help="Text file to score as one document (default: held-out text of the run).", show_default=False),
+    typer.Option(help="Text file to score as one document (default: validation text of the run).", show_default=False),
 ]
 WindowOption = Annotated[
     int | None,
     typer.Option(
-        parser=whole_number,
+        parser=integer,
         metavar="N",
-        help="Tokens seen at once; 0: each document whole (default: train.seq_len of the recipe).",
+        help="Most tokens of context per prediction; 0: the full document (default: train.seq_len).",
         show_default=False,
     ),
 ]
 StrideOption = Annotated[
     int | None,
     typer.Option(
-        parser=whole_number,
+        parser=integer,
         metavar="N",
-        help="Tokens between two windows (default: half the window).",
+        help="Tokens from one window to the next (default: half the window).",
         show_default=False,
     ),
 ]
@@ -60,6 +61,7 @@ StrideOption = Annotated[
 
 def evaluate(
     run: RunArgument,
+    overrides: RuntimeArgument = None,
     text: TextOption = None,
     window: WindowOption = None,
     stride: StrideOption = None,
@@ -77,34 +79,32 @@ def evaluate(
     checkpoint: CheckpointOption = "last",
     weights: WeightsOption = "model",
     device: DeviceOption = "auto",
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object only.")] = False,
 ) -> None:
-    """Score held-out text with the model of RUN, each token once, and print bits per byte; or run a probe."""
+    """Score validation text with the model of RUN, each token once, and print bits per byte; or run a probe."""
     options = {"text": text, "window": window, "stride": stride, "yarn": yarn, "steps": steps, "lr": lr}
     options |= {"samples": samples, "seed": seed, "pairs": pairs, "lengths": lengths, "depths": depths}
     options = check_options(probe, options | {"factors": factors, "out": out})
     if probe is not None:
-        run_probe(probe, Target(run, checkpoint, weights, device), options, as_json=as_json)
+        run_probe(probe, Target(run, checkpoint, weights, device, overrides or []), options, as_json=as_json)
         return
-    from fusedlm.evaluate import score_documents
-    from fusedlm.model.precision import resolve_device, resolve_dtype
-    from fusedlm.train.run import choose_checkpoint, load
+    from fusedlm.evaluate import default_stride, score_documents
 
-    where = resolve_device(device)
-    step = choose_checkpoint(run, checkpoint_name(checkpoint))
-    model, tokenizer, recipe = load(run, checkpoint=step, weights=weights, device=device)
-    stretch(model, recipe, yarn)
+    loaded = load_run(run, checkpoint=checkpoint, weights=weights, device=device, overrides=overrides)
+    stretch(loaded.model, loaded.recipe, yarn)
     if window is None:
-        window = recipe.train.seq_len
+        window = loaded.recipe.train.seq_len
+    if window and stride is None:
+        stride = default_stride(window)
     with progress_bars() as progress:
-        documents, n_tokens = file_documents(text, tokenizer) if text else held_out(recipe, tokenizer, progress)
+        documents, n_tokens = documents_of(text, loaded.recipe, loaded.tokenizer, progress)
         score = score_documents(
-            model,
+            loaded.model,
             documents,
             window=window or None,
             stride=stride,
-            device=where,
-            dtype=resolve_dtype(recipe.train.dtype, where),
+            device=loaded.device,
+            dtype=loaded.dtype,
             progress=lambda done: progress("scoring", done, n_tokens),
         )
     result = {
@@ -114,9 +114,10 @@ def evaluate(
         "bytes": score.bytes,
         "documents": score.documents,
         "window": window or None,
-        "stride": (stride or max(1, window // 2)) if window else None,
+        "stride": stride,
         "yarn": yarn,
-        "checkpoint": step,
+        "dtype": str(loaded.dtype).removeprefix("torch."),
+        "checkpoint": loaded.step,
         "weights": weights,
     }
     if score.routing is not None:
@@ -124,9 +125,9 @@ def evaluate(
     if as_json:
         print(json.dumps(result))
         return
-    how = f"window {window}, stride {result['stride']}" if window else "whole documents"
-    print(f"{score.bpb:.4f} bits per byte on {text or 'held-out text'} ({how})")
-    print(f"{score.nll_per_token:.4f} nats a token, {score.tokens:,} tokens")
+    context = f"window {window}, stride {stride}" if window else "full documents"
+    print(f"{score.bpb:.4f} bits per byte on {text or 'validation text'} ({context})")
+    print(f"{score.nll_per_token:.4f} nats per token, {score.tokens:,} tokens")
     print(f"{score.bytes:,} bytes in {score.documents:,} document{'' if score.documents == 1 else 's'}")
     if score.routing is not None:
         print_routing(score.routing)

@@ -1,4 +1,4 @@
-"""fusedlm generate: text from a trained model, as it comes."""
+"""fusedlm generate: text from a trained model, printed as it is generated."""
 
 from typing import Annotated
 
@@ -8,39 +8,39 @@ from fusedlm.cli.common import (
     CheckpointOption,
     DeviceOption,
     RunArgument,
+    RuntimeArgument,
     WeightsOption,
     YaRNOption,
-    checkpoint_name,
+    integer,
+    load_run,
     number,
     show,
     stretch,
-    whole_number,
 )
 
 
 def generate(
     run: RunArgument,
     prompt: Annotated[str, typer.Option(help="Text to continue.", show_default=False)],
-    max_tokens: Annotated[
-        int, typer.Option(parser=whole_number, metavar="N", help="Stop after this many tokens.")
-    ] = 128,
+    overrides: RuntimeArgument = None,
+    max_tokens: Annotated[int, typer.Option(parser=integer, metavar="N", help="Most tokens to generate.")] = 128,
     temperature: Annotated[
-        float, typer.Option(parser=number, metavar="T", help="0 takes the likeliest token every time.")
+        float, typer.Option(parser=number, metavar="T", help="0 takes the most likely token.")
     ] = 1.0,
     top_k: Annotated[
         int | None,
-        typer.Option(parser=whole_number, metavar="K", help="Draw from the K likeliest tokens.", show_default=False),
+        typer.Option(parser=integer, metavar="K", help="Sample from the K most likely.", show_default=False),
     ] = None,
     top_p: Annotated[
         float | None,
         typer.Option(
             parser=number,
             metavar="P",
-            help="Draw from the likeliest tokens whose probabilities sum to P.",
+            help="Sample from the most likely tokens whose probabilities sum to P.",
             show_default=False,
         ),
     ] = None,
-    seed: Annotated[int, typer.Option(parser=whole_number, metavar="S", help="The same seed gives the same text.")] = 0,
+    seed: Annotated[int, typer.Option(parser=integer, metavar="S", help="Random seed of sampling.")] = 0,
     yarn: YaRNOption = None,
     checkpoint: CheckpointOption = "last",
     weights: WeightsOption = "model",
@@ -48,23 +48,20 @@ def generate(
 ) -> None:
     """Continue a prompt with the model of RUN, until end of text or --max-tokens."""
     from fusedlm.generate import generate
-    from fusedlm.model.precision import resolve_device, resolve_dtype
-    from fusedlm.train.run import load
 
-    where = resolve_device(device)
-    model, tokenizer, recipe = load(run, checkpoint=checkpoint_name(checkpoint), weights=weights, device=device)
-    stretch(model, recipe, yarn)
+    loaded = load_run(run, checkpoint=checkpoint, weights=weights, device=device, overrides=overrides)
+    stretch(loaded.model, loaded.recipe, yarn)
     pieces = generate(
-        model,
-        tokenizer,
+        loaded.model,
+        loaded.tokenizer,
         prompt,
         max_tokens=max_tokens,
         temperature=temperature,
         top_k=top_k,
         top_p=top_p,
         seed=seed,
-        device=where,
-        dtype=resolve_dtype(recipe.train.dtype, where),
+        device=loaded.device,
+        dtype=loaded.dtype,
     )
     show(prompt)
     for piece in pieces:

@@ -1,11 +1,11 @@
-"""fusedlm plan: what a recipe costs, before it runs."""
+"""fusedlm plan: the cost of a recipe."""
 
 import json
 from typing import Annotated
 
 import typer
 
-from fusedlm.cli.common import OverridesArgument, RecipeArgument, number, whole_number
+from fusedlm.cli.common import OverridesArgument, RecipeArgument, integer, number
 
 H100_BF16_FLOPS = 989e12  # dense bfloat16, NVIDIA's data sheet
 _LENGTHS = (1024, 8192, 65536)
@@ -14,24 +14,22 @@ _LENGTHS = (1024, 8192, 65536)
 def plan(
     recipe: RecipeArgument,
     overrides: OverridesArgument = None,
-    mfu: Annotated[
-        float, typer.Option(parser=number, metavar="M", help="Model-FLOPs utilisation to reckon with.")
-    ] = 0.45,
+    mfu: Annotated[float, typer.Option(parser=number, metavar="M", help="Model-FLOPs utilisation to assume.")] = 0.45,
     device_flops: Annotated[
-        float, typer.Option(parser=number, metavar="F", help="Peak FLOP/s of the device.")
+        float, typer.Option(parser=number, metavar="F", help="Peak FLOP/s of the device (default: H100, bfloat16).")
     ] = H100_BF16_FLOPS,
     vocab_size: Annotated[
         int | None,
         typer.Option(
-            parser=whole_number,
+            parser=integer,
             metavar="N",
-            help="Vocabulary (default: that of the recipe's tokenizer).",
+            help="Vocabulary size (default: that of the recipe's tokenizer).",
             show_default=False,
         ),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")] = False,
 ) -> None:
-    """Print parameters, training FLOPs, memory, decoding state and time of RECIPE; trains nothing."""
+    """Print parameters, training FLOPs, memory, decoding state and training time of RECIPE, without training."""
     from fusedlm.config import load_recipe
 
     config = load_recipe(recipe, overrides or [])
@@ -45,7 +43,7 @@ def plan(
 def make_plan(
     recipe, *, mfu: float = 0.45, device_flops: float = H100_BF16_FLOPS, vocab_size: int | None = None
 ) -> dict:
-    """The costs of a recipe as plain numbers: parameters, FLOPs, bytes, tokens, seconds.
+    """The cost of a recipe in parameters, FLOPs, bytes, tokens and seconds.
 
     Raises:
         ValueError: a value is out of range, or the recipe's tokenizer file cannot be read.
@@ -56,11 +54,14 @@ def make_plan(
     from fusedlm.model import build_model
     from fusedlm.model.accounting import count_parameters, state_bytes, training_flops_per_token
     from fusedlm.model.precision import resolve_dtype
+    from fusedlm.ops.common import check_backends
+    from fusedlm.optim import optimizer_bytes
 
     if not 0 < mfu <= 1:
-        raise ValueError(f"--mfu {mfu} is not above 0 and up to 1")
+        raise ValueError(f"--mfu {mfu}: must be greater than 0 and at most 1, such as 0.45")
     if not 0 < device_flops < float("inf"):
-        raise ValueError(f"--device-flops {device_flops} is not a positive number of FLOP/s")
+        raise ValueError(f"--device-flops {device_flops}: must be a finite number of FLOP/s, greater than 0")
+    check_backends(recipe.runtime.backends, "runtime.backends")
     if vocab_size is None:
         vocab_size = planned_vocab_size(recipe.data.tokenizer)
     model = build_model(recipe.model, vocab_size=vocab_size, device="meta")
@@ -68,7 +69,7 @@ def make_plan(
     train = recipe.train
     tokens = train.steps * train.batch_size * train.seq_len
     flops = training_flops_per_token(model, train.seq_len)
-    dtype = resolve_dtype(train.dtype, torch.device("cuda"))
+    dtype = resolve_dtype(recipe.runtime.dtype, torch.device("cuda"))
     return {
         "name": recipe.name,
         "vocab_size": vocab_size,
@@ -80,7 +81,8 @@ def make_plan(
         "training_flops": flops * tokens,
         "weight_bytes": 4 * parameters.total,
         "gradient_bytes": 4 * parameters.total,
-        "optimizer_bytes": 8 * parameters.total,  # two float32 moments
+        "optimizer": train.optimizer.type,
+        "optimizer_bytes": optimizer_bytes(train.optimizer, parameters.total),
         "average_bytes": 4 * parameters.total if train.ema is not None else 0,
         "state_dtype": str(dtype).removeprefix("torch."),
         "state_bytes": {str(length): state_bytes(model, length, dtype) for length in _LENGTHS},
@@ -91,7 +93,7 @@ def make_plan(
 
 
 def print_plan(estimate: dict) -> None:
-    """The plan as a table on stdout."""
+    """Print the plan as a table."""
     from rich import box
     from rich.console import Console
     from rich.table import Table
@@ -119,6 +121,7 @@ def _rows(estimate: dict) -> list[tuple[str, str, str]]:
         ("tokens", f"{estimate['tokens']:,}", "steps × batch × length"),
         ("training FLOPs", f"{estimate['training_flops']:.4g}", ""),
         ("weights, gradients, optimizer", _bytes(memory), "float32, without activations"),
+        ("  optimizer", _bytes(estimate["optimizer_bytes"]), estimate["optimizer"]),
         *states,
         ("time", _duration(estimate["seconds"]), f"at {estimate['mfu']:.0%} of {estimate['device_flops']:.4g} FLOP/s"),
     ]

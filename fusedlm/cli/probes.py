@@ -1,26 +1,37 @@
-"""The probes of fusedlm eval: each runs, writes a JSON file and a plot, and prints a table."""
+"""The probes of fusedlm eval: each runs, writes a JSON file and a plot, and prints tables."""
 
 import json
 import math
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
-from fusedlm.cli.common import checkpoint_name, progress_bars, stretch
-from fusedlm.cli.text import file_documents, held_out, prepared_text
+from fusedlm.cli.common import load_run, progress_bars, stretch
+from fusedlm.cli.text import documents_of, prepared_text
 
 
 @dataclass(frozen=True)
 class Target:
-    """What is probed: the folder of a run, or for mqar a recipe, and how it is loaded."""
+    """The run folder, or for mqar a recipe file, and how it is loaded."""
 
     run: Path
     checkpoint: str
     weights: str
     device: str
+    overrides: list[str]  # of the recipe's runtime
+
+    def load(self):
+        return load_run(
+            self.run,
+            checkpoint=self.checkpoint,
+            weights=self.weights,
+            device=self.device,
+            overrides=self.overrides,
+        )
 
 
 def run_probe(probe: str, target: Target, options: dict, *, as_json: bool) -> None:
-    """Run a probe with the options of its own that were given, write its files, and print its table or its JSON.
+    """Run a probe with the options that were given, write its files, and print its tables or its JSON.
 
     Raises:
         ValueError: a value is out of range, or does not fit the run.
@@ -28,16 +39,16 @@ def run_probe(probe: str, target: Target, options: dict, *, as_json: bool) -> No
     from rich.console import Console
 
     from fusedlm.files import write_atomic
-    from fusedlm.train.folder import RECIPE
+    from fusedlm.runs.folder import RECIPE
 
     out = options.pop("out", None)
     if not target.run.is_file() and not (target.run / RECIPE).is_file():
         raise ValueError(f"{target.run} holds no run; train one with: fusedlm train RECIPE --out {target.run}")
     if out is None:
         if target.run.is_file():
-            raise ValueError(f"{target.run} is no folder of a run; name where the probe is to write with --out FOLDER")
+            raise ValueError(f"{target.run} is not a run folder; name the folder for the results with --out FOLDER")
         out = target.run / "probes"
-    out.mkdir(parents=True, exist_ok=True)  # first: nothing is computed that cannot be written
+    out.mkdir(parents=True, exist_ok=True)  # before the computation: an unwritable folder fails at once
     record, plot, tables = {"mqar": _mqar, "needle": _needle, "extend": _extend}[probe](target, options)
     write_atomic(out / f"{probe}.json", json.dumps(record, indent=1) + "\n")
     write_atomic(out / f"{probe}.png", plot)
@@ -52,50 +63,60 @@ def run_probe(probe: str, target: Target, options: dict, *, as_json: bool) -> No
 
 def _mqar(target: Target, options: dict):
     from fusedlm.config import load_recipe
+    from fusedlm.config.recipe import with_overrides
     from fusedlm.model.precision import resolve_device, resolve_dtype
     from fusedlm.probes import Recall, probe_mqar
     from fusedlm.probes.plots import recall_plot
+    from fusedlm.runs.backends import use_backends
 
     if target.checkpoint != "last" or target.weights != "model":
-        raise ValueError("--probe mqar trains a fresh model of the recipe; it reads no --checkpoint and no --weights")
+        raise ValueError("--probe mqar trains a new model of the recipe; it takes no --checkpoint and no --weights")
     pairs = options.pop("pairs", None)
-    task = Recall() if pairs is None else Recall(pairs=tuple(map(_whole, _split("--pairs", pairs))))
+    task = Recall() if pairs is None else Recall(pairs=tuple(map(_integer, _split("--pairs", pairs))))
     recipe = load_recipe(target.run if target.run.is_file() else target.run / "recipe.yaml")
+    recipe = with_overrides(recipe, target.overrides, "runtime")
+    for override in target.overrides:
+        if not override.startswith(("runtime.dtype=", "runtime.backends")):
+            raise ValueError(f"override {override!r}: --probe mqar takes runtime.dtype and runtime.backends")
     device = resolve_device(target.device)
-    dtype = resolve_dtype(recipe.train.dtype, device)
+    dtype = resolve_dtype(recipe.runtime.dtype, device)
+    strict = any(override.startswith("runtime.backends") for override in target.overrides)
+    setup = partial(use_backends, runtime=recipe.runtime, device=device, dtype=dtype, strict=strict)
     with progress_bars() as progress:
-        result = probe_mqar(recipe.model, task, device=device, dtype=dtype, progress=progress, **options)
+        result = probe_mqar(recipe.model, task, setup=setup, device=device, dtype=dtype, progress=progress, **options)
     record = _record("mqar", target, result, device, dtype)
     rows = [(str(p["pairs"]), f"{p['accuracy']:.1%}", f"{p['guess']:.1%}") for p in result["accuracy"]]
-    head = ("pairs", "queries answered", "guess among the values shown")
+    head = ("pairs", "accuracy", "guessing among the values")
     return record, recall_plot({recipe.name: result["accuracy"]}), [_table(head, rows)]
 
 
 def _needle(target: Target, options: dict):
-    from fusedlm.probes import probe_needle, teach
+    from fusedlm.probes import finetune, probe_needle
     from fusedlm.probes.needle import training_texts
     from fusedlm.probes.plots import needle_plot
 
     steps, lr = options.pop("steps", 0), options.pop("lr", None)
     if steps < 0:
-        raise ValueError(f"--steps {steps} must be at least 0")
+        raise ValueError(f"--steps {steps}: must be at least 0")
     if lr is not None and not steps:
-        raise ValueError("--lr is for teaching a copy of the model first; say for how long with --steps")
+        raise ValueError(f"--lr {lr:g}: is for finetuning; give its length with --steps")
     for name in ("lengths", "depths"):
         if name in options:
             options[name] = tuple(_split(f"--{name}", options[name]))
     text, yarn = options.pop("text", None), options.pop("yarn", None)
-    model, tokenizer, recipe, device, dtype, step = _load(target)
+    loaded = target.load()
+    model, tokenizer, recipe = loaded.model, loaded.tokenizer, loaded.recipe
+    where = {"device": loaded.device, "dtype": loaded.dtype}
     train = recipe.train
     with progress_bars() as progress:
-        documents, _ = file_documents(text, tokenizer) if text else held_out(recipe, tokenizer, progress)
-        teaching = None
+        documents, _ = documents_of(text, recipe, tokenizer, progress)
+        finetuning = None
         if steps:
             optimizer = train.optimizer if lr is None else train.optimizer.model_copy(update={"lr": _rate(lr)})
             seed = options.get("seed", 0)
             shards = prepared_text(recipe, tokenizer, progress).train
             texts = training_texts(shards, seq_len=train.seq_len, eot_id=tokenizer.eot_id, seed=seed)
-            model, losses = teach(
+            model, losses = finetune(
                 model,
                 texts,
                 tokenizer,
@@ -104,26 +125,17 @@ def _needle(target: Target, options: dict):
                 batch_tokens=train.batch_size * train.seq_len,
                 optimizer=optimizer,
                 seed=seed,
-                device=device,
-                dtype=dtype,
                 progress=progress,
+                **where,
             )
             texts.close()
             last = losses[-max(1, steps // 10) :]
-            teaching = {"steps": steps, "lr": optimizer.lr, "loss": sum(last) / len(last)}
+            finetuning = {"steps": steps, "lr": optimizer.lr, "loss": sum(last) / len(last)}
         stretch(model, recipe, yarn)
-        result = probe_needle(
-            model,
-            documents,
-            tokenizer,
-            trained_length=train.seq_len,
-            device=device,
-            dtype=dtype,
-            progress=progress,
-            **options,
-        )
-    result |= {"teaching": teaching, "yarn": yarn, "text": text and str(text)}
-    record = _record("needle", target, result, device, dtype) | {"checkpoint": step, "weights": target.weights}
+        options = {"trained_length": train.seq_len, "progress": progress} | options
+        result = probe_needle(model, documents, tokenizer, **options, **where)
+    result |= {"finetuning": finetuning, "yarn": yarn, "text": text and str(text)}
+    record = _record("needle", target, result, **where) | {"checkpoint": loaded.step, "weights": target.weights}
     lengths = list(dict.fromkeys(cell["length"] for cell in result["cells"]))
     cells = {(cell["length"], cell["depth"]): cell for cell in result["cells"]}
     rows = [
@@ -131,10 +143,10 @@ def _needle(target: Target, options: dict):
         for depth in dict.fromkeys(cell["depth"] for cell in result["cells"])
     ]
     head = ("depth", *(f"{n:,} tokens ({n / train.seq_len:g}×)" for n in lengths))
-    title = "Whole answers right, and gain of a sentence that names the answer (nats a token)"
-    notes = [f"left out, for want of a document so long: {', '.join(f'{n:,}' for n in result['left_out'])} tokens"]
-    shown = [_table(head, rows, title), *(notes if result["left_out"] else [])]
-    return record, needle_plot({recipe.name: result}), shown
+    title = "Accuracy, and gain in log-likelihood of the answer (nats per token)"
+    skipped = ", ".join(f"{n:,}" for n in result["left_out"])
+    notes = [f"skipped, since no document is long enough: {skipped} tokens"] if skipped else []
+    return record, needle_plot({recipe.name: result}), [_table(head, rows, title), *notes]
 
 
 def _extend(target: Target, options: dict):
@@ -144,65 +156,65 @@ def _extend(target: Target, options: dict):
     if "factors" in options:
         options["factors"] = tuple(_split("--factors", options["factors"]))
     text = options.pop("text", None)
-    model, tokenizer, recipe, device, dtype, step = _load(target)
-    trained = recipe.train.seq_len
+    loaded = target.load()
+    where = {"device": loaded.device, "dtype": loaded.dtype}
+    trained = loaded.recipe.train.seq_len
     with progress_bars() as progress:
-        documents, _ = file_documents(text, tokenizer) if text else held_out(recipe, tokenizer, progress)
-        result = probe_extend(
-            model,
-            documents,
-            tokenizer,
-            trained_length=trained,
-            device=device,
-            dtype=dtype,
-            progress=progress,
-            **options,
-        )
+        documents, _ = documents_of(text, loaded.recipe, loaded.tokenizer, progress)
+        options = {"trained_length": trained, "progress": progress} | options
+        result = probe_extend(loaded.model, documents, loaded.tokenizer, **options, **where)
     result["text"] = text and str(text)
-    record = _record("extend", target, result, device, dtype) | {"checkpoint": step, "weights": target.weights}
-    marks = [reach for reach in (1, 2, 4, 8) if reach <= result["reach"]]
-    at = [result["ends"].index(reach * trained) for reach in marks]
-    compared = result["curves"][0]["at_4x"] is not None
-    rows = [
-        (
-            "as trained" if curve["yarn"] is None else f"YaRN {curve['yarn']:g}",
-            *(f"{curve['bpb'][i]:.4f}" for i in at),
-            *(_difference(curve) if compared else ()),
-        )
-        for curve in result["curves"]
-    ]
-    head = ("up to", *(f"{reach}×" for reach in marks), *(("4× less 1×", "no worse") if compared else ()))
-    title = f"Bits per byte of a quarter of the training length, {trained:,} tokens; {result['windows']} windows"
-    shown = [_table(head, rows, title)]
-    if compared:
-        plain = result["curves"][0]
-        shown.append(f"4× less 1× is on the same text: as trained {plain['at_4x']:.4f} less {plain['at_1x']:.4f}")
+    record = _record("extend", target, result, **where) | {"checkpoint": loaded.step, "weights": target.weights}
+    multiple = result["max_multiple"]
+    shown = [_by_position(result)]
+    if result["curves"][0]["at_4x"] is not None:
+        shown.append(_on_the_same_text(result))
     if not result["rope"]:
-        shown.append("no mixer of this model has rotary embedding: there is nothing for YaRN to stretch")
-    if result["reach"] < 8:
-        shown.append(f"no document has {2 * result['reach'] * trained:,} tokens, so nothing lies further out")
+        shown.append("no mixer of this model has rotary embedding, which YaRN stretches")
+    if multiple < 8:
+        shown.append(f"no document has {2 * multiple * trained:,} tokens: longer windows were not scored")
     return record, extend_plot(result), shown
 
 
-def _load(target: Target):
-    from fusedlm.model.precision import resolve_device, resolve_dtype
-    from fusedlm.train.run import choose_checkpoint, load
+def _by_position(result: dict):
+    """Bits per byte of the last bucket up to 1, 2, 4 and 8 training lengths."""
+    trained = result["trained_length"]
+    multiples = [n for n in (1, 2, 4, 8) if n <= result["max_multiple"]]
+    at = [result["ends"].index(n * trained) for n in multiples]
+    rows = [(_name(curve), *(f"{curve['bpb'][i]:.4f}" for i in at)) for curve in result["curves"]]
+    title = f"Bits per byte up to a multiple of the training length, {trained:,} tokens; {result['windows']} windows"
+    return _table(("", *(f"{n}×" for n in multiples)), rows, title)
 
-    device = resolve_device(target.device)
-    step = choose_checkpoint(target.run, checkpoint_name(target.checkpoint))
-    model, tokenizer, recipe = load(target.run, checkpoint=step, weights=target.weights, device=target.device)
-    return model, tokenizer, recipe, device, resolve_dtype(recipe.train.dtype, device), step
+
+def _on_the_same_text(result: dict):
+    rows = [
+        (
+            _name(curve),
+            f"{curve['at_1x']:.4f}",
+            f"{curve['at_4x']:.4f}",
+            _change(curve["change_1x"], curve["change_1x_error"]),
+            _change(curve["change_4x"], curve["change_4x_error"]),
+        )
+        for curve in result["curves"]
+    ]
+    head = ("", "1×", "4×", "1× against unstretched", "4× against unstretched")
+    return _table(head, rows, "Bits per byte at 1× and 4×, on the same text")
+
+
+def _name(curve: dict) -> str:
+    return "unstretched" if curve["yarn"] is None else f"YaRN {curve['yarn']:g}"
+
+
+def _change(value: float | None, error: float | None) -> str:
+    if value is None:
+        return ""
+    return f"{value:+.4f}" if error is None else f"{value:+.4f} ± {error:.4f}"
 
 
 def _record(probe: str, target: Target, result: dict, device, dtype) -> dict:
-    from fusedlm.train.hardware import environment
+    from fusedlm.runs.hardware import environment
 
     return {"probe": probe, "run": str(target.run), **result, "environment": environment(device, dtype)}
-
-
-def _difference(curve: dict) -> tuple[str, str]:
-    error = "" if curve["standard_error"] is None else f" ± {curve['standard_error']:.4f}"
-    return f"{curve['difference']:+.4f}{error}", "yes" if curve["no_worse"] else "no"
 
 
 def _table(head: tuple[str, ...], rows: list[tuple[str, ...]], title: str | None = None):
@@ -221,16 +233,16 @@ def _split(option: str, text: str) -> list[float]:
     try:
         return [float(part) for part in text.split(",")]
     except ValueError:
-        raise ValueError(f"{option} {text!r} is not a list of numbers such as 1,2,4") from None
+        raise ValueError(f"{option} {text!r}: must be a list of numbers such as 1,2,4") from None
 
 
-def _whole(value: float) -> int:
+def _integer(value: float) -> int:
     if not value.is_integer():
-        raise ValueError(f"--pairs {value:g} is not a whole number")
+        raise ValueError(f"--pairs {value:g}: must be integers")
     return int(value)
 
 
 def _rate(lr: float) -> float:
     if not (math.isfinite(lr) and lr > 0):
-        raise ValueError(f"--lr {lr:g} must be a finite number above 0")
+        raise ValueError(f"--lr {lr:g}: must be a finite number greater than 0")
     return lr

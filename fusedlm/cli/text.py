@@ -1,14 +1,22 @@
-"""The text that a command scores: a file, or what a run was given."""
+"""The text that a command scores: a file, or the text of a run."""
 
 from pathlib import Path
 
 
-def file_documents(path: Path, tokenizer):
-    """(documents, text tokens) of one file, which is one document."""
+def documents_of(path: Path | None, recipe, tokenizer, progress):
+    """(documents, number of text tokens) of a file, or of the validation text of a run."""
+    if path is not None:
+        return _file_documents(path, tokenizer)
+    shards = prepared_text(recipe, tokenizer, progress).validation
+    return shards.documents(), shards.n_tokens - shards.n_documents
+
+
+def _file_documents(path: Path, tokenizer):
+    """(documents, number of text tokens) of a file, as one document."""
     from fusedlm.evaluate import text_documents
 
     try:
-        text = path.read_bytes().decode("utf-8")  # not read_text, which would change line ends and with them the bytes
+        text = path.read_bytes().decode("utf-8")  # read_text would translate line ends
         documents = text_documents(text, tokenizer)
     except UnicodeDecodeError as error:
         raise ValueError(f"--text {path}: not UTF-8 text (byte {error.start})") from None
@@ -18,19 +26,13 @@ def file_documents(path: Path, tokenizer):
 
 
 def prepared_text(recipe, tokenizer, progress):
-    """The prepared text of a run, made again where it is gone."""
+    """The prepared text of a run; prepared again if it is missing."""
     from fusedlm.data import prepare
 
     prepared = prepare(recipe.data, progress)
     if prepared.tokenizer.fingerprint != tokenizer.fingerprint:
         raise ValueError(
-            f"{prepared.directory}: its tokenizer is not the one of the run, whose text has changed since; "
-            "name the text to score with --text"
+            f"{prepared.directory}: not the tokenizer of the run, so the text has changed since training; "
+            "give the text to score with --text"
         )
     return prepared
-
-
-def held_out(recipe, tokenizer, progress):
-    """(documents, text tokens) of the validation text of a run."""
-    shards = prepared_text(recipe, tokenizer, progress).validation
-    return shards.documents(), shards.n_tokens - shards.n_documents

@@ -1,4 +1,4 @@
-"""fusedlm train: a recipe to a trained model."""
+"""fusedlm train: from a recipe to a trained model."""
 
 import shlex
 from pathlib import Path
@@ -9,7 +9,7 @@ import typer
 from fusedlm.cli.common import OverridesArgument, RecipeArgument, show
 
 _SAMPLE_TOKENS = 200
-_SAMPLE_TEMPERATURE = 0.8  # less than 1: small models draw too many unlikely tokens
+_SAMPLE_TEMPERATURE = 0.8  # at 1, small models sample too many unlikely tokens
 
 
 def train(
@@ -18,10 +18,10 @@ def train(
     out: Annotated[
         Path | None, typer.Option(help="Folder of the run (default: runs/NAME of the recipe).", show_default=False)
     ] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint in the folder.")] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the recipe and its plan; train nothing.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Resume from the last checkpoint in the folder.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the recipe and its plan; do not train.")] = False,
 ) -> None:
-    """Train RECIPE; prepares the text first when that has not been done."""
+    """Train RECIPE, preparing its text first if necessary."""
     from fusedlm.config import dump_recipe, load_recipe
 
     config = load_recipe(recipe, overrides or [])
@@ -41,21 +41,22 @@ def train(
     result = train(config, run, resume=resume, console=Console())
     if result.stopped_by_signal:
         again = shlex.join(["fusedlm", "train", str(recipe), *(overrides or []), "--out", str(run), "--resume"])
-        print(f"stopped at step {result.step}; go on with: {again}")
+        print(f"stopped at step {result.step}; resume with: {again}")
         return
     if result.val_bpb is not None:
-        print(f"held-out text: {result.val_bpb:.4f} bits per byte after {result.step} steps")
-    _print_sample(run, config.train.device)
+        window = config.train.seq_len
+        print(f"validation: {result.val_bpb:.4f} bits per byte (window {window}, stride {window}), step {result.step}")
+    _print_sample(run, config.runtime.device)
     for command in ("eval", "generate --prompt TEXT", "report"):
         name, *options = command.split(maxsplit=1)
         print("next:", " ".join(["fusedlm", name, shlex.quote(str(run)), *options]))
 
 
 def _print_sample(run: Path, device: str) -> None:
-    """Continue the recipe's prompt on stdout, and keep the text in sample.txt for the report."""
+    """Continue the recipe's prompt on stdout, and write the text to sample.txt for the report."""
     from fusedlm.generate import generate
     from fusedlm.model.precision import resolve_device, resolve_dtype
-    from fusedlm.train.run import load
+    from fusedlm.runs import load
 
     model, tokenizer, recipe = load(run, device=device)
     where = resolve_device(device)
@@ -68,7 +69,7 @@ def _print_sample(run: Path, device: str) -> None:
         max_tokens=_SAMPLE_TOKENS,
         temperature=_SAMPLE_TEMPERATURE,
         device=where,
-        dtype=resolve_dtype(recipe.train.dtype, where),
+        dtype=resolve_dtype(recipe.runtime.dtype, where),
     ):
         sample += piece
         show(piece)

@@ -1,4 +1,4 @@
-"""Variants of a recipe over seeds: what is held equal, the grid of runs, what is measured, and one report."""
+"""Variants of a recipe over seeds: matching, the grid of runs, measurements, and a report."""
 
 from fusedlm.compare.experiment import plan_experiment, run_experiment
 

@@ -1,4 +1,4 @@
-"""Decoding as it is: bytes of the live state, and one-token steps against it."""
+"""Measurements of decoding: bytes of the live state, and the time of one-token steps."""
 
 import statistics
 import time
@@ -9,7 +9,7 @@ import torch
 from fusedlm.model import Decoder
 from fusedlm.model.precision import autocast
 
-_PROMPT = 64  # tokens that are really computed; the rest of a length is made by State.extend_to
+_PROMPT = 64  # tokens that are computed; State.extend_to fills the state up to the length
 _WARM_UP, _STEPS = 8, 32
 
 
@@ -17,14 +17,13 @@ _WARM_UP, _STEPS = 8, 32
 def measure_decoding(
     model: Decoder, lengths: Sequence[int], device: torch.device, dtype: torch.dtype
 ) -> dict[int, tuple[int, float] | None]:
-    """Decoding of one sequence after so many tokens.
+    """Measure decoding of one sequence after each number of tokens.
 
-    The prompt is drawn at random. Steps are run as `generate` runs them: one token, the caches reserved, the weights in
-    float32 under autocast to dtype.
+    The prompt is random. Steps are those of `generate`: one token, caches reserved, float32 weights under autocast.
 
     Returns:
-        length -> (bytes of the state's live tensors, tokens a second by the median of the steps); None where the
-        device's memory does not hold it.
+        length -> (bytes of the state's live tensors, tokens per second from the median step), or None if the device is
+        out of memory.
     """
     was_training = model.training
     model.eval()
@@ -47,7 +46,7 @@ def _state(model: Decoder, length: int, max_tokens: int | None, device: torch.de
     prompt = torch.randint(0, model.vocab_size, (1, min(_PROMPT, length)), generator=generator).to(device)
     state = model.init_state(1, max_tokens)
     with autocast(device, dtype):
-        model.hidden(prompt, state=state)
+        model(prompt, state=state)
     state.extend_to(length)
     return state
 
@@ -57,15 +56,15 @@ def _step_seconds(model: Decoder, length: int, device: torch.device, dtype: torc
     token = torch.zeros(1, 1, dtype=torch.int64, device=device)
     seconds = []
     for _ in range(_WARM_UP + _STEPS):
-        _wait(device)
+        _synchronize(device)
         start = time.perf_counter()
         with autocast(device, dtype):
             model(token, state=state)
-        _wait(device)
+        _synchronize(device)
         seconds.append(time.perf_counter() - start)
     return statistics.median(seconds[_WARM_UP:])
 
 
-def _wait(device: torch.device) -> None:
+def _synchronize(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)

@@ -1,4 +1,4 @@
-"""The grid: variants × seeds, each a run of its own, once."""
+"""The grid of an experiment: one run per variant and seed."""
 
 import shutil
 from dataclasses import dataclass
@@ -8,7 +8,7 @@ from rich.console import Console
 
 from fusedlm.compare.folder import ExperimentFolder, identify
 from fusedlm.compare.matching import Variant, match_variants
-from fusedlm.compare.process import Stopped, apart
+from fusedlm.compare.process import Stopped, run_in_process
 from fusedlm.compare.progress import GridDisplay
 from fusedlm.compare.report import write_report
 from fusedlm.compare.results import Results, collect
@@ -18,26 +18,26 @@ from fusedlm.config.experiment import Experiment, run_name
 from fusedlm.data import prepare
 from fusedlm.data.vocabulary import planned_vocab_size
 from fusedlm.model.precision import resolve_device, resolve_dtype
-from fusedlm.train.hardware import device_name
+from fusedlm.runs.hardware import device_name
+from fusedlm.runs.signals import StopSignal
+from fusedlm.train.display import Display
 from fusedlm.train.loggers import check_loggers
-from fusedlm.train.progress import Display
-from fusedlm.train.signals import StopSignal
 
 
 @dataclass(frozen=True)
 class Outcome:
     results: Results | None  # None: stopped before the sizes were known
-    stopped: bool  # by a signal; running the experiment again goes on
-    report: Path | None  # None: nothing is finished yet
+    stopped: bool  # by a signal; running the experiment again resumes it
+    report: Path | None  # None: no run is finished yet
 
 
 def plan_experiment(
     experiment: Experiment, recipes: dict[str, Recipe], vocab_size: int | None = None
 ) -> dict[str, Variant]:
-    """The variants as they would be trained; prepares and trains nothing, so that `match: time` leaves the steps.
+    """The variants as they would be trained, without preparing or training; `match: time` keeps the recipes' steps.
 
     Args:
-        vocab_size: None: that which each recipe's tokenizer asks for.
+        vocab_size: None: that of each recipe's tokenizer.
 
     Raises:
         ValueError: a tokenizer file cannot be read, or a match is impossible.
@@ -50,27 +50,27 @@ def plan_experiment(
 def run_experiment(
     experiment: Experiment, recipes: dict[str, Recipe], out: Path, *, console: Console | None = None, train: bool = True
 ) -> Outcome:
-    """Do what is left of an experiment, and write OUT/report.html, results.csv and results.json.
+    """Start or resume an experiment, and write OUT/report.html, results.csv and results.json.
 
-    Each run is a process of its own. On the first SIGINT or SIGTERM the run that is on saves and stops; calling again
-    goes on from there, and repeats no finished run. A run that diverges is recorded as such.
+    Each run has its own process. On the first SIGINT or SIGTERM the current run saves and stops; the next call resumes
+    it and does not repeat finished runs. A run that diverges is recorded as diverged.
 
     Args:
-        experiment, recipes: as `load_experiment` gives them.
-        out: the experiment's folder.
-        console: where progress is shown; None: nowhere.
-        train: False: report what is there.
+        experiment, recipes: from `load_experiment`.
+        out: folder of the experiment.
+        console: for progress; None: none is shown.
+        train: False: only report finished runs.
 
     Raises:
-        ValueError: the folder holds another experiment or is in use, a match is impossible, variants are not held
-            against the same text, or a run cannot be made.
+        ValueError: the folder holds another experiment or is in use, a match is impossible, variants have different
+            validation text, or a run fails.
         OSError: a folder cannot be written.
     """
     for recipe in recipes.values():
         check_loggers(recipe.train.loggers)
     _check_same_text(recipes)
     with ExperimentFolder(Path(out)) as folder:
-        vocab_sizes = (_begin if train else _begun)(experiment, recipes, folder, console)
+        vocab_sizes = (_open if train else _reopen)(experiment, recipes, folder, console)
         with StopSignal() as stop:
             grid = _Grid(experiment, folder, GridDisplay(console), stop)
             try:
@@ -89,13 +89,15 @@ def _check_same_text(recipes: dict[str, Recipe]) -> None:
     for name, recipe in others:
         for key in ("source", "validation", "split"):
             if getattr(recipe.data, key) != getattr(first.data, key):
-                raise ValueError(f"variants {baseline} and {name} differ in data.{key}; their losses would not compare")
+                raise ValueError(
+                    f"variants {baseline} and {name} differ in data.{key}; their losses are not comparable"
+                )
 
 
-def _begin(
+def _open(
     experiment: Experiment, recipes: dict[str, Recipe], folder: ExperimentFolder, console: Console | None
 ) -> dict[str, int]:
-    """Prepare the text, once for each way of preparing it, and admit the experiment. Gives vocabulary sizes."""
+    """Prepare the text, once per data section, and check the experiment against its folder. Gives vocabulary sizes."""
     display = Display(console)
     prepared, found = {}, {}
     try:
@@ -107,19 +109,19 @@ def _begin(
             found[name] = prepared[key]
     finally:
         display.close()
-    settings = next(iter(recipes.values())).train
-    device = resolve_device(settings.device)
-    dtype = str(resolve_dtype(settings.dtype, device)).removeprefix("torch.")
+    runtime = next(iter(recipes.values())).runtime
+    device = resolve_device(runtime.device)
+    dtype = str(resolve_dtype(runtime.dtype, device)).removeprefix("torch.")
     identity = identify(experiment, recipes, found, device_name(device), dtype)
     folder.check(identity)
     folder.write_header(experiment, identity)
     return {name: entry["vocab_size"] for name, entry in found.items()}
 
 
-def _begun(
+def _reopen(
     experiment: Experiment, recipes: dict[str, Recipe], folder: ExperimentFolder, console: Console | None
 ) -> dict[str, int]:
-    """The same from what the folder says of itself, on any machine and without the text."""
+    """The same from the folder alone, on any machine and without the text."""
     saved = folder.saved_identity()
     known = {name: {key: entry[key] for key in ("text", "vocab_size")} for name, entry in saved["variants"].items()}
     if new := [name for name in recipes if name not in known]:
@@ -134,19 +136,19 @@ class _Grid:
         self.stopped = False
 
     def run(self, recipes: dict[str, Recipe], vocab_sizes: dict[str, int]) -> dict[str, Variant] | None:
-        """None: stopped while steps were being timed."""
+        """None: stopped while timing steps."""
         try:
             variants = self.match(recipes, vocab_sizes)
         except Stopped:
             return None
-        # Seed by seed: what an interrupted grid has, it has of all variants.
-        wanted = [(variant, seed) for seed in self.experiment.seeds for variant in variants.values()]
-        left = [run for run in wanted if self.folder.record(run[0].name, run[1]) is None]
-        all_steps = [variant.recipe.train.steps for variant, _ in wanted]
+        # Seeds outside, variants inside: an interrupted grid has the same seeds of all variants.
+        runs = [(variant, seed) for seed in self.experiment.seeds for variant in variants.values()]
+        left = [run for run in runs if self.folder.record(run[0].name, run[1]) is None]
+        all_steps = [variant.recipe.train.steps for variant, _ in runs]
         done = sum(all_steps) - sum(variant.recipe.train.steps for variant, _ in left)
-        self.display.open(all_steps, done, len(wanted) - len(left))
-        if 0 < len(left) < len(wanted):
-            self.display.note(f"{len(wanted) - len(left)} of {len(wanted)} runs were finished before")
+        self.display.open(all_steps, done, len(runs) - len(left))
+        if 0 < len(left) < len(runs):
+            self.display.note(f"{len(runs) - len(left)} of {len(runs)} runs are already finished")
         try:
             for variant, seed in left:
                 self._train(variant, seed)
@@ -157,7 +159,7 @@ class _Grid:
         return variants
 
     def match(self, recipes: dict[str, Recipe], vocab_sizes: dict[str, int], timing: bool = True) -> dict[str, Variant]:
-        """Raises Stopped by a signal."""
+        """Raises Stopped on a signal."""
         if self.experiment.match != "time":
             return match_variants(self.experiment, recipes, vocab_sizes)
         step_seconds = self.folder.calibration()
@@ -165,7 +167,8 @@ class _Grid:
             if name not in step_seconds:
                 if not timing:
                     raise ValueError(
-                        f"experiment folder {self.folder.path}: the steps of variant {name} are not timed yet"
+                        f"experiment folder {self.folder.path}: steps of variant {name} are not timed yet; "
+                        "run it without --report-only"
                     )
                 step_seconds[name] = self._calibrate(name, recipe)
                 self.folder.write_calibration(step_seconds)
@@ -178,11 +181,11 @@ class _Grid:
         target = self.folder.path / "calibration" / name
         shutil.rmtree(target, ignore_errors=True)
         self.display.note(f"timing {steps} steps of {name}")
-        seconds = self._apart(f"timing of {name}", calibrate, short, target)
+        seconds = self._run_in_process(f"timing of {name}", calibrate, short, target)
         if seconds is None:
             raise Stopped
         shutil.rmtree(target)
-        self.display.note(f"{name}: {1000 * seconds:.4g} ms a step")
+        self.display.note(f"{name}: {1000 * seconds:.4g} ms per step")
         return seconds
 
     def _train(self, variant: Variant, seed: int) -> None:
@@ -195,13 +198,13 @@ class _Grid:
             }
         )
         self.display.begin(name, recipe.train.steps)
-        record = self._apart(name, train_run, recipe, self.folder.run(variant.name, seed))
+        record = self._run_in_process(name, train_run, recipe, self.folder.run(variant.name, seed))
         if record["outcome"] == "stopped":
             raise Stopped
         self.folder.write_record(variant.name, seed, record)
         final = record["final"]
         self.display.end(
-            f"validation {final['val_nll_per_token']:.4f} nats a token, {final['val_bpb']:.4f} bits per byte"
+            f"validation {final['val_nll_per_token']:.4f} nats per token, {final['val_bpb']:.4f} bits per byte"
             if final
             else f"diverged: {record['message']}"
         )
@@ -215,14 +218,18 @@ class _Grid:
         records = {seed: self.folder.record(variant.name, seed) for seed in self.experiment.seeds}
         seed = next((seed for seed, record in records.items() if record["outcome"] == "finished"), None)
         run = None if seed is None else self.folder.run(variant.name, seed)
-        self.display.note(f"{variant.name}: decoding after {', '.join(f'{length:,}' for length in left)} tokens")
-        found = self._apart(f"decoding of {variant.name}", measure, variant.recipe, run, variant.vocab_size, left)
+        self.display.note(
+            f"{variant.name}: measuring decoding after {', '.join(f'{length:,}' for length in left)} tokens"
+        )
+        found = self._run_in_process(
+            f"decoding of {variant.name}", measure, variant.recipe, run, variant.vocab_size, left
+        )
         self.folder.write_decoding(variant.name, known | {str(length): value for length, value in found.items()})
 
-    def _apart(self, what: str, work, *arguments):
+    def _run_in_process(self, name: str, work, *arguments):
         if self.stop.received is not None:
             raise Stopped
         try:
-            return apart(work, *arguments, report=self.display.report, stop=self.stop)
+            return run_in_process(work, *arguments, report=self.display.report, stop=self.stop)
         except ValueError as error:
-            raise ValueError(f"{what}: {error}; what is finished is kept") from None
+            raise ValueError(f"{name}: {error}; finished runs are kept") from None

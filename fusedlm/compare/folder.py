@@ -1,30 +1,28 @@
-"""The folder of an experiment: what lies where, and whether an experiment may go on in it."""
+"""The folder of an experiment: its files, and whether an experiment can be resumed in it."""
 
 import fcntl
 import json
 from pathlib import Path
 
 from fusedlm.config import Recipe
-from fusedlm.config.experiment import Experiment, dump_experiment, run_name
+from fusedlm.config.experiment import DECIDED, Experiment, dump_experiment, run_name
+from fusedlm.config.keys import ABSENT, is_neutral
 from fusedlm.files import write_atomic
-from fusedlm.train.folder import ENVIRONMENT
-from fusedlm.train.folder import RECIPE as RUN_RECIPE
+from fusedlm.runs.folder import ENVIRONMENT
+from fusedlm.runs.folder import RECIPE as RUN_RECIPE
 
 EXPERIMENT, IDENTITY, CALIBRATION = "experiment.yaml", "identity.json", "calibration.json"
 RUNS, RECORDS, DECODING = "runs", "records", "decoding"
-
-# Of a recipe, these keys do not change what a run computes or costs.
-_FREE = ("name", "description", "sample_prompt", "train.seed", "train.loggers")
 
 
 class ExperimentFolder:
     """OUT/, locked for one process, as a context.
 
-    runs/VARIANT-seedN: folders as `fusedlm train` writes them. records/: a file a finished run, decoding/: a file a
-    variant; what has one is not done again.
+    runs/VARIANT-seedN are run folders, as `fusedlm train` writes them; records/ has one file per finished run, and
+    decoding/ one per variant. What is recorded is not computed again.
 
     Raises:
-        ValueError: on entering, another process works in the folder, or it is a file.
+        ValueError: on entering, another process has locked the folder, or it is a file.
     """
 
     def __init__(self, path: Path):
@@ -55,13 +53,13 @@ class ExperimentFolder:
         return self.path / RUNS / run_name(variant, seed)
 
     def check(self, identity: dict) -> None:
-        """Whether an experiment may begin here or go on: seeds and variants may be added, nothing may change.
+        """Check that an experiment can start or resume here: seeds and variants may be added, nothing else may differ.
 
         Args:
-            identity: as `identify` gives it.
+            identity: from `identify`.
 
         Raises:
-            ValueError: the folder holds another experiment; names what differs.
+            ValueError: the folder holds another experiment; names the first key that differs.
         """
         saved = _read(self.path / IDENTITY)
         if saved is not None:
@@ -74,26 +72,26 @@ class ExperimentFolder:
                 )
 
     def write_header(self, experiment: Experiment, identity: dict) -> None:
-        """Take the experiment as it is from now on."""
+        """Save the experiment and its identity."""
         write_atomic(self.path / EXPERIMENT, dump_experiment(experiment))
         write_atomic(self.path / IDENTITY, json.dumps(identity, indent=1) + "\n")
 
     def saved_identity(self) -> dict:
-        """As `write_header` left it. Raises ValueError when no experiment was begun here."""
+        """The identity that `write_header` saved. Raises ValueError if there is none."""
         saved = _read(self.path / IDENTITY)
         if saved is None:
             raise ValueError(f"experiment folder {self.path} holds no experiment yet; run it without --report-only")
         return saved
 
     def record(self, variant: str, seed: int) -> dict | None:
-        """Of a run that came to its end; None when it has not."""
+        """The record of a run that has ended; None: it has not."""
         return _read(self._record_path(variant, seed))
 
     def write_record(self, variant: str, seed: int, record: dict) -> None:
         self._write(self._record_path(variant, seed), record)
 
     def environment(self, variant: str, seed: int) -> dict:
-        """That of a run, as its folder has it."""
+        """The environment of a run."""
         return _read(self.run(variant, seed) / ENVIRONMENT) or {}
 
     def decoding(self, variant: str) -> dict | None:
@@ -103,7 +101,7 @@ class ExperimentFolder:
         self._write(self.path / DECODING / f"{variant}.json", measured)
 
     def calibration(self) -> dict[str, float]:
-        """Seconds of a step by variant, as far as they were measured."""
+        """Measured seconds per step, by variant."""
         return _read(self.path / CALIBRATION) or {}
 
     def write_calibration(self, step_seconds: dict[str, float]) -> None:
@@ -121,11 +119,11 @@ class ExperimentFolder:
 def identify(
     experiment: Experiment, recipes: dict[str, Recipe], data: dict[str, dict], device: str, dtype: str
 ) -> dict:
-    """All that decides what the runs compute and cost.
+    """Everything that the results and the cost of the runs depend on.
 
     Args:
-        recipes: of the variants, before anything is matched.
-        data: of each variant, the fingerprint of its prepared text and the size of its vocabulary.
+        recipes: of the variants, before matching.
+        data: by variant, the fingerprint of its prepared text and its vocabulary size.
         device: name of the processor.
     """
     matching = experiment.model_dump(include={"match", "match_by", "tolerance"})
@@ -141,11 +139,11 @@ def identify(
 
 
 def _leaves(tree: dict, prefix: str = "") -> dict:
-    """Values by dotted key, without those that make no difference."""
+    """Values by dotted key, without neutral keys and those that the experiment sets."""
     leaves = {}
     for key, value in tree.items():
         name = f"{prefix}{key}"
-        if name in _FREE:
+        if name in DECIDED or is_neutral(name, Recipe):
             continue
         if isinstance(value, dict):
             leaves |= _leaves(value, f"{name}.")
@@ -154,34 +152,31 @@ def _leaves(tree: dict, prefix: str = "") -> dict:
     return leaves
 
 
-_ABSENT = object()
-
-
 def _difference(saved: dict, now: dict) -> tuple[str, object, object] | None:
-    """The first key that may not differ and does, with both values."""
+    """The first key that differs and must not, with both values."""
     for section in ("experiment", "device", "dtype"):
-        before, after = saved.get(section, _ABSENT), now[section]
+        before, after = saved.get(section, ABSENT), now[section]
         pairs = [(section, before, after)]
         if isinstance(before, dict):
-            pairs = [(key, before.get(key, _ABSENT), after.get(key, _ABSENT)) for key in before | after]
+            pairs = [(key, before.get(key, ABSENT), after.get(key, ABSENT)) for key in before | after]
         for key, b, a in pairs:
             if b != a:
                 return key, b, a
     if gone := [seed for seed in saved["seeds"] if seed not in now["seeds"]]:
-        return f"seed {gone[0]}", "run", _ABSENT
+        return f"seed {gone[0]}", "run", ABSENT
     for name, before in saved["variants"].items():
         after = now["variants"].get(name)
         if after is None:
-            return f"variant {name}", "run", _ABSENT
+            return f"variant {name}", "run", ABSENT
         for key in [*before, *(key for key in after if key not in before)]:
-            b, a = before.get(key, _ABSENT), after.get(key, _ABSENT)
+            b, a = before.get(key, ABSENT), after.get(key, ABSENT)
             if b != a:
                 return f"{key} of variant {name}", b, a
     return None
 
 
 def _shown(value) -> str:
-    return "absent" if value is _ABSENT else json.dumps(value, ensure_ascii=False)
+    return "absent" if value is ABSENT else json.dumps(value, ensure_ascii=False)
 
 
 def _read(path: Path) -> dict | None:
@@ -190,7 +185,7 @@ def _read(path: Path) -> dict | None:
     except FileNotFoundError:
         return None
     except (ValueError, RecursionError):
-        raise ValueError(f"{path}: damaged, not JSON; remove it, and what it records is done again") from None
+        raise ValueError(f"{path}: damaged, not JSON; remove it to compute its content again") from None
     if not isinstance(found, dict):
-        raise ValueError(f"{path}: damaged, not a JSON object; remove it, and what it records is done again")
+        raise ValueError(f"{path}: damaged, not a JSON object; remove it to compute its content again")
     return found

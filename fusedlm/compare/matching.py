@@ -1,4 +1,4 @@
-"""What is held equal: sizes, steps, and what was changed to make them so."""
+"""Matching variants to the baseline: sizes or steps, and the keys changed for it."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -12,23 +12,23 @@ from fusedlm.config.model import ModelConfig
 from fusedlm.model import build_model
 from fusedlm.model.accounting import count_parameters, training_flops_per_token
 
-_NAMES = {"params": "parameters", "flops": "training FLOPs a token", "tokens": "training tokens", "time": "seconds"}
-_WAYS = {"ffn": "hidden width of the feed-forwards", "width": "model.dim", "depth": "model.n_layers"}
+_NAMES = {"params": "parameters", "flops": "training FLOPs per token", "tokens": "training tokens", "time": "seconds"}
+_VARIED = {"ffn": "hidden width of the feed-forwards", "width": "model.dim", "depth": "model.n_layers"}
 
 
 @dataclass(frozen=True)
 class Account:
-    """What a recipe's model has and costs."""
+    """Size and cost of a recipe's model."""
 
     parameters: int
     active_parameters: int
     embedding_parameters: int
-    flops_per_token: float  # of training, at the recipe's seq_len
+    flops_per_token: float  # of training at the recipe's seq_len
 
 
 @dataclass(frozen=True)
 class Change:
-    """A key that was set so that something is equal."""
+    """A key that was changed for a match."""
 
     key: str
     before: int
@@ -47,11 +47,11 @@ class Variant:
     vocab_size: int
     account: Account
     changes: tuple[Change, ...] = ()
-    deviation: float | None = None  # of the matched quantity from the baseline's, relative; None: nothing is matched
+    deviation: float | None = None  # relative, of the matched quantity from the baseline's; None: not matched
 
     @property
     def tokens(self) -> int:
-        """Of a whole training."""
+        """Of the full training."""
         return tokens_per_step(self.recipe) * self.recipe.train.steps
 
 
@@ -61,15 +61,14 @@ def match_variants(
     vocab_sizes: dict[str, int],
     step_seconds: dict[str, float] | None = None,
 ) -> dict[str, Variant]:
-    """Give every variant as much as the first has of what the experiment holds equal.
+    """Match every variant to the first in the quantity that the experiment names.
 
     Args:
-        vocab_sizes: of each variant's tokenizer.
-        step_seconds: measured time of a step of each variant, for `match: time`. None: not measured yet, and the steps
-            stay as they are.
+        vocab_sizes: by variant.
+        step_seconds: measured seconds per step by variant, for `match: time`. None: not measured yet; steps are kept.
 
     Raises:
-        ValueError: nothing that can be reached is within the tolerance; names the nearest.
+        ValueError: no size or number of steps is within the tolerance; names the nearest.
     """
     baseline, *_ = recipes
     variants = {}
@@ -92,7 +91,7 @@ def tokens_per_step(recipe: Recipe) -> int:
 
 
 def account(recipe: Recipe, vocab_size: int) -> Account:
-    """Counted on a model without memory."""
+    """Counted on a model on the meta device."""
     return _account(recipe.model, recipe.train.seq_len, vocab_size)
 
 
@@ -107,8 +106,8 @@ def _match_steps(variant: Variant, first: Variant, experiment: Experiment, wante
     deviation = after / wanted - 1
     if abs(deviation) > experiment.tolerance:
         raise ValueError(
-            f"variant {variant.name}: {_NAMES[experiment.match]} of {first.name} take {wanted:.2f} steps; {after} miss "
-            f"them by {deviation:+.1%}; train longer or raise experiment.tolerance={experiment.tolerance}"
+            f"variant {variant.name}: {_NAMES[experiment.match]} of {first.name} need {wanted:.2f} steps; {after} are "
+            f"off by {deviation:+.1%}; train longer or raise experiment.tolerance={experiment.tolerance}"
         )
     changes = () if before == after else (Change("train.steps", before, after),)
     recipe = _with_train(variant.recipe, steps=after)
@@ -128,16 +127,15 @@ def _match_size(variant: Variant, first: Variant, experiment: Experiment) -> Var
         return quantity(_account(config, seq_len, variant.vocab_size))
 
     config = variant.recipe.model
-    ways = {"ffn": _ffn_ladder, "width": _width_ladder, "depth": _depth_ladder}
+    candidates = {"ffn": _ffn_candidates, "width": _width_candidates, "depth": _depth_candidates}
     own = quantity(variant.account) / target - 1
     if abs(own) <= experiment.tolerance / 10:
         return replace(variant, deviation=own)
-    # Sizes in multiples of 8 suit the matrix units of GPUs; finer ones only where those stay away from the target.
-    for grain, admitted in ((8, experiment.tolerance / 4), (1, experiment.tolerance)):
-        ladder = ways[experiment.match_by](config, variant.vocab_size, grain)
-        found = _nearest(ladder, measure, target)
+    # Multiples of 8 suit the matrix units of GPUs; other sizes only if no multiple is near the target.
+    for multiple, accepted in ((8, experiment.tolerance / 4), (1, experiment.tolerance)):
+        found = _nearest(candidates[experiment.match_by](config, variant.vocab_size, multiple), measure, target)
         deviation = measure(found.make()) / target - 1
-        if abs(deviation) <= admitted:
+        if abs(deviation) <= accepted:
             recipe = variant.recipe.model_copy(update={"model": found.make()})
             changes = tuple(change for change in found.changes if change.before != change.after)
             return replace(
@@ -148,12 +146,12 @@ def _match_size(variant: Variant, first: Variant, experiment: Experiment) -> Var
                 deviation=deviation,
             )
     reached = measure(found.make())
-    others = " or ".join(way for way in ways if way != experiment.match_by)
+    others = " or ".join(by for by in candidates if by != experiment.match_by)
     tried = ", ".join(f"{change.key}={change.after}" for change in found.changes)
     raise ValueError(
         f"variant {variant.name}: {target:,.0f} {_NAMES[experiment.match]} of {first.name} cannot be met within "
-        f"{experiment.tolerance:.2g} by {_WAYS[experiment.match_by]}; the nearest is {reached:,.0f} ({deviation:+.1%}) "
-        f"with {tried}; try experiment.match_by={others}"
+        f"{experiment.tolerance:.2g} by {_VARIED[experiment.match_by]}; the nearest is {reached:,.0f} "
+        f"({deviation:+.1%}) with {tried}; try experiment.match_by={others}"
     )
 
 
@@ -162,52 +160,54 @@ def _quantity(match: str) -> Callable[[Account], float]:
 
 
 @dataclass(frozen=True)
-class _Rung:
-    """A size that can be tried."""
+class _Candidate:
+    """A size to try."""
 
     make: Callable[[], ModelConfig]
     changes: tuple[Change, ...]
 
 
-def _nearest(ladder: Sequence[_Rung], measure: Callable[[ModelConfig], float], target: float) -> _Rung:
-    """The rung whose measure, which rises along the ladder, lies nearest. A measure builds a model, so few are taken:
-    nearly linear ones, which is what widths give, are met by interpolation."""
+def _nearest(candidates: Sequence[_Candidate], measure: Callable[[ModelConfig], float], target: float) -> _Candidate:
+    """The candidate whose measure, which must be increasing, is nearest to the target. Each measure builds a model, so
+    the search interpolates first: measures of widths are nearly linear."""
 
     @cache
     def at(index: int) -> float:
-        return measure(ladder[index].make())
+        return measure(candidates[index].make())
 
-    low, high = 0, len(ladder) - 1
+    low, high = 0, len(candidates) - 1
     last = None
     while high - low > 1 and at(low) < target < at(high):
         if last is None:
             guess = low + round((high - low) * (target - at(low)) / (at(high) - at(low)))
-        else:  # the neighbour on the other side of the target, then halves
+        else:  # the neighbour across the target, then bisection
             guess = last + 1 if at(last) < target else last - 1
             guess = guess if low < guess < high else (low + high) // 2
         guess = min(max(guess, low + 1), high - 1)
         low, high = (guess, high) if at(guess) < target else (low, guess)
         last = guess if last is None else None
-    return ladder[min((low, high), key=lambda index: abs(at(index) - target))]
+    return candidates[min((low, high), key=lambda index: abs(at(index) - target))]
 
 
-def _ffn_ladder(config: ModelConfig, vocab_size: int, grain: int) -> list[_Rung]:
-    """All feed-forwards scaled together, the widest in steps of the grain."""
+def _ffn_candidates(config: ModelConfig, vocab_size: int, multiple: int) -> list[_Candidate]:
+    """All feed-forwards scaled together; their hidden widths are multiples of `multiple`."""
     widths = _ffn_widths(config, vocab_size)
     widest = max(widths.values())
-    rungs = []
-    least = max(grain, 2)  # a routed one has a unit of each part
-    for width in range(least, 16 * widest + grain, grain):
-        scaled = {name: max(least, grain * round(before * width / widest / grain)) for name, before in widths.items()}
+    found = []
+    least = max(multiple, 2)  # a routed feed-forward has at least one unit in each part
+    for width in range(least, 16 * widest + multiple, multiple):
+        scaled = {
+            name: max(least, multiple * round(before * width / widest / multiple)) for name, before in widths.items()
+        }
         changes = tuple(
             Change(f"model.blocks.{name}.ffn.hidden", widths[name], after) for name, after in scaled.items()
         )
-        rungs.append(_Rung(partial(_with_ffn_widths, config, scaled), changes))
-    return rungs
+        found.append(_Candidate(partial(_with_ffn_widths, config, scaled), changes))
+    return found
 
 
 def _ffn_widths(config: ModelConfig, vocab_size: int) -> dict[str, int]:
-    """Hidden width of the feed-forward of each block that the pattern uses, all parts of a routed one together."""
+    """Hidden width of the feed-forward of each block in the pattern; that of a routed one is the sum of its parts."""
     model = build_model(config, vocab_size=vocab_size, device="meta")
     return {
         name: config.blocks[name].ffn.hidden
@@ -227,17 +227,17 @@ def _with_ffn_widths(config: ModelConfig, widths: dict[str, int]) -> ModelConfig
     return config.model_copy(update={"blocks": blocks})
 
 
-def _width_ladder(config: ModelConfig, vocab_size: int, grain: int) -> list[_Rung]:
-    """Widths that the heads divide; what was set for itself, such as a hidden width or a rank, stays."""
-    dims = [dim for dim in range(grain, 4 * config.dim + grain, grain) if _admitted(config, dim)]
-    return [_Rung(partial(_with_dim, config, dim), (Change("model.dim", config.dim, dim),)) for dim in dims]
+def _width_candidates(config: ModelConfig, vocab_size: int, multiple: int) -> list[_Candidate]:
+    """Widths that are valid with the number of heads; a hidden width or rank that the recipe sets is kept."""
+    dims = [dim for dim in range(multiple, 4 * config.dim + multiple, multiple) if _is_valid(config, dim)]
+    return [_Candidate(partial(_with_dim, config, dim), (Change("model.dim", config.dim, dim),)) for dim in dims]
 
 
 def _with_dim(config: ModelConfig, dim: int) -> ModelConfig:
     return ModelConfig.model_validate(config.model_dump() | {"dim": dim})
 
 
-def _admitted(config: ModelConfig, dim: int) -> bool:
+def _is_valid(config: ModelConfig, dim: int) -> bool:
     try:
         _with_dim(config, dim)
     except ValueError:
@@ -245,10 +245,10 @@ def _admitted(config: ModelConfig, dim: int) -> bool:
     return True
 
 
-def _depth_ladder(config: ModelConfig, vocab_size: int, grain: int) -> list[_Rung]:
-    """Layers, the pattern tiled as before."""
+def _depth_candidates(config: ModelConfig, vocab_size: int, multiple: int) -> list[_Candidate]:
+    """Numbers of layers, with the same pattern."""
     return [
-        _Rung(
+        _Candidate(
             partial(config.model_copy, update={"n_layers": layers}),
             (Change("model.n_layers", config.n_layers, layers),),
         )

@@ -13,13 +13,13 @@ from fusedlm.report.style import FULL, HALF, INK, MUTED, PALETTE, Plot, canvas, 
 from fusedlm.report.units import count, memory, memory_unit, power_of
 
 _DASHES = ("-", (0, (4, 2)), (0, (1, 1.5)))
-_WARM = 0.2  # share of training whose losses may lie above a plot
+_EARLY = 0.2  # fraction of training whose losses can be above the plot
 
 Curve = Callable[[History, int], tuple[np.ndarray, np.ndarray]]  # of a run and its seed
 
 
 def draw_plots(results: Results) -> list[Plot]:
-    """Every plot for which something was measured."""
+    """Every plot for which there are measurements."""
     plots = (
         _final(results),
         _validation(results),
@@ -39,7 +39,7 @@ def _look(results: Results, name: str) -> dict:
 
 
 def _final(results: Results) -> Plot | None:
-    """Every seed, the mean and its interval, a row a variant."""
+    """Every seed, the mean and its interval, one row per variant."""
     column, what, unit = results.metric
     names = [name for name in results.variants if results.values(name, column)]
     if not names:
@@ -70,11 +70,9 @@ def _final(results: Results) -> Plot | None:
     span = max(dots) - min(dots) or 0.02 * abs(dots[0]) or 1.0
     axes.set_xlim(min(dots) - 0.6 * span, max(dots) + 0.6 * span)
     axes.set_xlabel(f"{_capital(what)} ({unit})")
-    caption = (
-        "All held-out text at the end of training: every seed (dots) and the mean (bar); dashed, the mean of the first."
-    )
+    caption = "All validation text at the end of training: seeds (dots) and mean (bar); dashed: mean of the baseline."
     if intervals:
-        caption += " The band is the 95% interval of the mean; one that reaches the edge goes on."
+        caption += " The band is the 95% interval of the mean; it can extend beyond the edge."
     return Plot("final", f"Final {what}", caption, png(figure), wide=True)
 
 
@@ -86,7 +84,7 @@ def _validation(results: Results) -> Plot | None:
 
 
 def _difference(results: Results) -> Plot | None:
-    """What the curves of losses are too close together to show."""
+    """Differences from the baseline, for which curves of losses are too close together."""
     column, what, unit = results.metric
     key = "val_nll_per_token" if column == "val_loss" else "val_bpb"
     base = {row["seed"]: results.histories[results.baseline, row["seed"]] for row in results.of(results.baseline)}
@@ -110,14 +108,14 @@ def _difference(results: Results) -> Plot | None:
         _band(axes, results, name, x / power, mean, low, high, dots=len(x) <= 40)
     axes.axhline(0, color=MUTED, linewidth=0.8, linestyle=(0, (4, 3)))
     axes.set_xlim(0, 1.01 * max(x[-1] for x, *_ in curves.values()) / power)
-    late = [bound[x >= _WARM * x[-1]] for x, _, *bounds in curves.values() for bound in bounds]
+    late = [bound[x >= _EARLY * x[-1]] for x, _, *bounds in curves.values() for bound in bounds]
     axes.set_ylim(padded(min(0, *(bound.min() for bound in late)), max(0, *(bound.max() for bound in late))))
     axes.set_xlabel(f"Tokens ({word})" if word else "Tokens")
     axes.set_ylabel(f"Difference ({unit})")
-    title = f"{_capital(what)} less that of {results.baseline}"
-    caption = "Of the same seed after the same tokens; below zero is better than the first variant."
+    title = f"{_capital(what)} relative to {results.baseline}"
+    caption = "Difference at the same seed and number of tokens; below zero is better than the baseline."
     if len(at_base) > 1:
-        caption += " Mean over seeds, and a band from the lowest to the highest."
+        caption += " Line: mean over seeds; band: lowest to highest."
     return Plot("difference", title, caption, png(figure), wide=True)
 
 
@@ -127,7 +125,7 @@ def _training(results: Results) -> Plot | None:
         return history.steps["tokens"], smooth(loss, half_life(len(loss)))
 
     curves = _curves(results, smoothed)
-    label = "Training loss (nats a token)"
+    label = "Training loss (nats per token)"
     return _lines(results, curves, "training", "Training loss", label, dots=False)
 
 
@@ -148,9 +146,9 @@ def _flops(results: Results) -> Plot | None:
     axes.xaxis.set_minor_locator(NullLocator())
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: _power(value)))
     _limit(axes, curves)
-    axes.set_xlabel("Training FLOPs (multiplications and additions of matrix products)")
+    axes.set_xlabel("Training FLOPs (of matrix products)")
     axes.set_ylabel(f"{_capital(what)} ({unit})")
-    caption = "The same validations against the FLOPs spent until then, as the recipe's shapes give them."
+    caption = "The same validations against training FLOPs, computed from the shapes of the recipe."
     return Plot("flops", "Loss against training FLOPs", caption + _overflow(curves), png(figure), wide=True)
 
 
@@ -180,8 +178,8 @@ def _cost(results: Results) -> Plot | None:
     left.set_yticklabels(names)
     right.tick_params(labelleft=False)
     caption = (
-        "Median over settled steps, mean over seeds; and the highest memory of any seed, which on the GPU is that of "
-        "tensors and on the CPU that of the whole process."
+        "Left: median over steps without warm-up, mean over seeds. Right: highest of any seed; that of tensors on the "
+        "GPU, of the full process on the CPU."
     )
     return Plot("cost", "Training throughput and memory", caption, png(figure), wide=True)
 
@@ -195,7 +193,7 @@ def _state(results: Results) -> Plot | None:
     axes.yaxis.set_minor_locator(NullLocator())
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: _bytes(value)))
     axes.set_ylabel("State of one sequence")
-    caption = "Bytes of the live tensors that decoding keeps for one sequence."
+    caption = "Bytes of the live tensors of the decoding state of one sequence."
     return Plot("state", "Decoding state against length", caption, png(figure))
 
 
@@ -214,14 +212,14 @@ def _decoding(results: Results) -> Plot | None:
     else:
         axes.set_ylim(0, 1.08 * max(rates))
     axes.set_ylabel("Tokens per second")
-    caption = "One token a step, one sequence: the median step after so many tokens."
+    caption = "One sequence, one token per step: median step after each number of tokens."
     return Plot("decoding", "Decoding throughput against length", caption, png(figure))
 
 
 def _curves(
     results: Results, curve: Curve, names: list[str] | None = None, seeds: list[int] | None = None
 ) -> dict[str, tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]]:
-    """variant -> (x, mean, lowest, highest) over its seeds, at the x that all of them have."""
+    """variant -> (x, mean, lowest, highest) over its seeds, at the x that all seeds have."""
     curves = {}
     for name in results.variants if names is None else names:
         tables = []
@@ -248,14 +246,14 @@ def _lines(results: Results, curves: dict, name: str, title: str, label: str, do
     axes.set_xlabel(f"Tokens ({word})" if word else "Tokens")
     axes.set_ylabel(label)
     n_seeds = max(len(results.of(variant)) for variant in curves)
-    caption = "Mean over seeds; the band goes from the lowest to the highest." if n_seeds > 1 else "One seed."
+    caption = "Line: mean over seeds; band: lowest to highest." if n_seeds > 1 else "One seed."
     if name == "training" and (most := max(len(x) for x, *_ in curves.values())) >= 20:
-        caption += f" Smoothed with a half-life of {_count(half_life(most), 'step')} to both sides."
+        caption += f" Smoothed on both sides with a half-life of {_count(half_life(most), 'step')}."
     return Plot(name, title, caption + _overflow(curves), png(figure), wide=True)
 
 
 def _with_legend(results: Results, names) -> tuple[Figure, Axes]:
-    """Wide axes with the names of variants to the right of them."""
+    """Wide axes with a legend to the right."""
     figure = canvas((FULL[0], max(FULL[1], 0.9 + 0.2 * len(names))))
     axes = figure.subplots()
     plain_axes(axes)
@@ -287,22 +285,22 @@ def _limit(axes: Axes, curves: dict) -> None:
 
 
 def _top(curves: dict) -> float:
-    """The highest loss behind the first fifth of training, from where differences can be seen."""
-    kept = [high[x >= _WARM * x[-1]] for x, _, _, high in curves.values()]
+    """The highest loss after the first fifth of training."""
+    kept = [high[x >= _EARLY * x[-1]] for x, _, _, high in curves.values()]
     return max(high.max() for high in kept)
 
 
 def _overflow(curves: dict) -> str:
     top = _top(curves)
     return (
-        " Losses of the first fifth of training that lie above are cut off."
+        " Higher losses in the first fifth of training are cut off."
         if any(high.max() > top for *_, high in curves.values())
         else ""
     )
 
 
 def _ticks(low: float, high: float) -> list[float]:
-    """1, 2 and 5 of each decade between two positive numbers, or the two; for logarithmic axes."""
+    """1, 2 and 5 of each decade between two positive numbers, or the two numbers; for logarithmic axes."""
     decades = range(int(np.floor(np.log10(low))), int(np.ceil(np.log10(high))) + 1)
     ticks = [digit * 10.0**decade for decade in decades for digit in (1, 2, 5)]
     return [tick for tick in ticks if low <= tick <= high] or [low, high]
@@ -315,7 +313,7 @@ def _power(value: float) -> str:
 
 
 def _by_length(results: Results, which: int) -> dict[str, tuple[list[int], list[float]]]:
-    """variant -> (lengths, values) as far as they were measured; 0 is bytes, 1 is tokens a second."""
+    """variant -> (lengths, values) of what was measured; which: 0 is bytes, 1 is tokens per second."""
     found = {}
     for name in results.variants:
         measured = {int(n): value for n, value in (results.decoding[name] or {}).items() if value is not None}
@@ -326,13 +324,14 @@ def _by_length(results: Results, which: int) -> dict[str, tuple[list[int], list[
 
 
 def _length_axes(results: Results, found: dict) -> tuple[Figure, Axes]:
-    """Curves against length, the legend below."""
+    """Curves against length, with a legend below."""
     rows = -(-len(found) // 3)
     figure = canvas((HALF[0], HALF[1] + 0.17 * rows))
     axes = figure.subplots()
     plain_axes(axes)
     for index, (name, (lengths, values)) in enumerate(found.items()):
-        look = {"marker": "o", "markersize": 3.5 + 4 * (1 - index / len(found)), "linewidth": 1.6}  # equal ones show
+        markersize = 3.5 + 4 * (1 - index / len(found))  # markers at the same point stay visible
+        look = {"marker": "o", "markersize": markersize, "linewidth": 1.6}
         axes.plot(lengths, values, label=name, **look, **_look(results, name))
     ticks = sorted({length for lengths, _ in found.values() for length in lengths})
     axes.set_xscale("log", base=2)

@@ -1,7 +1,8 @@
-"""A function in a process of its own, so that every run starts from the same clean memory, caches and random state."""
+"""Run a function in a new process: every run starts with the same memory, caches and random state."""
 
 import contextlib
 import functools
+import logging
 import multiprocessing
 import os
 import signal
@@ -11,38 +12,39 @@ from multiprocessing.connection import Connection
 
 import torch
 
-from fusedlm.train.signals import StopSignal
+from fusedlm.runs.signals import StopSignal
 
-Report = Callable[[str, object], None]  # (kind, content) from the work to whoever waits for it
+Report = Callable[[str, object], None]  # called in this process with (kind, content) from the work
 
 _POLL_SECONDS = 0.2
 
 
 class Stopped(Exception):
-    """The work was told to stop before it had a result."""
+    """The work was stopped by a signal before it had a result."""
 
 
-def apart(work: Callable, *arguments, report: Report, stop: StopSignal):
-    """work(*arguments, send), with `send` passing on to `report` here.
+def run_in_process(work: Callable, *arguments, report: Report, stop: StopSignal):
+    """Call work(*arguments, send) in a new process; `send(kind, content)` there calls `report` here.
 
-    The process is forked from a server that has torch loaded and has touched no GPU: peak memory is that of the work
-    alone. A signal that `stop` receives is passed on once, as SIGINT.
+    The process is forked from a server that has imported torch and used no GPU: its peak memory is that of the work
+    alone. Warnings that the work logs are reported as ("warning", text). A signal that `stop` receives is passed on
+    once, as SIGINT.
 
     Args:
-        work: a function that can be imported; what it takes and gives can be pickled.
+        work: an importable function whose arguments and result can be pickled.
 
     Returns:
-        What `work` returns.
+        The result of `work`.
 
     Raises:
-        ValueError, OSError: of the work, with its message; also when the process was killed.
-        Stopped: the work ended by the signal, without a result.
+        ValueError, OSError: from the work, with its message; ValueError also if the process was killed.
+        Stopped: the work was stopped by the signal.
         RuntimeError: any other exception of the work, with its traceback.
     """
     context = _context()
     ours, theirs = context.Pipe(duplex=False)
     settings = (os.getcwd(), torch.get_num_threads())
-    # Not a daemon: those may have no processes of their own, which compiling can want.
+    # Not a daemon: daemons cannot start processes, and compilation may.
     process = context.Process(target=_run, args=(theirs, settings, work, arguments))
     process.start()
     theirs.close()
@@ -64,7 +66,7 @@ def apart(work: Callable, *arguments, report: Report, stop: StopSignal):
     if stop.received is not None:
         raise Stopped
     reason = f"signal {-process.exitcode}" if process.exitcode < 0 else f"exit code {process.exitcode}"
-    raise ValueError(f"its process ended by {reason}; when that is 9, the machine's memory may not hold the run")
+    raise ValueError(f"its process ended by {reason}; signal 9 can mean that the machine is out of memory")
 
 
 @functools.cache
@@ -75,13 +77,13 @@ def _context():
 
 
 def _listen(connection: Connection, process, report: Report, stop: StopSignal):
-    """The last message, or None when the process ended without one."""
-    told = False
+    """The last message, or None if the process ended without one."""
+    signalled = False
     while True:
-        if stop.received is not None and not told:
+        if stop.received is not None and not signalled:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(process.pid, signal.SIGINT)
-            told = True
+            signalled = True
         if not connection.poll(_POLL_SECONDS):
             continue
         try:
@@ -93,8 +95,17 @@ def _listen(connection: Connection, process, report: Report, stop: StopSignal):
         report(kind, content)
 
 
+class _SendWarnings(logging.Handler):
+    def __init__(self, send: Report):
+        super().__init__()
+        self._send = send
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self._send("warning", record.getMessage())
+
+
 def _run(connection: Connection, settings, work: Callable, arguments) -> None:
-    # Out of the terminal's group: its signals go to the parent, which passes each on once.
+    # Leave the terminal's process group: the parent receives its signals and passes each on once.
     os.setpgid(0, 0)
     folder, threads = settings
     os.chdir(folder)
@@ -103,6 +114,7 @@ def _run(connection: Connection, settings, work: Callable, arguments) -> None:
     def send(kind: str, content) -> None:
         connection.send((kind, content))
 
+    logging.basicConfig(level=logging.WARNING, handlers=[_SendWarnings(send)], force=True)
     try:
         message = ("result", work(*arguments, send))
     except KeyboardInterrupt:

@@ -1,30 +1,38 @@
-"""What the user sees of a grid: two live bars on a terminal, plain lines elsewhere."""
+"""Progress of a grid: two live bars on a terminal, plain lines elsewhere."""
 
+import logging
 import time
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 _SECONDS_BETWEEN_LINES = 5.0
+_log = logging.getLogger(__name__)
 
 
 class GridDisplay:
-    """Progress of all runs together, in training steps, and of the one that is on; without a console nothing shows."""
+    """Progress in training steps of all runs together and of the current one; without a console nothing is shown."""
 
     def __init__(self, console: Console | None):
         self.console = console if console is not None else Console(quiet=True, force_terminal=False)
         self._bars: Progress | None = None
-        self._whole = self._current = None
+        self._grid = self._current = None
         self._name, self._steps, self._all_steps, self._before = "", 0, 0, 0
         self._n_runs, self._finished = 0, 0
         self._last_line = float("-inf")
+        self._warnings: set[str] = set()
 
     def note(self, text: str) -> None:
-        """One line, above the bars where there are any."""
+        """Print one line, above the bars if there are any."""
         self.console.print(text, markup=False, highlight=False, soft_wrap=True)
 
     def open(self, steps: list[int], done: int, n_done: int) -> None:
-        """The grid begins: the steps of every run, the steps and the runs that are behind it."""
+        """Start the display.
+
+        Args:
+            steps: of every run.
+            done, n_done: steps and runs already finished.
+        """
         self._all_steps, self._before, self._n_runs, self._finished = sum(steps), done, len(steps), n_done
         if not self.console.is_terminal or self.console.quiet:
             return
@@ -37,12 +45,12 @@ class GridDisplay:
             TextColumn("{task.fields[note]}", markup=False),
             console=self.console,
         )
-        self._whole = self._bars.add_task(self._count(), total=self._all_steps, completed=done, note="")
+        self._grid = self._bars.add_task(self._count(), total=self._all_steps, completed=done, note="")
         self._current = self._bars.add_task("", total=None, note="", visible=False)
         self._bars.start()
 
     def begin(self, name: str, steps: int) -> None:
-        """A run of so many steps begins or goes on."""
+        """A run starts or resumes."""
         self._name, self._steps = name, steps
         self._last_line = float("-inf")
         if self._bars is not None:
@@ -51,28 +59,32 @@ class GridDisplay:
             self.note(f"{self._place()} {name}: {steps:,} steps")
 
     def report(self, kind: str, content) -> None:
-        """What the process of the run sends."""
+        """Show a message from the process of the run. The same warning is logged once."""
         if kind == "note":
             self.note(f"{self._name}: {content}")
+        elif kind == "warning":
+            if content not in self._warnings:
+                self._warnings.add(content)
+                _log.warning(content)
         elif kind == "begin":
             if content:
-                self.note(f"{self._name}: going on from step {content:,}")
+                self.note(f"{self._name}: resuming from step {content:,}")
             self._show(content, "")
         elif kind == "step" and not content.get("skipped"):
             self._show(content["step"], f"loss {content['loss']:.4f}  {content['tokens_per_second']:,.0f} tokens/s")
         elif kind == "validation" and self._bars is None:
             self.note(
                 f"{self._place()} {self._name}: step {content['step']:,} of {self._steps:,}, validation "
-                f"{content['val_nll_per_token']:.4f} nats a token, {content['val_bpb']:.4f} bits per byte"
+                f"{content['val_nll_per_token']:.4f} nats per token, {content['val_bpb']:.4f} bits per byte"
             )
 
     def end(self, outcome: str) -> None:
-        """The run that was on is finished."""
+        """The current run is finished."""
         self.note(f"{self._place()} {self._name}: {outcome}")
         self._before += self._steps
         self._finished += 1
         if self._bars is not None:
-            self._bars.update(self._whole, completed=self._before, description=self._count())
+            self._bars.update(self._grid, completed=self._before, description=self._count())
             self._bars.update(self._current, visible=False)
 
     def close(self) -> None:
@@ -83,7 +95,7 @@ class GridDisplay:
     def _show(self, step: int, note: str) -> None:
         if self._bars is not None:
             self._bars.update(self._current, completed=step, note=note)
-            self._bars.update(self._whole, completed=self._before + step)
+            self._bars.update(self._grid, completed=self._before + step)
             return
         now = time.monotonic()
         if note and now - self._last_line >= _SECONDS_BETWEEN_LINES:

@@ -14,18 +14,18 @@ from fusedlm.files import write_atomic
 from fusedlm.report.page import document, facts_table, figures, folded, key_figures, numbers_table, section
 from fusedlm.report.units import count
 
-_HELD = {
-    "none": "Nothing but what the changes below leave alone",
+_MATCHED = {
+    "none": "Nothing is matched beyond what the changes below keep",
     "params": "Parameters",
-    "flops": "Training FLOPs a token",
+    "flops": "Training FLOPs per token",
     "tokens": "Training tokens",
-    "time": "Training time, by steps timed beforehand",
+    "time": "Training time, from steps timed before training",
 }
 _BY = {"ffn": "hidden width of the feed-forwards", "width": "width of the model", "depth": "number of layers"}
 
 
 def write_report(results: Results, out: Path) -> Path:
-    """Write everything that is read by people and programs.
+    """Write the page, the plots, results.json and results.csv.
 
     Returns:
         The path of the page.
@@ -45,11 +45,11 @@ def write_report(results: Results, out: Path) -> Path:
         key_figures(_key_figures(results)),
         *section("Verdict", _verdicts(results)),
         *section("Loss", _table(loss_table(results))),
-        *section("Held equal", _held(results)),
+        *section("Matching", _matched(results)),
         *section("Plots", figures(plots)),
         *section("Cost of training", _table(cost_table(results))),
         *section("Decoding", _decoding(results)),
-        *section("How it was made", facts_table(_facts(results))),
+        *section("Setup", facts_table(_facts(results))),
         *folded("Every run", _runs(results)),
         *folded(
             f"Recipe of {results.baseline}",
@@ -67,10 +67,10 @@ def _key_figures(results: Results) -> list[tuple[str, str, str]]:
     device = results.environments[0].get("device_name", "–") if results.environments else "–"
     remark = "all finished" if len(finished) == len(results.rows) else f"{len(finished)} finished"
     return [
-        ("Variants", str(len(results.variants)), f"{results.baseline} is the baseline"),
+        ("Variants", str(len(results.variants)), f"baseline: {results.baseline}"),
         ("Seeds", str(n_seeds), "the same for every variant"),
         ("Runs", str(len(results.rows)), remark),
-        ("Tokens a run", count(results.variants[results.baseline].tokens), "of the baseline"),
+        ("Tokens per run", count(results.variants[results.baseline].tokens), "of the baseline"),
         ("Device", results.environments[0].get("device", "–") if results.environments else "–", device),
     ]
 
@@ -79,23 +79,23 @@ def _verdicts(results: Results) -> str:
     sentences = [f"<li>{escape(sentence)}.</li>" for sentence in results.verdicts()]
     n = len(results.variants) - 1
     notes = [
-        "Differences are taken seed by seed, between runs that read the same text in the same order; the interval is "
-        "Student's over those differences. “No difference shown” means that the interval holds zero: more seeds might "
-        "show one."
+        "Differences are paired by seed, between runs that read the same text in the same order; the interval is from "
+        "Student's t over these differences. “No difference shown” means that the interval includes zero: more seeds "
+        "might show one."
     ]
     if n > 1:
         notes.append(
-            f"Each of the {n} intervals stands for itself: of twenty such comparisons without any difference, one is "
-            "expected to miss zero."
+            f"The {n} intervals are not corrected for multiple comparisons: of twenty without a difference, one is "
+            "expected to exclude zero."
         )
-    listed = f"<ul>{''.join(sentences)}</ul>" if sentences else "<p>One variant: nothing to compare.</p>"
+    listed = f"<ul>{''.join(sentences)}</ul>" if sentences else "<p>One variant: there is nothing to compare.</p>"
     return listed + "".join(f"<p>{note}</p>" for note in notes if sentences)
 
 
-def _held(results: Results) -> str:
+def _matched(results: Results) -> str:
     experiment = results.experiment
     by = f", by the {_BY[experiment.match_by]}" if experiment.match in ("params", "flops") else ""
-    first = f"<p>{_HELD[experiment.match]}{by}. {escape(_unequal(results))}</p>"
+    first = f"<p>{_MATCHED[experiment.match]}{by}. {escape(_unequal(results))}</p>"
     head = ("Variant", "Changed by the experiment", "Changed to match")
     rows = [
         (
@@ -112,22 +112,22 @@ def _held(results: Results) -> str:
         f"<table><thead><tr>{''.join(f'<th>{name}</th>' for name in head)}</tr></thead><tbody>{cells}</tbody></table>"
     )
     note = (
-        "<p>Every variant trains by the same optimizer settings unless its changes say otherwise; none was tuned "
-        "for this comparison beyond what the base recipe holds.</p>"
+        "<p>All variants have the same optimizer settings unless their changes say otherwise; none was tuned for this "
+        "comparison beyond the base recipe.</p>"
     )
     if any(row["ffn_flops_share"] is not None for row in results.rows):
         note += (
-            "<p>FLOPs of routed feed-forwards are those of their budget; what they really computed stands under the "
-            "cost of training.</p>"
+            "<p>FLOPs of routed feed-forwards are those of their budget; measured ones are listed under the cost of "
+            "training.</p>"
         )
     return first + _table(size_table(results)) + changes + note
 
 
 def _unequal(results: Results) -> str:
-    """What differs by more than one part in a hundred from the baseline, whatever was matched."""
+    """The quantities that differ from the baseline by more than 1%, matched or not."""
     measures = {
         "parameters": lambda variant: variant.account.parameters,
-        "training FLOPs a token": lambda variant: variant.account.flops_per_token,
+        "training FLOPs per token": lambda variant: variant.account.flops_per_token,
         "training tokens": lambda variant: variant.tokens,
         "training time": _seconds_of(results),
     }
@@ -137,11 +137,11 @@ def _unequal(results: Results) -> str:
         ratios = [measure(v) / measure(base) for v in results.variants.values() if measure(v) and measure(base)]
         if ratios and (max(ratios) > 1.01 or min(ratios) < 0.99):
             found.append(f"{what} ({min(ratios):.2f} to {max(ratios):.2f} times {results.baseline}'s)")
-    return f"Not equal: {', '.join(found)}." if found else "All else that is counted here is equal within 1%."
+    return f"Not equal: {', '.join(found)}." if found else "Parameters, FLOPs, tokens and time are equal within 1%."
 
 
 def _seconds_of(results: Results):
-    """Settled step time by the number of steps: without warm-up and compilation."""
+    """Median step time times the number of steps: without warm-up and compilation."""
 
     def seconds(variant: Variant) -> float | None:
         step = results.summary(variant.name, "step_seconds").mean
@@ -154,11 +154,11 @@ def _decoding(results: Results) -> str | None:
     table = decoding_table(results)
     if table is None:
         return None
-    base = results.variants[results.baseline].recipe.train
+    base = results.variants[results.baseline].recipe.runtime
     where = results.environments[0].get("dtype", base.dtype) if results.environments else base.dtype
     return _table(table) + (
-        f"<p>One sequence, {escape(where)}: bytes of the live state, and the median of one-token steps without "
-        "sampling, after so many tokens.</p>"
+        f"<p>One sequence, {escape(where)}: bytes of the live state, and tokens per second from the median one-token "
+        "step without sampling, after each number of tokens.</p>"
     )
 
 
@@ -167,14 +167,15 @@ def _facts(results: Results) -> list[tuple[str, str]]:
     train, data = base.train, base.data
     shared = [
         ("seeds", ", ".join(map(str, results.experiment.seeds))),
-        ("batch", f"{train.batch_size} sequences of {train.seq_len} tokens (of {results.baseline})"),
-        ("compiled", "yes" if train.compile else "no"),
+        ("batch", f"{train.batch_size} sequences of {train.seq_len} tokens ({results.baseline})"),
+        ("compiled", "yes" if base.runtime.compile else "no"),
         ("text", getattr(data.source, "path", data.source.type)),
         ("tokenizer", f"{data.tokenizer.type}, {results.variants[results.baseline].vocab_size:,} tokens"),
         (
-            "validations on the way",
-            "all held-out text" if train.eval_tokens is None else f"{train.eval_tokens:,} tokens",
+            "validations during training",
+            "all validation text" if train.eval_tokens is None else f"{train.eval_tokens:,} tokens",
         ),
+        ("validation windows", f"{train.seq_len} tokens, stride {train.seq_len} ({results.baseline})"),
         ("date", " to ".join(dict.fromkeys((results.dates[0], results.dates[-1]))) if results.dates else "–"),
     ]
     known = results.environments
@@ -187,9 +188,9 @@ def _facts(results: Results) -> list[tuple[str, str]]:
             shared.append((key, next(iter(values))))
         elif values:
             shared.append((key, ", ".join(f"{value} ({n} runs)" for value, n in values.items())))
-    for name, ops in results.implementations.items():
+    for name, ops in results.backends.items():
         if ops:
-            shared.append((f"ops of {name}", ", ".join(f"{op} {impl}" for op, impl in ops.items())))
+            shared.append((f"ops of {name}", ", ".join(f"{op} {backend}" for op, backend in ops.items())))
     return shared
 
 
@@ -200,9 +201,9 @@ def _runs(results: Results) -> str:
         "Steps",
         "Validation loss",
         "Bits per byte",
-        "Lowest on the way",
+        "Lowest during training",
         "at step",
-        "Tokens a second",
+        "Tokens per second",
     )
     rows = [
         (

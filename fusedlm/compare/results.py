@@ -1,4 +1,4 @@
-"""From records and metrics of runs to what was found: a row a run, a summary and a verdict a variant."""
+"""From records and metrics of runs to results: a row per run, a summary and a verdict per variant."""
 
 import csv
 import io
@@ -13,44 +13,44 @@ from fusedlm.compare.statistics import Verdict, judge, summarise
 from fusedlm.config.experiment import Experiment
 from fusedlm.report.history import History, median, read_history
 
-# Of a run; the columns of results.csv.
+# Values of a run, which are the columns of results.csv.
 ROW = (
     "variant",
     "seed",
     "outcome",  # finished, diverged or not run
     "steps",
     "tokens",
-    "val_loss",  # nats a token on all held-out text at the end
+    "val_loss",  # nats per token on all validation text, at the end
     "val_bpb",
-    "best_val_loss",  # lowest of the validations along the way
+    "best_val_loss",  # lowest validation during training
     "best_val_bpb",
     "best_val_step",
     "train_loss",  # of the last step
-    "train_loss_last_10",  # mean of the last ten
-    "tokens_per_second",  # median of the settled steps
+    "train_loss_last_10",  # mean of the last ten steps
+    "tokens_per_second",  # median without warm-up
     "step_seconds",
-    "training_seconds",  # of all steps, warm-up included, validations not
+    "training_seconds",  # of all steps, with warm-up, without validations
     "peak_memory_bytes",
     "skipped_steps",
-    "ffn_flops_share",  # of the full width's that routed feed-forwards computed in the last validation
+    "ffn_flops_share",  # FLOPs of routed feed-forwards over those of the full width, in the last validation
     "message",
 )
 _LAST = 10
-_SETTLED = 10  # one part in so many is warm-up
+_WARM_UP = 10  # one tenth of the steps
 
-LOSS, BPB = ("val_loss", "validation loss", "nats a token"), ("val_bpb", "validation bits per byte", "bits per byte")
+LOSS, BPB = ("val_loss", "validation loss", "nats per token"), ("val_bpb", "validation bits per byte", "bits per byte")
 
 
 @dataclass(frozen=True)
 class Results:
     experiment: Experiment
     variants: dict[str, Variant]
-    rows: list[dict]  # of every run, keys as in ROW
-    histories: dict[tuple[str, int], History]  # of runs that began
-    decoding: dict[str, dict | None]  # variant -> length (text) -> (bytes, tokens a second), or None
-    environments: list[dict]  # that runs were made in, each once, with the number of its "runs"
-    dates: tuple[str, ...]  # days on which runs were last worked on, each once
-    implementations: dict[str, dict]  # variant -> op -> name of the implementation that ran
+    rows: list[dict]  # one per run, keys as in ROW
+    histories: dict[tuple[str, int], History]  # of runs that have started
+    decoding: dict[str, dict | None]  # variant -> length (text) -> (bytes, tokens per second), or None
+    environments: list[dict]  # distinct environments of runs, each with its number of "runs"
+    dates: tuple[str, ...]  # distinct days on which runs ended
+    backends: dict[str, dict]  # variant -> op -> backend that ran
 
     @property
     def baseline(self) -> str:
@@ -58,12 +58,12 @@ class Results:
 
     @property
     def metric(self) -> tuple[str, str, str]:
-        """(column, name, unit) that verdicts are on: nats a token only where all have the same tokens."""
+        """(column, name, unit) of the verdicts: nats per token only if all variants have the same tokenizer."""
         tokenizers = {variant.recipe.data.tokenizer.model_dump_json() for variant in self.variants.values()}
         return LOSS if len(tokenizers) == 1 else BPB
 
     def of(self, variant: str, outcome: str | None = "finished") -> list[dict]:
-        """Rows of a variant."""
+        """Rows of a variant with that outcome; None: any."""
         return [row for row in self.rows if row["variant"] == variant and outcome in (None, row["outcome"])]
 
     def values(self, variant: str, column: str) -> dict[int, float]:
@@ -79,19 +79,21 @@ class Results:
         return judge(variant, self.baseline, own, other, what, unit)
 
     def verdicts(self) -> list[str]:
-        """A sentence for each variant but the first, and one for runs that did not finish."""
+        """A sentence for each variant but the first, and one for unfinished runs."""
         sentences = [self.verdict(name).sentence for name in self.variants if name != self.baseline]
         for name in self.variants:
             if diverged := [row["seed"] for row in self.of(name, "diverged")]:
                 seeds = ", ".join(map(str, diverged))
-                sentences.append(f"{name} diverged on seed{'s' * (len(diverged) > 1)} {seeds}, which no value counts")
+                sentences.append(
+                    f"{name} diverged on seed{'s' * (len(diverged) > 1)} {seeds}; diverged runs are in no mean"
+                )
         missing = sum(row["outcome"] == "not run" for row in self.rows)
         if missing:
             sentences.append(f"{missing} of {len(self.rows)} runs are not finished yet")
         return sentences
 
     def as_json(self) -> dict:
-        """All of it as plain values."""
+        """Everything as plain values."""
         return {
             "experiment": self.experiment.model_dump(mode="json"),
             "baseline": self.baseline,
@@ -126,7 +128,7 @@ class Results:
                 length: None if found is None else {"state_bytes": found[0], "tokens_per_second": found[1]}
                 for length, found in (self.decoding[name] or {}).items()
             },
-            "implementations": self.implementations.get(name, {}),
+            "backends": self.backends.get(name, {}),
             "recipe": variant.recipe.model_dump(mode="json"),
         }
         if name != self.baseline:
@@ -142,12 +144,12 @@ class Results:
 
 
 def collect(experiment: Experiment, variants: dict[str, Variant], folder: ExperimentFolder) -> Results:
-    """What the folder holds so far.
+    """The results in an experiment's folder so far.
 
     Raises:
         ValueError: a record or the metrics of a run are damaged; names file and line.
     """
-    rows, histories, environments, dates, implementations = [], {}, [], set(), {}
+    rows, histories, environments, dates, backends = [], {}, [], set(), {}
     for name, variant in variants.items():
         for seed in experiment.seeds:
             record = folder.record(name, seed)
@@ -157,12 +159,12 @@ def collect(experiment: Experiment, variants: dict[str, Variant], folder: Experi
                 environment = folder.environment(name, seed)
                 environment.pop("parameters", None)
                 dates.add(environment.pop("date", "")[:10])
-                implementations[name] = environment.pop("implementations", {})
+                backends[name] = environment.pop("backends", {})
                 _count_environment(environments, environment)
             rows.append(_row(variant, seed, record, history))
     decoding = {name: folder.decoding(name) for name in variants}
     days = tuple(sorted(dates - {""}))
-    return Results(experiment, variants, rows, histories, decoding, environments, days, implementations)
+    return Results(experiment, variants, rows, histories, decoding, environments, days, backends)
 
 
 def _count_environment(environments: list[dict], found: dict) -> None:
@@ -178,7 +180,7 @@ def _row(variant: Variant, seed: int, record: dict | None, history: History | No
     if record is None:
         return row
     steps, validation = history.steps, history.validation
-    settled = slice(len(steps["step"]) // _SETTLED, None)
+    settled = slice(len(steps["step"]) // _WARM_UP, None)
     row |= {
         "outcome": record["outcome"],
         "steps": int(steps["step"][-1]),

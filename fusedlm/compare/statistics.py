@@ -1,4 +1,4 @@
-"""What few seeds can say: means, intervals by Student's t, paired differences and the verdict on them."""
+"""Statistics of few seeds: means, intervals of Student's t, paired differences and verdicts."""
 
 import math
 from collections.abc import Sequence
@@ -9,18 +9,18 @@ LEVEL = 0.95  # of every interval
 
 @dataclass(frozen=True)
 class Summary:
-    """Of one value over seeds. What so few seeds do not give is None: all with no seed, all but the mean with one."""
+    """Of one value over seeds. All is None without seeds, all but the mean with one seed."""
 
     n: int
     mean: float | None
-    std: float | None  # of the sample: squares over n - 1
-    low: float | None  # interval of the mean
+    std: float | None  # of the sample, with n - 1
+    low: float | None  # confidence interval of the mean
     high: float | None
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """On the differences variant - baseline over the seeds that both finished."""
+    """On the differences variant - baseline over the seeds that both have finished."""
 
     difference: Summary
     outcome: str  # "lower", "higher", "no difference shown" or "no verdict"
@@ -44,14 +44,14 @@ def judge(variant: str, baseline: str, own: dict[int, float], other: dict[int, f
     """Compare two variants seed by seed.
 
     Args:
-        own, other: seed -> value of the variant and of the baseline, finished runs alone.
-        what, unit: of the value, for the sentence: "validation loss", "nats a token".
+        own, other: seed -> value of the variant and of the baseline, for finished runs.
+        what, unit: of the value, for the sentence: "validation loss", "nats per token".
     """
     seeds = sorted(own.keys() & other.keys())
     difference = summarise([own[seed] - other[seed] for seed in seeds])
     pair = f"{variant} against {baseline}: {what}"
     if not seeds:
-        return Verdict(difference, "no verdict", f"{pair}: no seed finished in both, so no verdict")
+        return Verdict(difference, "no verdict", f"{pair}: no seed is finished in both: no verdict")
     mean = difference.mean
     if len(seeds) == 1:
         side = "the same" if mean == 0 else f"{'lower' if mean < 0 else 'higher'} by {abs(mean):.4f} {unit}"
@@ -59,8 +59,8 @@ def judge(variant: str, baseline: str, own: dict[int, float], other: dict[int, f
     low, high = difference.low, difference.high
     paired = f"{len(seeds)} paired seeds"
     if low <= 0 <= high:
-        found = f"{mean:+.4f} {unit}, 95% interval {low:+.4f} to {high:+.4f}, {paired}"
-        sentence = f"{variant} against {baseline}: no difference shown in {what} ({found})"
+        interval = f"{mean:+.4f} {unit}, 95% interval {low:+.4f} to {high:+.4f}, {paired}"
+        sentence = f"{variant} against {baseline}: no difference shown in {what} ({interval})"
         return Verdict(difference, "no difference shown", sentence)
     outcome = "lower" if mean < 0 else "higher"
     near, far = sorted((abs(low), abs(high)))
@@ -73,7 +73,7 @@ def t_cdf(t: float, df: int) -> float:
     Handbook of Mathematical Functions, 26.7.3 and 26.7.4)."""
     angle = math.atan2(abs(t), math.sqrt(df))
     sine, cosine = math.sin(angle), math.cos(angle)
-    # Terms cos^k with the products of (k - 1) / k before them, k rising by two up to df - 2.
+    # Terms cos^k with products of (k - 1) / k as factors, k in steps of two up to df - 2.
     odd = df % 2
     term = cosine if odd else 1.0
     total, k = 0.0, 1 if odd else 0
@@ -92,7 +92,7 @@ def t_quantile(p: float, df: int) -> float:
         ValueError: p is not between 0 and 1, or df is below 1.
     """
     if not 0 < p < 1 or df < 1:
-        raise ValueError(f"t_quantile of p={p}, df={df}: p lies between 0 and 1, df is 1 or more")
+        raise ValueError(f"t_quantile of p={p}, df={df}: p must be between 0 and 1, df at least 1")
     if p < 0.5:
         return -t_quantile(1 - p, df)
     low, high = 0.0, 1.0

@@ -1,4 +1,4 @@
-"""What was found as rows of text, for the page and for the terminal."""
+"""Results as rows of text, for the page and the terminal."""
 
 from fusedlm.compare.plots import length_name
 from fusedlm.compare.results import Results
@@ -11,14 +11,14 @@ _NONE = "–"
 
 
 def loss_table(results: Results) -> Table:
-    """What was learnt."""
+    """Losses, a row per variant."""
     head = (
         "Variant",
         "Seeds",
         "Validation loss ± std",
         "95% interval",
         "Bits per byte ± std",
-        "Lowest on the way",
+        "Lowest during training",
         "Training, last 10",
     )
     rows = []
@@ -40,12 +40,12 @@ def loss_table(results: Results) -> Table:
 
 
 def size_table(results: Results) -> Table:
-    """What the variants are."""
+    """Sizes, a row per variant."""
     head = (
         "Variant",
         "Parameters",
-        "of these embedding",
-        "FLOPs a token",
+        "Embedding parameters",
+        "FLOPs per token",
         "Steps",
         "Tokens",
         "Training FLOPs",
@@ -73,8 +73,8 @@ def size_table(results: Results) -> Table:
 
 
 def cost_table(results: Results) -> Table:
-    """What training took."""
-    head = ("Variant", "Tokens a second", "± std", "Step", "Training time", "Peak memory", "Routed FLOPs, of full")
+    """Cost of training, a row per variant."""
+    head = ("Variant", "Tokens per second", "± std", "Step", "Training time", "Peak memory", "Routed FLOPs / full")
     rows = []
     for name in results.variants:
         rate, step = results.summary(name, "tokens_per_second"), results.summary(name, "step_seconds").mean
@@ -96,14 +96,14 @@ def cost_table(results: Results) -> Table:
 
 
 def decoding_table(results: Results) -> Table | None:
-    """What decoding takes; None when it was not measured."""
+    """Decoding, a row per variant; None: not measured."""
     lengths = results.experiment.decode_lengths
     if not lengths or not any(results.decoding.values()):
         return None
     head = (
         "Variant",
         *(f"State, {length_name(length)}" for length in lengths),
-        *(f"Tokens a second, {length_name(length)}" for length in lengths),
+        *(f"Tokens per second, {length_name(length)}" for length in lengths),
     )
     rows = []
     for name, measured in results.decoding.items():
@@ -119,7 +119,7 @@ def decoding_table(results: Results) -> Table | None:
 
 
 def summary_table(results: Results) -> Table:
-    """One line a variant, for the terminal."""
+    """One line per variant, for the terminal."""
     column, _, unit = results.metric
     lengths = results.experiment.decode_lengths
     last = lengths[-1] if lengths else None

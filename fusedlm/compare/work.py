@@ -1,4 +1,4 @@
-"""What the processes of an experiment do: one run, one calibration, one measurement of decoding."""
+"""Work of the processes of an experiment: a run, a calibration, a measurement of decoding."""
 
 import time
 from pathlib import Path
@@ -12,16 +12,17 @@ from fusedlm.data import prepare
 from fusedlm.evaluate import score_documents
 from fusedlm.model import build_model
 from fusedlm.model.precision import resolve_device, resolve_dtype
+from fusedlm.runs.backends import use_backends
+from fusedlm.runs.load import load
+from fusedlm.runs.metrics import read_metrics
 from fusedlm.train import TrainingDiverged, train
-from fusedlm.train.metrics import read_metrics
-from fusedlm.train.progress import Display
-from fusedlm.train.run import load
+from fusedlm.train.display import Display
 
 _SECONDS_BETWEEN_REPORTS = 0.1
 
 
 class _Relay(Display):
-    """Passes what a run shows to another process; steps no more often than anyone can read."""
+    """Sends the progress of a run to another process; steps at a limited rate."""
 
     def __init__(self, report: Report):
         super().__init__(None)
@@ -32,10 +33,10 @@ class _Relay(Display):
         self._report("note", text)
 
     def preparing(self, stage: str, done: int, total: int | None) -> None:
-        """The text was prepared before: what is left to do takes no time worth showing."""
+        """Not sent: the text is already prepared."""
 
-    def header(self, facts: dict[str, str], implementations: dict) -> None:
-        self._report("implementations", {op: choice.name for op, choice in implementations.items()})
+    def header(self, facts: dict[str, str], backends: dict) -> None:
+        self._report("backends", {op: selection.backend for op, selection in backends.items()})
 
     def begin(self, step: int, steps: int) -> None:
         self._report("begin", step)
@@ -53,14 +54,14 @@ class _Relay(Display):
 
 
 def train_run(recipe: Recipe, run_dir: Path, report: Report) -> dict:
-    """Train, or go on with what an interruption left, and score all the held-out text.
+    """Train, or resume an interrupted run, and score all validation text.
 
     Returns:
-        "outcome": finished, diverged or stopped; "message"; "final": the last validation on all held-out tokens as
-        metrics.jsonl has it, where the run finished.
+        "outcome": finished, diverged or stopped; "message"; "final": the score of a finished run on all validation
+        text, with keys as in metrics.jsonl.
     """
     try:
-        result = train(recipe, run_dir, resume=True, display=_Relay(report))
+        result = train(recipe, run_dir, resume=True, display=_Relay(report), strict_backends=False)
     except TrainingDiverged as error:
         return {"outcome": "diverged", "message": str(error), "final": None}
     if result.stopped_by_signal:
@@ -74,15 +75,15 @@ def _final_score(recipe: Recipe, run_dir: Path) -> dict:
     last = [record for record in records if "val_bpb" in record][-1]
     if last["val_tokens"] == shards.n_tokens - shards.n_documents:
         return {key: last[key] for key in ("val_bpb", "val_nll_per_token", "val_tokens", "val_bytes")}
-    model, _, _ = load(run_dir, device=recipe.train.device)
-    device = resolve_device(recipe.train.device)
+    device = resolve_device(recipe.runtime.device)
+    model, _, _ = load(run_dir, device=device)
     score = score_documents(
         model,
         shards.documents(),
         window=recipe.train.seq_len,
         stride=recipe.train.seq_len,
         device=device,
-        dtype=resolve_dtype(recipe.train.dtype, device),
+        dtype=resolve_dtype(recipe.runtime.dtype, device),
     )
     return {
         "val_bpb": score.bpb,
@@ -93,12 +94,12 @@ def _final_score(recipe: Recipe, run_dir: Path) -> dict:
 
 
 def calibrate(recipe: Recipe, folder: Path, report: Report) -> float | None:
-    """Seconds of a step, the lower quartile behind the first quarter, in which things warm up and compile: whatever
-    else a machine does only ever slows a step. None: it was stopped.
+    """Seconds per step: the lower quartile after the first quarter of the steps, which compile and warm up. Other load
+    on the machine only makes steps slower. None: stopped.
 
-    The run is as short as `recipe` says and is of no other use.
+    The run is as short as `recipe` says and is used for nothing else.
     """
-    result = train(recipe, folder, resume=True, display=_Relay(report))
+    result = train(recipe, folder, resume=True, display=_Relay(report), strict_backends=False)
     if result.stopped_by_signal:
         return None
     records, _ = read_metrics(folder / "metrics.jsonl")
@@ -107,15 +108,16 @@ def calibrate(recipe: Recipe, folder: Path, report: Report) -> float | None:
 
 
 def measure(recipe: Recipe, run_dir: Path | None, vocab_size: int, lengths: list[int], report: Report) -> dict:
-    """Decoding with the weights of a run, or untrained ones where no run of the variant got that far.
+    """Measure decoding with the weights of a run; None: untrained weights, since no run of the variant has finished.
 
     Returns:
-        length -> (bytes of state, tokens a second), or None where it did not fit.
+        length -> (bytes of state, tokens per second), or None if out of memory.
     """
-    device = resolve_device(recipe.train.device)
-    dtype = resolve_dtype(recipe.train.dtype, device)
+    device = resolve_device(recipe.runtime.device)
+    dtype = resolve_dtype(recipe.runtime.dtype, device)
     if run_dir is not None:
-        model, _, _ = load(run_dir, device=recipe.train.device)
+        model, _, _ = load(run_dir, device=device)
     else:
-        model = build_model(recipe.model, vocab_size=vocab_size, device=device, dtype=dtype)
+        model = build_model(recipe.model, vocab_size=vocab_size, device=device)
+        use_backends(model, recipe.runtime, device, dtype, strict=False)
     return measure_decoding(model, lengths, device, dtype)

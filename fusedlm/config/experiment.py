@@ -1,4 +1,4 @@
-"""An experiment: variants of one recipe, over seeds, and what is held equal among them."""
+"""An experiment: variants of one recipe, over seeds, with one quantity matched among them."""
 
 import json
 from pathlib import Path
@@ -14,31 +14,31 @@ from fusedlm.config.schema import Config, PositiveInt
 
 Name = Annotated[str, Field(min_length=1, max_length=60, pattern=r"^[A-Za-z0-9._-]+$")]
 
-PREFIX = "experiment."  # of keys on the command line that change the experiment; others change the base recipe
+PREFIX = "experiment."  # on the command line, of keys that change the experiment; others change the base recipe
 
-# Keys of a recipe that the experiment decides, and where it does.
-_DECIDED = {"name": f"{PREFIX}name", "train.seed": f"{PREFIX}seeds"}
+# Keys of a recipe that the experiment sets, and the keys of the experiment that set them.
+DECIDED = {"name": f"{PREFIX}name", "train.seed": f"{PREFIX}seeds"}
 
 
 class Experiment(Config):
     """Variants × seeds of a base recipe.
 
-    Overrides are `dotted.key=value` as on the command line; where a file gives a mapping of dotted keys to values
-    instead, it is turned into such a list.
+    Overrides are `dotted.key=value`, as on the command line. In a file they can also be a mapping from dotted keys to
+    values.
     """
 
     name: Name
     description: str = ""
     base: str = Field(min_length=1)  # path of a recipe; in a file, relative to that file
     overrides: list[str] = []  # of the base recipe, for every variant
-    variants: dict[Name, list[str]] = Field(min_length=1)  # overrides of each; the first is the baseline
-    seeds: list[int] = Field([0], min_length=1)  # of weights and order of data; a count n stands for 0 to n - 1
-    match: Literal["none", "params", "flops", "tokens", "time"] = "none"  # what all have as much of as the baseline
-    # What is solved for with params and flops: hidden width of the feed-forwards, model.dim or model.n_layers.
+    variants: dict[Name, list[str]] = Field(min_length=1)  # overrides by name; the first is the baseline
+    seeds: list[int] = Field([0], min_length=1)  # of weights and data order; an integer n means 0 to n - 1
+    match: Literal["none", "params", "flops", "tokens", "time"] = "none"  # equal to the baseline in all variants
+    # What params and flops are matched by: hidden width of the feed-forwards, model.dim or model.n_layers.
     match_by: Literal["ffn", "width", "depth"] = "ffn"
-    tolerance: float = Field(0.01, gt=0, le=0.1)  # of the match, relative
-    calibration_steps: int = Field(40, ge=10)  # steps that a variant's time a step is measured on, for match: time
-    decode_lengths: list[PositiveInt] = [1024, 8192, 65536]  # tokens seen at which decoding is measured; []: it is not
+    tolerance: float = Field(0.01, gt=0, le=0.1)  # relative, of the match
+    calibration_steps: int = Field(40, ge=10)  # steps that measure the time per step of a variant, for match: time
+    decode_lengths: list[PositiveInt] = [1024, 8192, 65536]  # contexts at which decoding is measured; []: none
 
     @field_validator("overrides", mode="before")
     @classmethod
@@ -56,17 +56,17 @@ class Experiment(Config):
         if isinstance(value, bool) or not isinstance(value, int):
             return value
         if value < 1:
-            raise ValueError(f"{value} seeds are none; give a list such as [0, 1, 2] or a count from 1")
+            raise ValueError(f"got {value}, a number of seeds must be at least 1; or give a list such as [0, 1, 2]")
         return list(range(value))
 
     @model_validator(mode="after")
     def _check(self):
         if bad := [seed for seed in self.seeds if seed < 0]:
-            raise ValueError(f"seeds={self.seeds} has {bad[0]}; a seed is not negative")
+            raise ValueError(f"seeds={self.seeds}: {bad[0]} is negative; seeds must be at least 0")
         if len(set(self.seeds)) != len(self.seeds):
-            raise ValueError(f"seeds={self.seeds} names one twice")
+            raise ValueError(f"seeds={self.seeds}: a seed is repeated; remove it")
         if sorted(set(self.decode_lengths)) != self.decode_lengths:
-            raise ValueError(f"decode_lengths={self.decode_lengths} does not rise")
+            raise ValueError(f"decode_lengths={self.decode_lengths}: must be increasing")
         named = {"overrides": self.overrides} | {f"variants.{name}": own for name, own in self.variants.items()}
         for where, overrides in named.items():
             for override in overrides:
@@ -77,19 +77,19 @@ class Experiment(Config):
 def load_experiment(
     path: str | Path, overrides: list[str] | tuple[str, ...] = ()
 ) -> tuple[Experiment, dict[str, Recipe]]:
-    """Read an experiment and the base recipe that it names.
+    """Read an experiment and its base recipe.
 
     Args:
         path: a YAML file.
-        overrides: `experiment.key=value` changes the experiment (`experiment.seeds=[0]`); any other `key=value` the
-            base recipe, and with it every variant (`train.steps=100`).
+        overrides: `experiment.key=value` changes the experiment (`experiment.seeds=[0]`); any other `key=value` changes
+            the base recipe and so every variant (`train.steps=100`).
 
     Returns:
-        The experiment, `base` as a path from here and the recipe's overrides among its own; and the recipe of each
-        variant, before anything is matched and with the first seed.
+        The experiment, with `base` relative to the working directory and with the overrides of the recipe; and the
+        recipe of each variant with the first seed, before anything is matched.
 
     Raises:
-        ValueError: a file cannot be read, or a key or value is not right, or a variant sets a key that the command line
+        ValueError: a file cannot be read, a key or value is not valid, or a variant sets a key that the command line
             sets too; one line with the key, the value and the way out.
     """
     text = read_text("experiment", path)
@@ -102,12 +102,12 @@ def load_experiment(
 
 
 def dump_experiment(experiment: Experiment) -> str:
-    """YAML of the resolved experiment."""
+    """The resolved experiment as YAML."""
     return yaml.safe_dump(experiment.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=120)
 
 
 def run_name(variant: str, seed: int) -> str:
-    """Of a run's folder."""
+    """Name of a run's folder."""
     return f"{variant}-seed{seed}"
 
 
@@ -156,26 +156,26 @@ def _as_list(value):
 def _check_recipe_override(override: str) -> None:
     key = override.partition("=")[0]
     first = key.split(".")[0]
-    if key in _DECIDED:
+    if key in DECIDED:
         _check_decided(override, "the command line")
     if first in Experiment.model_fields and first not in Recipe.model_fields:
-        raise ValueError(f"override {override!r}: no key of recipes; the experiment's own is {PREFIX}{key}")
+        raise ValueError(f"override {override!r}: recipes have no such key; the key of the experiment is {PREFIX}{key}")
 
 
 def _check_decided(override: str, where: str) -> None:
     key = override.partition("=")[0]
-    if key in _DECIDED:
-        raise ValueError(f"{where} sets {key}, which the experiment decides by {_DECIDED[key]}")
+    if key in DECIDED:
+        raise ValueError(f"{where}: {override!r} is not allowed, since the experiment sets {key}; use {DECIDED[key]}")
 
 
 def _check_reaches(override: str, variants: dict[str, list[str]]) -> None:
-    """A variant's own override would undo that of the command line in this variant alone."""
+    """Refuse an override of the command line that an override of one variant would undo."""
     key = override.partition("=")[0]
     for name, own in variants.items():
         for other in own:
             other_key = other.partition("=")[0]
             if f"{key}.".startswith(f"{other_key}."):
                 raise ValueError(
-                    f"override {override!r} does not reach variant {name}, which sets {other_key} itself; change "
-                    f"that with {PREFIX}variants.{name}=[...]"
+                    f"override {override!r}: does not reach variant {name}, which sets {other_key} itself; use "
+                    f"{PREFIX}variants.{name}=[...]"
                 )

@@ -1,4 +1,4 @@
-"""Configuration of the feed-forwards."""
+"""The feed-forwards of a recipe."""
 
 from typing import Annotated, Literal
 
@@ -23,24 +23,24 @@ class ReLU2Config(Config):
 
 
 class RoutedConfig(Config):
-    """Three levels of compute, chosen token by token by the entropy of a small router: a light feed-forward alone, a
-    blend of light and full, the full one alone. The light one is the first hidden units of the full one."""
+    """A feed-forward with three levels of compute per token, chosen by the entropy of a small router: light, a blend of
+    light and full, full. The light feed-forward is the first hidden units of the full one."""
 
     type: Literal["routed"] = "routed"
     hidden: int | None = Field(None, ge=2)  # of the full SwiGLU; None: 8/3 of dim, rounded up to a multiple of 64
-    light: float = Field(0.2, gt=0, lt=1)  # hidden width of the light one as a share of the full one's, to 8 units
-    low: Fraction = 0.3  # difficulty below which a token takes the light one alone
-    high: Fraction = 0.7  # difficulty above which it takes the full one alone
-    n_classes: int = Field(8, ge=2)  # of the router's softmax, whose normalised entropy is the difficulty
-    budget: float = Field(0.6, gt=0, le=1)  # mean compute a token that training aims at, as a share of the full one's
-    budget_weight: NonNegativeFloat = 1.0  # of (compute - budget)^2 in the loss
+    light: float = Field(0.2, gt=0, lt=1)  # hidden width of light as a fraction of full, rounded to multiples of 8
+    low: Fraction = 0.3  # entropy of the router, from 0 to 1, below which a token takes light alone
+    high: Fraction = 0.7  # entropy above which it takes full alone
+    n_classes: int = Field(8, ge=2)  # classes of the router's softmax
+    budget: float = Field(0.6, gt=0, le=1)  # target of the mean compute per token, as a fraction of full
+    budget_weight: NonNegativeFloat = 1.0  # weight of (compute - budget)^2 in the loss
 
     @model_validator(mode="after")
     def _check(self):
         if self.low >= self.high:
             raise ValueError(f"low={self.low} is not below high={self.high}")
         if self.budget < self.light:
-            raise ValueError(f"budget={self.budget} is below light={self.light}, which every token costs at least")
+            raise ValueError(f"budget={self.budget} is below light={self.light}, the least compute per token")
         return self
 
 

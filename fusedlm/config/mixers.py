@@ -1,25 +1,27 @@
-"""Configuration of the sequence mixers."""
+"""The sequence mixers of a recipe."""
 
 from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from fusedlm.config.schema import Config, PositiveFloat, PositiveInt
+from fusedlm.config.schema import Config, PositiveInt
+
+RopeBase = Annotated[float, Field(gt=1, allow_inf_nan=False)]
 
 
 class AttentionConfig(Config):
-    """Softmax attention with grouped queries (MHA when n_kv_heads equals n_heads)."""
+    """Softmax attention with grouped queries (MHA if n_kv_heads equals n_heads)."""
 
     type: Literal["attention"] = "attention"
     n_heads: PositiveInt
     n_kv_heads: PositiveInt | None = None  # None: n_heads
     head_dim: PositiveInt | None = None  # None: dim / n_heads
-    rope_dim: int | None = Field(None, ge=0)  # leading dimensions that are rotated; None: all of them, 0: none
-    rope_base: PositiveFloat = 10_000.0
-    qk_norm: bool = True  # RMSNorm on q and k, with a learnt gain per query head
-    window: PositiveInt | None = None  # a token sees itself and the window - 1 tokens before it; None: all
-    xsa: bool = False  # exclusive self-attention: the part along the token's own value is taken out of the output
-    value_residual: bool = False  # values are mixed with those of the first layer that has this on and is as wide
+    rope_dim: int | None = Field(None, ge=0)  # leading dimensions with rotary embedding; None: all, 0: none
+    rope_base: RopeBase = 10_000.0
+    qk_norm: bool = True  # RMSNorm on q and k, with a learned gain per query head
+    window: PositiveInt | None = None  # each token attends to itself and the window - 1 tokens before it; None: to all
+    xsa: bool = False  # exclusive self-attention: removes the component along the token's own value from the output
+    value_residual: bool = False  # mixes in the values of the first layer that has this and the same value width
 
     @model_validator(mode="after")
     def _check(self):
@@ -29,18 +31,18 @@ class AttentionConfig(Config):
 
 
 class MLAConfig(Config):
-    """Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434) with a decoupled rotary part."""
+    """Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434) with decoupled rotary embedding."""
 
     type: Literal["mla"] = "mla"
     n_heads: PositiveInt
-    head_dim: PositiveInt | None = None  # of the part without position, and of the value; None: dim / n_heads
+    head_dim: PositiveInt | None = None  # without the rotary part, and of the value; None: dim / n_heads
     kv_rank: PositiveInt
-    q_rank: PositiveInt | None = None  # None: queries straight from the input
+    q_rank: PositiveInt | None = None  # None: queries are projected from the input, without a latent
     rope_dim: int = Field(32, ge=0)
-    rope_base: PositiveFloat = 10_000.0
-    n_kv_groups: PositiveInt | None = None  # heads that share an up-projection; None: n_heads
+    rope_base: RopeBase = 10_000.0
+    n_kv_groups: PositiveInt | None = None  # groups of heads that share an up-projection; None: n_heads
     xsa: bool = False  # as in attention
-    value_residual: bool = False  # as in attention; here the latents are mixed, which keys and values both come from
+    value_residual: bool = False  # as in attention, but of the latents of keys and values
 
     @model_validator(mode="after")
     def _check(self):
@@ -50,17 +52,17 @@ class MLAConfig(Config):
 
 
 class DiffMLAConfig(MLAConfig):
-    """Differential attention (arXiv 2410.05258) over one latent: signal and noise each have queries and keys of their
-    own, values and rotary parts are shared."""
+    """Differential attention (arXiv 2410.05258) over one latent: signal and noise have their own queries and keys, and
+    share values and rotary parts."""
 
     type: Literal["diff_mla"] = "diff_mla"
-    lambda_form: Literal["static", "token"] = "static"  # one a layer, with head norm; or one a token and head, without
+    lambda_form: Literal["static", "token"] = "static"  # one per layer, with head norm; or per token and head, without
     lambda_init: float | None = Field(None, ge=0, lt=1)  # None: 0.8 - 0.6 exp(-0.3 layer), layers counted from 0
 
     @model_validator(mode="after")
     def _check_lambda(self):
         if self.lambda_form == "token" and self.lambda_init is not None:
-            raise ValueError(f"lambda_init={self.lambda_init} has no part in lambda_form=token; leave it out")
+            raise ValueError(f"lambda_init={self.lambda_init}: not used with lambda_form=token; remove it")
         return self
 
 
@@ -68,7 +70,7 @@ class CMDMLAConfig(MLAConfig):
     """Common-mode differential attention: one noise head without position, shared by all signal heads."""
 
     type: Literal["cmd_mla"] = "cmd_mla"
-    noise_dim: PositiveInt | None = None  # width of the noise head's query and key; None: head_dim
+    noise_dim: PositiveInt | None = None  # of the noise head's query and key; None: head_dim
     lambda_init: float | None = Field(None, ge=0, lt=1)  # None: 0.8 - 0.6 exp(-0.3 layer), layers counted from 0
 
 
@@ -84,17 +86,17 @@ class GDNConfig(Config):
 
 
 class SDLAConfig(Config):
-    """Selective differential linear attention: two streams of linear attention from one low-rank latent, with a
-    selective decay, and a working memory whose gist is mixed into the output."""
+    """Selective differential linear attention: two streams of linear attention from one low-rank latent, with selective
+    decay, and a working memory that is mixed into the output."""
 
     type: Literal["sdla"] = "sdla"
     n_heads: PositiveInt
-    head_dim: PositiveInt | None = None  # of the part without position, and of the value; None: dim / n_heads
-    rank: PositiveInt | None = None  # of the latent that q, k and v come from; None: dim / 4
-    rope_dim: int = Field(16, ge=0)  # of each stream's rotary part, 0: none
-    rope_base: PositiveFloat = 10_000.0
+    head_dim: PositiveInt | None = None  # without the rotary part, and of the value; None: dim / n_heads
+    rank: PositiveInt | None = None  # of the latent of q, k and v; None: dim / 4
+    rope_dim: int = Field(16, ge=0)  # of the rotary part of each stream; 0: none
+    rope_base: RopeBase = 10_000.0
     lambda_init: float | None = Field(None, ge=0, lt=1)  # None: 0.8 - 0.6 exp(-0.3 layer), layers counted from 0
-    memory: bool = True  # working memory and gist
+    memory: bool = True  # whether it has the working memory
     chunk_size: PositiveInt = 64  # tokens handled in parallel during training
 
     @model_validator(mode="after")
@@ -132,10 +134,10 @@ def _check_divides(name: str, value: int | None, n_heads: int) -> None:
 
 
 def check_rope_dim(rope_dim: int | None, head_dim: int | None) -> None:
-    """Raises ValueError unless rope_dim is even and fits head_dim, as far as both are given."""
+    """Raises ValueError unless rope_dim is even and at most head_dim; None is not checked."""
     if rope_dim is None:
         return
     if rope_dim % 2:
-        raise ValueError(f"rope_dim={rope_dim} is odd; rotary embedding turns pairs")
+        raise ValueError(f"rope_dim={rope_dim}: must be even")
     if head_dim is not None and rope_dim > head_dim:
-        raise ValueError(f"rope_dim={rope_dim} exceeds head_dim={head_dim}")
+        raise ValueError(f"rope_dim={rope_dim}: must be at most head_dim={head_dim}")

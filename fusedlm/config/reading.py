@@ -1,13 +1,14 @@
-"""What recipes and experiments share: YAML, `key=value` overrides, and errors in one line that name key and value."""
+"""Shared by recipes and experiments: YAML, `key=value` overrides, and errors of one line with key and value."""
 
 import difflib
 import re
 from pathlib import Path
-from typing import get_args
+from typing import get_origin
 
 import pydantic
 import yaml
 
+from fusedlm.config.keys import members
 from fusedlm.config.schema import Config
 
 
@@ -19,7 +20,7 @@ class _Loader(yaml.SafeLoader):
         for key_node, _ in node.value:
             key = self.construct_object(key_node, deep=True)
             if not isinstance(key, str):
-                raise ValueError(f"line {key_node.start_mark.line + 1}: key {key!r} is not text; put it in quotes")
+                raise ValueError(f"line {key_node.start_mark.line + 1}: key {key!r} is not a string; put it in quotes")
             if key in seen:
                 raise ValueError(f"line {key_node.start_mark.line + 1}: key {key!r} is given twice")
             seen.add(key)
@@ -34,7 +35,7 @@ _Loader.add_implicit_resolver(
 
 
 def read_text(kind: str, path: str | Path) -> str:
-    """UTF-8 text of a file; a ValueError names the kind of file (`recipe`) and what is wrong with it."""
+    """The text of a UTF-8 file. Raises ValueError with the kind of file (`recipe`), the path and the reason."""
     try:
         return Path(path).read_text(encoding="utf-8")
     except OSError as error:
@@ -44,7 +45,7 @@ def read_text(kind: str, path: str | Path) -> str:
 
 
 def parse_yaml(text: str):
-    """The tree of YAML text; a ValueError has line and column."""
+    """The tree of YAML text. Raises ValueError with line and column."""
     try:
         return yaml.load(text, _Loader)
     except RecursionError:
@@ -57,20 +58,20 @@ def parse_yaml(text: str):
 
 
 def apply_override(tree: dict, override: str, root: type[Config]) -> None:
-    """Set one `dotted.key=value` in a tree that `root` will validate, the value read as YAML."""
+    """Set `dotted.key=value` in a tree that `root` will validate. The value is read as YAML."""
     key, equals, value = override.partition("=")
     parts = key.split(".")
     if not equals or not all(parts):
-        raise ValueError(f"override {override!r} is not of the form key.path=value, such as train.steps=100")
+        raise ValueError(f"override {override!r}: must have the form key.path=value, such as train.steps=100")
     for depth, part in enumerate(parts[:-1]):
         if tree.get(part) is None:
-            # What is left out is of the default type where that has the key that the override changes.
+            # A missing section has the default type if that type has the key.
             default = _default_at(parts[: depth + 1], root)
             tree[part] = {"type": default.type} if {"type", parts[depth + 1]} <= _field_names(default) else {}
         tree = tree[part]
         if not isinstance(tree, dict):
             above = ".".join(parts[: depth + 1])
-            raise ValueError(f"override {override!r}: {above} is a value and has no keys of its own")
+            raise ValueError(f"override {override!r}: {above} is a value, not a section")
     try:
         tree[parts[-1]] = parse_yaml(value)
     except ValueError as error:
@@ -78,7 +79,7 @@ def apply_override(tree: dict, override: str, root: type[Config]) -> None:
 
 
 def _default_at(parts: list[str], root: type[Config]):
-    """The default of a dotted key; None where it has none."""
+    """The default of a dotted key; None if it has none."""
     fields = [c.model_fields[parts[-1]] for c in _walk(tuple(parts[:-1]), root)[0] if parts[-1] in c.model_fields]
     return fields[0].default if len(fields) == 1 else None
 
@@ -88,20 +89,17 @@ def _field_names(value) -> set[str]:
 
 
 def describe(error: pydantic.ValidationError, root: type[Config]) -> str:
-    """The first error in one line: the key as it is written, the value, and the nearest right name."""
+    """The first error in one line: the dotted key, the value, the problem, and the nearest known name."""
     errors = error.errors(include_url=False)
-    # A misspelt key is often also a missing one; the spelling says more.
+    # First the unknown keys: a misspelt key also causes an error about a missing one.
     first = next((e for e in errors if e["type"] == "extra_forbidden"), errors[0])
     location = _readable(first["loc"], root)
     value = first.get("input")
     kind = first["type"]
     if kind == "extra_forbidden":
-        known = _keys_at(first["loc"][:-1], root)
-        nearest = difflib.get_close_matches(str(first["loc"][-1]), known, n=1, cutoff=0.5)
-        hint = f"; did you mean {nearest[0]!r}?" if nearest else f"; known: {', '.join(known)}"
-        return f"{location}: unknown key{hint}"
+        return f"{location}: unknown key{_hint(first['loc'], root)}"
     if kind == "missing":
-        return f"{location}: required, but not given"
+        return f"{location}: required, but missing"
     if kind == "value_error":
         message = str(first["ctx"]["error"])
         return f"{location}: {message}" if location else message
@@ -110,27 +108,40 @@ def describe(error: pydantic.ValidationError, root: type[Config]) -> str:
         return f"{location}.type: {context['tag']!r} is not one of {context['expected_tags']}"
     if kind == "union_tag_not_found":
         types = [c.model_fields["type"].default for c in _walk(first["loc"], root)[0]]
-        return f"{location}: type is required, but not given; one of {', '.join(map(repr, types))}"
+        return f"{location}.type: required, but missing; one of {', '.join(map(repr, types))}"
     message = first["msg"][0].lower() + first["msg"][1:]
     if isinstance(value, dict | list):
         value = type(value).__name__
     return f"{location}: got {value!r}, {message}"
 
 
-def _members(annotation) -> list[type[Config]]:
-    """Every configuration class that an annotation admits, however deep in unions and Annotated."""
-    if isinstance(annotation, type) and issubclass(annotation, Config):
-        return [annotation]
-    return [member for argument in get_args(annotation) for member in _members(argument)]
+def _hint(location: tuple, root: type[Config]) -> str:
+    """A suggestion for an unknown key: a key of the same name in another section, or a similar one in the same."""
+    name, known = str(location[-1]), _keys_at(location[:-1], root)
+    elsewhere = [key for key in _dotted_keys(root) if key.rpartition(".")[2] == name]
+    if len(elsewhere) == 1:
+        return f"; did you mean {elsewhere[0]}?"
+    nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    return f"; did you mean {nearest[0]!r}?" if nearest else f"; known: {', '.join(known)}"
+
+
+def _dotted_keys(root: type[Config]) -> set[str]:
+    """All dotted keys, except those inside dictionaries of sections."""
+    found = set()
+    for name, field in root.model_fields.items():
+        found.add(name)
+        if get_origin(field.annotation) is not dict:
+            found |= {f"{name}.{key}" for member in members(field.annotation) for key in _dotted_keys(member)}
+    return found
 
 
 def _walk(location: tuple, root: type[Config]) -> tuple[list[type[Config]], list[str]]:
-    """The classes at a pydantic location and its parts without the discriminator tags that pydantic puts in."""
+    """The classes at a pydantic location, and its parts without the discriminator tags that pydantic inserts."""
     classes, readable = [root], []
     for part in location:
         fields = [c.model_fields[part] for c in classes if part in c.model_fields]
         if fields:
-            classes = [member for field in fields for member in _members(field.annotation)]
+            classes = [member for field in fields for member in members(field.annotation)]
         else:
             tagged = [c for c in classes if "type" in c.model_fields and c.model_fields["type"].default == part]
             if tagged:

@@ -1,14 +1,22 @@
-"""The train section of a recipe: budget, optimizer, schedule, cadence and hardware."""
+"""The section `train` of a recipe: budget, optimizer, schedule, validation, checkpoints."""
 
 from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from fusedlm.config.schema import Config, Fraction, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+from fusedlm.config.schema import (
+    NEUTRAL,
+    Config,
+    Fraction,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+)
 
 
 class AdamWConfig(Config):
-    """AdamW (arXiv 1711.05101). Norms, biases and embeddings are not decayed."""
+    """AdamW (arXiv 1711.05101). Weight decay applies to hidden matrices and routers."""
 
     type: Literal["adamw"] = "adamw"
     lr: PositiveFloat = 1e-3
@@ -18,8 +26,25 @@ class AdamWConfig(Config):
     weight_decay: NonNegativeFloat = 0.1
 
 
+class SGDConfig(Config):
+    """Stochastic gradient descent with momentum. Weight decay, of the same parameters as AdamW, is added to the
+    gradient."""
+
+    type: Literal["sgd"] = "sgd"
+    lr: PositiveFloat = 0.1
+    momentum: float = Field(0.9, ge=0, lt=1)
+    nesterov: bool = False
+    weight_decay: NonNegativeFloat = 0.0
+
+    @model_validator(mode="after")
+    def _check(self):
+        if self.nesterov and self.momentum == 0:
+            raise ValueError("nesterov=true: needs momentum greater than 0")
+        return self
+
+
 class WSDConfig(Config):
-    """Warm-up, stable, decay: fractions of all steps; the decay is linear down to `final` times the peak."""
+    """Warm-up, stable, decay. Warm-up and decay are fractions of all steps; linear decay to `final` times the peak."""
 
     type: Literal["wsd"] = "wsd"
     warmup: Fraction = 0.01
@@ -29,44 +54,41 @@ class WSDConfig(Config):
     @model_validator(mode="after")
     def _check(self):
         if self.warmup + self.decay > 1:
-            raise ValueError(f"warmup={self.warmup} and decay={self.decay} are shares of all steps and pass 1 together")
+            raise ValueError(f"warmup={self.warmup}, decay={self.decay}: fractions of all steps, must sum to at most 1")
         return self
 
 
 class CosineConfig(Config):
-    """Linear warm-up over a fraction of all steps, then half a cosine down to `final` times the peak."""
+    """Linear warm-up over a fraction of all steps, then half a cosine to `final` times the peak."""
 
     type: Literal["cosine"] = "cosine"
     warmup: Fraction = 0.01
     final: Fraction = 0.1
 
 
-OptimizerConfig = AdamWConfig
+OptimizerConfig = Annotated[AdamWConfig | SGDConfig, Field(discriminator="type")]
 ScheduleConfig = Annotated[WSDConfig | CosineConfig, Field(discriminator="type")]
 
 
 class TrainConfig(Config):
     steps: PositiveInt  # optimizer steps
     seq_len: PositiveInt
-    batch_size: PositiveInt  # sequences an optimizer step
-    micro_batch_size: PositiveInt | None = None  # sequences a forward pass; None: batch_size
+    batch_size: PositiveInt  # sequences per optimizer step
+    micro_batch_size: Annotated[PositiveInt | None, NEUTRAL] = None  # sequences per forward pass; None: batch_size
     seed: NonNegativeInt = 0
     optimizer: OptimizerConfig = AdamWConfig()
     schedule: ScheduleConfig = WSDConfig()
-    grad_clip: PositiveFloat | None = 1.0  # largest norm of the whole gradient
+    grad_clip: PositiveFloat | None = 1.0  # largest norm of all gradients; None: no clipping
     ema: float | None = Field(None, gt=0, lt=1)  # decay of an exponential moving average of the weights
-    max_bad_steps: PositiveInt = 8  # skipped steps in a row (loss or gradient not finite) after which the run stops
-    eval_every: NonNegativeInt = 100  # steps between validations; 0: only at the end
-    eval_tokens: PositiveInt | None = None  # held-out tokens a validation during training; None: all of them
-    checkpoint_every: NonNegativeInt = 100  # steps between checkpoints; 0: only at the end
-    keep_checkpoints: PositiveInt = 2  # the newest to keep; the best by validation is kept besides
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of autocast; auto: bfloat16 on the GPU, float32 on the CPU
-    compile: bool = False  # torch.compile, one full graph a block
-    cuda_graph: bool = False  # a micro-batch is one launch: for models whose kernels are shorter than their launches
-    recompute: Literal["none", "mixer"] = "none"  # mixer: keep its input and attention's output, compute the rest again
-    deterministic: bool = False  # refuse any operation whose result can differ between runs
-    loggers: list[Literal["tensorboard", "wandb"]] = []
+    # The run stops after this many skipped steps in a row (loss or gradient not finite).
+    max_bad_steps: Annotated[PositiveInt, NEUTRAL] = 8
+    eval_every: Annotated[NonNegativeInt, NEUTRAL] = 100  # steps between validations; 0: only at the end
+    # Held-out tokens per validation; None: all.
+    eval_tokens: Annotated[PositiveInt | None, NEUTRAL] = None
+    checkpoint_every: Annotated[NonNegativeInt, NEUTRAL] = 100  # steps between checkpoints; 0: only at the end
+    # Number of newest checkpoints to keep, in addition to the best by validation.
+    keep_checkpoints: Annotated[PositiveInt, NEUTRAL] = 2
+    loggers: Annotated[list[Literal["tensorboard", "wandb"]], NEUTRAL] = []
 
     @model_validator(mode="after")
     def _check(self):
@@ -74,5 +96,5 @@ class TrainConfig(Config):
         if micro is not None and self.batch_size % micro:
             raise ValueError(f"micro_batch_size={micro} does not divide batch_size={self.batch_size}")
         if len(set(self.loggers)) != len(self.loggers):
-            raise ValueError(f"loggers={self.loggers} names one twice")
+            raise ValueError(f"loggers={self.loggers}: a logger is repeated; remove it")
         return self

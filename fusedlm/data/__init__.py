@@ -1,4 +1,4 @@
-"""Text to tokens: sources, tokenizers, preparation into shards, and the loader that reads them."""
+"""From text to batches of tokens: sources, tokenizers, preparation into shards, the loader."""
 
 from fusedlm.data.loader import Batch, Loader
 from fusedlm.data.preparation import prepare

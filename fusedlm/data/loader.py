@@ -1,9 +1,9 @@
-"""Batches of packed tokens in an order that is a function of (seed, sample counter) alone.
+"""Batches of packed tokens whose order is a function of (seed, sample counter) alone.
 
-An epoch cuts every shard, taken as a ring of n tokens, into n // seq_len windows from a random phase on, and visits
-the windows of all shards once each in a pseudo-random order. Phase and order come from the seed and the epoch;
-sample i of the run is window i modulo the windows of an epoch. Any sample is found in constant time, so resuming at
-a counter costs nothing, and the samples of a global batch are the same whatever number of readers shares them.
+An epoch cuts every shard, as a ring of n tokens, into n // seq_len windows from a random phase on, and visits each
+window of all shards once, in pseudo-random order. Seed and epoch give phase and order; sample i of the run is sample
+i % windows of epoch i // windows. Any sample is located in constant time: resuming at any counter is immediate, and
+the samples of a global batch do not depend on the number of ranks.
 """
 
 import hashlib
@@ -26,10 +26,10 @@ class Batch:
 
     Attributes:
         tokens: (B, T) int64.
-        targets: (B, T) int64, the token after each; none is masked (-100) today.
-        documents: (B, T) int64, rising from 0 in each row at every end-of-text, or None without document mask.
-        n_valid: targets that count in the loss, in this part.
-        next_sample: global samples drawn once this batch is done; start a loader there to go on.
+        targets: (B, T) int64, the token after each; the loader masks none (-100).
+        documents: (B, T) int64, from 0 in each row, plus one at every end-of-text; None without document mask.
+        n_valid: targets of this part that are not masked.
+        next_sample: global samples drawn up to the end of this batch; a loader that starts there resumes after it.
     """
 
     tokens: torch.Tensor
@@ -41,7 +41,7 @@ class Batch:
 
 class Permutation:
     """A keyed pseudo-random permutation of range(size), any element in constant time: a Feistel network on the bits
-    of size - 1, walked along until it comes back into the range (Black and Rogaway, 2002).
+    of size - 1, applied until the value is in the range (cycle walking; Black and Rogaway, 2002).
 
     Args:
         size: from 1 to 2**62.
@@ -71,11 +71,11 @@ class Permutation:
 
 
 class WindowOrder:
-    """Which tokens sample i is.
+    """Where each sample lies in the shards.
 
     Args:
         lengths: tokens of each shard.
-        seq_len: tokens a window; one more is read as the last target.
+        seq_len: tokens per window; one more is read as the last target.
         seed: of phases and order.
     """
 
@@ -87,7 +87,7 @@ class WindowOrder:
         self._epoch: tuple[int, Permutation, np.ndarray] | None = None
 
     def locate(self, samples: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Shard and first token (int64 each) of int64 samples."""
+        """Index of the shard and of the first token in it (int64 each), of int64 samples."""
         shards, starts = np.empty_like(samples), np.empty_like(samples)
         epochs = samples // self.windows
         for epoch in np.unique(epochs):
@@ -112,26 +112,25 @@ class WindowOrder:
 
 
 class Loader:
-    """Iterates without end over the batches of one rank, prepared ahead by a thread.
+    """Iterates endlessly over the batches of one rank, which a thread prepares ahead.
 
     Args:
-        shards: the split to read.
+        shards: the split.
         seq_len: T.
-        batch_size: sequences of the global batch; each of `world_size` ranks gets its contiguous slice of batch_size
-            / world_size.
-        seed: the order's.
-        document_mask: give the batches' `documents`.
+        batch_size: sequences of the global batch, of which each rank has a contiguous slice of batch_size / world_size.
+        seed: of the order.
+        document_mask: whether batches have `documents`.
         start_sample: global samples already drawn (the `next_sample` of the last batch used).
-        rank, world_size: which slice is read here.
-        device: where the batches go; for CUDA through pinned memory and on a stream of its own.
+        rank, world_size: this process and the number of processes.
+        device: of the batches; copies to CUDA go through pinned memory, on a stream of their own.
         prefetch: batches prepared ahead.
 
     Attributes:
-        windows: global samples an epoch.
-        wait_seconds: time that the consumer waited for batches; set it to 0 to measure anew.
+        windows: global samples per epoch.
+        wait_seconds: total time that the consumer waited for batches; assign 0 to restart.
 
     Raises:
-        ValueError: the text is shorter than one window, or a number does not fit.
+        ValueError: the text is shorter than one window, or a value is out of range.
     """
 
     def __init__(
@@ -209,7 +208,7 @@ class Loader:
         return Batch(tokens, targets, documents, self._rows * self._seq_len, next_sample)
 
     def close(self) -> None:
-        """Stop the thread and wait for its end; more batches are an error."""
+        """Stop the thread and wait for it; drawing further batches raises RuntimeError."""
         with self._changed:
             self._closed = True
             self._ready.clear()
@@ -225,7 +224,7 @@ class Loader:
     def _fill(self, sample: int) -> None:
         try:
             if self._copies is not None:
-                torch.cuda.set_device(self._device)  # of this thread; pinned memory would open a context on device 0
+                torch.cuda.set_device(self._device)  # per thread; pinning memory would create a context on device 0
             while True:
                 data, copied = self._send(self._read(sample))
                 sample += self._batch_size
@@ -235,14 +234,14 @@ class Loader:
                         return
                     self._ready.append((data, copied, sample))
                     self._changed.notify_all()
-        except BaseException as error:  # reaches the consumer, whatever it is
+        except BaseException as error:  # raised again in the consumer
             with self._changed:
                 self._error = error
                 self._changed.notify_all()
 
     def _read(self, sample: int) -> torch.Tensor:
-        """Tokens, targets and documents of this rank's rows from a global sample on: (2 or 3, B, T) int64 in host
-        memory."""
+        """Tokens, targets and documents of this rank's rows from a global sample on: (2 or 3, B, T) int64 on the
+        host."""
         first = sample + self._rank * self._rows
         shape = (3 if self._document_mask else 2, self._rows, self._seq_len)
         host = torch.empty(shape, dtype=torch.int64, pin_memory=self._copies is not None)
@@ -261,7 +260,7 @@ class Loader:
     def _send(self, host: torch.Tensor) -> tuple[torch.Tensor, torch.cuda.Event | None]:
         if self._copies is None:
             return host, None
-        # The pinned block is kept from reuse until the copy is done by torch's caching host allocator.
+        # torch's caching host allocator does not reuse the pinned block before the copy is done.
         with torch.cuda.stream(self._copies):
             data = host.to(self._device, non_blocking=True)
             copied = torch.cuda.Event()
@@ -270,7 +269,7 @@ class Loader:
 
 
 def _ring(tokens: np.ndarray, start: int, length: int) -> np.ndarray:
-    """`length` tokens from `start`, going on at 0 after the last; length is at most len(tokens) + 1."""
+    """`length` tokens from `start`, wrapping to 0 after the last; length is at most len(tokens) + 1."""
     window = tokens[start : start + length]
     if len(window) < length:
         window = np.concatenate([window, tokens[: length - len(window)]])
@@ -278,19 +277,19 @@ def _ring(tokens: np.ndarray, start: int, length: int) -> np.ndarray:
 
 
 def _boundaries(offsets: np.ndarray, start: int, length: int) -> np.ndarray:
-    """Positions in 1..length-1 of the window from `start` at which a document starts; token 0 of the ring starts
-    one."""
+    """Positions in 1..length-1 of the window from `start` at which a document starts; one starts at token 0 of the
+    ring."""
     n = int(offsets[-1])
     low, high = np.searchsorted(offsets, [start + 1, start + length])
     inside = offsets[low:high] - start
     if start + length <= n:
         return inside
-    again = offsets[: np.searchsorted(offsets, start + length - n)] + (n - start)
-    return np.concatenate([inside, again])
+    wrapped = offsets[: np.searchsorted(offsets, start + length - n)] + (n - start)
+    return np.concatenate([inside, wrapped])
 
 
 def _mix(values: np.ndarray) -> np.ndarray:
-    """The finaliser of SplitMix64 (Steele, Lea and Flood, 2014) on uint64."""
+    """The finalizer of SplitMix64 (Steele, Lea and Flood, 2014) on uint64."""
     values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return values ^ (values >> np.uint64(31))

@@ -1,8 +1,8 @@
-"""Progress in bytes, reported about once a megabyte."""
+"""Progress in bytes, reported about once per megabyte."""
 
 from collections.abc import Callable
 
-Progress = Callable[[str, int, int | None], None]
+ReportProgress = Callable[[str, int, int | None], None]  # (stage, done, total or None)
 
 _REPORT_BYTES = 1 << 20
 
@@ -11,11 +11,11 @@ class Meter:
     """Counts the bytes of one stage.
 
     Args:
-        report: called as report(stage, bytes done, bytes in all or None).
-        total: None where it is not known beforehand.
+        report: called as report(stage, bytes done, total or None).
+        total: bytes of the stage; None: unknown.
     """
 
-    def __init__(self, report: Progress, stage: str, total: int | None):
+    def __init__(self, report: ReportProgress, stage: str, total: int | None):
         self.done = self._reported = 0
         self._report, self._stage, self._total = report, stage, total
 
@@ -26,9 +26,9 @@ class Meter:
             self._report(self._stage, self.done, self._total)
 
     def finish(self) -> None:
-        """Report the end: what was done is all."""
+        """Report the stage as complete."""
         self._report(self._stage, self.done, self.done)
 
 
 def silent(stage: str, done: int, total: int | None) -> None:
-    """A Progress that shows nothing."""
+    """ReportProgress that shows nothing."""

@@ -1,5 +1,5 @@
-"""From a recipe's data section to a folder of token shards, once: the folder is named by a fingerprint of all that
-decides it."""
+"""From a recipe's data section to a folder of token shards, named by a fingerprint of settings and text: what is
+prepared is not prepared again."""
 
 import hashlib
 import json
@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from fusedlm.config.data import BPETokenizerConfig, DataConfig, FileTokenizerConfig
-from fusedlm.data.meter import Meter, Progress, silent
+from fusedlm.data.meter import Meter, ReportProgress, silent
 from fusedlm.data.shards import (
     FORMAT_VERSION,
     PreparedData,
@@ -20,20 +20,20 @@ from fusedlm.data.shards import (
 )
 from fusedlm.data.sources import Source, open_source
 from fusedlm.data.split import TRAIN, VALIDATION, content_digest, split_document
-from fusedlm.data.staging import clean_remains, exclusive, staged
+from fusedlm.data.staging import exclusive, remove_leftovers, staged
 from fusedlm.data.tokenizer import ByteTokenizer, Tokenizer, read_tokenizer_file, train_bpe
 
 _BATCH_CHARACTERS = 1 << 22
 
 
-def prepare(config: DataConfig, progress: Progress | None = None) -> PreparedData:
+def prepare(config: DataConfig, progress: ReportProgress | None = None) -> PreparedData:
     """Prepare the data of a recipe, or open what an earlier call prepared.
 
     The folder is `config.dir`/<source>-<fingerprint>. The fingerprint covers the settings except `dir` and
-    `document_mask`, and the content of the source's files, not their paths; so each call reads the source once to
-    hash it (about 1.8 GB/s a core where the processor has SHA instructions). The folder appears whole or not at all,
-    and a second preparation at the same time waits for the first. Text is streamed: memory holds the largest
-    document, a few batches of tokens, and 8 bytes a document and split; a BPE tokenizer in training also counts
+    `document_mask`, and the content of the source's files, not their paths; each call therefore reads the source once
+    to hash it (about 1.8 GB/s per core where the processor has SHA instructions). The folder appears complete or not
+    at all, and a second preparation at the same time waits for the first. Text is streamed: memory holds the largest
+    document, a few batches of tokens, and 8 bytes per document of each split; training a BPE tokenizer also counts
     every distinct word.
 
     Args:
@@ -41,9 +41,9 @@ def prepare(config: DataConfig, progress: Progress | None = None) -> PreparedDat
             another preparation", "training tokenizer", "tokenizing" and "verifying".
 
     Raises:
-        ValueError: there is no text, a file of it is malformed, the split leaves nothing to train on or nothing to
-            hold out, or the folder prepared earlier is damaged; one line.
-        OSError: the disk is full, a folder cannot be written, and so on.
+        ValueError: there is no text, a file is malformed, the split leaves nothing to train on or nothing to hold
+            out, or the folder prepared earlier is damaged.
+        OSError: the disk is full, or a folder cannot be written.
     """
     report = progress or silent
     corpus = _Corpus(config, report)
@@ -54,41 +54,42 @@ def prepare(config: DataConfig, progress: Progress | None = None) -> PreparedDat
         return open_prepared(target, progress=report)
     target.parent.mkdir(parents=True, exist_ok=True)
     with exclusive(target, lambda: report("waiting for another preparation", 0, None)):
-        clean_remains(target)
+        remove_leftovers(target)
         if not target.exists():
             with staged(target) as temporary:
                 _write(temporary, config, corpus, fingerprint)
                 if corpus.stamps() != stamps:
-                    raise ValueError(f"{corpus.source.name}: a file changed while it was being prepared; prepare again")
+                    raise ValueError(f"{corpus.source.name}: a file changed during preparation; prepare again")
     return open_prepared(target, verify=False)
 
 
 class _Corpus:
-    """The text of a data section, split, streamed as often as needed.
+    """The text of a data section, split; every pass streams it again.
 
     Attributes:
-        seen: documents of the last pass: of the source ("documents"), a side, "empty", "held_out_copies".
+        seen: number of documents in the last pass: of the source ("documents"), of each split, "empty",
+            "held_out_copies".
     """
 
-    def __init__(self, config: DataConfig, report: Progress):
+    def __init__(self, config: DataConfig, report: ReportProgress):
         self.source = open_source(config.source)
         self.validation = None if config.validation is None else open_source(config.validation)
         self.seen: Counter = Counter()
         self._split, self._report = config.split, report
-        self._total: int | None = None  # bytes of text, known after a pass
+        self._total: int | None = None  # bytes of text, known after the first pass
 
     def files(self) -> list[Path]:
         return self.source.files + (self.validation.files if self.validation else [])
 
     def stamps(self) -> list[tuple[int, int]]:
-        """Changes when a file does."""
+        """Sizes and times of the files, to tell whether one changed."""
         return [(stat.st_size, stat.st_mtime_ns) for stat in (path.stat() for path in self.files())]
 
     def parts(self, stage: str) -> Iterator[tuple[str, str]]:
-        """Every (split, text), those of a validation source first.
+        """Yields (split, text), a validation source first.
 
         Raises:
-            ValueError: at the end, when there was no text or a split had none.
+            ValueError: at the end, if there was no text or a split had none.
         """
         self.seen = Counter()
         meter = Meter(self._report, stage, self._total)
@@ -130,14 +131,17 @@ class _Corpus:
         if self.validation is not None:
             if not self.seen[TRAIN]:
                 raise ValueError(
-                    f"{self.source.name}: the validation source has all {documents} of it; name other text"
+                    f"{self.source.name}: all {documents} are in the validation source too; name other text"
                 )
             return
-        for side, what, way in ((VALIDATION, "nothing to hold out", "raise"), (TRAIN, "nothing to train on", "lower")):
+        for side, what, change in (
+            (VALIDATION, "nothing to hold out", "raise"),
+            (TRAIN, "nothing to train on", "lower"),
+        ):
             if not self.seen[side]:
-                split = f"split {self._split.type} with fraction {self._split.fraction}"
-                way_out = f"{way} split.fraction, use split.type tail, or name a validation source"
-                raise ValueError(f"{self.source.name}: {split} leaves {what} of {documents}; {way_out}")
+                rule = f"split {self._split.type} with fraction {self._split.fraction}"
+                remedy = f"{change} split.fraction, use split.type tail, or name a validation source"
+                raise ValueError(f"{self.source.name}: {rule} leaves {what} of {documents}; {remedy}")
 
 
 def _write(directory: Path, config: DataConfig, corpus: _Corpus, fingerprint: str) -> None:
@@ -156,7 +160,7 @@ def _write(directory: Path, config: DataConfig, corpus: _Corpus, fingerprint: st
             if (ids == tokenizer.eot_id).any():
                 raise ValueError(
                     f"{corpus.source.name}: the tokenizer turns text into its end-of-text id {tokenizer.eot_id}, "
-                    "which would end documents early; name another tokenizer.end_of_text"
+                    "which would end documents early; set another tokenizer.end_of_text"
                 )
             if split == VALIDATION:
                 lossy += tokenizer.decode_bytes(ids.tolist()) != raw
@@ -185,7 +189,7 @@ def _write(directory: Path, config: DataConfig, corpus: _Corpus, fingerprint: st
 
 
 def _batches(parts: Iterable[tuple[str, str]]) -> Iterator[list[tuple[str, str]]]:
-    """Consecutive parts of about _BATCH_CHARACTERS together: enough for every core, little enough for memory."""
+    """Consecutive parts of about _BATCH_CHARACTERS together: enough for every core, small enough for memory."""
     batch, size = [], 0
     for part in parts:
         batch.append(part)
@@ -206,7 +210,7 @@ def _tokenizer(config: DataConfig, corpus: _Corpus) -> Tokenizer:
     return ByteTokenizer()
 
 
-def _fingerprint(config: DataConfig, corpus: _Corpus, report: Progress) -> str:
+def _fingerprint(config: DataConfig, corpus: _Corpus, report: ReportProgress) -> str:
     meter = Meter(report, "hashing", sum(path.stat().st_size for path in corpus.files()))
     content = [
         None if source is None else [sha256_file(path, meter.advance) for path in source.files]
@@ -229,7 +233,7 @@ def _fingerprint(config: DataConfig, corpus: _Corpus, report: Progress) -> str:
 
 
 def _name(config: DataConfig) -> str:
-    """A readable name of the source for its folder."""
+    """A readable name of the source, for the folder."""
     path = getattr(config.source, "path", "sotu")
     stem = Path(path).name.split(".")[0]
     return re.sub(r"[^A-Za-z0-9_-]+", "-", stem).strip("-")[:40] or config.source.type

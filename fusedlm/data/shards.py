@@ -1,13 +1,13 @@
-"""Token shards on disk: written once, checked on opening, memory-mapped.
+"""Token shards on disk: written once, verified on opening, memory-mapped.
 
-A prepared folder holds for each shard of a split (`train`, `validation`)
+A prepared folder holds, for each shard of a split (`train`, `validation`),
 
     train-00000.bin           token ids, uint16 (vocabularies up to 65536) or uint32, little-endian
-    train-00000.offsets.npy   int64 (documents + 1): where each document starts, and the end
+    train-00000.offsets.npy   int64 (documents + 1): start of each document, and the end of the last
     train-00000.bytes.npy     int64 (documents): UTF-8 bytes of each document's text
 
 the tokenizer, and manifest.json: counts, the size and sha256 of every other file, and a checksum of itself. A
-document is stored whole in one shard as [end-of-text, its tokens...].
+document lies in one shard, as [end-of-text, its tokens...].
 """
 
 import hashlib
@@ -19,7 +19,7 @@ from pathlib import Path
 
 import numpy as np
 
-from fusedlm.data.meter import Meter, Progress, silent
+from fusedlm.data.meter import Meter, ReportProgress, silent
 from fusedlm.data.tokenizer import Tokenizer, load_tokenizer
 
 FORMAT = "fusedlm prepared data"
@@ -40,9 +40,8 @@ class TokenShards:
     """One split of prepared text.
 
     Attributes:
-        shards: list of Shard.
-        n_tokens: of all documents, one end-of-text for each among them.
-        n_documents, n_bytes: documents, and the UTF-8 bytes of their text.
+        n_tokens: tokens of all documents, including one end-of-text each.
+        n_documents, n_bytes: documents, and UTF-8 bytes of their text.
     """
 
     def __init__(self, shards: list[Shard]):
@@ -52,7 +51,7 @@ class TokenShards:
         self.n_bytes = sum(int(shard.n_bytes.sum()) for shard in shards)
 
     def documents(self) -> Iterator[tuple[np.ndarray, int]]:
-        """Each document in order: int64 tokens that start with end-of-text, and the bytes of its text."""
+        """Yields each document in order: int64 tokens, end-of-text first, and the number of bytes of its text."""
         for shard in self.shards:
             for i, n_bytes in enumerate(shard.n_bytes.tolist()):
                 yield shard.tokens[shard.offsets[i] : shard.offsets[i + 1]].astype(np.int64), n_bytes
@@ -68,8 +67,8 @@ class PreparedData:
 
 
 class ShardWriter:
-    """Writes the documents of one split into shards of at most `shard_tokens` tokens (more only for a document that
-    is longer).
+    """Writes the documents of one split into shards of at most `shard_tokens` tokens; a longer document is a shard of
+    its own.
 
     Args:
         dtype: "<u2" or "<u4".
@@ -84,7 +83,7 @@ class ShardWriter:
         self.checksums: dict[str, str] = {}
 
     def add(self, ids: np.ndarray, n_bytes: int) -> None:
-        """Append a document: its ids without end-of-text, and the bytes of its text."""
+        """Append a document: its ids without end-of-text, and the number of bytes of its text."""
         length = len(ids) + 1
         if self._file is not None and self._offsets[-1] + length > self._shard_tokens:
             self._finish()
@@ -100,12 +99,12 @@ class ShardWriter:
         self._n_bytes.append(n_bytes)
 
     def close(self) -> None:
-        """Finish the shard that is open."""
+        """Finish the last shard."""
         if self._file is not None:
             self._finish()
 
     def summary(self) -> dict:
-        """Counts of the split for the manifest."""
+        """Counts of the split, for the manifest."""
         total = {key: sum(shard[key] for shard in self.shards) for key in ("documents", "tokens", "bytes")}
         return total | {"shards": self.shards}
 
@@ -122,7 +121,7 @@ class ShardWriter:
 
 
 def write_manifest(directory: Path, manifest: dict, checksums: dict[str, str]) -> None:
-    """Write manifest.json: `manifest`, the size and sha256 of the named files, and a checksum of all that."""
+    """Write manifest.json: `manifest`, the size and sha256 of the named files, and a checksum of both."""
     files = {
         name: {"bytes": (directory / name).stat().st_size, "sha256": checksum}
         for name, checksum in sorted(checksums.items())
@@ -133,18 +132,18 @@ def write_manifest(directory: Path, manifest: dict, checksums: dict[str, str]) -
     (directory / MANIFEST).write_text(text, encoding="utf-8")
 
 
-def open_prepared(directory: str | Path, *, verify: bool = True, progress: Progress = silent) -> PreparedData:
+def open_prepared(directory: str | Path, *, verify: bool = True, progress: ReportProgress = silent) -> PreparedData:
     """Open a prepared folder.
 
     Sizes, the manifest's checksum and the tokenizer's fingerprint are always checked.
 
     Args:
-        verify: also check the sha256 of every file, which reads them all (about 1.8 GB/s a core where the processor
-            has SHA instructions: a second for a thousand million uint16 tokens).
-        progress: called with ("verifying", bytes done, bytes in all).
+        verify: also check the sha256 of every file, which reads all of them (about 1.8 GB/s per core where the
+            processor has SHA instructions: a second per 10^9 uint16 tokens).
+        progress: called as progress("verifying", bytes done, total).
 
     Raises:
-        ValueError: the folder is not there, not whole or damaged; one line that names the file and the way out.
+        ValueError: the folder is missing, incomplete or damaged; names the file and what to do.
     """
     directory = Path(directory)
     manifest = _read_manifest(directory)
@@ -160,7 +159,7 @@ def open_prepared(directory: str | Path, *, verify: bool = True, progress: Progr
     try:
         tokenizer = load_tokenizer(directory)
     except ValueError as error:
-        raise ValueError(f"{error}; {_way_out(directory)}") from None
+        raise ValueError(f"{error}; {_remedy(directory)}") from None
     if tokenizer.fingerprint != manifest["tokenizer"]["fingerprint"]:
         raise _damaged(directory / "tokenizer.meta.json", "is not the tokenizer that the shards were written with")
     train, validation = (_open_split(directory, manifest, split) for split in SPLITS)
@@ -168,7 +167,7 @@ def open_prepared(directory: str | Path, *, verify: bool = True, progress: Progr
 
 
 def sha256_file(path: Path, advance: Callable[[int], None] | None = None) -> str:
-    """sha256 (hex) of a file; `advance` is told the bytes read."""
+    """sha256 (hex) of a file; `advance` is called with the number of bytes of each read."""
     digest = hashlib.sha256()
     with open(path, "rb", buffering=0) as file:
         while chunk := file.read(_CHUNK_BYTES):
@@ -189,7 +188,7 @@ def _read_manifest(directory: Path) -> dict:
     except (ValueError, RecursionError):
         raise _damaged(path, "is not JSON") from None
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
-        raise _damaged(path, f"is no manifest of {FORMAT}")
+        raise _damaged(path, f"is not a manifest of {FORMAT}")
     if manifest.get("version") != FORMAT_VERSION:
         raise _damaged(path, f"has format version {manifest.get('version')!r}; this fusedlm reads {FORMAT_VERSION}")
     if manifest.get("checksum") != _manifest_checksum(manifest):
@@ -202,7 +201,7 @@ def _manifest_checksum(manifest: dict) -> str:
     return hashlib.sha256(json.dumps(rest, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
-def _verify(directory: Path, files: dict, progress: Progress) -> None:
+def _verify(directory: Path, files: dict, progress: ReportProgress) -> None:
     meter = Meter(progress, "verifying", sum(entry["bytes"] for entry in files.values()))
     for name, entry in files.items():
         if sha256_file(directory / name, meter.advance) != entry["sha256"]:
@@ -227,14 +226,14 @@ def _open_split(directory: Path, manifest: dict, split: str) -> TokenShards:
         except (ValueError, IndexError):
             agree = False
         if not agree:
-            raise _damaged(path, "and its offsets do not agree with the manifest")
+            raise _damaged(path, "or its offsets differ from the manifest")
         shards.append(Shard(tokens, offsets, n_bytes))
     return TokenShards(shards)
 
 
-def _way_out(directory: Path) -> str:
+def _remedy(directory: Path) -> str:
     return f"delete the folder {directory} and prepare again"
 
 
 def _damaged(path: Path, what: str) -> ValueError:
-    return ValueError(f"{path} {what}; {_way_out(path.parent)}")
+    return ValueError(f"{path} {what}; {_remedy(path.parent)}")

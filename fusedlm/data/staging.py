@@ -1,4 +1,4 @@
-"""A folder that appears whole or not at all, written by one process at a time."""
+"""A folder that appears complete or not at all, written by one process at a time."""
 
 import contextlib
 import fcntl
@@ -12,13 +12,12 @@ from fusedlm.files import sync
 
 @contextlib.contextmanager
 def exclusive(target: Path, waiting: Callable[[], None]) -> Iterator[None]:
-    """Hold the lock of a target folder; the system releases it when the process ends, however it ends.
+    """Hold the lock of a target folder. The system releases it when the process ends, killed or not.
 
-    The lock is a file beside the target that stays behind, since removing it would let two processes lock different
-    files.
+    The lock is a file beside the target and is never removed: two processes could then lock different files.
 
     Args:
-        waiting: called once when another process holds the lock.
+        waiting: called once if another process holds the lock.
     """
     with open(_lock_path(target), "a") as lock:
         try:
@@ -31,10 +30,10 @@ def exclusive(target: Path, waiting: Callable[[], None]) -> Iterator[None]:
 
 @contextlib.contextmanager
 def staged(target: Path) -> Iterator[Path]:
-    """A temporary folder beside the target that takes its name, flushed to the disk, when the block ends well.
+    """A temporary folder beside the target; when the block ends without an error it is flushed to the disk and renamed.
 
-    The caller holds the lock of the target. When the block raises, the folder is removed; when the process is
-    killed, it stays under its temporary name until the next preparation in the same directory.
+    The caller holds the lock of the target. If the block raises, the folder is removed; if the process is killed, it
+    remains under its temporary name until the next preparation in the same directory.
     """
     temporary = _temporary_path(target)
     temporary.mkdir()
@@ -50,8 +49,9 @@ def staged(target: Path) -> Iterator[Path]:
     sync(target.parent)
 
 
-def clean_remains(target: Path) -> None:
-    """Remove what killed processes left beside the target, of any target; the caller holds the lock of this one."""
+def remove_leftovers(target: Path) -> None:
+    """Remove temporary folders of killed processes, for any target in this directory. The caller holds the lock of
+    `target`."""
     for temporary in target.parent.glob(".*.tmp"):
         owner = temporary.with_name(temporary.name[1 : -len(".tmp")])
         if owner == target:

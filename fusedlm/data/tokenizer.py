@@ -1,7 +1,7 @@
-"""Tokenizers: bytes, byte-level BPE trained on the corpus, or a `tokenizer.json`; one interface, exact byte accounting.
+"""Tokenizers: bytes, byte-level BPE trained on the corpus, or a `tokenizer.json`; one interface, exact byte counts.
 
-Text never turns into the end-of-text token: special tokens are not parsed out of text, so a corpus that quotes
-"<|endoftext|>" encodes it as ordinary characters.
+Text never encodes to the end-of-text token: special tokens are not parsed in text, so "<|endoftext|>" in a corpus is
+ordinary characters.
 """
 
 import hashlib
@@ -19,11 +19,11 @@ END_OF_TEXT = "<|endoftext|>"
 _META_FILE = "tokenizer.meta.json"
 _MODEL_FILE = "tokenizer.json"
 
-# The split of cl100k_base (tiktoken): contractions, a word with the one character before it, up to three digits,
-# punctuation with the line ends after it, white space. On English it packs about 1% more text in a token than
-# GPT-2's, at the same speed.
+# The split of cl100k_base (tiktoken): contractions, a word with the character before it, up to three digits,
+# punctuation with the line ends after it, white space. On English a token holds about 1% more text than with GPT-2's
+# split, at the same speed.
 _SPLIT = r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-# Both that split and GPT-2's always cut between a single line end and a letter, whatever stands around.
+# This split and GPT-2's both always cut between a single line end and a letter.
 _PIECE_END = re.compile(r"(?<=[!-~])\n(?=[A-Za-z])")
 _PIECE_CHARACTERS = 1 << 17
 _GROUP_CHARACTERS = 1 << 22
@@ -34,8 +34,8 @@ class Tokenizer(ABC):
 
     Attributes:
         vocab_size: ids are in [0, vocab_size).
-        eot_id: the end-of-text id, which no text encodes to.
-        fingerprint: sha256 (hex) of everything that decides what text encodes to.
+        eot_id: the end-of-text id, to which no text encodes.
+        fingerprint: sha256 (hex) of everything that the encoding of text depends on.
     """
 
     vocab_size: int
@@ -44,22 +44,22 @@ class Tokenizer(ABC):
 
     @abstractmethod
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
-        """One int64 array of ids for each text, without end-of-text; on all cores, the GIL released."""
+        """One int64 array of ids per text, without end-of-text; uses all cores and releases the GIL."""
 
     @abstractmethod
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
-        """The bytes that ids stand for; end-of-text stands for none, and a character may be cut at either end."""
+        """The bytes of ids. End-of-text has none; the first and last character may be incomplete."""
 
     @abstractmethod
     def _files(self) -> dict[str, str]:
-        """Name and content of the files that `load_tokenizer` needs."""
+        """Content of the files that `load_tokenizer` needs, by name."""
 
     def encode(self, text: str) -> list[int]:
         """Ids of a text, without end-of-text."""
         return self.encode_batch([text])[0].tolist()
 
     def decode(self, ids: Iterable[int]) -> str:
-        """Text of ids; bytes that are not UTF-8 (a character cut in two) become U+FFFD."""
+        """Text of ids; bytes that are not UTF-8, such as part of a character, become U+FFFD."""
         return self.decode_bytes(ids).decode("utf-8", errors="replace")
 
     def save(self, directory: str | Path) -> list[str]:
@@ -71,7 +71,7 @@ class Tokenizer(ABC):
 
 
 class ByteTokenizer(Tokenizer):
-    """The 256 bytes of UTF-8, and 256 for end-of-text."""
+    """Ids 0 to 255 are bytes of UTF-8; 256 is end-of-text."""
 
     vocab_size = 257
     eot_id = 256
@@ -91,11 +91,11 @@ class SubwordTokenizer(Tokenizer):
     """A tokenizer of the `tokenizers` library, given as the text of its tokenizer.json.
 
     Args:
-        content: the JSON, kept as it is: the fingerprint and the saved file are of these very characters.
+        content: the JSON; fingerprint and saved file are of exactly these characters.
         end_of_text: a token of its vocabulary.
 
     Raises:
-        ValueError: the JSON is no tokenizer, or lacks the token.
+        ValueError: the JSON is not a tokenizer, or lacks the token.
     """
 
     def __init__(self, content: str, end_of_text: str):
@@ -109,8 +109,8 @@ class SubwordTokenizer(Tokenizer):
         eot_id = model.token_to_id(end_of_text)
         if eot_id is None:
             raise ValueError(f"end-of-text token {end_of_text!r} is not in its vocabulary; set tokenizer.end_of_text")
-        # Padding and truncation would change the text; marking the token special and then encoding special tokens as
-        # text keeps it from being found in text.
+        # Padding and truncation would change the text. A special token, when special tokens are encoded as text, is
+        # never found in text.
         model.no_padding()
         model.no_truncation()
         model.add_special_tokens([end_of_text])
@@ -135,7 +135,7 @@ class SubwordTokenizer(Tokenizer):
         return [np.concatenate([next(parts) for _ in range(count)]) for count in counts]
 
     def _encode_pieces(self, pieces: list[str]) -> Iterator[np.ndarray]:
-        """Ids of each piece, a few megabytes of text at a time: the library's results take over 100 bytes a token."""
+        """Yields the ids of each piece, a few megabytes at a time: the library's results take 100 bytes per token."""
         start = size = 0
         for end, piece in enumerate(pieces, 1):
             size += len(piece)
@@ -155,13 +155,13 @@ class SubwordTokenizer(Tokenizer):
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int) -> SubwordTokenizer:
-    """Byte-level BPE (Sennrich et al., arXiv 1508.07909): any text round trips; the same texts in the same order
-    give the same tokenizer.
+    """Byte-level BPE (Sennrich et al., arXiv 1508.07909): lossless for any text; the same texts in the same order give
+    the same tokenizer.
 
     Args:
-        texts: read once; a text of any length is handed on in pieces.
-        vocab_size: the 256 bytes, merges, and end-of-text as the last id. Smaller when the texts have no more pairs
-            that occur twice.
+        texts: read once; a long text is passed on in pieces.
+        vocab_size: 256 bytes, merges, and end-of-text as the last id. The tokenizer has fewer ids if no more pairs
+            occur twice.
     """
     model = tokenizers.Tokenizer(models.BPE())
     model.pre_tokenizer = pre_tokenizers.Sequence(
@@ -183,10 +183,10 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> SubwordTokenizer:
 
 
 def read_tokenizer_file(path: str | Path, end_of_text: str = END_OF_TEXT) -> SubwordTokenizer:
-    """A `tokenizer.json`.
+    """The tokenizer of a `tokenizer.json`.
 
     Raises:
-        ValueError: it cannot be read, is no tokenizer, or has no such end-of-text token.
+        ValueError: it cannot be read, is not a tokenizer, or lacks the end-of-text token.
     """
     try:
         with open(Path(path).expanduser(), encoding="utf-8", newline="") as file:
@@ -202,10 +202,10 @@ def read_tokenizer_file(path: str | Path, end_of_text: str = END_OF_TEXT) -> Sub
 
 
 def load_tokenizer(directory: str | Path) -> Tokenizer:
-    """The tokenizer that `save` wrote.
+    """Load a tokenizer that `save` wrote.
 
     Raises:
-        ValueError: a file is missing, or the tokenizer is not the one that was saved.
+        ValueError: a file is missing, or the tokenizer is not the saved one.
     """
     path = Path(directory, _META_FILE)
     try:
@@ -234,7 +234,7 @@ def _meta(kind: str, fingerprint: str, end_of_text: str | None = None) -> str:
 
 
 def _pieces(text: str) -> Iterator[str]:
-    """Cut a long text where the pre-tokenizer cuts anyway: bounds memory and lets one document use every core."""
+    """Cut a long text where the pre-tokenizer also cuts: bounds memory, and one document can use every core."""
     start = 0
     while len(text) - start > 2 * _PIECE_CHARACTERS:
         match = _PIECE_END.search(text, start + _PIECE_CHARACTERS)
@@ -246,7 +246,7 @@ def _pieces(text: str) -> Iterator[str]:
 
 
 def _cuts_at_line_ends(spec: dict) -> bool:
-    """Whether pieces encode to the tokens of the whole: true for the splits of GPT-2 and of `train_bpe`."""
+    """Whether pieces encode to the tokens of the full text: true for the splits of GPT-2 and of `train_bpe`."""
     if spec.get("normalizer") is not None or (spec.get("model") or {}).get("type") != "BPE":
         return False
     if any("\n" in t["content"] or t.get("lstrip") or t.get("rstrip") for t in spec.get("added_tokens", ())):
@@ -266,13 +266,13 @@ def _cuts_at_line_ends(spec: dict) -> bool:
 
 
 def _byte_table(spec: dict, vocabulary: dict[str, int]) -> dict[int, bytes]:
-    """The bytes of each id of a byte-level vocabulary (GPT-2's printable stand-ins for bytes, undone)."""
+    """The bytes of each id of a byte-level vocabulary, which has printable characters for bytes (GPT-2)."""
     printable = [*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAC + 1), *range(0xAE, 0xFF + 1)]
     others = [byte for byte in range(256) if byte not in set(printable)]
-    stand_in = {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}
+    byte_of = {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}
     added = {token["content"] for token in spec.get("added_tokens", ())}
     table = {}
     for token, i in vocabulary.items():
-        known = token not in added and all(character in stand_in for character in token)
-        table[i] = bytes(stand_in[character] for character in token) if known else token.encode()
+        known = token not in added and all(character in byte_of for character in token)
+        table[i] = bytes(byte_of[character] for character in token) if known else token.encode()
     return table

@@ -1,26 +1,29 @@
-"""Negative log-likelihood and bits per byte of whole documents or of sliding windows over them."""
+"""Negative log-likelihood and bits per byte of full documents or of sliding windows over them."""
 
+import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 import torch
-from torch.nn import functional as F
 
+from fusedlm.distributed import World
 from fusedlm.evaluate.windows import batches, document_windows
-from fusedlm.model.auxiliary import Routing, RoutingTally
 from fusedlm.model.precision import autocast
+from fusedlm.model.routing import Routing, routing_of
 
-_CHUNK = 2048  # most tokens that enter the state at once
-_SCORES = 2**22  # most pairs of a new token and an earlier one at once: attention masks or scores them, for every head
-_LOGITS = 2**25  # most logits that exist at once: 128 MiB in float32
+T = TypeVar("T")
+
+_CHUNK = 2048  # most tokens per call with a state
+_SCORES = 2**22  # most pairs of a query and a key per call: attention holds a mask or scores of them, for every head
 
 
 @dataclass(frozen=True)
 class Score:
     nll: float  # nats, over all scored tokens
-    tokens: int  # scored tokens: every text token once; end-of-text is never scored
+    tokens: int  # scored tokens: each text token once; end-of-text is never scored
     bytes: int  # bytes of the scored text
     documents: int
     routing: Routing | None = None  # levels of the scored tokens; None: the model has no routed feed-forward
@@ -32,7 +35,7 @@ class Score:
 
     @property
     def nll_per_token(self) -> float:
-        """Nats a token."""
+        """Nats per token."""
         return self.nll / self.tokens
 
 
@@ -47,42 +50,49 @@ def score_documents(
     device: torch.device | str,
     dtype: torch.dtype,
     progress: Callable[[int], None] | None = None,
+    world: World | None = None,
 ) -> Score:
     """Score documents, each token exactly once; sums in float64.
 
-    The model is put into eval mode and back. The result does not depend on how windows are batched, except for the
-    rounding of the model's own arithmetic.
+    The model is in eval mode meanwhile. How windows are batched changes only the rounding of the model's arithmetic.
 
     Args:
         model: a decoder on `device`.
         documents: pairs of tokens (1 + n,) of integers, end-of-text first, and the bytes of the document's text.
-        window: None: each document goes whole through the model's state, one at a time and in chunks, so that memory
-            does not grow with the length of the logits. Else the most tokens the model sees at once: window i reads
-            tokens [i * stride, i * stride + window) of a document and scores those that were not scored before.
-        stride: tokens between the starts of two windows; None: half a window.
-        batch_tokens: tokens of a batch of windows, padding included (at least one window). None: 65536 on CUDA devices,
-            4096 elsewhere, where larger ones spend their time on fresh memory.
-        max_tokens: documents are taken, in order and whole, until they hold this many text tokens; None: all.
-        device, dtype: where the model is, and the precision of autocast.
-        progress: called with the number of tokens scored so far.
+        window: most tokens the model sees at once: window i reads tokens [i * stride, i * stride + window) of a
+            document and scores those that no earlier window has scored. None: the full document, through the model's
+            state and in chunks, so that memory for logits is bounded.
+        stride: tokens from the start of one window to the next; None: `default_stride(window)`.
+        batch_tokens: most tokens per batch of windows, padding included (at least one window). None: 65536 on CUDA
+            devices, 4096 elsewhere, where allocating larger batches takes longer than it saves.
+        max_tokens: read full documents, in order, until they hold this many text tokens; None: all.
+        device, dtype: device of the model, dtype of autocast.
+        progress: called with the number of tokens scored so far, by this process.
+        world: the processes that share the batches of windows; all call this with the same documents and get the same
+            score. None: this process alone.
 
     Raises:
-        ValueError: a value is out of range, there is no text to score, or the likelihood is not finite.
+        ValueError: a value is out of range, several processes are to score full documents, there is no text to score,
+            or the likelihood is not finite.
     """
     device = torch.device(device)
     if batch_tokens is None:
         batch_tokens = 65536 if device.type == "cuda" else 4096
     stride = _check(window, stride, batch_tokens, max_tokens)
-    taken = _Taken(documents, max_tokens, model.vocab_size)
-    sums, scored, tally = [], 0, RoutingTally(model)
+    world = world or World()
+    if window is None and world.size > 1:
+        raise ValueError(f"{world.size} processes share windows, not full documents; give a window")
+    source = _Documents(documents, max_tokens, model.vocab_size)
+    sums, scored = [], 0
+    metrics: dict[str, torch.Tensor] = {}
     was_training = model.training
     model.eval()
     try:
         with torch.no_grad():
             if window is None:
-                pieces = _score_whole(model, taken, device, dtype, tally)
+                pieces = _score_full(model, source, device, dtype, metrics)
             else:
-                pieces = _score_windows(model, taken, window, stride, batch_tokens, device, dtype, tally)
+                pieces = _score_windows(model, source, window, stride, batch_tokens, device, dtype, metrics, world)
             for nll, n_tokens in pieces:
                 sums.append(nll)
                 scored += n_tokens
@@ -90,40 +100,47 @@ def score_documents(
                     progress(scored)
     finally:
         model.train(was_training)
+    counts = world.sum(torch.tensor([math.fsum(sums), scored], dtype=torch.float64, device=device))
+    nll, scored = counts[0].item(), int(counts[1])
     if scored == 0:
-        raise ValueError(f"no text to score: {taken.documents} documents hold no text token")
-    if taken.bytes <= 0:
-        raise ValueError(f"{scored} tokens were scored, but the documents count {taken.bytes} bytes")
+        raise ValueError(f"no text to score: {source.documents} documents hold no text token")
+    if source.bytes <= 0:
+        raise ValueError(f"{scored} tokens were scored, but the documents count {source.bytes} bytes")
     return Score(
-        nll=math.fsum(sums),
+        nll=nll,
         tokens=scored,
-        bytes=taken.bytes,
-        documents=taken.documents,
-        routing=tally.result(tally.counts.flatten().tolist()) if tally else None,
+        bytes=source.bytes,
+        documents=source.documents,
+        routing=routing_of(model, {name: world.sum(value) for name, value in metrics.items()}),
     )
 
 
+def default_stride(window: int) -> int:
+    """Tokens from the start of one window to the next: half a window."""
+    return max(1, window // 2)
+
+
 def _check(window: int | None, stride: int | None, batch_tokens: int, max_tokens: int | None) -> int | None:
-    """The stride to use."""
+    """Returns the stride."""
     if batch_tokens < 1:
         raise ValueError(f"batch_tokens={batch_tokens} must be at least 1")
     if max_tokens is not None and max_tokens < 1:
         raise ValueError(f"max_tokens={max_tokens} must be at least 1, or None for all")
     if window is None:
         if stride is not None:
-            raise ValueError(f"stride={stride} needs a window; without one, documents are scored whole")
+            raise ValueError(f"stride={stride} needs a window; without one, full documents are scored")
         return None
     if window < 1:
-        raise ValueError(f"window={window} must be at least 1, or None for whole documents")
+        raise ValueError(f"window={window} must be at least 1, or None for full documents")
     if stride is None:
-        return max(1, window // 2)
+        return default_stride(window)
     if not 1 <= stride <= window:
-        raise ValueError(f"stride={stride} must be between 1 and window={window}, so that no token is left out")
+        raise ValueError(f"stride={stride} must be between 1 and window={window}, so that every token is scored")
     return stride
 
 
-class _Taken:
-    """Documents in order until the budget is met, counted as they pass."""
+class _Documents:
+    """Documents in order up to the budget, counted as they are read."""
 
     def __init__(self, documents: Iterable[tuple[np.ndarray, int]], max_tokens: int | None, vocab_size: int):
         self._source, self._max_tokens, self._vocab_size = documents, max_tokens, vocab_size
@@ -135,13 +152,13 @@ class _Taken:
             if tokens.ndim != 1 or len(tokens) == 0 or tokens.dtype.kind not in "iu":
                 raise ValueError(
                     f"document {self.documents}: got {tokens.dtype} of shape {tokens.shape}; "
-                    "expected a line of token ids that starts with end-of-text"
+                    "expected a 1-D array of token ids that starts with end-of-text"
                 )
             low, high = int(tokens.min()), int(tokens.max())
             if low < 0 or high >= self._vocab_size:
                 raise ValueError(
-                    f"document {self.documents}: token id {low if low < 0 else high} is not one of the model's "
-                    f"{self._vocab_size}; the text was prepared with another tokenizer"
+                    f"document {self.documents}: token id {low if low < 0 else high} is not in the model's "
+                    f"vocabulary of {self._vocab_size}; the text was prepared with another tokenizer"
                 )
             self.documents += 1
             self.tokens += len(tokens) - 1
@@ -151,13 +168,22 @@ class _Taken:
                 return
 
 
-def stream_nll(model, tokens: np.ndarray, *, device: torch.device | str, dtype: torch.dtype) -> Iterator[torch.Tensor]:
-    """Score sequences of equal length through the model's state, in chunks, so that memory does not grow with the
-    length of the logits. The model should be in eval mode; no gradients are kept.
+def stream_nll(
+    model,
+    tokens: np.ndarray,
+    *,
+    device: torch.device | str,
+    dtype: torch.dtype,
+    metrics: dict[str, torch.Tensor] | None = None,
+) -> Iterator[torch.Tensor]:
+    """Score sequences of equal length through the model's state, in chunks, so that memory for logits is bounded.
+
+    The model should be in eval mode. No gradient is recorded.
 
     Args:
-        tokens: (B, 1 + n) of integers, the first of each context and not scored.
-        device, dtype: where the model is, and the precision of autocast.
+        tokens: (B, 1 + n) of integers; the first token of each sequence is context and is not scored.
+        device, dtype: device of the model, dtype of autocast.
+        metrics: the metrics of all forward passes are summed into it.
 
     Returns:
         An iterator of (B, c) float64 on the CPU, nats of the next c tokens, until all n are scored.
@@ -172,61 +198,63 @@ def stream_nll(model, tokens: np.ndarray, *, device: torch.device | str, dtype: 
     while stop < n:
         start, stop = stop, min(n, stop + max(16, min(_CHUNK, _SCORES // max(stop, 1)) // batch))
         ids = torch.from_numpy(tokens[:, start : stop + 1].astype(np.int64)).to(device)
-        with torch.no_grad():
-            with autocast(device, dtype):
-                hidden = model.hidden(ids[:, :-1], state=state)
-            nll = _nll(model, hidden.flatten(0, 1), ids[:, 1:].flatten(), device, dtype)
-        yield nll.view(batch, stop - start)
+        with torch.no_grad(), autocast(device, dtype):
+            output = model(ids[:, :-1], state=state, targets=ids[:, 1:])
+        _add(metrics, output.metrics)
+        yield output.nll.double().cpu()
 
 
-def _score_whole(model, documents, device, dtype, tally) -> Iterator[tuple[float, int]]:
-    """(nats, tokens) of each chunk of each document."""
+def _add(sums: dict[str, torch.Tensor] | None, found: dict[str, torch.Tensor]) -> None:
+    for name, value in found.items() if sums is not None else ():
+        sums[name] = value if name not in sums else sums[name] + value
+
+
+def _score_full(model, documents, device, dtype, metrics) -> Iterator[tuple[float, int]]:
+    """Yields (nats, tokens) of each chunk of each document."""
     for number, tokens in documents:
-        for chunk in stream_nll(model, tokens[None], device=device, dtype=dtype):
-            tally.add()
+        for chunk in stream_nll(model, tokens[None], device=device, dtype=dtype, metrics=metrics):
             nll = math.fsum(chunk[0].tolist())
             _check_finite(nll, number)
             yield nll, chunk.shape[1]
 
 
-def _score_windows(model, documents, window, stride, batch_tokens, device, dtype, tally) -> Iterator[tuple[float, int]]:
-    """(nats, tokens) of each batch."""
+def _score_windows(
+    model, documents, window, stride, batch_tokens, device, dtype, metrics, world
+) -> Iterator[tuple[float, int]]:
+    """Yields (nats, tokens) of each batch of this process."""
     windows = (w for number, tokens in documents for w in document_windows(number, tokens, window, stride))
-    for rows, width in batches(windows, window, batch_tokens):
+    for (rows, width), counts in _own(batches(windows, window, batch_tokens), world):
         ids = np.zeros((len(rows), width), dtype=np.int64)
-        # Context and padding have target -100, so the head runs on the predictions that count and on no other.
+        # Context and padding have target -100: the head runs on scored tokens only.
         targets = np.full((len(rows), width), -100, dtype=np.int64)
         for r, row in enumerate(rows):
             n = len(row.inputs)
             ids[r, :n] = row.inputs
             targets[r, n - row.n_scored : n] = row.targets[n - row.n_scored :]
-        scored = torch.from_numpy(np.flatnonzero(targets != -100))
+        scored = np.flatnonzero(targets != -100)
+        ids, select, targets = (torch.from_numpy(x).to(device) for x in (ids, scored, targets.reshape(-1)[scored]))
         with autocast(device, dtype):
-            hidden = model.hidden(torch.from_numpy(ids).to(device))
-        scored = scored.to(device)
-        tally.add(scored)
-        hidden = hidden.flatten(0, 1)[scored]
-        targets = torch.from_numpy(targets).to(device).flatten()[scored]
-        nll = _nll(model, hidden, targets, device, dtype)
+            output = model(ids, select=select, targets=targets)
+        if not counts:
+            yield 0.0, 0
+            continue
+        _add(metrics, output.metrics)
+        nll = output.nll.double().cpu()
         for row, part in zip(rows, nll.split([row.n_scored for row in rows]), strict=True):
             _check_finite(part.sum().item(), row.document)
         yield math.fsum(nll.tolist()), len(nll)
 
 
-def _nll(model, hidden: torch.Tensor, targets: torch.Tensor, device, dtype) -> torch.Tensor:
-    """hidden (n, dim), targets (n,) -> (n,) float64 on the CPU; the softmax is in float32."""
-    parts = []
-    size = max(1, _LOGITS // model.vocab_size)
-    for rows, wanted in zip(hidden.split(size), targets.split(size), strict=True):
-        with autocast(device, dtype):
-            logits = model.head.logits(rows[None])[0]
-        parts.append(F.cross_entropy(logits.float(), wanted, reduction="none"))
-    return torch.cat(parts).double().cpu()
+def _own(items: Iterator[T], world: World) -> Iterator[tuple[T, bool]]:
+    """This process's items, and whether they count. All processes get equally many, as sharded models need: the last
+    round is completed with items that another process counts."""
+    while group := list(itertools.islice(items, world.size)):
+        yield group[world.rank % len(group)], world.rank < len(group)
 
 
 def _check_finite(nll: float, document: int) -> None:
     if not math.isfinite(nll):
         raise ValueError(
             f"document {document}: the likelihood is not finite ({nll}); the weights are damaged or diverged, "
-            "or the precision overflows (try float32)"
+            "or values overflow in this precision (try float32)"
         )

@@ -1,17 +1,17 @@
-"""Arbitrary text as documents for scoring."""
+"""Any text as documents for scoring."""
 
 import numpy as np
 
 
 def text_documents(text: str, tokenizer) -> list[tuple[np.ndarray, int]]:
-    """One document of the whole text, as `score_documents` takes it.
+    """The full text as one document, as `score_documents` takes it.
 
     Returns:
         `[(tokens, n_bytes)]`: tokens (1 + n,) int64, end-of-text first; n_bytes is the UTF-8 length of the text.
 
     Raises:
-        ValueError: the text is empty, holds lone surrogates, or the tokenizer does not give it back byte for byte, so
-            that bits per byte would count the bytes of another text than the one that was scored.
+        ValueError: the text is empty, holds lone surrogates, or does not survive tokenization byte for byte: the bytes
+            counted would not be those of the text that was scored.
     """
     if not text:
         raise ValueError("the text is empty; there is nothing to score")
@@ -25,6 +25,6 @@ def text_documents(text: str, tokenizer) -> list[tuple[np.ndarray, int]]:
         same = (a == b for a, b in zip(decoded, raw, strict=False))
         at = next((i for i, equal in enumerate(same) if not equal), min(len(decoded), len(raw)))
         raise ValueError(
-            f"the tokenizer changes this text (first at byte {at}); bits per byte need one that gives the text back"
+            f"the tokenizer changes this text (first at byte {at}); bits per byte need a lossless tokenizer"
         )
     return [(np.array([tokenizer.eot_id, *ids], dtype=np.int64), len(raw))]

@@ -8,17 +8,17 @@ import numpy as np
 
 @dataclass(frozen=True)
 class Window:
-    """A stretch of one document and which of its predictions count."""
+    """A span of one document, and which of its predictions are scored."""
 
-    document: int  # position of the document in the evaluation, from 0
-    inputs: np.ndarray  # (n,) token ids that the model reads
-    targets: np.ndarray  # (n,) token ids that follow each input
-    n_scored: int  # the last n_scored predictions count; the ones before are context
+    document: int  # index of the document in the evaluation
+    inputs: np.ndarray  # (n,) token ids
+    targets: np.ndarray  # (n,) the token after each input
+    n_scored: int  # the last n_scored predictions are scored; those before them are context
 
 
 def window_spans(n: int, window: int, stride: int) -> Iterator[tuple[int, int, int]]:
     """Spans (start, stop, first) over n predictions: window i reads inputs [i * stride, i * stride + window), cut at n,
-    and scores [first, stop), which are the predictions that no window before has scored. 1 <= stride <= window."""
+    and scores [first, stop), the predictions that no earlier window has scored. 1 <= stride <= window."""
     start = first = 0
     while first < n:
         stop = min(start + window, n)
@@ -34,10 +34,10 @@ def document_windows(document: int, tokens: np.ndarray, window: int, stride: int
 
 
 def batches(windows: Iterable[Window], longest: int, batch_tokens: int) -> Iterator[tuple[list[Window], int]]:
-    """Group windows of different documents into (rows, width) with len(rows) * width <= batch_tokens, at least one row.
+    """Group windows of all documents into (rows, width) with len(rows) * width <= batch_tokens, at least one row.
 
-    Widths are multiples of a sixteenth of the longest window: less than that is padding in a row, a compiled model
-    meets few shapes, and at most sixteen batches wait to be filled at any time.
+    Widths are multiples of a sixteenth of the longest window: padding per row is less than that, a compiled model sees
+    few shapes, and at most sixteen batches are being filled at any time.
     """
     step = max(8, -(-longest // 16))
     buckets: dict[int, list[Window]] = {}

@@ -1,4 +1,4 @@
-"""Text from a model: decoding with its state, sampling, streaming of valid UTF-8."""
+"""Text from a model: decoding with its state, sampling, streaming as valid UTF-8."""
 
 from fusedlm.generate.decode import generate
 from fusedlm.generate.sampling import next_token_probabilities, sample

@@ -8,7 +8,7 @@ from fusedlm.generate.sampling import check_sampling, next_token_probabilities, 
 from fusedlm.generate.text import TextStream
 from fusedlm.model.precision import autocast
 
-_RESERVED_TOKENS = 2**16  # a state that may get longer grows as it goes: nobody means to fill max_tokens=1000000000
+_RESERVED_TOKENS = 2**16  # a longer state grows as tokens come: max_tokens=1000000000 is rarely meant to be reached
 
 
 def generate(
@@ -26,21 +26,21 @@ def generate(
 ) -> Iterator[str]:
     """Continue a prompt.
 
-    The prompt, end-of-text before it as at the start of every training document, enters the model's state in one
-    prefill; after that one token at a time. Ends at end-of-text (not part of the text) or after max_tokens.
-    The draw is made on the CPU from one seeded generator, so that a seed gives the same text on every device, as far as
-    the device's logits agree.
+    One prefill reads end-of-text, which starts every training document, and the prompt; after it, one token per step.
+    Generation ends at end-of-text (not part of the text) or after max_tokens. Tokens are drawn on the CPU from one
+    seeded generator: a seed gives the same text on every device whose logits agree.
 
     Args:
-        model: a decoder on `device`; it is put into eval mode while text is being generated.
+        model: a decoder on `device`; in eval mode while text is generated.
         prompt: may be empty.
         max_tokens: most tokens to generate.
-        temperature: 0 takes the likeliest token.
+        temperature: 0 takes the most likely token.
         top_k, top_p: see `next_token_probabilities`.
+        device, dtype: device of the model, dtype of autocast.
 
     Returns:
-        An iterator of non-empty pieces of text. Each is valid Unicode: bytes of a character that is not complete yet
-        wait for the next token, and a character that never completes becomes U+FFFD.
+        An iterator of non-empty pieces of text, each valid Unicode: bytes of an incomplete character are held until the
+        next token, and a character that is never completed becomes U+FFFD.
 
     Raises:
         ValueError: at the call, a value is out of range; while iterating, the model's logits are not finite.
@@ -66,11 +66,11 @@ def _stream(model, tokenizer, ids, max_tokens, choice, device, dtype) -> Iterato
     was_training = model.training
     model.eval()
     try:
-        # The last token is never read back, hence the -1.
+        # The last token is not fed back, hence the -1.
         reserved = len(ids) + max_tokens - 1
         state = model.init_state(1, max_tokens=reserved if reserved <= _RESERVED_TOKENS else None)
         for _ in range(max_tokens):
-            # Rows that only pad the vocabulary lie beyond the tokenizer's ids.
+            # A model's vocabulary can have more ids than the tokenizer.
             logits = _last_logits(model, ids, state, device, dtype)[: tokenizer.vocab_size]
             token = sample(next_token_probabilities(logits, temperature, top_k, top_p), generator)
             if token == tokenizer.eot_id:
@@ -84,10 +84,10 @@ def _stream(model, tokenizer, ids, max_tokens, choice, device, dtype) -> Iterato
         model.train(was_training)
 
 
-# A function of its own, so that neither the disabled gradients nor autocast leak to the caller between two pieces.
+# Not in the generator: disabled gradients and autocast would stay on for the caller between two pieces.
 @torch.no_grad()
 def _last_logits(model, ids: list[int], state, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
-    """(vocab,) after feeding ids through the state."""
+    """(vocab,) float32 logits after the last of ids, which are appended to the state."""
+    last = torch.tensor([len(ids) - 1], device=device)
     with autocast(device, dtype):
-        hidden = model.hidden(torch.tensor([ids], device=device), state=state)
-        return model.head.logits(hidden[:, -1:])[0, -1].float()
+        return model(torch.tensor([ids], device=device), state=state, select=last).logits[0].float()

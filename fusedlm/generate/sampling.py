@@ -1,4 +1,4 @@
-"""The distribution of the next token and a draw from it, on the CPU in float64."""
+"""The distribution of the next token and sampling from it, on the CPU in float64."""
 
 import math
 
@@ -10,7 +10,7 @@ def check_sampling(temperature: float, top_k: int | None, top_p: float | None) -
     ValueError: a value is out of range.
     """
     if not (math.isfinite(temperature) and temperature >= 0):
-        raise ValueError(f"temperature={temperature} must be a finite number of at least 0 (0: the likeliest token)")
+        raise ValueError(f"temperature={temperature} must be a finite number of at least 0 (0: the most likely token)")
     if top_k is not None and top_k < 1:
         raise ValueError(f"top_k={top_k} must be at least 1, or None for all tokens")
     if top_p is not None and not 0 < top_p <= 1:
@@ -22,9 +22,9 @@ def next_token_probabilities(
 ) -> torch.Tensor:
     """Probabilities (vocab,) float64 on the CPU, from logits (vocab,) of any dtype and device.
 
-    Temperature first, then the top_k likeliest tokens, then the nucleus (arXiv 1904.09751): the fewest likeliest tokens
-    whose probability, renormalised after top_k, reaches top_p; at least one. What is left sums to 1. Of equally likely
-    tokens the lower id goes first, and temperature 0 puts all on the first of the likeliest.
+    Temperature first, then the top_k most likely tokens, then the nucleus (arXiv 1904.09751): the fewest most likely
+    tokens whose probability, renormalised after top_k, reaches top_p; at least one. The result sums to 1. Ties go to
+    the lower id. Temperature 0 gives the most likely token probability 1.
 
     Raises:
         ValueError: a value is out of range, or a logit is NaN or +inf, or all are -inf.
@@ -33,8 +33,10 @@ def next_token_probabilities(
     logits = logits.detach().double().cpu()
     highest = logits.max()
     if not torch.isfinite(highest):
-        raise ValueError("the logits are not finite; the weights are damaged or diverged, or the precision overflows")
-    # The maximum is taken off before the division: a tiny temperature then sends the others to -inf, and none to NaN.
+        raise ValueError(
+            "the logits are not finite; the weights are damaged or diverged, or values overflow in this precision"
+        )
+    # Subtract the maximum before dividing: a tiny temperature then gives -inf for the others, and never NaN.
     shifted = logits - highest
     probabilities = torch.exp(shifted / temperature) if temperature > 0 else (shifted == 0).double()
     if temperature == 0:
@@ -51,9 +53,9 @@ def next_token_probabilities(
 
 
 def sample(probabilities: torch.Tensor, generator: torch.Generator) -> int:
-    """One id drawn from probabilities (vocab,) float64 by inversion of the cumulative sum, which takes exactly one
-    random number a token and so stays in step from one device or torch version to the next."""
+    """One id drawn from probabilities (vocab,) float64 by inverting the cumulative sum: exactly one random number per
+    token, on every device and in every version of torch."""
     cumulative = probabilities.cumsum(0)
     u = torch.rand((), generator=generator, dtype=torch.float64) * cumulative[-1]
-    # `right`: the first id whose cumulative sum exceeds u, so that an id of probability 0 is never drawn.
+    # right=True gives the first id whose cumulative sum exceeds u: an id of probability 0 is never drawn.
     return int(torch.searchsorted(cumulative, u, right=True))

@@ -9,7 +9,7 @@ from fusedlm.model.decoder import Decoder
 
 @dataclass(frozen=True)
 class ParameterCount:
-    """total: all, shared ones once. active: those that a token passes through, where tokens differ on average (routed
+    """total: all, shared ones once. active: those that a token uses, where tokens differ on average (routed
     feed-forwards: at their budget). embedding: the token table."""
 
     total: int
@@ -28,9 +28,11 @@ def count_parameters(model: Decoder) -> ParameterCount:
 
 
 def forward_flops(model: Decoder, n_tokens: int) -> int:
-    """Matrix-multiply FLOPs of a forward pass over one sequence, as torch's FlopCounterMode counts them: a multiply-add
-    is two, causal attention counts in full (PaLM, arXiv 2204.02311, appendix B), elementwise work does not count.
-    Routed feed-forwards count at their budget, whatever they last ran."""
+    """Matrix-multiply FLOPs of a forward pass over one sequence, by the definition of each part and whatever backend
+    computes it: a multiply-add is two; causal attention counts in full (PaLM, arXiv 2204.02311, appendix B), with a
+    window as that many keys per token; linear-time mixers count the products of their recurrence, token by token, so
+    that neither chunks nor solves enter; elementwise work and padding do not count. Routed feed-forwards count at their
+    budget, whatever they last ran."""
     return sum(block.flops(n_tokens) for block in model.blocks) + model.head.flops(n_tokens)
 
 

@@ -1,119 +1,157 @@
-"""The decoder: embedding, blocks by the recipe's pattern, language-model head."""
+"""The decoder: embedding, blocks by a pattern, language-model head."""
+
+import contextlib
+from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 
-from fusedlm.config.model import ModelConfig, YaRNConfig
-from fusedlm.model.precision import resolve_dtype
+from fusedlm.model.output import Output
+from fusedlm.model.state import State
 from fusedlm.nn.block import Block
-from fusedlm.nn.cache import TokenCache
-from fusedlm.nn.context import Context, document_positions, row_boundaries, varlen_boundaries
+from fusedlm.nn.context import Context, document_positions, row_boundaries
+from fusedlm.nn.embedding import Embedding
 from fusedlm.nn.lm_head import LMHead
-from fusedlm.ops.attention.sdpa import flash_packed
-from fusedlm.ops.common import Choice, Setting
+from fusedlm.nn.module import UNFUSED, UNFUSED_REASON, Module, OpUse, use_backends
+from fusedlm.nn.report import Loss, Report
+from fusedlm.nn.rope import YaRN
+from fusedlm.ops.attention.sdpa import varlen_boundaries
+from fusedlm.ops.common import OPS, BackendSelection, Call
 
 
-class State:
-    """What decoding carries from call to call: every mixer's own state, and where the last document stands.
+class Decoder(Module):
+    """tokens (B, T) -> Output. Everything it computes goes through the `__call__` of its parts."""
 
-    length: tokens seen.
-    """
+    def __init__(
+        self,
+        *,
+        vocab_size: int,
+        dim: int,
+        n_layers: int,
+        pattern: str,
+        blocks: dict[str, dict],
+        tie_embeddings: bool = True,
+        logit_softcap: float | None = None,
+        norm_eps: float = 1e-6,
+        dropout: float = 0.0,
+        embedding_std: float | None = None,
+        embedding_rms: float | None = 1.0,
+        yarn: dict | None = None,
+        vocab_multiple: int = 64,
+    ):
+        """Allocates; `init_weights` draws. The arguments are plain values, under the names of `fusedlm.config.model`.
 
-    def __init__(self, layers: list, batch_size: int, device: torch.device):
-        self.layers = layers
-        self.length = 0
-        self.packed = False
-        self.next_position_B = torch.zeros(batch_size, dtype=torch.int64, device=device)
-        self.last_document_B = torch.zeros(batch_size, dtype=torch.int64, device=device)
-
-    def nbytes(self) -> int:
-        """Bytes of the live tensors of the mixers."""
-        return sum(tensor.untyped_storage().nbytes() for part in self._parts() for tensor in part.tensors())
-
-    def extend_to(self, n_tokens: int) -> None:
-        """Stand as after n_tokens, the rows of the caches repeated: bytes and speed of decoding at a length do not
-        depend on what the tokens were, and can so be measured without computing them."""
-        if n_tokens < self.length:
-            raise ValueError(f"the state has seen {self.length} tokens, which is more than {n_tokens}")
-        for part in self._parts():
-            if isinstance(part, TokenCache):
-                part.extend_to(n_tokens)
-        self.next_position_B += n_tokens - self.length
-        self.length = n_tokens
-
-    def _parts(self) -> list:
-        return [part for layer in self.layers for part in (layer if isinstance(layer, list) else [layer])]
-
-
-class Decoder(torch.nn.Module):
-    """tokens (B, T) -> logits (B, T, vocab_size)."""
-
-    def __init__(self, config: ModelConfig, vocab_size: int, setting: Setting):
+        Args:
+            vocab_size: tokens that can be predicted.
+            pattern: one letter per layer, tiled to n_layers; each names a block.
+            blocks: by letter {"mixer": {"type": ..., ...}, "ffn": {"type": ..., ...}}.
+            yarn: arguments of `YaRN`, for every mixer with rotary embedding; None: not stretched.
+        """
         super().__init__()
-        self.config = config
-        self.vocab_size = vocab_size
-        self.yarn = config.yarn
-        rows = -(-vocab_size // config.vocab_multiple) * config.vocab_multiple
-        self.embedding = torch.nn.Embedding(rows, config.dim)
-        torch.nn.init.normal_(self.embedding.weight, std=config.initial_embedding_std)
-        self.dropout = torch.nn.Dropout(config.dropout)
-        self.layer_names = config.layer_blocks()
+        self.vocab_size, self.dim = vocab_size, dim
+        self.yarn = self.recipe_yarn = None if yarn is None else YaRN(**yarn)
+        if embedding_std is None:
+            # A tied embedding whose residual stream is still the embedding itself gives its own token the logit
+            # dim * std; at 2 / dim that is 2, and training starts at ln(vocab).
+            embedding_std = min(0.02, 2 / dim) if tie_embeddings else 0.02
+        self.embedding_scale = 1.0 if embedding_rms is None else embedding_rms / embedding_std
+        n_rows = -(-vocab_size // vocab_multiple) * vocab_multiple
+        self.embedding = Embedding(n_rows, dim, embedding_std)
+        self.dropout = torch.nn.Dropout(dropout)
+        self.layer_names = [pattern[i % len(pattern)] for i in range(n_layers)]
+        value_sources: set = set()
         self.blocks = torch.nn.ModuleList(
-            Block(config.blocks[name], config, setting, layer) for layer, name in enumerate(self.layer_names)
+            Block(
+                dim=dim,
+                **blocks[name],
+                dropout=dropout,
+                norm_eps=norm_eps,
+                layer=layer,
+                value_sources=value_sources,
+            )
+            for layer, name in enumerate(self.layer_names)
         )
-        self.head = LMHead(config, self.embedding, vocab_size, setting)
+        tied = self.embedding if tie_embeddings else None
+        self.head = LMHead(
+            dim=dim, n_rows=n_rows, vocab_size=vocab_size, cap=logit_softcap, norm_eps=norm_eps, tied=tied
+        )
+        self.tied = tie_embeddings
         self.rope_specs = set().union(*(block.mixer.rope_specs() for block in self.blocks))
-        self.needs_boundaries = any(choice.function is flash_packed for choice in self.implementations.values())
 
-    @property
-    def implementations(self) -> dict[str, Choice]:
-        """Which implementation runs, by `block letter.op` and `head.op`."""
-        named = {
-            f"{name}.{choice.op}": choice
-            for name, block in zip(self.layer_names, self.blocks, strict=True)
-            for choice in block.choices
-        }
-        return named | {f"head.{choice.op}": choice for choice in self.head.choices}
+    def _apply(self, fn, recurse=True):
+        """torch moves each module's parameters alone: off the meta device a tied weight would become two."""
+        super()._apply(fn, recurse)
+        if self.tied:
+            self.head.weight = self.embedding.weight
+        return self
 
-    def forward(self, tokens, documents=None, state: State | None = None) -> torch.Tensor:
-        """Logits of the token after each.
+    def forward(
+        self,
+        tokens: torch.Tensor,
+        *,
+        documents: torch.Tensor | None = None,
+        state: State | None = None,
+        lengths: Sequence[int] | torch.Tensor | None = None,
+        select: torch.Tensor | None = None,
+        targets: torch.Tensor | None = None,
+        loss_weight: torch.Tensor | None = None,
+        batch_weight: torch.Tensor | float = 1.0,
+    ) -> Output:
+        """Logits of the token after each, or the loss on targets.
+
+        Without gradients, parts that were compiled for training run uncompiled: other lengths and modes would recompile
+        them again and again.
 
         Args:
             tokens: (B, T) int64.
             documents: (B, T) int64; a new document begins where the number changes, and nothing is seen across it.
                 None: one document.
             state: from `init_state`, updated in place: the tokens follow those it has seen.
-
-        Returns:
-            (B, T, vocab_size), float32 or better.
+            lengths: with a state, how many of the T tokens each row has, from 0; the rest is padding, whose outputs are
+                meaningless. None: all.
+            select: (n,) int64 indices into the B * T tokens: the head runs on these alone, and metrics of routing count
+                these alone. None: all.
+            targets: the tokens to predict, -100 where there is none: (B, T) int64, or (n,) with a selection.
+            loss_weight: () factor on each token's nll and on each loss per token; None: one over the number of valid
+                targets of this call.
+            batch_weight: factor on losses that are means over the sequences of this call.
 
         Raises:
-            ValueError: shapes that do not fit together.
+            ValueError: shapes that do not match, or a state without room.
         """
-        return self.head.logits(self.hidden(tokens, documents, state))
-
-    def hidden(self, tokens, documents=None, state: State | None = None) -> torch.Tensor:
-        """(B, T, dim) before the head; arguments as in `forward`."""
-        self._check(tokens, documents, state)
-        context = self._context(tokens, documents, state)
-        x = self.embedding(tokens) * self.config.embedding_scale
-        if torch.is_autocast_enabled(x.device.type):
-            x = x.to(torch.get_autocast_dtype(x.device.type))  # a float32 residual stream would double its traffic
-        x = self.dropout(x)
-        for index, block in enumerate(self.blocks):
-            # Compiled blocks are for training: other lengths and modes would recompile them again and again.
-            run = block if torch.is_grad_enabled() else block.forward
-            x = run(x, context, None if state is None else state.layers[index])
+        n_new = self._check(tokens, documents, state, lengths)
+        context = self._context(tokens, documents, state, n_new, select)
+        with self._stance():
+            x = self.embedding(tokens) * self.embedding_scale
+            if torch.is_autocast_enabled(x.device.type):
+                x = x.to(torch.get_autocast_dtype(x.device.type))  # a float32 residual stream would double its traffic
+            x = self.dropout(x)
+            reports = []
+            for index, block in enumerate(self.blocks):
+                x, report = block(x, context, None if state is None else state.layers[index])
+                reports.append(report)
+            logits, nll, losses = self._head(x, select, targets, loss_weight)
         if state is not None:
-            self._advance(state, context, tokens, documents)
-        return x
+            state.advance(context, documents, n_new)
+        own, metrics = _collect(reports)
+        for name, loss in own.items():
+            weight = batch_weight
+            if loss.per == "token":
+                weight = 1.0 if loss_weight is None else loss_weight
+            losses[name] = loss.value * weight
+        return Output(logits, nll, losses, metrics)
 
-    def loss(self, tokens, targets, documents=None) -> torch.Tensor:
-        """(B, T) nll in nats of targets (B, T) int64; 0 where the target is -100."""
-        return self.head.loss(self.hidden(tokens, documents), targets)
-
-    def weighted_loss(self, tokens, targets, weight: torch.Tensor, documents=None) -> torch.Tensor:
-        """() sum of `loss` times weight (), for training: the logits are perhaps never held whole."""
-        return self.head.weighted_loss(self.hidden(tokens, documents), targets, weight)
+    def _head(self, x_BTD, select, targets, loss_weight):
+        if select is not None:
+            x_BTD = x_BTD.flatten(0, 1)[select]
+        if targets is None:
+            return self.head(x_BTD), None, {}
+        if targets.shape != x_BTD.shape[:-1]:
+            raise ValueError(f"targets {tuple(targets.shape)} must have the shape {tuple(x_BTD.shape[:-1])}")
+        if loss_weight is None:
+            loss_weight = (targets != -100).sum().clamp(min=1).double().reciprocal()
+        loss, nll = self.head(x_BTD.flatten(0, -2), targets.flatten(), loss_weight)
+        return None, nll.view(targets.shape), {"nll": loss}
 
     def init_state(self, batch_size: int, max_tokens: int | None = None) -> State:
         """An empty state. Caches are reserved for max_tokens when that is given, and grow with the tokens otherwise."""
@@ -122,8 +160,8 @@ class Decoder(torch.nn.Module):
         layers = [block.mixer.init_state(batch_size, max_tokens) for block in self.blocks]
         return State(layers, batch_size, self.embedding.weight.device)
 
-    def set_yarn(self, yarn: YaRNConfig | None) -> None:
-        """Stretch the rotary embedding of all mixers, in place of what the recipe says; None: not at all.
+    def set_yarn(self, yarn: YaRN | None) -> None:
+        """Stretch the rotary embedding of all mixers, replacing the recipe's setting; None: not at all.
 
         Raises:
             ValueError: no mixer has rotary embedding.
@@ -132,16 +170,39 @@ class Decoder(torch.nn.Module):
             raise ValueError("YaRN stretches rotary embedding, and no mixer of this model has any")
         self.yarn = yarn
 
-    def recompute_mixers(self) -> None:
-        """Keep of each mixer, for the backward pass, its input and what its attention gives; compute the rest again."""
+    def use_backends(self, backends: dict[str, str]) -> None:
+        """Run these backends from now on, by op; an op that is not named runs the fastest one for its tensors."""
+        use_backends(self, backends)
+
+    def explain(
+        self, device: torch.device | str, dtype: torch.dtype, deterministic: bool = False
+    ) -> dict[str, BackendSelection]:
+        """Which backend of each op would run on a device with activations in dtype, by `block letter.op` and `head.op`.
+
+        Raises:
+            ValueError: a requested backend cannot run there.
+        """
+        device = torch.device(device)
+        call = Call(device, dtype, deterministic)
+        parts = [*zip(self.layer_names, self.blocks, strict=True), ("head", self.head)]
+        return {f"{name}.{use.name}": self._explain(use, call) for name, part in parts for use in part.ops(device)}
+
+    def _explain(self, use: OpUse, call: Call) -> BackendSelection:
+        selection = OPS[use.op].select(self.backend(use.op), call, **use.sizes)
+        if use.op in self.backends or use.op not in UNFUSED:
+            return selection
+        return replace(selection, reason=UNFUSED_REASON)
+
+    def recompute_mixers(self, recompute: bool = True) -> None:
+        """Save only the input and the attention output of each mixer for backward, and recompute the rest."""
         for block in self.blocks:
-            block.recompute_mixer()
+            block.recompute_mixer(recompute)
 
     def compile_blocks(self, backend: str = "inductor") -> None:
-        """torch.compile each block and the head's loss for training, a full graph each.
+        """torch.compile each block and the head for training, one full graph each.
 
-        Raises the process's limit on graphs of one function: all kinds of block, of every model that is compiled, are
-        graphs of `Block.forward`, and with PyTorch's limit of 8 a ninth would fail.
+        Raises the process's recompile limit: all kinds of block of all models are graphs of one function, and PyTorch's
+        limit of 8 would make the ninth fail.
         """
         config = torch._dynamo.config
         config.recompile_limit = max(config.recompile_limit, config.accumulated_recompile_limit)
@@ -149,71 +210,85 @@ class Decoder(torch.nn.Module):
             block.compile(fullgraph=True, backend=backend)
         self.head.compile(fullgraph=True, backend=backend)
 
-    def _context(self, tokens, documents, state) -> Context:
+    def _stance(self) -> contextlib.AbstractContextManager:
+        """Uncompiled without gradients, whatever was compiled."""
+        compiled = any(part._compiled_call_impl is not None for part in (*self.blocks, self.head))
+        if not compiled or torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return contextlib.nullcontext()
+        return torch.compiler.set_stance("force_eager")
+
+    def _context(self, tokens, documents, state, n_new: list[int] | None, select) -> Context:
         batch, n_tokens = tokens.shape
         packed = documents is not None or (state is not None and state.packed)
-        n_past = 0 if state is None else state.length
+        past = 0 if state is None else state.length
+        starts_B = None if state is None else state.starts()
         if documents is not None:
-            past = (state.last_document_B, state.next_position_B) if n_past else ()
-            positions = document_positions(documents, *past)
+            before = (state.last_document_B, state.next_position_B) if past else ()
+            positions = document_positions(documents, *before)
         else:
             positions = torch.arange(n_tokens, device=tokens.device)[None]
-            if n_past:
+            if past:
                 positions = state.next_position_B[:, None] + positions
-        context = Context(positions.expand(batch, -1) if packed else positions[:1], packed, n_past)
-        if self.needs_boundaries and n_past == 0:
+        one_row = not packed and starts_B is None
+        context = Context(positions[:1] if one_row else positions.expand(batch, -1), packed, past, starts_B)
+        context.select = select
+        if n_new is not None and min(n_new) < n_tokens:
+            context.lengths_B = torch.tensor(n_new, device=tokens.device)
+        if past == 0 and self._varlen_attention(tokens.device):
             if packed:
                 context.boundaries = varlen_boundaries(context.positions_BT)
-            else:  # for windows; known without asking the device
+            else:  # for windows
                 context.boundaries = row_boundaries(batch, n_tokens, tokens.device)
         wide = torch.promote_types(self.embedding.weight.dtype, torch.float32)
         context.add_rope(self.rope_specs, wide, self.yarn)
         return context
 
-    @staticmethod
-    def _advance(state: State, context: Context, tokens, documents) -> None:
-        state.length += tokens.shape[1]
-        state.packed = context.packed
-        state.next_position_B = (context.positions_BT[:, -1] + 1).expand(tokens.shape[0]).contiguous()
-        if documents is not None:
-            state.last_document_B = documents[:, -1].clone()
+    def _varlen_attention(self, device: torch.device) -> bool:
+        """Whether attention with documents or windows runs the variable-length kernel."""
+        if device.type != "cuda":
+            return False
+        dtype = self.embedding.weight.dtype
+        if torch.is_autocast_enabled(device.type):
+            dtype = torch.get_autocast_dtype(device.type)
+        call = Call(device, dtype, torch.are_deterministic_algorithms_enabled())
+        requested = self.backend("packed_attention")
+        return any(
+            OPS["packed_attention"].select(requested, call, **use.sizes).backend == "flash"
+            for block in self.blocks
+            for use in block.ops(device)
+            if use.op == "packed_attention"
+        )
 
     @staticmethod
-    def _check(tokens, documents, state) -> None:
+    def _check(tokens, documents, state, lengths) -> list[int] | None:
+        """The number of new tokens of each row, with a state."""
         if tokens.dim() != 2 or 0 in tokens.shape:
             raise ValueError(f"tokens must be (batch, length), both at least 1, not {tuple(tokens.shape)}")
+        batch, n_tokens = tokens.shape
         if documents is not None and documents.shape != tokens.shape:
             raise ValueError(f"documents {tuple(documents.shape)} must have the shape of tokens {tuple(tokens.shape)}")
-        if state is not None and state.next_position_B.shape[0] != tokens.shape[0]:
-            n_sequences = state.next_position_B.shape[0]
-            raise ValueError(f"the state is for {n_sequences} sequences, tokens has {tokens.shape[0]}")
+        if state is None:
+            if lengths is not None:
+                raise ValueError("lengths are for a state; without one, ignore what follows each row's last token")
+            return None
+        if len(state.lengths) != batch:
+            raise ValueError(f"the state is for {len(state.lengths)} sequences, tokens has {batch}")
+        if lengths is None:
+            return [n_tokens] * batch
+        lengths = [int(n) for n in lengths]
+        if len(lengths) != batch or not all(0 <= n <= n_tokens for n in lengths):
+            raise ValueError(f"lengths={lengths} must have a number from 0 to {n_tokens} for each of {batch} rows")
+        return lengths
 
 
-def build_model(
-    config: ModelConfig,
-    *,
-    vocab_size: int,
-    device: str | torch.device = "cpu",
-    dtype: torch.dtype | None = None,
-    deterministic: bool = False,
-) -> Decoder:
-    """The decoder of a recipe, float32 parameters drawn from torch's global generator, the same on every device.
-
-    Args:
-        config: `recipe.model`.
-        vocab_size: tokens that can be predicted.
-        device: where it lives; "meta" gives shapes without memory.
-        dtype: that of the activations, autocast's if that is to be used: it decides which implementation of an op can
-            run. None: bfloat16 on CUDA, float32 elsewhere.
-        deterministic: choose only implementations whose results never differ between runs.
-
-    Raises:
-        ValueError: vocab_size is not positive, or the recipe asks for an implementation that cannot run.
-    """
-    if vocab_size < 1:
-        raise ValueError(f"vocab_size={vocab_size}; a model predicts at least one token")
-    device = torch.device(device)
-    setting = Setting(device, dtype or resolve_dtype("auto", device), deterministic)
-    with torch.device("meta" if device.type == "meta" else "cpu"):
-        model = Decoder(config, vocab_size, setting)
-    return model.to(device)
+def _collect(reports: list[Report]) -> tuple[dict[str, Loss], dict[str, torch.Tensor]]:
+    """Each loss as the mean over the layers that have it, each metric of all layers that have it, stacked."""
+    losses: dict[str, list[Loss]] = {}
+    metrics: dict[str, list[torch.Tensor]] = {}
+    for report in reports:
+        for name, loss in report.losses.items():
+            losses.setdefault(name, []).append(loss)
+        for name, metric in report.metrics.items():
+            metrics.setdefault(name, []).append(metric)
+    means = {n: Loss(torch.stack([one.value for one in all_]).mean(), all_[0].per) for n, all_ in losses.items()}
+    return means, {name: torch.stack(all_) for name, all_ in metrics.items()}

@@ -1,4 +1,4 @@
-"""Where a model runs and in which precision: device and dtype names of a recipe resolved once, errors in one line."""
+"""Device and dtype names of a recipe, resolved."""
 
 import contextlib
 
@@ -7,18 +7,21 @@ import torch
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
-def resolve_device(name: str) -> torch.device:
-    """`auto` (cuda when there is one), `cpu` or `cuda`.
+def resolve_device(name: str | torch.device) -> torch.device:
+    """`auto` (cuda when there is one), `cpu` or `cuda`; a torch.device stays what it is.
 
     Raises:
-        ValueError: the name is unknown, or cuda is asked for where torch sees none.
+        ValueError: the name is unknown, or cuda is requested where torch sees none.
     """
-    if name not in ("auto", "cpu", "cuda"):
-        raise ValueError(f"device {name!r} is not one of auto, cpu, cuda")
+    kind = name.type if isinstance(name, torch.device) else name
+    if kind not in ("auto", "cpu", "cuda"):
+        raise ValueError(f"device {kind!r} is not one of auto, cpu, cuda")
     available = torch.cuda.is_available()
-    if name == "cuda" and not available:
-        raise ValueError("device 'cuda' asked for, but torch sees no CUDA device; use device cpu or auto")
-    return torch.device("cuda" if available and name != "cpu" else "cpu")
+    if kind == "cuda" and not available:
+        raise ValueError("device 'cuda' requested, but torch sees no CUDA device; use device cpu or auto")
+    if isinstance(name, torch.device):
+        return name
+    return torch.device("cuda" if available and kind != "cpu" else "cpu")
 
 
 def resolve_dtype(name: str, device: torch.device) -> torch.dtype:

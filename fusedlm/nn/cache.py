@@ -1,61 +1,133 @@
-"""A growing record of past tokens, the state of softmax mixers."""
+"""Caches of past tokens, the state of softmax mixers. The context says how many tokens each row of the batch has
+seen."""
 
 import torch
 
+from fusedlm.nn.context import Context
+
 
 class TokenCache:
-    """Rows of earlier tokens. Reserved for max_tokens it is filled in place; otherwise it grows by what is appended.
+    """All earlier tokens, (B, S, ...): row b has as many valid entries as it has seen tokens, and what follows them is
+    never read. Reserved for max_tokens it is filled in place; otherwise it grows with each append.
 
-    With a window it holds the window - 1 tokens that the next one can still see.
+    Rollback needs no work: the decoder reports fewer tokens, and later appends overwrite the rest.
     """
 
-    def __init__(self, max_tokens: int | None = None, window: int | None = None):
+    def __init__(self, max_tokens: int | None = None):
         self.max_tokens = max_tokens
-        self.window = window
-        self.length = 0  # tokens held
         self.rows: torch.Tensor | None = None
 
-    def append(self, new: torch.Tensor) -> torch.Tensor:
-        """Take (B, n, ...) and return (B, S, ...), everything held before and the new, oldest first."""
-        if self.window is not None:
-            seen = new if self.rows is None else torch.cat([self.rows, new], dim=1)
-            keep = min(seen.shape[1], self.window - 1)
-            self.rows, self.length = seen[:, seen.shape[1] - keep :].clone(), keep
-            return seen
-        if self.max_tokens is None:
-            # The first rows are cloned: as a view they would keep the whole projection that they were cut from alive.
-            self.rows = new.clone() if self.rows is None else torch.cat([self.rows, new], dim=1)
-            self.length = self.rows.shape[1]
-            return self.rows
-        end = self.length + new.shape[1]
-        if end > self.max_tokens:
+    def append(self, new: torch.Tensor, context: Context) -> torch.Tensor:
+        """Write (B, T, ...) after each row's tokens; returns (B, S, ...), oldest first, S = context.past + T.
+
+        Raises:
+            ValueError: there is no room.
+        """
+        end = context.past + new.shape[1]
+        if self.max_tokens is not None and end > self.max_tokens:
             raise ValueError(f"the state has room for max_tokens={self.max_tokens}, not {end}; ask init_state for more")
-        if self.rows is None:
-            self.rows = new.new_empty(new.shape[0], self.max_tokens, *new.shape[2:])
-        self.rows[:, self.length : end] = new
-        self.length = end
+        if context.starts_B is not None:
+            return self._append_ragged(new, context.starts_B, end)
+        return self._append_aligned(new, context.past)
+
+    def _append_aligned(self, new: torch.Tensor, past: int) -> torch.Tensor:
+        if self.max_tokens is None:
+            # Cloned: a view would keep the full projection alive.
+            self.rows = new.clone() if not past else torch.cat([self.rows[:, :past], new], dim=1)
+            return self.rows
+        self._reserve(new, self.max_tokens)
+        end = past + new.shape[1]
+        self.rows[:, past:end] = new
         return self.rows[:, :end]
 
-    def extend_to(self, n_tokens: int) -> None:
-        """Stand as after n_tokens, with the rows held so far repeated: what is held at that length can then be
-        measured without computing it."""
-        target = cached_tokens(n_tokens, self.window)
-        if self.rows is None or self.length == 0:
-            raise ValueError("an empty cache has no rows to repeat; feed it a token first")
-        while self.length < target:
-            self._repeat(min(self.length, target - self.length))
+    def _append_ragged(self, new: torch.Tensor, starts_B: torch.Tensor, end: int) -> torch.Tensor:
+        self._reserve(new, end if self.max_tokens is None else self.max_tokens)
+        index = starts_B[:, None] + torch.arange(new.shape[1], device=new.device)
+        batch = torch.arange(new.shape[0], device=new.device)[:, None]
+        self.rows[batch, index] = new
+        return self.rows[:, :end]
 
-    def _repeat(self, n: int) -> None:
-        held = self.rows[:, : self.length]
-        if self.window is not None:
-            self.rows, self.length = torch.cat([held, held[:, :n]], dim=1), self.length + n
+    def _reserve(self, new: torch.Tensor, n_tokens: int) -> None:
+        held = 0 if self.rows is None else self.rows.shape[1]
+        if held < n_tokens:
+            # Zeros: in a batch of rows of different lengths, masked positions are multiplied by a weight of 0.
+            room = new.new_zeros(new.shape[0], n_tokens - held, *new.shape[2:])
+            self.rows = room if self.rows is None else torch.cat([self.rows, room], dim=1)
+
+    def extend_to(self, n_tokens: int, held: int) -> None:
+        """Fill up to n_tokens in every row by repeating the `held` ones, so that size and speed at that length can be
+        measured without computing the tokens."""
+        if self.rows is None or held == 0:
+            raise ValueError("an empty cache has no rows to repeat; feed it a token first")
+        while held < n_tokens:
+            n = min(held, n_tokens - held)
+            self._append_aligned(self.rows[:, :n].clone(), held)
+            held += n
+
+    def mark(self) -> None:
+        """Rollback needs nothing."""
+
+    def rollback(self, kept: list[torch.Tensor] | None) -> None:
+        """See WindowCache. The decoder's count of tokens is all that changes."""
+
+    def tensors(self) -> list[torch.Tensor]:
+        return [] if self.rows is None else [self.rows]
+
+
+class WindowCache:
+    """The window - 1 tokens that the next one can still see, (B, at most window - 1, ...), each row's newest last. Rows
+    that have seen fewer tokens hold unused entries first, which no query sees."""
+
+    def __init__(self, window: int):
+        self.window = window
+        self.rows: torch.Tensor | None = None
+        self._before: torch.Tensor | None = None  # rows when the mark was set
+        self._since: list[torch.Tensor] | None = None  # what was appended after a mark; None: there is none
+
+    def append(self, new: torch.Tensor, context: Context) -> torch.Tensor:
+        """Append (B, T, ...); returns (B, S, ...), the earlier and the new tokens, oldest first."""
+        if self._since is not None:
+            self._since.append(new.clone())
+        if context.past == 0:
+            self.rows = None  # after a rollback to length 0 they belong to no row
+        return self._shift_in(new, context.lengths_B)
+
+    def _shift_in(self, new: torch.Tensor, n_new_B: torch.Tensor | None) -> torch.Tensor:
+        seen = new if self.rows is None else torch.cat([self.rows, new], dim=1)
+        keep = min(seen.shape[1], self.window - 1)
+        if n_new_B is None:
+            self.rows = seen[:, seen.shape[1] - keep :].clone()
         else:
-            self.append(held[:, :n].clone())
+            first_B = seen.shape[1] - new.shape[1] + n_new_B - keep
+            index = (first_B[:, None] + torch.arange(keep, device=new.device)).clamp(min=0)
+            self.rows = seen[torch.arange(len(seen), device=new.device)[:, None], index]
+        return seen
+
+    def extend_to(self, n_tokens: int, held: int) -> None:
+        """See TokenCache."""
+        if self.rows is None or held == 0:
+            raise ValueError("an empty cache has no rows to repeat; feed it a token first")
+        while self.rows.shape[1] < cached_tokens(n_tokens, self.window):
+            n = min(self.rows.shape[1], cached_tokens(n_tokens, self.window) - self.rows.shape[1])
+            self.rows = torch.cat([self.rows, self.rows[:, :n]], dim=1)
+
+    def mark(self) -> None:
+        """From now on save what `rollback` needs."""
+        self._before, self._since = self.rows, []
+
+    def rollback(self, kept: list[torch.Tensor] | None) -> None:
+        """Keep only the first kept[i][b] tokens of the i-th append since the mark in row b; None: keep all."""
+        since, self._since = self._since, None
+        if kept is not None:
+            self.rows = self._before
+            for new, n_kept_B in zip(since, kept, strict=True):
+                self._shift_in(new, n_kept_B)
+        self._before = None
 
     def tensors(self) -> list[torch.Tensor]:
         return [] if self.rows is None else [self.rows]
 
 
 def cached_tokens(n_tokens: int, window: int | None) -> int:
-    """Tokens that a TokenCache holds after n_tokens."""
+    """Tokens that a cache holds after n_tokens; window None: of a TokenCache."""
     return n_tokens if window is None else min(n_tokens, window - 1)

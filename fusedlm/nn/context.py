@@ -1,11 +1,10 @@
-"""What a mixer knows of the tokens it is given: positions, documents, how many came before."""
+"""What a mixer knows about its tokens: positions, documents, the number of earlier tokens."""
 
 from dataclasses import dataclass, field
 
 import torch
 
-from fusedlm.config.model import YaRNConfig
-from fusedlm.nn.rope import RopeTable, rope_table, yarn_score_gain
+from fusedlm.nn.rope import RopeTable, YaRN, rope_table, yarn_score_gain
 
 
 @dataclass
@@ -14,28 +13,49 @@ class Context:
 
     positions_BT: (B or 1, T) int64, the index of each token in its document.
     packed: whether documents may begin inside; when not, positions are known to be consecutive and nothing is masked.
-    n_past: tokens in the state before these.
+    past: tokens in the state before these, in the row that has the most.
+    starts_B: (B,) int64, tokens in the state before these; None: `past` in every row.
+    lengths_B: (B,) int64, how many of the T tokens each row has, the rest being padding; None: all.
+    select: (n,) int64, which of the B * T tokens the head computes and metrics count; None: all.
     boundaries: cumulative document lengths (N + 1,) int32 over the B * T tokens, and the longest; for the
         variable-length kernels on the GPU, None elsewhere.
     rope: one table for each (dim, base) that the model's mixers use.
     score_gain: factor on the attention scores of mixers with rotary embedding; not 1 with YaRN.
-    first_values: what the first layers with a value residual publish for later ones, by type and width.
+    first_values: values of the first layers with a value residual, by mixer type and width.
     """
 
     positions_BT: torch.Tensor
     packed: bool = False
-    n_past: int = 0
+    past: int = 0
+    starts_B: torch.Tensor | None = None
+    lengths_B: torch.Tensor | None = None
+    select: torch.Tensor | None = None
     boundaries: tuple[torch.Tensor, int] | None = None
     rope: dict[tuple[int, float], RopeTable] = field(default_factory=dict)
     score_gain: float = 1.0
     first_values: dict[tuple[str, int], torch.Tensor] = field(default_factory=dict)
 
     @property
+    def valid_BT(self) -> torch.Tensor | None:
+        """(B, T) bool, which tokens are no padding; None: all."""
+        if self.lengths_B is None:
+            return None
+        return first_tokens(self.lengths_B, self.positions_BT.shape[1])
+
+    @property
     def reset_BT(self) -> torch.Tensor | None:
         """(B, T) bool, first tokens of documents; None when there are none inside."""
         return self.positions_BT == 0 if self.packed else None
 
-    def add_rope(self, specs: set[tuple[int, float]], dtype: torch.dtype, yarn: YaRNConfig | None = None) -> None:
+    def visible_before(self, window: int | None = None) -> torch.Tensor | None:
+        """(B or 1, T) int64, how many earlier tokens each token sees; None for a single token that sees all there
+        are."""
+        if self.positions_BT.shape[1] == 1 and not self.packed and self.starts_B is None:
+            return None
+        return self.positions_BT if window is None else self.positions_BT.clamp(max=window - 1)
+
+    def add_rope(self, specs: set[tuple[int, float]], dtype: torch.dtype, yarn: YaRN | None = None) -> None:
+        """Compute the tables of all (dim, base)."""
         for dim, base in sorted(specs):
             self.rope[dim, base] = rope_table(self.positions_BT, dim, base, dtype, yarn)
         self.score_gain = yarn_score_gain(yarn)
@@ -43,6 +63,11 @@ class Context:
     def scale_scores(self, scale: float, rope_dim: int) -> float:
         """The scale of a mixer's scores, with YaRN's gain when it has rotary dimensions."""
         return scale * self.score_gain if rope_dim else scale
+
+
+def first_tokens(n_B: torch.Tensor, n_tokens: int) -> torch.Tensor:
+    """(B, T) bool, the first n_B[b] of T tokens of row b."""
+    return torch.arange(n_tokens, device=n_B.device) < n_B[:, None]
 
 
 def document_positions(documents_BT, last_document_B=None, next_position_B=None) -> torch.Tensor:
@@ -62,15 +87,7 @@ def document_positions(documents_BT, last_document_B=None, next_position_B=None)
     return torch.where(start < 0, next_position_B[:, None] + index, index - start)
 
 
-def varlen_boundaries(positions_BT: torch.Tensor) -> tuple[torch.Tensor, int]:
-    """Cumulative lengths of the documents of all rows, padded with empty ones to a multiple of 64: few shapes."""
-    starts = (positions_BT.flatten() == 0).nonzero().flatten()
-    cumulative = torch.full((-(-(starts.numel() + 1) // 64) * 64,), positions_BT.numel(), device=positions_BT.device)
-    cumulative[: starts.numel()] = starts
-    return cumulative.to(torch.int32), positions_BT.shape[1]
-
-
 def row_boundaries(batch_size: int, n_tokens: int, device: torch.device) -> tuple[torch.Tensor, int]:
-    """The same when every row is one document."""
+    """`boundaries` of rows that are one document each; known without asking the device."""
     end = batch_size * n_tokens
     return torch.arange(0, end + 1, n_tokens, dtype=torch.int32, device=device), n_tokens

@@ -3,70 +3,88 @@
 import torch
 import torch.nn.functional as F
 
-from fusedlm.config.model import ModelConfig
 from fusedlm.nn.linear import product_dtype
+from fusedlm.nn.module import Constant, Module, OpUse, Role
 from fusedlm.nn.norm import RMSNorm
-from fusedlm.ops.common import Setting
-from fusedlm.ops.linear_softcap_cross_entropy.op import LINEAR_SOFTCAP_CROSS_ENTROPY, linear_softcap_cross_entropy
-from fusedlm.ops.softcap_cross_entropy.op import SOFTCAP_CROSS_ENTROPY, softcap, softcap_cross_entropy
+from fusedlm.ops import linear_softcap_cross_entropy
+from fusedlm.ops.common import runs_fused
+from fusedlm.ops.cross_entropy.reference import softcap
+
+_OP = "linear_softcap_cross_entropy"
+_LOGITS = 2**25  # most logits at a time without gradients: 128 MiB in float32
 
 
-class LMHead(torch.nn.Module):
+class LMHead(Module):
     """The embedding's weight when tied, else one of its own that starts at zero."""
 
-    def __init__(self, model: ModelConfig, embedding: torch.nn.Embedding, vocab_size: int, setting: Setting):
+    def __init__(
+        self,
+        *,
+        dim: int,
+        n_rows: int,
+        vocab_size: int,
+        cap: float | None,
+        norm_eps: float,
+        tied: torch.nn.Module | None,
+    ):
+        """
+        Args:
+            n_rows: rows of the weight; those from vocab_size on are padding and never predicted.
+            cap: of the logits; None: none.
+            tied: the embedding whose weight this shares; None: it has its own.
+        """
         super().__init__()
-        self.vocab_size = vocab_size
-        self.cap = model.logit_softcap
-        if model.tie_embeddings:
-            self.weight = embedding.weight
+        self.vocab_size, self.cap = vocab_size, cap
+        self.norm = RMSNorm(dim, norm_eps)
+        if tied is None:
+            role = Role("head", fan_in=dim, fan_out=n_rows)
+            self.add_parameter("weight", (n_rows, dim), role, Constant(0.0))
         else:
-            self.weight = torch.nn.Parameter(torch.zeros_like(embedding.weight))
-        self.norm = RMSNorm(model.dim, model.norm_eps)
-        self.linear_loss = LINEAR_SOFTCAP_CROSS_ENTROPY.choose(model.impl.linear_softcap_cross_entropy, setting)
-        self.loss_of_logits = SOFTCAP_CROSS_ENTROPY.choose(model.impl.softcap_cross_entropy, setting)
-        self.choices = [self.linear_loss, self.loss_of_logits]
-
-    def logits(self, hidden_BTD: torch.Tensor) -> torch.Tensor:
-        """(B, T, vocab_size) float32 or better."""
-        return softcap(F.linear(self.norm(hidden_BTD), self.weight), self.cap)[..., : self.vocab_size]
+            self.weight = tied.weight
 
     def forward(
-        self, hidden_ND: torch.Tensor, targets_N: torch.Tensor, token_weight: torch.Tensor | None = None
-    ) -> torch.Tensor:
-        """(N,) nll in nats of each target, 0 where the target is -100; with a weight () the sum of all times it, whose
-        gradient may be made without holding all logits."""
+        self,
+        hidden_ND: torch.Tensor,
+        targets_N: torch.Tensor | None = None,
+        token_weight: torch.Tensor | None = None,
+    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+        """Logits, or the loss on targets.
+
+        Args:
+            hidden_ND: (N, dim), or for logits (..., dim).
+            targets_N: (N,) int64, -100 where there is none.
+            token_weight: () factor on every token's loss in the sum; None: 1.
+
+        Returns:
+            Without targets (..., vocab_size) float32 or better. With them the weighted sum (), and (N,) nll in nats, 0
+            where the target is -100, without a gradient. A fused backend never holds all logits.
+        """
         x = self.norm(hidden_ND)
-        if token_weight is not None and self.linear_loss.name != "reference":
-            return linear_softcap_cross_entropy(
-                x.to(product_dtype(x)),
-                self.weight,
-                targets_N,
-                token_weight.float(),
-                cap=self.cap,
-                n_classes=self.vocab_size,
-                implementation=self.linear_loss.function,
-            )[0]
-        nll = softcap_cross_entropy(
-            F.linear(x, self.weight),
+        if targets_N is None:
+            return softcap(F.linear(x, self.weight), self.cap)[..., : self.vocab_size]
+        x = x.to(product_dtype(x))
+        if torch.is_grad_enabled() or runs_fused(_OP, self.backend(_OP), x):  # a fused one never holds all logits
+            return self._loss(x, targets_N, token_weight)
+        size = max(1, _LOGITS // self.weight.shape[0])
+        sums, nll = zip(
+            *(self._loss(*part, token_weight) for part in zip(x.split(size), targets_N.split(size), strict=True)),
+            strict=True,
+        )
+        return torch.stack(sums).sum(), torch.cat(nll)
+
+    def _loss(self, x_ND, targets_N, token_weight) -> tuple[torch.Tensor, torch.Tensor]:
+        return linear_softcap_cross_entropy(
+            x_ND,
+            self.weight,
             targets_N,
+            token_weight,
             cap=self.cap,
             n_classes=self.vocab_size,
-            implementation=self.loss_of_logits.function,
+            backend=self.backend(_OP),
         )
-        return nll if token_weight is None else nll.sum() * token_weight.to(nll.dtype)
-
-    def loss(self, hidden_BTD: torch.Tensor, targets_BT: torch.Tensor) -> torch.Tensor:
-        """(B, T) nll in nats."""
-        return self._run(hidden_BTD.flatten(0, 1), targets_BT.flatten()).view_as(targets_BT)
-
-    def weighted_loss(self, hidden_BTD: torch.Tensor, targets_BT: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        """() sum of all nll times weight ()."""
-        return self._run(hidden_BTD.flatten(0, 1), targets_BT.flatten(), weight)
-
-    def _run(self, *arguments: torch.Tensor) -> torch.Tensor:
-        run = self if torch.is_grad_enabled() else self.forward  # compiled for training only, as the blocks are
-        return run(*arguments)
 
     def flops(self, n_tokens: int) -> int:
         return 2 * self.weight.numel() * n_tokens
+
+    def ops(self, device: torch.device) -> list[OpUse]:
+        return [OpUse(_OP, _OP, {})]

@@ -3,9 +3,8 @@
 import torch
 import torch.nn.functional as F
 
-from fusedlm.nn.linear import Linear, product_dtype
-from fusedlm.ops.common import Choice
-from fusedlm.ops.rmsnorm_linear.op import rmsnorm_linear
+from fusedlm.nn.module import Constant, Module, Role
+from fusedlm.nn.pending import PendingNorm
 
 
 def rms_norm(x: torch.Tensor, eps: float, weight: torch.Tensor | None = None) -> torch.Tensor:
@@ -16,20 +15,21 @@ def rms_norm(x: torch.Tensor, eps: float, weight: torch.Tensor | None = None) ->
     return F.rms_norm(wide, (x.shape[-1],), weight, eps).to(x.dtype)
 
 
-class RMSNorm(torch.nn.Module):
-    """Learnt gain, starting at one."""
+class RMSNorm(Module):
+    """A learnt gain per dimension that starts at one. With groups, that many equal parts of the last dimension are each
+    normalised alone."""
 
-    def __init__(self, dim: int, eps: float):
+    def __init__(self, dim: int, eps: float, groups: int = 1):
         super().__init__()
-        self.weight = torch.nn.Parameter(torch.ones(dim))
-        self.eps = eps
+        self.add_parameter("weight", (dim,), Role("gain"), Constant(1.0))
+        self.eps, self.groups = eps, groups
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return rms_norm(x, self.eps, self.weight)
-
-
-def project_normed(x: torch.Tensor, norm: RMSNorm, linear: Linear, choice: Choice) -> torch.Tensor:
-    """linear(norm(x)), for where nothing else reads norm(x), by an implementation of `rmsnorm_linear`."""
-    return rmsnorm_linear(
-        x, norm.weight, linear.weight, eps=norm.eps, dtype=product_dtype(x), implementation=choice.function
-    )
+    def forward(self, x: torch.Tensor, *, pending: bool = False) -> torch.Tensor | PendingNorm:
+        """pending: leave the norm to the next projection, which must support it (`fuses_norm`)."""
+        if pending:
+            return PendingNorm(x, self.weight, self.eps)
+        if self.groups == 1:
+            return rms_norm(x, self.eps, self.weight)
+        weight = self.weight.unflatten(0, (self.groups, -1))
+        wide = x.to(torch.promote_types(x.dtype, torch.float32)).unflatten(-1, (self.groups, -1))
+        return (rms_norm(wide, self.eps) * weight).flatten(-2).to(x.dtype)

@@ -1,15 +1,48 @@
-"""The state of a linear-time mixer, of one size at every length."""
+"""The state of a linear-time mixer, whose size does not depend on the length."""
+
+from collections.abc import Callable
 
 import torch
 
+# (memory, carried, n_kept_B) -> (memory, carried): the first n_kept_B tokens of one append run again.
+Replay = Callable[..., tuple[torch.Tensor, torch.Tensor | None]]
+
 
 class RecurrentState:
-    """The matrix of each head, (B, H, K, V) float32, and what else is carried from token to token: the last inputs of a
-    convolution (B, size - 1, C), or a working memory (B, C). None before the first token."""
+    """memory: the matrix of each head, (B, H, K, V) float32. carried: the last inputs of a convolution (B, size - 1,
+    C), or a working memory (B, C). Both None before the first token.
+
+    The tensors are replaced, never written to. After `mark`, every append leaves a function that runs its tokens again;
+    `rollback` starts from the marked tensors and replays the tokens that are kept.
+    """
 
     def __init__(self):
         self.memory: torch.Tensor | None = None
         self.carried: torch.Tensor | None = None
+        self._before: tuple[torch.Tensor | None, torch.Tensor | None] | None = None
+        self._since: list[Replay] | None = None
+
+    def update(self, memory: torch.Tensor, carried: torch.Tensor | None, replay: Replay) -> None:
+        """Set the tensors after an append; replay(memory, carried, n_kept_B) gives those after its first tokens
+        alone."""
+        self.memory, self.carried = memory, carried
+        if self._since is not None:
+            self._since.append(replay)
+
+    def mark(self) -> None:
+        """From now on save what `rollback` needs."""
+        self._before, self._since = (self.memory, self.carried), []
+
+    def rollback(self, kept: list[torch.Tensor] | None) -> None:
+        """Keep only the first kept[i][b] tokens of the i-th append since the mark in row b; None: keep all."""
+        before, since = self._before, self._since
+        self._before = self._since = None
+        if kept is None:
+            return
+        self.memory, self.carried = before
+        for replay, n_kept_B in zip(since, kept, strict=True):
+            if self.memory is not None or bool((n_kept_B > 0).any()):
+                self.memory, self.carried = replay(self.memory, self.carried, n_kept_B)
 
     def tensors(self) -> list[torch.Tensor]:
         return [x for x in (self.memory, self.carried) if x is not None]

@@ -2,28 +2,32 @@
 
 import torch
 
-from fusedlm.config.model import ModelConfig
 from fusedlm.nn.context import Context
+from fusedlm.nn.module import Constant, Module, Role
 
 GATE = -1.5  # start of the gate before its sigmoid: 0.18 of the first layer's values
 
 
-class ValueResidual(torch.nn.Module):
+class ValueResidual(Module):
     """v <- (1 - g) v + g first, g = sigmoid of a learnt scalar; `first` is v in the first layer that has the option on
-    with a mixer of the same type and values of the same width, and that layer itself passes its own through."""
+    with a mixer of the same type and values of the same width. That layer keeps its own values."""
 
-    def __init__(self, model: ModelConfig, layer: int, width: int, width_of):
-        """width_of(mixer config) -> width of the values that a layer with that config would publish."""
+    def __init__(self, mixer: str, width: int, sources: set[tuple[str, int]] | None = None):
+        """
+        Args:
+            mixer: type of the mixer.
+            width: of its values.
+            sources: (type, width) of the earlier layers that provide their values; shared by all layers of a model. The
+                first layer of its kind adds itself and has no gate. None: there are no earlier layers.
+        """
         super().__init__()
-        mixers = [model.blocks[name].mixer for name in model.layer_blocks()]
-        own = mixers[layer]
-        self.key = (own.type, width)
-        same = [
-            index
-            for index, mixer in enumerate(mixers)
-            if mixer.type == own.type and mixer.value_residual and width_of(mixer) == width
-        ]
-        self.gate = torch.nn.Parameter(torch.tensor(GATE)) if layer != same[0] else None
+        self.key = (mixer, width)
+        sources = set() if sources is None else sources
+        if self.key in sources:
+            self.add_parameter("gate", (), Role("gate"), Constant(GATE))
+        else:
+            sources.add(self.key)
+            self.gate = None
 
     def forward(self, v: torch.Tensor, context: Context) -> torch.Tensor:
         if self.gate is None:

@@ -1,4 +1,4 @@
-"""Exclusive self-attention: what attention gathers, without the part along the token's own value."""
+"""Exclusive self-attention: the output without its component along the token's own value."""
 
 import torch
 

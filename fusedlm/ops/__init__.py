@@ -1,16 +1,17 @@
-"""Operations, one folder each: a reference in plain PyTorch, faster implementations, and one entry that chooses."""
+"""Operations as plain functions. Each op is one folder: a reference in plain PyTorch, faster backends, and `op.py`, the
+public function, which selects the backend that runs."""
 
 from fusedlm.ops.attention.op import cached_attention, causal_attention, packed_attention
-from fusedlm.ops.common import OPS
-from fusedlm.ops.decayed_linear_attention.op import decayed_linear_attention
-from fusedlm.ops.differential_combine.op import differential_combine
-from fusedlm.ops.gated_delta_rule.op import gated_delta_rule
-from fusedlm.ops.gated_scan.op import gated_scan
-from fusedlm.ops.linear_softcap_cross_entropy.op import linear_softcap_cross_entropy
-from fusedlm.ops.relu2_mlp.op import relu2_mlp
-from fusedlm.ops.rmsnorm_linear.op import rmsnorm_linear
-from fusedlm.ops.softcap_cross_entropy.op import softcap_cross_entropy
-from fusedlm.ops.swiglu_mlp.op import swiglu_mlp
+from fusedlm.ops.common import OPS, explain
+from fusedlm.ops.cross_entropy.op import softcap_cross_entropy
+from fusedlm.ops.delta_rule.op import gated_delta_rule
+from fusedlm.ops.differential.op import differential_combine
+from fusedlm.ops.linear_attention.op import decayed_linear_attention
+from fusedlm.ops.linear_cross_entropy.op import linear_softcap_cross_entropy
+from fusedlm.ops.norm_linear.op import rmsnorm_linear
+from fusedlm.ops.relu2.op import relu2_mlp
+from fusedlm.ops.scan.op import gated_scan
+from fusedlm.ops.swiglu.op import swiglu_mlp
 
 __all__ = [
     "OPS",
@@ -18,6 +19,7 @@ __all__ = [
     "causal_attention",
     "decayed_linear_attention",
     "differential_combine",
+    "explain",
     "gated_delta_rule",
     "gated_scan",
     "linear_softcap_cross_entropy",

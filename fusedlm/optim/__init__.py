@@ -1,7 +1,7 @@
-"""Optimizers, learning-rate schedules and averages of weights."""
+"""Optimizers, learning-rate schedules and weight averaging."""
 
 from fusedlm.optim.ema import ExponentialMovingAverage
-from fusedlm.optim.optimizer import build_optimizer, parameter_groups, update_if
+from fusedlm.optim.optimizer import build_optimizer, optimizer_bytes, parameter_groups, set_learning_rates, step_if
 from fusedlm.optim.schedule import schedule_scale
 from fusedlm.optim.state import load_optimizer_tensors, optimizer_tensors
 
@@ -9,8 +9,10 @@ __all__ = [
     "ExponentialMovingAverage",
     "build_optimizer",
     "load_optimizer_tensors",
+    "optimizer_bytes",
     "optimizer_tensors",
     "parameter_groups",
     "schedule_scale",
-    "update_if",
+    "set_learning_rates",
+    "step_if",
 ]

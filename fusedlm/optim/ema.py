@@ -8,15 +8,15 @@ from torch import nn
 
 
 class ExponentialMovingAverage:
-    """float32 averages of every parameter of a model, a tied one once: a ← d·a + (1−d)·w after each optimizer step.
+    """float32 averages of the parameters of a model, a tied one once: a ← d·a + (1−d)·w after each optimizer step.
 
-    The decay of update t (from 1) is d = min(decay, (1+t)/(10+t)), so that the initial weights, which are noise, do not
-    stay in the average of a short run.
+    The decay of update t (from 1) is d = min(decay, (1+t)/(10+t)), so that the random initial weights fade from the
+    average early.
     """
 
     def __init__(self, model: nn.Module, decay: float):
         if not 0 < decay < 1:
-            raise ValueError(f"decay={decay} of an exponential moving average must lie between 0 and 1")
+            raise ValueError(f"decay={decay}: must be greater than 0 and less than 1")
         self.decay = decay
         self.updates = 0
         self._parameters = dict(model.named_parameters())
@@ -26,7 +26,7 @@ class ExponentialMovingAverage:
 
     @torch.no_grad()
     def update(self) -> None:
-        """Take in the current weights. Does not synchronise with the device."""
+        """Update the averages with the current weights. Does not wait for the device."""
         self.updates += 1
         decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
         weights = [parameter.detach().float() for parameter in self._parameters.values()]
@@ -34,7 +34,7 @@ class ExponentialMovingAverage:
 
     @contextlib.contextmanager
     def applied(self) -> Iterator[None]:
-        """Within the context the model computes with the averages; its own weights return afterwards, bit for bit."""
+        """Inside the context the model has the averages as weights. Its own weights are restored bit for bit."""
         own = [parameter.detach().clone() for parameter in self._parameters.values()]
         try:
             self._write(list(self._averages.values()))
@@ -48,24 +48,24 @@ class ExponentialMovingAverage:
             parameter.copy_(value)
 
     def state_dict(self) -> dict[str, torch.Tensor]:
-        """The averages by parameter name (the live tensors, not copies); `updates` is saved beside them."""
+        """The averages by parameter name (the live tensors, not copies). Save `updates` too."""
         return dict(self._averages)
 
     @torch.no_grad()
     def load_state_dict(self, tensors: dict[str, torch.Tensor], updates: int) -> None:
-        """Put back saved averages and their count of updates.
+        """Restore saved averages and their number of updates.
 
         Raises:
-            ValueError: names or shapes are not those of this model.
+            ValueError: names or shapes do not match this model.
         """
         if tensors.keys() != self._averages.keys():
             name = sorted(tensors.keys() ^ self._averages.keys())[0]
-            raise ValueError(f"moving average: {name!r} is in only one of the saved averages and the model")
+            raise ValueError(f"moving average: tensor {name!r} is in only one of the checkpoint and the model")
         for name, average in self._averages.items():
             if tensors[name].shape != average.shape:
                 raise ValueError(
-                    f"moving average: {name!r} was saved with shape {tuple(tensors[name].shape)}, "
-                    f"the model has {tuple(average.shape)}"
+                    f"moving average: tensor {name!r} has shape {tuple(tensors[name].shape)}, "
+                    f"in the model {tuple(average.shape)}"
                 )
             average.copy_(tensors[name])
         self.updates = updates

@@ -1,4 +1,4 @@
-"""Learning-rate schedules as pure functions of the step, so that resuming needs no state of theirs."""
+"""Learning-rate schedules as pure functions of the step: they have no state to save."""
 
 import math
 
@@ -8,19 +8,19 @@ from fusedlm.config.train import CosineConfig, ScheduleConfig
 def schedule_scale(config: ScheduleConfig, step: int, steps: int) -> float:
     """Multiplier of the peak learning rate.
 
-    Warm-up and decay take their fractions of all steps, rounded to whole steps. The warm-up rises linearly and reaches
-    1 on its last step; the decay reaches `final` on the last step of all. WSD: arXiv 2404.06395; cosine: arXiv
-    1608.03983 without restarts.
+    Warm-up and decay last their fractions of all steps, rounded to integers. The warm-up is linear and reaches 1 on its
+    last step; the decay reaches `final` on the last step of the run. WSD: arXiv 2404.06395; cosine: arXiv 1608.03983
+    without restarts.
 
     Args:
-        step: the optimizer step about to be taken, counted from 0.
-        steps: length of the whole run in optimizer steps.
+        step: the optimizer step about to be taken, from 0.
+        steps: optimizer steps of the run.
 
     Raises:
         ValueError: step is not in [0, steps).
     """
     if not 0 <= step < steps:
-        raise ValueError(f"step={step} is outside a schedule of {steps} steps")
+        raise ValueError(f"step={step}: must be from 0 to {steps - 1}")
     warmup = round(config.warmup * steps)
     if step < warmup:
         return (step + 1) / warmup

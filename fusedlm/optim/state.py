@@ -1,20 +1,22 @@
-"""Optimizer state as a flat table of named tensors, the form in which checkpoints hold it."""
+"""Optimizer state as a flat table of named tensors, as checkpoints store it."""
 
 import torch
 from torch import nn
 
 
 def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
-    """State tensors under `<state key>/<parameter name>`, such as `exp_avg/blocks.0.ffn.up.weight`.
+    """State tensors of any shape and dtype by `<state key>/<parameter name>`, such as `exp_avg/blocks.0.ffn.up.weight`.
 
     Raises:
-        TypeError: the optimizer keeps state that is not a tensor.
+        TypeError: the optimizer has state that is neither a tensor nor None.
     """
     tensors = {}
     for name, parameter in model.named_parameters():
         for key, value in optimizer.state.get(parameter, {}).items():
+            if value is None:
+                continue
             if not isinstance(value, torch.Tensor):
-                raise TypeError(f"optimizer state {key} of {name} is a {type(value).__name__}, not a tensor")
+                raise TypeError(f"optimizer state {key}/{name} is a {type(value).__name__}, not a tensor")
             tensors[f"{key}/{name}"] = value
     return tensors
 
@@ -22,24 +24,24 @@ def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dic
 def load_optimizer_tensors(
     model: nn.Module, optimizer: torch.optim.Optimizer, tensors: dict[str, torch.Tensor]
 ) -> None:
-    """Put back what `optimizer_tensors` gave; hyperparameters stay those the optimizer was built with.
+    """Restore the tensors of `optimizer_tensors`, in their own dtype, on the devices of the parameters. Hyperparameters
+    are not changed.
 
     Raises:
-        ValueError: a tensor belongs to no parameter of this optimizer, or its shape is not the parameter's.
+        ValueError: a tensor belongs to no trainable parameter of this model.
     """
-    trained = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    index_of = {id(parameter): index for index, parameter in enumerate(trained)}
-    by_name = {name: parameter for name, parameter in model.named_parameters() if id(parameter) in index_of}
-    state: dict[int, dict[str, torch.Tensor]] = {}
+    groups = {id(parameter): group for group in optimizer.param_groups for parameter in group["params"]}
+    by_name = {name: parameter for name, parameter in model.named_parameters() if id(parameter) in groups}
+    state: dict[nn.Parameter, dict[str, torch.Tensor]] = {}
     for full_name, tensor in tensors.items():
         key, _, name = full_name.partition("/")
         if name not in by_name:
-            raise ValueError(f"optimizer state {full_name!r} belongs to no trained parameter of this model")
+            raise ValueError(f"optimizer state {full_name!r} belongs to no trainable parameter of this model")
         parameter = by_name[name]
-        if tensor.ndim and tensor.shape != parameter.shape:
-            raise ValueError(
-                f"optimizer state {full_name!r} has shape {tuple(tensor.shape)}, the parameter {tuple(parameter.shape)}"
-            )
-        state.setdefault(index_of[id(parameter)], {})[key] = tensor
-    # torch's own loading puts each tensor on the device, and in the precision, that the fused kernels expect.
-    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+        group = groups[id(parameter)]
+        # torch keeps step counters on the CPU, unless the optimizer is fused or capturable.
+        on_host = key == "step" and not (group.get("fused") or group.get("capturable"))
+        device = torch.device("cpu") if on_host else parameter.device
+        state.setdefault(parameter, {})[key] = tensor.to(device, copy=True)
+    optimizer.state.clear()
+    optimizer.state.update(state)

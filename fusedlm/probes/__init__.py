@@ -1,7 +1,7 @@
-"""Small experiments on what a model can recall and how far its context reaches."""
+"""Small experiments on what a model can recall and how long its context can be."""
 
 from fusedlm.probes.extend import probe_extend
 from fusedlm.probes.mqar import Recall, probe_mqar
-from fusedlm.probes.needle import probe_needle, teach
+from fusedlm.probes.needle import finetune, probe_needle
 
-__all__ = ["Recall", "probe_extend", "probe_mqar", "probe_needle", "teach"]
+__all__ = ["Recall", "finetune", "probe_extend", "probe_mqar", "probe_needle"]

@@ -1,11 +1,11 @@
-"""Multi-query associative recall (Zoology, arXiv 2312.04927): can an architecture learn to look up what it has read?
+"""Multi-query associative recall (Zoology, arXiv 2312.04927): can an architecture learn to look up values by key?
 
-A sequence shows pairs of a key and a value and later asks for the keys, each once. The model is trained from scratch,
-so the probe measures an architecture and its budget rather than a run's weights.
+A sequence has pairs of a key and a value, and then queries every key once. The model is trained from scratch: the probe
+measures an architecture and its budget, not the weights of a run.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 
 import numpy as np
@@ -13,22 +13,22 @@ import torch
 
 from fusedlm.config.model import ModelConfig
 from fusedlm.config.train import AdamWConfig
+from fusedlm.data.meter import ReportProgress, silent
 from fusedlm.model import Decoder, build_model
 from fusedlm.model.accounting import count_parameters
 from fusedlm.model.precision import autocast
-from fusedlm.probes.training import BATCH_TOKENS, NOT_SCORED, Progress, fit, silent
+from fusedlm.probes.training import BATCH_TOKENS, NOT_SCORED, fit
 
-_TRAINING, _TEST = 0, 1  # streams of random numbers
+_TRAINING, _TEST = 0, 1  # random streams
 
 
 @dataclass(frozen=True)
 class Recall:
-    """The task: keys are tokens 0 to n_keys - 1, values the n_values after them. A sequence of n pairs is key and value
-    of each in turn and then all n keys once more, in random order: 3n tokens. The keys of a sequence differ, its values
-    may repeat.
+    """The task. Keys are tokens 0 to n_keys - 1, values the n_values tokens after them. A sequence of n pairs has the
+    key and value of each pair, then all n keys in random order: 3n tokens. Its keys differ; its values may repeat.
 
     Raises:
-        ValueError: the pairs do not fit the keys.
+        ValueError: a number is out of range, or there are more pairs than keys.
     """
 
     pairs: tuple[int, ...] = (4, 8, 16, 32)
@@ -39,9 +39,9 @@ class Recall:
         if not self.pairs or min(self.pairs) < 1 or len(set(self.pairs)) != len(self.pairs):
             raise ValueError(f"pairs={list(self.pairs)} must be different numbers of at least 1")
         if self.n_values < 2:
-            raise ValueError(f"n_values={self.n_values} leaves nothing to tell apart; give at least 2")
+            raise ValueError(f"n_values={self.n_values} must be at least 2; one value can always be guessed")
         if max(self.pairs) > self.n_keys:
-            raise ValueError(f"pairs={max(self.pairs)} need as many keys, more than n_keys={self.n_keys}")
+            raise ValueError(f"pairs={max(self.pairs)} must be at most n_keys={self.n_keys}: keys of a sequence differ")
 
     @property
     def vocab_size(self) -> int:
@@ -68,25 +68,27 @@ def probe_mqar(
     lr: float = 3e-3,
     samples: int = 256,
     seed: int = 0,
+    setup: Callable[[Decoder], object] | None = None,
     device: torch.device,
     dtype: torch.dtype,
-    progress: Progress = silent,
+    progress: ReportProgress = silent,
 ) -> dict:
-    """Train a fresh model on the task, each sequence with one of its numbers of pairs, and test it on each number.
+    """Train a new model on the task, with one of its numbers of pairs per batch, and test it on each number.
 
     Args:
-        config: the architecture; its vocabulary is that of the task.
-        task: None: the default one.
-        steps, batch_tokens, lr: AdamW without decay, a warm-up and half a cosine.
-        samples: test sequences for each number of pairs, unlike any stream that training draws from.
-        seed: of the initial weights, the training and the test sequences.
+        config: the architecture; the task sets the vocabulary.
+        task: None: `Recall()`.
+        steps, batch_tokens, lr: of AdamW without weight decay, with warm-up and cosine decay.
+        samples: test sequences per number of pairs, from a random stream of their own.
+        seed: of initial weights, training and test sequences.
+        setup: called with the new model before it is trained, for instance to set backends.
 
     Returns:
-        JSON-able: `accuracy` is a list of `{pairs, accuracy, guess}`, guess being what a model reaches that knows which
-        values were shown and not which key they belong to; `loss` is the mean over the last tenth of the steps.
+        JSON-able: `accuracy` is a list of `{pairs, accuracy, guess}`, where `guess` is the accuracy of guessing among
+        the values of the sequence; `loss` is the mean over the last tenth of the steps.
 
     Raises:
-        ValueError: a setting is out of range, or training diverges.
+        ValueError: a value is out of range, or training diverges.
     """
     task = task or Recall()
     for name, value in (("steps", steps), ("batch_tokens", batch_tokens), ("samples", samples)):
@@ -100,7 +102,9 @@ def probe_mqar(
     devices = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices):
         torch.manual_seed(seed)
-        model = build_model(config, vocab_size=task.vocab_size, device=device, dtype=dtype)
+        model = build_model(config, vocab_size=task.vocab_size, device=device, seed=seed)
+        if setup is not None:
+            setup(model)
         batches = _training_batches(task, batch_tokens, np.random.default_rng([seed, _TRAINING]))
         losses = fit(model, batches, steps=steps, optimizer=optimizer, device=device, dtype=dtype, progress=progress)
     accuracy = []
@@ -135,15 +139,15 @@ def recall_accuracy(
     device: torch.device,
     dtype: torch.dtype,
 ) -> float:
-    """The share of queries that the likeliest token answers."""
-    right = 0
+    """Fraction of queries whose most likely token is the right value."""
+    n_right = 0
     rows = max(1, BATCH_TOKENS[device.type] // (3 * pairs))
     for start in range(0, samples, rows):
         tokens, targets = task.batch(pairs, min(rows, samples - start), generator)
         with torch.no_grad(), autocast(device, dtype):
-            logits = model(torch.from_numpy(tokens).to(device))
-        right += int((logits.argmax(-1).cpu().numpy() == targets).sum())  # no token is -100
-    return right / (samples * pairs)
+            logits = model(torch.from_numpy(tokens).to(device)).logits
+        n_right += int((logits.argmax(-1).cpu().numpy() == targets).sum())  # no token is -100
+    return n_right / (samples * pairs)
 
 
 def _training_batches(task: Recall, batch_tokens: int, generator: np.random.Generator) -> Iterator:
@@ -153,5 +157,5 @@ def _training_batches(task: Recall, batch_tokens: int, generator: np.random.Gene
 
 
 def _guess(pairs: int, n_values: int) -> float:
-    """Expected accuracy of one of the values shown, taken at random: it is the right pair's, or equal by chance."""
+    """Expected accuracy of a random value of the sequence: that of the right pair, or an equal one by chance."""
     return 1 / pairs + (1 - 1 / pairs) / n_values

@@ -1,4 +1,4 @@
-"""Retrieval of a sentence planted in text, by length of the text and depth of the sentence in it."""
+"""Retrieval of a sentence planted in text, by length of the text and depth of the sentence."""
 
 import copy
 import math
@@ -8,19 +8,20 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from fusedlm.config.train import AdamWConfig
+from fusedlm.config.train import OptimizerConfig
 from fusedlm.data import Loader
+from fusedlm.data.meter import ReportProgress, silent
 from fusedlm.data.shards import TokenShards
 from fusedlm.model import Decoder
 from fusedlm.model.precision import autocast
+from fusedlm.probes.excerpts import excerpts
 from fusedlm.probes.planting import Fact, Needle, plant
-from fusedlm.probes.stretches import stretches
-from fusedlm.probes.training import BATCH_TOKENS, NOT_SCORED, Progress, fit, silent
+from fusedlm.probes.training import BATCH_TOKENS, NOT_SCORED, fit
 
 LENGTHS = (0.5, 1.0, 2.0, 4.0, 8.0)  # in training lengths
 DEPTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
-_TEACHING, _TEST = 0, 1  # streams of random numbers
-_MOST_FACTS = 8  # of a sequence while teaching
+_FINETUNING, _TEST = 0, 1  # random streams
+_MOST_FACTS = 8  # per sequence while finetuning
 
 
 def probe_needle(
@@ -35,32 +36,32 @@ def probe_needle(
     seed: int = 0,
     device: torch.device,
     dtype: torch.dtype,
-    progress: Progress = silent,
+    progress: ReportProgress = silent,
 ) -> dict:
-    """Ask for a word that one sentence of a text names.
+    """Ask for a word of a sentence that was planted in a text.
 
-    Every sequence has the length in full: end-of-text, text of one document with the sentence planted in it, the
-    question and the answer. The same texts, with the same facts, serve every depth.
+    Every sequence is exactly as long as stated: end-of-text, text of one document with the sentence in it, the question
+    and the answer. All depths have the same texts and facts.
 
     Args:
         model: a decoder on `device`, in eval mode.
         documents: pairs of tokens (1 + n,), end-of-text first, and bytes.
         lengths: in training lengths.
-        depths: share of the text before the sentence, from 0 to 1.
-        samples: sequences a length and depth.
+        depths: fraction of the text before the sentence, from 0 to 1.
+        samples: sequences per length and depth.
 
     Returns:
-        JSON-able: `cells`, a list of `{length, depth, accuracy, gain}` with length in tokens. accuracy: share of
-        sequences whose whole answer greedy decoding gives; gain: nats a token of the answer by which its
-        log-likelihood exceeds that after the same text with a sentence of another key and value. `left_out`: lengths
-        for which no document is long enough.
+        JSON-able: `cells`, a list of `{length, depth, accuracy, gain}` with length in tokens. accuracy: fraction of
+        sequences whose answer greedy decoding gives; gain: log-likelihood of the answer, in nats per token, less that
+        after the same text with a sentence of another key and value. `left_out`: lengths for which no document is long
+        enough.
 
     Raises:
         ValueError: a value is out of range, no length can be tested, or the likelihood is not finite.
     """
     _check(lengths, depths, samples, seed)
     wanted = sorted({round(multiple * trained_length) for multiple in lengths})
-    found, longest = stretches(documents, [(length, length) for length in wanted], samples)
+    found, longest = excerpts(documents, [(length, length) for length in wanted], samples)
     found = {length: texts for (length, _), texts in found.items() if texts}
     if not found:
         raise ValueError(
@@ -87,7 +88,7 @@ def probe_needle(
     }
 
 
-def teach(
+def finetune(
     model: Decoder,
     texts: Iterator[np.ndarray],
     tokenizer,
@@ -95,30 +96,32 @@ def teach(
     trained_length: int,
     steps: int,
     batch_tokens: int,
-    optimizer: AdamWConfig,
+    optimizer: OptimizerConfig,
     seed: int = 0,
     device: torch.device,
     dtype: torch.dtype,
-    progress: Progress = silent,
+    progress: ReportProgress = silent,
 ) -> tuple[Decoder, list[float]]:
-    """A copy of a model, trained to answer: texts of the training length, a half of it, a quarter and so on as long as
-    a fact fits, from one fact to eight planted in each, and all of them asked at the end. Only answers are scored.
+    """Finetune a copy of a model on retrieval: texts of the training length, half of it, a quarter and so on while a
+    fact fits, with one to eight facts in each and a question about each at the end. Only answers are scored.
 
     Args:
-        texts: arrays of text tokens without end-of-text, as long as one likes (short ones are repeated).
-        batch_tokens: of a step.
+        texts: arrays of text tokens without end-of-text, of any length (short ones are repeated).
+        batch_tokens: tokens per step.
 
     Returns:
-        The copy, in eval mode, and the loss of each step in nats a token of the answers.
+        The copy, in eval mode, and the loss of each step in nats per token of the answers.
 
     Raises:
         ValueError: the training length does not hold a sentence and a question, or training diverges.
     """
     model = copy.deepcopy(model)
-    batches = _lessons(texts, tokenizer, trained_length, batch_tokens, np.random.default_rng([seed, _TEACHING]))
+    batches = _finetuning_batches(
+        texts, tokenizer, trained_length, batch_tokens, np.random.default_rng([seed, _FINETUNING])
+    )
     devices = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices):
-        torch.manual_seed(seed)  # of dropout
+        torch.manual_seed(seed)  # for dropout
         losses = fit(
             model,
             batches,
@@ -127,13 +130,13 @@ def teach(
             device=device,
             dtype=dtype,
             progress=progress,
-            stage="teaching",
+            stage="finetuning",
         )
     return model, losses
 
 
 def training_texts(shards: TokenShards, *, seq_len: int, eot_id: int, seed: int) -> Iterator[np.ndarray]:
-    """Windows of the training text in the loader's order, without their end-of-text tokens, for `teach`."""
+    """Yields windows of the training text in the loader's order, without end-of-text tokens, for `finetune`."""
     with Loader(shards, seq_len=seq_len, batch_size=8, seed=seed, document_mask=False) as loader:
         for batch in loader:
             for row in batch.tokens.numpy():
@@ -144,9 +147,9 @@ def training_texts(shards: TokenShards, *, seq_len: int, eot_id: int, seed: int)
 
 def _check(lengths, depths, samples, seed) -> None:
     if not lengths or not all(math.isfinite(length) and length > 0 for length in lengths):
-        raise ValueError(f"lengths={list(lengths)} must be finite multiples of the training length above 0")
+        raise ValueError(f"lengths={list(lengths)} must be finite multiples of the training length, greater than 0")
     if not depths or not all(0 <= depth <= 1 for depth in depths):
-        raise ValueError(f"depths={list(depths)} must be from 0, the beginning of the text, to 1, its end")
+        raise ValueError(f"depths={list(depths)} must be from 0 (start of the text) to 1 (its end)")
     if samples < 1:
         raise ValueError(f"samples={samples} must be at least 1")
     if seed < 0:
@@ -162,34 +165,34 @@ def _rows(texts, planted, asked, depth: float, length: int, tokenizer) -> list[t
 
 @torch.no_grad()
 def _answers(model, rows, device: torch.device, dtype: torch.dtype) -> tuple[float, float]:
-    """Mean nats a token of the answers, and the share of rows whose every answer token is the likeliest: those are the
-    rows in which greedy decoding, which would read the same tokens, gives the answer."""
+    """Mean nats per token of the answers, and the fraction of rows in which every token of the answer is the most
+    likely one: greedy decoding, which would read the same tokens, then gives the answer."""
     size = max(1, BATCH_TOKENS[device.type] // len(rows[0][0]))
     nats, right = [], 0
     for first in range(0, len(rows), size):
         tokens, scored = (np.stack(part) for part in zip(*rows[first : first + size], strict=True))
         row, column = np.nonzero(scored)
         tokens = torch.from_numpy(tokens).to(device)
+        asked = torch.from_numpy(row * (tokens.shape[1] - 1) + column - 1).to(device)
         with autocast(device, dtype):
-            hidden = model.hidden(tokens[:, :-1])
-            logits = model.head.logits(hidden[row, column - 1][None])[0].float()
+            logits = model(tokens[:, :-1], select=asked).logits.float()
         answers = tokens[row, column]
         nats += F.cross_entropy(logits, answers, reduction="none").tolist()
         wrong = row[(logits.argmax(-1) != answers).cpu().numpy()]
         right += len(tokens) - len(set(wrong.tolist()))
     mean = math.fsum(nats) / len(nats)
     if not math.isfinite(mean):
-        raise ValueError("the likelihood is not finite; the weights are damaged or diverged, or precision overflows")
+        raise ValueError("the likelihood is not finite; the weights are damaged or diverged, or values overflow")
     return mean, right / len(rows)
 
 
-def _lessons(
+def _finetuning_batches(
     texts: Iterator[np.ndarray], tokenizer, trained_length: int, batch_tokens: int, generator: np.random.Generator
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    least = 2 * Needle.longest(tokenizer) + 2  # of end-of-text, a sentence and its question
+    least = 2 * Needle.longest(tokenizer) + 2  # end-of-text, a sentence and its question
     if trained_length < least:
         raise ValueError(
-            f"the training length of {trained_length} tokens does not hold a needle and its question, which take "
+            f"the training length of {trained_length} tokens does not hold a needle and its question, which have "
             f"{least}; train on longer sequences"
         )
     lengths = [trained_length]

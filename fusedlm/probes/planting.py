@@ -1,4 +1,4 @@
-"""Texts with a planted sentence and a question for it at the end."""
+"""Texts with planted sentences and questions about them at the end."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -26,15 +26,15 @@ class Fact:
 
     @staticmethod
     def draw(generator: np.random.Generator, n: int) -> "list[Fact]":
-        """n facts of different keys and different values."""
+        """n facts whose keys all differ, and whose values all differ."""
         keys, values = (generator.choice(np.array(words), n, replace=False).tolist() for words in (KEYS, VALUES))
         return [Fact(key, value) for key, value in zip(keys, values, strict=True)]
 
 
 @dataclass(frozen=True)
 class Needle:
-    """A fact as token ids: the question, the answer, and the end of the sentence that both make. Each is encoded on
-    its own, so that the answer has the same tokens in the sentence as after the question."""
+    """A fact as token ids: question, answer and end, which together are the planted sentence. Each is encoded alone,
+    so that the answer has the same tokens in the sentence and after the question."""
 
     question: list[int]
     answer: list[int]
@@ -67,15 +67,15 @@ def plant(
     """End-of-text, text with sentences planted in it, then the questions, each with its answer.
 
     Args:
-        text: (n,) tokens; as many from its beginning are taken as the length leaves room for.
-        planted: depths in [0, 1] and needles; the sentence comes after that share of the text.
+        text: (n,) tokens; the first ones fill what the sentences leave of the length.
+        planted: depths in [0, 1] and needles; a sentence comes after that fraction of the text.
         asked: needles whose questions end the sequence, the last without the end of its sentence.
 
     Returns:
-        tokens (length,) int64, and (length,) bool, True where a token is part of an answer to a question at the end.
+        tokens (length,) int64, and (length,) bool, True for tokens of the answers at the end.
 
     Raises:
-        ValueError: the length does not hold the sentences, or the text is too short.
+        ValueError: the length is too short for the sentences, or the text for the length.
     """
     tail, scored = [], []
     for needle in asked:
@@ -86,9 +86,9 @@ def plant(
     fixed = 1 + sum(len(needle.sentence) for _, needle in planted) + len(tail)
     room = length - fixed
     if room < 0:
-        raise ValueError(f"length {length} does not hold a needle and its question, which take {fixed} tokens")
+        raise ValueError(f"length {length} does not hold a needle and its question, which have {fixed} tokens")
     if room > len(text):
-        raise ValueError(f"length {length} takes {room} tokens of text, and there are {len(text)}")
+        raise ValueError(f"length {length} needs {room} tokens of text; there are {len(text)}")
     parts, start = [[eot_id]], 0
     for depth, needle in sorted(planted, key=lambda pair: pair[0]):
         stop = round(depth * room)

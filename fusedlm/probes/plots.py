@@ -3,17 +3,18 @@
 import numpy as np
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
+from fusedlm.probes.extend import max_multiple_of
 from fusedlm.report.style import FULL, HALF, INK, MUTED, PALETTE, canvas, padded, plain_axes, png
 
 _PANEL = (3.0, 2.6)  # inches of one heat map
-_PANELS_A_ROW = 3
+_PANELS_PER_ROW = 3
 
 
 def recall_plot(series: dict[str, list[dict]]) -> bytes:
-    """Accuracy against the number of pairs, a line a model; dashed what a guess among the values shown reaches.
+    """Accuracy against the number of pairs, one line per model; dashed: guessing among the values of the sequence.
 
     Args:
-        series: by name, `accuracy` of the results of `probe_mqar`.
+        series: `accuracy` of results of `probe_mqar`, by model.
     """
     figure = canvas(FULL if len(series) > 1 else HALF)
     axes = figure.subplots()
@@ -21,9 +22,9 @@ def recall_plot(series: dict[str, list[dict]]) -> bytes:
         x, y = [point["pairs"] for point in points], [point["accuracy"] for point in points]
         axes.plot(x, y, color=color, linewidth=1.6, marker="o", markersize=4, label=name, clip_on=False)
     guesses = sorted({(point["pairs"], point["guess"]) for points in series.values() for point in points})
-    axes.plot(*zip(*guesses, strict=True), color=MUTED, linewidth=1.0, linestyle="--", label="guess among those shown")
-    axes.set_xlabel("Pairs to remember")
-    axes.set_ylabel("Queries answered")
+    axes.plot(*zip(*guesses, strict=True), color=MUTED, linewidth=1.0, linestyle="--", label="guessing a value")
+    axes.set_xlabel("Pairs")
+    axes.set_ylabel("Accuracy")
     plain_axes(axes)
     pairs = [guess[0] for guess in guesses]
     axes.set_xscale("log", base=2)
@@ -37,17 +38,16 @@ def recall_plot(series: dict[str, list[dict]]) -> bytes:
 
 
 def needle_plot(results: dict[str, dict]) -> bytes:
-    """Heat maps, length along and depth down: of one model the share of whole answers right and the gain in nats a
-    token, of several the share of each.
+    """Heat maps of length (x) and depth (y): accuracy and gain of one model, or the accuracy of each of several.
 
     Args:
-        results: by name, those of `probe_needle`.
+        results: of `probe_needle`, by model.
     """
     panels = [(name, result, "accuracy") for name, result in results.items()]
     if len(panels) == 1:
         result = panels[0][1]
-        panels = [("Whole answers right", result, "accuracy"), ("Gain, nats a token", result, "gain")]
-    columns = min(_PANELS_A_ROW, len(panels))
+        panels = [("Accuracy", result, "accuracy"), ("Gain, nats per token", result, "gain")]
+    columns = min(_PANELS_PER_ROW, len(panels))
     rows = -(-len(panels) // columns)
     figure = canvas((_PANEL[0] * columns, _PANEL[1] * rows))
     every = figure.subplots(rows, columns, squeeze=False).ravel()
@@ -61,36 +61,37 @@ def needle_plot(results: dict[str, dict]) -> bytes:
 
 
 def extend_plot(result: dict) -> bytes:
-    """Bits per byte against position, a line without and with each factor of YaRN.
+    """Bits per byte against position, one line without YaRN and one per factor.
 
-    A value is that of one training length of text up to its position: windows begin a training length apart, so a
-    whole one is the same text at every position and parts of it are not.
+    Each point is an average over the training length before it. Windows start one training length apart, so that the
+    text of a full training length is the same at every position, and that of a part of it is not.
 
     Args:
-        result: that of `probe_extend`.
+        result: of `probe_extend`.
     """
     figure = canvas(FULL)
     axes = figure.subplots()
     trained, n_bytes = result["trained_length"], np.array(result["bytes"])
-    per_length = len(n_bytes) // result["reach"]
+    multiple = max_multiple_of(result)
+    per_length = len(n_bytes) // multiple
     position = np.array(result["ends"])[per_length - 1 :] / trained
     values = []
     for curve, color in zip(result["curves"], _cycle(len(result["curves"])), strict=True):
-        name = "as trained" if curve["yarn"] is None else f"YaRN, factor {curve['yarn']:g}"
+        name = "unstretched" if curve["yarn"] is None else f"YaRN, factor {curve['yarn']:g}"
         values.append(_rolling(curve["bpb"] * n_bytes, per_length) / _rolling(n_bytes, per_length))
         axes.plot(position, values[-1], color=color, linewidth=1.6, marker="o", markersize=2.5, label=name)
     axes.set_xlabel(f"Position in training lengths of {trained:,} tokens")
     axes.set_ylabel("Bits per byte, over one training length")
     plain_axes(axes)
-    axes.set_xlim(1 - 0.02 * result["reach"], result["reach"] * 1.02)
-    axes.xaxis.set_major_locator(FixedLocator(range(1, result["reach"] + 1)))
+    axes.set_xlim(1 - 0.02 * multiple, multiple * 1.02)
+    axes.xaxis.set_major_locator(FixedLocator(range(1, multiple + 1)))
     axes.set_ylim(*padded(np.min(values), np.max(values)))
     _legend(axes, outside=True)
     return png(figure)
 
 
 def _rolling(values: np.ndarray, size: int) -> np.ndarray:
-    """Sums of each `size` values in a row."""
+    """Sums of each `size` consecutive values."""
     return np.convolve(values, np.ones(size), mode="valid")
 
 

@@ -1,28 +1,23 @@
-"""A short training of a model on synthetic batches."""
+"""Short training of a model on synthetic batches."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import partial
 
 import numpy as np
 import torch
 
-from fusedlm.config.train import AdamWConfig, CosineConfig
-from fusedlm.data.loader import Batch
+from fusedlm.config.train import CosineConfig, OptimizerConfig
+from fusedlm.data import Batch
+from fusedlm.data.meter import ReportProgress, silent
 from fusedlm.model import Decoder
 from fusedlm.model.precision import autocast
 from fusedlm.optim import build_optimizer, schedule_scale
 from fusedlm.train.step import train_step
 
 NOT_SCORED = -100
-BATCH_TOKENS = {"cuda": 2**17, "cpu": 2**13}  # of sequences scored side by side, by type of device
+BATCH_TOKENS = {"cuda": 2**17, "cpu": 2**13}  # per batch of scored sequences, by type of device
 _MAX_BAD_STEPS = 8
 _SCHEDULE = CosineConfig(warmup=0.1, final=0.05)
-
-Progress = Callable[[str, int, int | None], None]
-
-
-def silent(stage: str, done: int, total: int | None) -> None:
-    """Progress that nobody sees."""
 
 
 def fit(
@@ -30,34 +25,34 @@ def fit(
     batches: Iterator[tuple[np.ndarray, np.ndarray]],
     *,
     steps: int,
-    optimizer: AdamWConfig,
+    optimizer: OptimizerConfig,
     device: torch.device,
     dtype: torch.dtype,
-    progress: Progress = silent,
+    progress: ReportProgress = silent,
     stage: str = "training",
 ) -> list[float]:
-    """Train a model in place for some steps, a tenth of them warm-up, then half a cosine; gradients clipped to norm 1.
+    """Train a model in place: warm-up over a tenth of the steps, then cosine decay; gradients clipped to norm 1.
 
     Args:
         model: on `device`; left in eval mode.
-        batches: tokens and targets (B, T) int64, targets -100 where nothing is scored.
+        batches: tokens and targets (B, T) int64; targets -100 are not scored.
 
     Returns:
-        The loss of each step, nats a scored target.
+        The loss of each step, nats per scored target.
 
     Raises:
-        ValueError: loss or gradient were not finite in eight steps in a row.
+        ValueError: loss or gradient was not finite in eight consecutive steps.
     """
-    updater = build_optimizer(model, optimizer, device)
+    torch_optimizer = build_optimizer(model, optimizer, device)
     losses, bad = [], 0
     model.train()
     try:
         for step in range(steps):
             result = train_step(
                 model,
-                updater,
+                torch_optimizer,
                 _batch(*next(batches), device),
-                lr=optimizer.lr * schedule_scale(_SCHEDULE, step, steps),
+                lr_scale=schedule_scale(_SCHEDULE, step, steps),
                 micro_batch_size=2**31,
                 grad_clip=1.0,
                 autocast=partial(autocast, device, dtype),
@@ -65,7 +60,7 @@ def fit(
             bad = bad + 1 if result.skipped else 0
             if bad == _MAX_BAD_STEPS:
                 raise ValueError(
-                    f"loss or gradient was not finite in {bad} steps in a row, up to step {step + 1}; "
+                    f"loss or gradient was not finite in {bad} consecutive steps up to {step + 1}; "
                     f"lower the learning rate {optimizer.lr:g}"
                 )
             losses.append(result.loss)

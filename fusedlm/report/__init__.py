@@ -1,4 +1,4 @@
-"""What a run did, on one self-contained HTML page with plots."""
+"""The report of a run: one self-contained HTML page with plots."""
 
 from fusedlm.report.write import write_report
 

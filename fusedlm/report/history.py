@@ -1,12 +1,13 @@
-"""The metrics of a run as columns."""
+"""The metrics of a run as columns, and their smoothing and thinning for plots."""
 
 import math
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 
-from fusedlm.train.metrics import read_metrics
+from fusedlm.runs.metrics import read_metrics
 
 _STEP_COLUMNS = (
     "step",
@@ -25,46 +26,60 @@ _STEP_COLUMNS = (
     "routed_flops_share",
     "routed_budget",
 )
-_VALIDATION_COLUMNS = ("step", "tokens", "val_bpb", "val_nll_per_token", "val_bpb_ema", "val_routed_flops_share")
+_VALIDATION_COLUMNS = (
+    "step",
+    "tokens",
+    "val_bpb",
+    "val_nll_per_token",
+    "val_bpb_ema",
+    "val_window",
+    "val_stride",
+    "val_routed_flops_share",
+)
+_LAYER_LOSS = "loss_"  # prefix of the losses of layers
 
 
 @dataclass(frozen=True)
 class History:
-    """Columns by name, each (n,) float64 in order of steps; NaN where a value is missing, null or not finite."""
+    """Columns by name, each (n,) float64 in order of steps; NaN if a value is missing, null or not finite."""
 
     steps: dict[str, np.ndarray]
     validation: dict[str, np.ndarray]
-    skipped: list[int]  # steps whose loss or gradient was not finite and which changed no weight
+    skipped: list[int]  # steps that were skipped because loss or gradient was not finite
+    layer_losses: dict[str, np.ndarray] = field(default_factory=dict)  # of each step, by name without the prefix
 
 
 def read_history(run_dir: Path) -> History:
-    """Read RUN/metrics.jsonl. A torn last line is left out; of two records for a step the later one counts.
+    """Read RUN/metrics.jsonl. An incomplete last line is skipped; of two records of a step the later one counts.
 
     Raises:
-        ValueError: the file is missing, holds no step, or a line is not a record; names the file and the line.
+        ValueError: the file is missing or has no step, or a line is not a record; names the file and the line.
     """
     path = run_dir / "metrics.jsonl"
     if not path.is_file():
-        raise ValueError(f"{path}: no such file; {run_dir} is not the folder of a run, or the run has not begun")
+        raise ValueError(f"{path}: no such file; {run_dir} is not the folder of a run, or the run has not started")
     records, damaged = read_metrics(path)
     if damaged:
-        raise ValueError(f"{path} line {damaged[0]}: not a JSON object with a step number; remove the line to go on")
+        raise ValueError(f"{path} line {damaged[0]}: not a JSON object with a step number; remove the line")
     steps: dict[int, dict] = {}
     validation: dict[int, dict] = {}
-    # No line is damaged, so the records are the lines, one by one.
+    names = sorted({key for record in records for key in record if key.startswith(_LAYER_LOSS)})
+    step_columns = (*_STEP_COLUMNS, *names)
+    # No line is damaged, so record n is line n.
     for line, record in enumerate(records, start=1):
-        for kind, key, columns in ((steps, "loss", _STEP_COLUMNS), (validation, "val_bpb", _VALIDATION_COLUMNS)):
+        for kind, key, columns in ((steps, "loss", step_columns), (validation, "val_bpb", _VALIDATION_COLUMNS)):
             if key in record:
                 row = {column: _number(record.get(column), f"{path} line {line}: {column}") for column in columns}
                 if math.isnan(row["tokens"]):
-                    raise ValueError(f"{path} line {line}: tokens is missing; every record needs it")
+                    raise ValueError(f"{path} line {line}: tokens is missing; remove the line")
                 kind[record["step"]] = row | {"skipped": record.get("skipped") is True}
     if not steps:
-        raise ValueError(f"{path}: no training step is recorded yet; there is nothing to report")
+        raise ValueError(f"{path}: no training step is recorded yet")
     return History(
         steps=_columns(steps, _STEP_COLUMNS),
         validation=_columns(validation, _VALIDATION_COLUMNS),
         skipped=[step for step in sorted(steps) if steps[step]["skipped"]],
+        layer_losses={name.removeprefix(_LAYER_LOSS): column for name, column in _columns(steps, names).items()},
     )
 
 
@@ -72,7 +87,7 @@ def _number(value, where: str) -> float:
     if value is None:
         return math.nan
     if isinstance(value, bool) or not isinstance(value, int | float):
-        raise ValueError(f"{where} is {str(value)[:40]!r}, which is not a number")
+        raise ValueError(f"{where}={str(value)[:40]!r}: not a number")
     try:
         value = float(value)
     except OverflowError:
@@ -80,29 +95,29 @@ def _number(value, where: str) -> float:
     return value if math.isfinite(value) else math.nan
 
 
-def _columns(rows: dict[int, dict], names: tuple[str, ...]) -> dict[str, np.ndarray]:
+def _columns(rows: dict[int, dict], names: Iterable[str]) -> dict[str, np.ndarray]:
     return {name: np.array([rows[step][name] for step in sorted(rows)], dtype=np.float64) for name in names}
 
 
 def median(values: np.ndarray) -> float | None:
-    """Of the finite values; None when there are none."""
+    """The median of the finite values; None if there are none."""
     finite = values[np.isfinite(values)]
     return float(np.median(finite)) if len(finite) else None
 
 
 def half_life(n: int) -> int:
-    """Steps after which a value counts half in the smoothed curve of n steps."""
+    """The half-life, in steps, of the smoothing of a curve of n steps."""
     return max(1, n // 100)
 
 
 def smooth(values: np.ndarray, half_life: float) -> np.ndarray:
-    """Average of the values around each, those further off by the half-life in steps counting half. (n,) -> (n,).
+    """Two-sided exponential average, (n,) -> (n,): a value `half_life` steps away has half the weight.
 
-    Two-sided, so that the curve does not lag behind a falling loss; missing values are passed over.
+    Two-sided, so that the curve does not lag. Missing values have no weight.
     """
     known = np.isfinite(values)
     columns = np.stack([np.where(known, values, 0.0), known.astype(np.float64)], axis=1)  # (n, 2): value, weight
-    # What lies before a value, and what lies behind it, each including the value itself, which is taken off once.
+    # Sums up to each value and from each value on; both include the value itself.
     sums = _decayed_sums(columns, half_life) + _decayed_sums(columns[::-1], half_life)[::-1] - columns
     return np.where(known, sums[:, 0] / np.where(known, sums[:, 1], 1.0), np.nan)
 
@@ -118,14 +133,14 @@ def _decayed_sums(columns: np.ndarray, half_life: float) -> np.ndarray:
 
 
 def thin(x: np.ndarray, y: np.ndarray, most: int = 4000) -> tuple[np.ndarray, np.ndarray]:
-    """At most about `most` points that draw the same curve: the lowest and the highest of each stretch, in order."""
+    """At most about `most` points that draw the same curve: the lowest and the highest of each interval, in order."""
     finite = np.isfinite(y)
     if len(y) <= most or not finite.any():
         return x, y
     x, y = x[finite], y[finite]
     picked = [
         i
-        for stretch in np.array_split(np.arange(len(y)), min(most // 2, len(y)))
-        for i in sorted({stretch[y[stretch].argmin()], stretch[y[stretch].argmax()]})
+        for interval in np.array_split(np.arange(len(y)), min(most // 2, len(y)))
+        for i in sorted({interval[y[interval].argmin()], interval[y[interval].argmax()]})
     ]
     return x[picked], y[picked]

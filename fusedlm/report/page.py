@@ -1,4 +1,4 @@
-"""The HTML of a report: one file, no script, nothing loaded from elsewhere."""
+"""The HTML of a report: one file, no scripts, no external resources."""
 
 import base64
 from dataclasses import dataclass, field
@@ -6,8 +6,7 @@ from html import escape
 
 from fusedlm.report.style import Plot
 
-# Plots are drawn on white. Blending drops the white into the page, and in dark mode the inverted plot, hues turned
-# back, does the same with black.
+# Plots are drawn on white. In dark mode they are inverted, with their hues restored, and blended into the page.
 _STYLE = """
 :root { color-scheme: light dark; --ink: #24292f; --muted: #656d76; --line: #d8dee4; --page: #fff; --soft: #f6f8fa; }
 @media (prefers-color-scheme: dark) {
@@ -57,7 +56,7 @@ footer { margin-top: 3.5rem; color: var(--muted); font-size: 0.8rem; }
 
 @dataclass
 class Page:
-    """What the page says; every text plain, escaped when it is rendered."""
+    """The content of a page. Texts are plain, and escaped when rendered."""
 
     title: str
     description: str
@@ -91,7 +90,7 @@ def render(page: Page) -> str:
 
 
 def document(title: str, description: str, body: list[str], version: str) -> str:
-    """A whole page around HTML parts; title and description are plain text."""
+    """A full page around HTML parts; title and description are plain text."""
     parts = [
         "<!doctype html>",
         '<html lang="en">',
@@ -114,7 +113,7 @@ def document(title: str, description: str, body: list[str], version: str) -> str
 
 
 def key_figures(entries: list[tuple[str, str, str]]) -> str:
-    """The numbers at the head: (name, value, remark)."""
+    """The key figures at the top: (name, value, remark)."""
     return "\n".join(['<dl class="figures">', *(_key_figure(*entry) for entry in entries), "</dl>"])
 
 
@@ -123,7 +122,7 @@ def figures(plots: list[Plot]) -> str:
 
 
 def numbers_table(head: tuple[str, ...], rows: list[tuple[str, ...]], *, bold_row: int | None = None) -> str:
-    """A table of plain text whose columns, but for names in the first, line up at the right."""
+    """A table of plain text, with right-aligned columns except for names in the first."""
     head_cells = "".join(f"<th>{escape(name)}</th>" for name in head)
     body = [
         f"<tr{' class=best' if i == bold_row else ''}>{''.join(f'<td>{escape(cell)}</td>' for cell in row)}</tr>"
@@ -147,7 +146,7 @@ def _figure(plot: Plot) -> str:
 
 
 def section(title: str, content: str | None) -> list[str]:
-    """A heading and its HTML; nothing when there is none."""
+    """A heading and its HTML; nothing if content is None."""
     return [f"<section><h2>{escape(title)}</h2>", content, "</section>"] if content else []
 
 
@@ -166,7 +165,7 @@ def folded(title: str, content: str) -> list[str]:
 
 
 def facts_table(rows: list[tuple[str, str]]) -> str | None:
-    """Names and values of plain text; None when there are none."""
+    """A table of names and values, plain text; None if there are none."""
     if not rows:
         return None
     body = "".join(f"<tr><th>{escape(name)}</th><td>{escape(value)}</td></tr>" for name, value in rows)

@@ -1,19 +1,21 @@
 """The plots of a run, as PNG."""
 
+import itertools
+
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
 from fusedlm.report.history import History, half_life, median, smooth, thin
-from fusedlm.report.style import FULL, HALF, INK, MUTED, Plot, canvas, padded, plain_axes, png
+from fusedlm.report.style import FULL, HALF, INK, MUTED, PALETTE, Plot, canvas, padded, plain_axes, png
 from fusedlm.report.units import count, memory, memory_unit, percent, power_of
 
 _RAW, _LINE, _SECOND = "#a9c4e6", "#1f5fad", "#c9762b"
 
 
 def draw_plots(history: History) -> list[Plot]:
-    """Every plot for which the run recorded something."""
-    draw = (_loss, _validation, _optimization, _throughput, _memory, _routing)
+    """The plots for which the run has values."""
+    draw = (_loss, _validation, _optimization, _throughput, _memory, _layer_losses, _routing)
     plots = [one(history) for one in draw]
     return [plot for plot in plots if plot is not None]
 
@@ -37,8 +39,8 @@ def _loss(history: History) -> Plot | None:
         smoothed = smooth(loss, half_life(len(loss)))
         last = smoothed[np.isfinite(smoothed)][-1]
         caption = (
-            f"Every step (thin) and an exponential average with a half-life of {half_life(len(loss))} steps to both "
-            f"sides (bold), which ends at {last:.3f}."
+            f"Each step (thin) and a two-sided exponential average with a half-life of {half_life(len(loss))} steps "
+            f"(bold), which ends at {last:.3f}."
         )
     if above:
         caption += f" {above} {'value lies' if above == 1 else 'values lie'} above the plot, up to {values.max():.3g}."
@@ -62,8 +64,17 @@ def _validation(history: History) -> Plot | None:
     axes.set_ylabel("Bits per byte")
     both = np.concatenate([bpb, averaged])
     axes.set_ylim(*padded(np.nanmin(both), np.nanmax(both)))
-    caption = f"Held-out text; the best, {bpb[best]:.4f} at step {history.validation['step'][best]:.0f}, is marked."
+    caption = f"Held-out text{_windows(history)}; the best, {bpb[best]:.4f} at step "
+    caption += f"{history.validation['step'][best]:.0f}, is marked."
     return Plot("validation", "Validation bits per byte", caption, png(figure))
+
+
+def _windows(history: History) -> str:
+    """Window and stride of the validations, as far as they are recorded and the same in all."""
+    window, stride = (np.unique(history.validation[name]) for name in ("val_window", "val_stride"))
+    if len(window) != 1 or len(stride) != 1 or not np.isfinite([window[0], stride[0]]).all():
+        return ""
+    return f" (window {window[0]:.0f}, stride {stride[0]:.0f})"
 
 
 def _optimization(history: History) -> Plot | None:
@@ -91,9 +102,9 @@ def _optimization(history: History) -> Plot | None:
                 _log_scale(axes, positive)
             axes.set_ylabel("Gradient norm")
     figure.align_ylabels()
-    caption = "Gradient norm is that of the whole gradient before clipping."
+    caption = "The gradient norm is that of all gradients, before clipping."
     if "norm" not in shown:
-        caption = "Learning rate of each step."
+        caption = "The learning rate of each step."
     return Plot("optimization", "Learning rate and gradient norm", caption, png(figure))
 
 
@@ -124,7 +135,23 @@ def _memory(history: History) -> Plot | None:
     _line(axes, x, used / size)
     axes.set_ylim(0, 1.15 * highest / size or 1)
     axes.set_ylabel(f"Peak memory ({unit})")
-    return Plot("memory", "Memory", f"Most memory in use up to each step; {memory(highest)} at the most.", png(figure))
+    return Plot("memory", "Memory", f"Peak memory up to each step; {memory(highest)} at most.", png(figure))
+
+
+def _layer_losses(history: History) -> Plot | None:
+    losses = {name: loss for name, loss in history.layer_losses.items() if np.isfinite(loss).any()}
+    if not losses:
+        return None
+    figure, axes, x = _figure(history, HALF)
+    for (name, loss), color in zip(losses.items(), itertools.cycle(PALETTE)):
+        _line(axes, x, _smoothed(loss), color=color)
+        axes.lines[-1].set_label(name)
+    values = np.concatenate(list(losses.values()))
+    axes.set_ylim(*padded(np.nanmin(values), np.nanmax(values)))
+    axes.set_ylabel("Weighted loss")
+    axes.legend(frameon=False, fontsize=8, labelcolor=INK)
+    caption = "Losses of layers with their weights, which the training loss does not include."
+    return Plot("layer_losses", "Losses of layers", caption, png(figure))
 
 
 def _routing(history: History) -> Plot | None:
@@ -150,8 +177,8 @@ def _routing(history: History) -> Plot | None:
     last = np.flatnonzero(np.isfinite(share))[-1]
     ends = {name: percent(float(history.steps[f"routed_{name}"][last])) for name in ("light", "blend", "full")}
     caption = (
-        "Tokens on each level, mean over the routed layers (left), and what the routed feed-forwards computed as a "
-        f"share of the full ones on every token (right); at the end {ends['light']} light, {ends['blend']} blended, "
+        "Tokens on each level, mean over the routed layers (left), and FLOPs of the routed feed-forwards as a fraction "
+        f"of those of full ones (right); at the end {ends['light']} light, {ends['blend']} blended, "
         f"{ends['full']} full, at {percent(float(share[last]))} of the FLOPs."
     )
     return Plot("routing", "Levels of the routed feed-forward", caption, png(figure), wide=True)
@@ -164,7 +191,7 @@ def _figure(history: History, size: tuple[float, float], tokens: np.ndarray | No
 
 
 def _style(axes: Axes, history: History, tokens: np.ndarray | None = None) -> np.ndarray:
-    """Axes with tokens along x, scaled alike in every plot of the run; gives the x of the steps or of `tokens`."""
+    """Set up axes with tokens along x, with the same scale in all plots; the x of the steps or of `tokens`."""
     last = float(history.steps["tokens"].max())
     if len(history.validation["tokens"]):
         last = max(last, float(history.validation["tokens"].max()))
@@ -178,12 +205,12 @@ def _style(axes: Axes, history: History, tokens: np.ndarray | None = None) -> np
 
 def _line(axes: Axes, x: np.ndarray, y: np.ndarray, color: str = _LINE, width: float = 1.6) -> None:
     x, y = thin(x, y)
-    # A value between two missing ones makes no line; in a run this short every value has its dot.
+    # Short runs get dots too: a value between two missing ones makes no line.
     axes.plot(x, y, color=color, linewidth=width, marker="o", markersize=3 if len(y) < 20 else 0, clip_on=len(y) >= 20)
 
 
 def _curve(axes: Axes, x: np.ndarray, y: np.ndarray) -> None:
-    """Every value as a thin line under the smoothed curve; few values as they are."""
+    """All values as a thin line under the smoothed curve; fewer than 20 values unsmoothed."""
     if len(y) < 20:
         _line(axes, x, y)
         return
@@ -192,12 +219,12 @@ def _curve(axes: Axes, x: np.ndarray, y: np.ndarray) -> None:
 
 
 def _smoothed(y: np.ndarray) -> np.ndarray:
-    """Few values as they are."""
+    """Fewer than 20 values are not smoothed."""
     return y if len(y) < 20 else smooth(y, half_life(len(y)))
 
 
 def _robust_top(values: np.ndarray) -> float:
-    """What to draw up to: the largest value, unless few lie so far out that the rest would be a flat line."""
+    """The upper limit of the axis: the largest value, unless outliers would make the rest a flat line."""
     high, middle = np.percentile(values, [98, 50])
     limit = high + 2 * (high - middle)
     return float(values.max() if values.max() <= limit or limit <= middle else limit)

@@ -1,4 +1,4 @@
-"""The look that the plots of every report share."""
+"""The style of the plots of all reports."""
 
 import io
 from dataclasses import dataclass
@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 INK, MUTED, FAINT = "#24292f", "#6e7781", "#d8dee4"
-# Told apart in print and by colour-blind readers, as far as ten can be (after Okabe and Ito).
+# Chosen to be distinct in print and with colour blindness (after Okabe and Ito).
 PALETTE = (
     "#1f5fad",
     "#c9762b",
@@ -23,14 +23,14 @@ PALETTE = (
     "#d1495b",
 )
 FULL, HALF = (9.2, 3.3), (4.5, 3.1)  # inches
-DPI = 200  # twice the pixels of the page
+DPI = 200  # twice the resolution of the page
 
 
 @dataclass(frozen=True)
 class Plot:
     name: str  # of the file, without .png
     title: str
-    caption: str  # what it shows, plain text
+    caption: str  # plain text
     png: bytes
     wide: bool = False
 
@@ -43,7 +43,7 @@ def canvas(size: tuple[float, float]) -> Figure:
 
 
 def plain_axes(axes: Axes) -> None:
-    """Two spines, a grid across, few ticks."""
+    """Two spines, a horizontal grid, few ticks."""
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
     for side in ("left", "bottom"):
@@ -65,6 +65,6 @@ def padded(low: float, high: float) -> tuple[float, float]:
 
 def png(figure: Figure) -> bytes:
     out = io.BytesIO()
-    # Without the version of matplotlib in it, so that the same run gives the same file.
+    # Without matplotlib's version, so that the same run gives the same file.
     figure.savefig(out, format="png", metadata={"Software": None})
     return out.getvalue()

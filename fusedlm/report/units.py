@@ -1,4 +1,4 @@
-"""Numbers as people read them."""
+"""Numbers with units, for people."""
 
 import math
 
@@ -6,7 +6,7 @@ _POWERS = ((1e12, "T", "trillions"), (1e9, "B", "billions"), (1e6, "M", "million
 
 
 def power_of(largest: float) -> tuple[float, str]:
-    """What to divide by on an axis that goes up to `largest`, and the word for it (empty for 1)."""
+    """The divisor for an axis that ends at `largest`, and its name (empty for 1)."""
     for power, _, word in _POWERS:
         if largest >= power:
             return power, word
@@ -14,10 +14,10 @@ def power_of(largest: float) -> tuple[float, str]:
 
 
 def count(value: float | None) -> str:
-    """1234567 as 1.23 M."""
+    """1234567 gives 1.23 M."""
     if value is None or not math.isfinite(value):
         return "–"
-    # Compared after rounding to three digits: 999 999 is 1.00 M and not 1000 k.
+    # Compared after rounding to three digits: 999,999 is 1.00 M, not 1000 k.
     rounded = float(f"{value:.3g}")
     for power, letter, _ in _POWERS:
         if abs(rounded) >= power:
@@ -27,7 +27,7 @@ def count(value: float | None) -> str:
 
 
 def duration(seconds: float | None) -> str:
-    """3725 as 1 h 2 min."""
+    """3725 gives 1 h 2 min."""
     if seconds is None or not math.isfinite(seconds):
         return "–"
     if seconds < 59.95:
@@ -43,7 +43,7 @@ def duration(seconds: float | None) -> str:
 
 
 def memory_unit(largest: float) -> tuple[float, str]:
-    """What to divide bytes by, and the unit."""
+    """The divisor for bytes, and its unit."""
     return (2.0**30, "GiB") if largest >= 2**30 else (2.0**20, "MiB")
 
 
@@ -61,7 +61,7 @@ def percent(fraction: float | None) -> str:
 
 
 def size(n_bytes: float | None) -> str:
-    """1536 as 1.5 KiB, in the largest unit that leaves at least 1."""
+    """1536 gives 1.5 KiB: the largest unit of which there is at least 1."""
     if n_bytes is None or not math.isfinite(n_bytes):
         return "–"
     for power, unit in ((2.0**30, "GiB"), (2.0**20, "MiB"), (2.0**10, "KiB")):

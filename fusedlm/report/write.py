@@ -1,4 +1,4 @@
-"""Collect what a run folder holds and write its report."""
+"""Write the report of a run folder."""
 
 import json
 import math
@@ -18,13 +18,13 @@ from fusedlm.report.units import count, duration, memory, percent
 def write_report(run_dir: Path) -> Path:
     """Write RUN/report.html, one self-contained page, and its plots as RUN/plots/*.png.
 
-    A run that is still going, was cut off or has no validation gets a page of what there is.
+    Runs that are not finished or have no validation get a page too.
 
     Returns:
         The path of the page.
 
     Raises:
-        ValueError: the folder is not that of a run, or its metrics or environment are damaged; names file and line.
+        ValueError: the folder holds no run, or its metrics or environment are damaged; names file and line.
         OSError: the page or a plot cannot be written.
     """
     run_dir = Path(run_dir)
@@ -58,7 +58,7 @@ def write_report(run_dir: Path) -> Path:
 
 
 def _read_text(path: Path) -> str | None:
-    """None when there is no such file; bytes that are not UTF-8 show as U+FFFD."""
+    """The text of a file; None if there is none. Bytes that are not UTF-8 become U+FFFD."""
     try:
         return path.read_bytes().decode("utf-8", errors="replace").strip("\n") or None
     except FileNotFoundError:
@@ -73,14 +73,14 @@ def _read_environment(path: Path) -> dict:
         environment = json.loads(text)
     except (ValueError, RecursionError) as error:
         line = getattr(error, "lineno", 1)
-        raise ValueError(f"{path} line {line}: not JSON; remove the file to report without it") from None
+        raise ValueError(f"{path} line {line}: not JSON; remove the file") from None
     if not isinstance(environment, dict):
-        raise ValueError(f"{path} line 1: expected a JSON object; remove the file to report without it")
+        raise ValueError(f"{path} line 1: not a JSON object; remove the file")
     return environment
 
 
 def _name(recipe: str | None) -> tuple[str, str]:
-    """Name and description, as far as the recipe can be read; a report does not fail on a recipe of another version."""
+    """Name and description; empty if the recipe cannot be read, since a report must not fail on an older recipe."""
     try:
         tree = yaml.safe_load(recipe or "")
     except (yaml.YAMLError, ValueError, RecursionError):
@@ -110,11 +110,11 @@ def _key_figures(history: History, environment: dict) -> list[tuple[str, str, st
     saved = history.validation["val_routed_flops_share"]
     if np.isfinite(saved).any():
         share = float(saved[np.isfinite(saved)][-1])
-        figures.append(("Feed-forward FLOPs", percent(share), "of the full ones, last validation"))
+        figures.append(("Feed-forward FLOPs", percent(share), "of full ones, last validation"))
     figures.append(("Tokens trained", count(float(steps["tokens"].max())), f"in {len(steps['step']):,} steps"))
     seconds = float(np.nansum(steps["step_seconds"]))
     if seconds:
-        figures.append(("Training time", duration(seconds), "validation not counted"))
+        figures.append(("Training time", duration(seconds), "without validation"))
     rate = median(steps["tokens_per_second"])
     if rate is not None:
         figures.append(("Tokens per second", count(rate), "median"))
@@ -148,16 +148,14 @@ def _notes(history: History) -> list[str]:
         shown = ", ".join(str(step) for step in history.skipped[:12])
         more = f" and {len(history.skipped) - 12} more" if len(history.skipped) > 12 else ""
         noun = "step was" if len(history.skipped) == 1 else "steps were"
-        notes.append(
-            f"{len(history.skipped)} {noun} skipped because the loss or the gradient was not finite: {shown}{more}."
-        )
+        notes.append(f"{len(history.skipped)} {noun} skipped because loss or gradient was not finite: {shown}{more}.")
     if _best(history) is None:
         notes.append("No validation is recorded.")
     return notes
 
 
 def _validation_table(history: History) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
-    """Head and rows; averaged weights only where a run has them."""
+    """Head and rows. Columns that a run does not have are omitted."""
     columns = history.validation
     shown = {
         "Step": (columns["step"], ",.0f"),
@@ -165,15 +163,18 @@ def _validation_table(history: History) -> tuple[tuple[str, ...], list[tuple[str
         "Bits per byte": (columns["val_bpb"], ".4f"),
         "of averaged weights": (columns["val_bpb_ema"], ".4f"),
         "Nats per token": (columns["val_nll_per_token"], ".4f"),
+        "Window": (columns["val_window"], ",.0f"),
+        "Stride": (columns["val_stride"], ",.0f"),
     }
-    if not np.isfinite(columns["val_bpb_ema"]).any():
-        del shown["of averaged weights"]
+    for optional in ("of averaged weights", "Window", "Stride"):
+        if not np.isfinite(shown[optional][0]).any():
+            del shown[optional]
     cells = [[format(v, how) if math.isfinite(v) else "–" for v in values.tolist()] for values, how in shown.values()]
     return tuple(shown), list(zip(*cells, strict=True))
 
 
 def _flatten(tree: dict, prefix: str = "") -> list[tuple[str, str]]:
-    """Rows of dotted names and values; what is not known is left out."""
+    """Rows of dotted names and values, without null values."""
     rows = []
     for key, value in tree.items():
         if isinstance(value, dict):

@@ -1,7 +1,8 @@
-"""Helpers for tests: error ratios, random weights, a small model of any part, which operators run."""
+"""Helpers for tests: error ratios, random weights, small models of every part, recorded operators."""
 
+from fusedlm.testing.backends import backend_of
 from fusedlm.testing.compare import assert_close, error_ratio
-from fusedlm.testing.models import FFN_CASES, MIXER_CASES, every_mixer_config, part_model, randomise_
+from fusedlm.testing.models import FFN_CASES, MIXER_CASES, every_mixer_config, part_config, part_model, randomise_
 from fusedlm.testing.operators import RecordedOperators
 
 __all__ = [
@@ -9,8 +10,10 @@ __all__ = [
     "MIXER_CASES",
     "RecordedOperators",
     "assert_close",
+    "backend_of",
     "error_ratio",
     "every_mixer_config",
+    "part_config",
     "part_model",
     "randomise_",
 ]

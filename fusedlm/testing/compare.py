@@ -1,4 +1,4 @@
-"""Comparison by relative error of the whole tensor."""
+"""Comparison by the relative error of a tensor."""
 
 import torch
 

@@ -1,9 +1,8 @@
-"""Small models of every part there is, for the laws. A mixer or feed-forward without a case here fails a test."""
+"""Small models of every part, for the laws. A mixer or feed-forward without a case here fails a test."""
 
 import torch
 import yaml
 
-from fusedlm.config import parse_recipe
 from fusedlm.config.model import BlockConfig, ModelConfig
 from fusedlm.model import Decoder, build_model
 
@@ -59,15 +58,15 @@ FFN_CASES = {
 
 
 def part_model(mixer: str, ffn: str = "{type: swiglu, hidden: 48}", vocab_size: int = 61, extra: str = "") -> Decoder:
+    """The model of `part_config`."""
+    return build_model(part_config(mixer, ffn, extra), vocab_size=vocab_size)
+
+
+def part_config(mixer: str, ffn: str = "{type: swiglu, hidden: 48}", extra: str = "") -> ModelConfig:
     """Two layers of width 32 of one mixer and feed-forward, given as YAML; extra holds further model keys."""
-    recipe = parse_recipe(
-        f"""
-name: part
-model: {{dim: 32, n_layers: 2, pattern: a, blocks: {{a: {{mixer: {mixer}, ffn: {ffn}}}}}, {extra}}}
-train: {{steps: 1, seq_len: 8, batch_size: 1}}
-"""
-    )
-    return build_model(recipe.model, vocab_size=vocab_size)
+    block = f"{{mixer: {mixer}, ffn: {ffn}}}"
+    tree = f"{{dim: 32, n_layers: 2, pattern: a, blocks: {{a: {block}}}, {extra}}}"
+    return ModelConfig.model_validate(yaml.safe_load(tree))
 
 
 def every_mixer_config(**changes) -> ModelConfig:
@@ -88,7 +87,7 @@ def every_mixer_config(**changes) -> ModelConfig:
 
 
 def randomise_(model: torch.nn.Module, scale: float = 0.2, seed: int = 0) -> torch.nn.Module:
-    """Move every parameter off its start: projections that start at zero would hide what a block computes."""
+    """Add noise to every parameter: projections that start at zero would hide what a block computes."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in model.parameters():

@@ -1,4 +1,4 @@
-"""Training: the loop, metrics, checkpoints and the run folder."""
+"""Training: one optimizer step, the loop of a run, its display and its loggers."""
 
 from fusedlm.train.loop import train
 from fusedlm.train.trainer import TrainingDiverged, TrainResult

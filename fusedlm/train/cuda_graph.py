@@ -1,4 +1,4 @@
-"""Forward and backward of a micro-batch as one CUDA graph: one launch, where small models else wait for the host."""
+"""Forward and backward of a micro-batch as one CUDA graph, so that small models do not wait for kernel launches."""
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -6,41 +6,47 @@ from contextlib import AbstractContextManager
 import torch
 from torch import nn
 
-_WARM_UPS = 2  # passes before the capture: they compile, tune and allocate what a capture must not
+from fusedlm.model import Output
+from fusedlm.train.micro_batch import forward_backward
+
+_WARM_UPS = 2  # passes before the capture, which compile, autotune and allocate
 
 
 class CapturedBackward:
-    """Adds the gradient of a micro-batch's share of the loss to the parameters, by replaying a graph captured from the
-    first micro-batch. Every later one has its shape; the gradients stay in the same memory for good.
+    """Forward and backward by replaying a graph that was captured from the first micro-batch.
 
-    Random numbers of the device go on from replay to replay, and the capture itself draws none.
+    Later micro-batches must have the same shape. Gradients stay in the same memory. Each replay draws new random
+    numbers; warm-up and capture leave the device's RNG state unchanged.
     """
 
     def __init__(self, model: nn.Module, autocast: Callable[[], AbstractContextManager], *, accumulates: bool):
-        """accumulates: whether a step has several micro-batches; with one, a replay overwrites the gradients."""
+        """accumulates: whether a step has several micro-batches. If not, a replay overwrites the gradients."""
         self._model = model
         self._autocast = autocast
         self._accumulates = accumulates
         self._graph: torch.cuda.CUDAGraph | None = None
 
     def begin_step(self) -> None:
-        """Gradients to zero, where micro-batches add to them."""
+        """Set gradients to zero if micro-batches accumulate into them."""
         if self._accumulates and self._graph is not None:
             torch._foreach_zero_([p.grad for p in self._model.parameters() if p.grad is not None])
 
-    def __call__(self, tokens_BT: torch.Tensor, targets_BT: torch.Tensor, n_valid: int) -> torch.Tensor:
-        """The loss () of the micro-batch, its sum over n_valid; the tensor is overwritten by the next call."""
+    def __call__(
+        self, tokens_BT: torch.Tensor, targets_BT: torch.Tensor, loss_weight: torch.Tensor, batch_weight: float
+    ) -> Output:
+        """As `fusedlm.train.micro_batch.forward_backward`. The next call overwrites the tensors of the output."""
         if self._graph is None:
-            self._capture(tokens_BT, targets_BT, n_valid)
+            self._capture(tokens_BT, targets_BT, loss_weight)
         self._tokens.copy_(tokens_BT)
         self._targets.copy_(targets_BT)
-        self._n_valid.fill_(n_valid)
+        self._loss_weight.copy_(loss_weight)
+        self._batch_weight.fill_(batch_weight)
         self._graph.replay()
-        return self._loss
+        return self._output
 
-    def _capture(self, tokens_BT: torch.Tensor, targets_BT: torch.Tensor, n_valid: int) -> None:
+    def _capture(self, tokens_BT: torch.Tensor, targets_BT: torch.Tensor, loss_weight: torch.Tensor) -> None:
         self._tokens, self._targets = tokens_BT.clone(), targets_BT.clone()
-        self._n_valid = torch.full((), n_valid, dtype=torch.float64, device=tokens_BT.device)
+        self._loss_weight, self._batch_weight = loss_weight.clone(), torch.ones_like(loss_weight)
         rng = torch.cuda.get_rng_state(tokens_BT.device)
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
@@ -50,15 +56,13 @@ class CapturedBackward:
                 self._model.zero_grad(set_to_none=not self._accumulates)
         torch.cuda.current_stream().wait_stream(side)
         graph = torch.cuda.CUDAGraph()
-        # Other threads, the loader's above all, go on using the device meanwhile.
+        # Other threads, such as the loader's, use the device during the capture.
         with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-            self._loss = self._backward()
+            self._output = self._backward()
         torch.cuda.set_rng_state(rng, tokens_BT.device)
         self._graph = graph
         self.begin_step()
 
-    def _backward(self) -> torch.Tensor:
-        with self._autocast():
-            loss = self._model.weighted_loss(self._tokens, self._targets, 1 / self._n_valid)
-        loss.backward()
-        return loss.detach()
+    def _backward(self) -> Output:
+        weights = {"loss_weight": self._loss_weight, "batch_weight": self._batch_weight}
+        return forward_backward(self._model, self._tokens, None, self._targets, autocast=self._autocast, **weights)

@@ -1,4 +1,4 @@
-"""Optional loggers beside metrics.jsonl."""
+"""Optional loggers in addition to metrics.jsonl."""
 
 import importlib.util
 import uuid
@@ -12,7 +12,7 @@ _PACKAGES = {"tensorboard": "tensorboard", "wandb": "wandb"}
 
 class Logger(Protocol):
     def log(self, record: dict) -> None:
-        """Take one record of metrics.jsonl; values that are not numbers are left out."""
+        """Log a record of metrics.jsonl; values that are not numbers are skipped."""
 
     def close(self) -> None: ...
 
@@ -23,7 +23,7 @@ class TensorBoardLogger:
     def __init__(self, recipe: Recipe, run_dir: Path, start_step: int):
         from torch.utils.tensorboard import SummaryWriter
 
-        # Events after the checkpoint that the run goes on from are hidden, as they will be written again.
+        # Hides events after the checkpoint that the run resumes from; they will be written again.
         self._writer = SummaryWriter(str(run_dir / "tensorboard"), purge_step=start_step + 1 if start_step else None)
 
     def log(self, record: dict) -> None:
@@ -35,7 +35,7 @@ class TensorBoardLogger:
 
 
 class WandbLogger:
-    """A run of project `fusedlm`; its id is kept in RUN/wandb-id.txt so that resuming continues the same run."""
+    """A run of project `fusedlm`, whose id is in RUN/wandb-id.txt, so that resuming continues the same run."""
 
     def __init__(self, recipe: Recipe, run_dir: Path, start_step: int):
         import wandb
@@ -63,11 +63,11 @@ _CLASSES = {"tensorboard": TensorBoardLogger, "wandb": WandbLogger}
 
 
 def check_loggers(names: list[str]) -> None:
-    """Raises ValueError when the package of a logger is not installed."""
+    """Raises ValueError if the package of a logger is not installed."""
     for name in names:
         if importlib.util.find_spec(_PACKAGES[name]) is None:
             package = _PACKAGES[name]
-            raise ValueError(f"train.loggers names {name!r}, but its package is not installed: pip install {package}")
+            raise ValueError(f"train.loggers={names}: package {package} is not installed; pip install {package}")
 
 
 def open_loggers(recipe: Recipe, run_dir: Path, start_step: int) -> list[Logger]:

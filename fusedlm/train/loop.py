@@ -1,16 +1,18 @@
-"""From a recipe to a run folder: what is checked, and in which order, before the first step."""
+"""Train a recipe into a run folder: the checks before the first step."""
 
 from pathlib import Path
 
 from rich.console import Console
 
 from fusedlm.config import Recipe
+from fusedlm.distributed import World
 from fusedlm.model.precision import resolve_device, resolve_dtype
-from fusedlm.train.checkpoint import Checkpoints, DamagedCheckpoint
-from fusedlm.train.folder import RunFolder
-from fusedlm.train.hardware import numerics
+from fusedlm.ops.common import check_backends
+from fusedlm.runs.checkpoint import Checkpoints, DamagedCheckpoint
+from fusedlm.runs.folder import RunFolder
+from fusedlm.runs.hardware import numerics
+from fusedlm.train.display import Display
 from fusedlm.train.loggers import check_loggers
-from fusedlm.train.progress import Display
 from fusedlm.train.trainer import Trainer, TrainResult
 
 
@@ -21,46 +23,47 @@ def train(
     resume: bool = False,
     console: Console | None = None,
     display: Display | None = None,
+    strict_backends: bool = True,
 ) -> TrainResult:
-    """Train a recipe into a folder, preparing its text first.
+    """Train a recipe into a run folder. Prepares the text first.
 
-    On the first SIGINT or SIGTERM (when called in the main thread) the step is finished and saved, and the result says
-    so; resuming gives the losses of never having stopped, bit for bit. Resuming a folder without a run starts one.
+    On the first SIGINT or SIGTERM (if called in the main thread) the current step is finished and saved. A resumed run
+    has the losses of an uninterrupted one, bit for bit. Resuming a folder without a run starts one.
 
     Args:
-        recipe: on resuming it must equal the run's own, but for keys that the steps do not depend on and a larger
-            `train.steps`.
-        run_dir: RUN/, holding recipe.yaml, environment.json, the tokenizer, metrics.jsonl and checkpoints/.
-        console: where progress is shown; None: nowhere.
-        display: what shows it, in place of the usual one on `console`.
+        recipe: to resume, it must equal the recipe of the run, except for neutral keys, a larger `train.steps`, and on
+            another kind of device the section `runtime` (`fusedlm.runs.folder.check_resumable`).
+        run_dir: RUN/, with recipe.yaml, environment.json, the tokenizer, metrics.jsonl and checkpoints/.
+        console: shows the progress; None: not shown.
+        display: shows the progress, instead of the default one on `console`.
+        strict_backends: whether a backend of `runtime.backends` that cannot run here is an error. If not, a warning
+            names it and "auto" is used.
 
     Raises:
-        ValueError: the folder holds a run and `resume` is not set, or is in use, or its run is of another recipe or
-            text, or none of its checkpoints is intact; a logger's package is missing; the recipe's data, model or
-            device cannot be had.
-        TrainingDiverged: `train.max_bad_steps` steps in a row had no finite loss and gradient; a ValueError.
-        OSError: the disk is full or the folder cannot be written; checkpoints written before stay valid.
+        ValueError: the folder holds a run and `resume` is not set, or is in use, or its run has another recipe or text,
+            or no intact checkpoint; a logger's package is missing; the recipe does not fit the data or the device.
+        TrainingDiverged: loss or gradient norm was not finite in `train.max_bad_steps` steps in a row. A ValueError.
+        OSError: the disk is full or the folder cannot be written; earlier checkpoints stay valid.
     """
     check_loggers(recipe.train.loggers)
-    device = resolve_device(recipe.train.device)
-    dtype = resolve_dtype(recipe.train.dtype, device)
-    display = display or Display(console)
+    check_backends(recipe.runtime.backends, "runtime.backends")
+    device = resolve_device(recipe.runtime.device)
+    dtype = resolve_dtype(recipe.runtime.dtype, device)
+    world = World()
+    display = display or Display(console if world.is_main else None)
     try:
-        with RunFolder(Path(run_dir)) as folder, numerics(device, dtype, recipe.train.deterministic):
-            steps_before = folder.admit(recipe, resume)
-            if steps_before is not None:
-                display.note(
-                    f"the run grows from {steps_before} to {recipe.train.steps} steps; the schedule is now that of "
-                    f"{recipe.train.steps}"
-                )
+        with RunFolder(Path(run_dir), world) as folder, numerics(device, dtype, recipe.runtime.deterministic):
+            for note in folder.check_recipe(recipe, resume, device.type):
+                display.note(note)
             checkpoint = _intact_checkpoint(folder.checkpoints, folder.path, display)
-            return Trainer(recipe, folder, device, dtype, display, checkpoint).run()
+            options = {"strict_backends": strict_backends, "world": world}
+            return Trainer(recipe, folder, device, dtype, display, checkpoint, **options).run()
     finally:
         display.close()
 
 
 def _intact_checkpoint(checkpoints: Checkpoints, run_dir: Path, display: Display) -> int | None:
-    """Step of the newest checkpoint that is intact, damaged ones before it named and set aside; None: none was written.
+    """Step of the newest intact checkpoint; None if none was written. Sets newer, damaged ones aside with a note.
 
     Raises:
         ValueError: there are checkpoints, and all are damaged.
@@ -78,6 +81,6 @@ def _intact_checkpoint(checkpoints: Checkpoints, run_dir: Path, display: Display
     if damaged:
         raise ValueError(
             f"run {run_dir} has no intact checkpoint (damaged: {', '.join(damaged)}); "
-            "start anew in another folder with --out"
+            "start a new run in another folder with --out"
         )
     return None

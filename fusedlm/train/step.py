@@ -7,18 +7,23 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 
-from fusedlm.model.auxiliary import Routing, RoutingTally, auxiliary_loss
-from fusedlm.optim import update_if
+from fusedlm.distributed import World
+from fusedlm.optim import set_learning_rates, step_if
 from fusedlm.train.cuda_graph import CapturedBackward
+from fusedlm.train.micro_batch import forward_backward
 
 
 @dataclass(frozen=True)
 class StepResult:
-    loss: float  # nats a valid target token
-    grad_norm: float  # of the whole gradient, before clipping
-    skipped: bool  # loss or gradient norm was not finite, and parameters and optimizer are as they were
-    routing: Routing | None = None  # of the batch; None: the model has no routed feed-forward
+    """The results of one step, over all processes."""
+
+    loss: float  # nats per valid target token
+    layer_losses: dict[str, float]  # losses of layers by name, not included in `loss`
+    grad_norm: float  # of all gradients, before clipping
+    skipped: bool  # a loss or the gradient norm was not finite; parameters and optimizer are unchanged
+    metrics: dict[str, torch.Tensor]  # summed over the step, on the CPU
 
 
 def backward(
@@ -26,46 +31,49 @@ def backward(
     batch,
     micro_batch_size: int,
     autocast: Callable[[], AbstractContextManager],
-    tally: RoutingTally | None = None,
+    *,
     captured: CapturedBackward | None = None,
-) -> torch.Tensor:
-    """Accumulate the gradient of the mean over the valid targets of the whole batch, micro-batch by micro-batch.
+    world: World | None = None,
+) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """Accumulate the gradient of the mean loss over the valid targets of the full batch.
 
-    Every micro-batch is divided by the same count, known on the host before the first forward pass, so that a token
-    weighs the same wherever it stands. Auxiliary losses of the model are not linear in the tokens: theirs is the mean
-    over the micro-batches, each weighing as its rows; it enters the gradient and not the loss.
+    Every micro-batch is divided by the number of valid targets of all micro-batches and processes, which is known
+    before the first forward pass, so that all tokens have the same weight. Losses of layers that are means over
+    sequences are weighted by the micro-batch's fraction of the sequences.
 
     Args:
-        tally: counts each forward pass.
-        captured: runs forward and backward as one graph; for batches without documents and models without auxiliary
-            loss.
+        batch: a `fusedlm.data.Batch`, this process's part.
+        micro_batch_size: sequences per forward pass.
+        autocast: gives the context of each forward pass.
+        captured: runs forward and backward as one CUDA graph; for batches without documents.
+        world: the processes that share the batch; None: this process alone.
 
     Returns:
-        The loss () float32 on the device, nats a valid target.
+        The losses and the metrics of this process, summed over its micro-batches, on the device.
     """
-    total = None
+    world = world or World()
     if captured is not None:
         captured.begin_step()
-    # Without a valid target infinite, so that the loss is not finite and the step is skipped.
-    weight = torch.full((), batch.n_valid, dtype=torch.float64, device=batch.tokens.device).reciprocal()
+    # Infinite if there is no valid target: then the loss is not finite and the step is skipped.
+    n_valid = torch.full((), batch.n_valid, dtype=torch.float64, device=batch.tokens.device)
+    loss_weight = world.sum(n_valid).reciprocal()
+    losses: dict[str, torch.Tensor] = {}
+    metrics: dict[str, torch.Tensor] = {}
     for start in range(0, len(batch.tokens), micro_batch_size):
         rows = slice(start, start + micro_batch_size)
+        tokens, targets = batch.tokens[rows], batch.targets[rows]
+        batch_weight = len(tokens) / (len(batch.tokens) * world.size)
         if captured is not None:
-            loss = captured(batch.tokens[rows], batch.targets[rows], batch.n_valid)
-            total = loss.clone() if total is None else total + loss
-            continue
-        documents = None if batch.documents is None else batch.documents[rows]
-        with autocast():
-            loss = model.weighted_loss(batch.tokens[rows], batch.targets[rows], weight, documents)
-        auxiliary = auxiliary_loss(model)
-        if auxiliary is None:
-            loss.backward()
+            output = captured(tokens, targets, loss_weight, batch_weight)
         else:
-            (loss + auxiliary * (len(batch.tokens[rows]) / len(batch.tokens))).backward()
-        if tally is not None:
-            tally.add()
-        total = loss.detach() if total is None else total + loss.detach()
-    return total
+            documents = None if batch.documents is None else batch.documents[rows]
+            weights = {"loss_weight": loss_weight, "batch_weight": batch_weight}
+            output = forward_backward(model, tokens, documents, targets, autocast=autocast, **weights)
+        for sums, found in ((losses, output.losses), (metrics, output.metrics)):
+            for name, value in found.items():
+                # Cloned, since a graph overwrites its outputs at the next replay.
+                sums[name] = value.clone() if name not in sums else sums[name] + value
+    return losses, metrics
 
 
 def train_step(
@@ -73,29 +81,46 @@ def train_step(
     optimizer: torch.optim.Optimizer,
     batch,
     *,
-    lr: float,
+    lr_scale: float,
     micro_batch_size: int,
     grad_clip: float | None,
     autocast: Callable[[], AbstractContextManager],
     captured: CapturedBackward | None = None,
+    world: World | None = None,
 ) -> StepResult:
-    """Forward, backward, clipping by the norm of the whole gradient, update. The host waits for the device once, and
-    routed feed-forwards wait for the number of their tokens."""
-    tally = RoutingTally(model)
-    loss = backward(model, batch, micro_batch_size, autocast, tally, captured)
+    """Forward, backward, clipping by the norm of all gradients, update.
+
+    The host waits for the device once. Routed feed-forwards (for their number of tokens) and optimizers that are not
+    fused wait too.
+
+    Args:
+        lr_scale: multiplies the peak learning rate of each parameter group.
+        grad_clip: largest norm of all gradients; None: no clipping.
+        batch, micro_batch_size, autocast, captured, world: as for `backward`.
+    """
+    world = world or World()
+    losses, metrics = backward(model, batch, micro_batch_size, autocast, captured=captured, world=world)
+    losses, metrics = ({name: world.sum(value) for name, value in table.items()} for table in (losses, metrics))
     parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
     norm = torch.nn.utils.get_total_norm([p.grad for p in parameters])
+    norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
     if grad_clip is not None:
         torch.nn.utils.clip_grads_with_norm_(parameters, grad_clip, norm)
-    results = torch.stack([loss.float(), norm.float()])
-    for group in optimizer.param_groups:
-        group["lr"] = lr
-    update_if(optimizer, results.isfinite().all())
-    if tally:
-        results = torch.cat([results.double(), tally.counts.flatten().double()])
-    # Last, with the update already on its way: the device has nothing to wait for while the host does.
-    loss_value, norm_value, *counts = results.tolist()
-    finite = math.isfinite(loss_value) and math.isfinite(norm_value)
-    if captured is None:  # a graph writes the next gradients where these are
+    numbers = torch.stack([norm.float(), *(loss.float() for loss in losses.values())])
+    set_learning_rates(optimizer, lr_scale)
+    step_if(optimizer, numbers.isfinite().all())
+    # Read after the update was queued, so that the device keeps working while the host waits.
+    counts = [metric.flatten().double() for metric in metrics.values()]
+    norm_value, *values = torch.cat([numbers.double(), *counts]).tolist()
+    loss_values = dict(zip(losses, values, strict=False))
+    counted = torch.tensor(values[len(losses) :], dtype=torch.float64)
+    sizes = [metric.numel() for metric in metrics.values()]
+    metrics = {
+        name: part.view(metric.shape).to(metric.dtype)
+        for (name, metric), part in zip(metrics.items(), counted.split(sizes), strict=True)
+    }
+    if captured is None:  # a graph writes the next gradients into the same memory
         optimizer.zero_grad(set_to_none=True)
-    return StepResult(loss_value, norm_value, skipped=not finite, routing=tally.result(counts) if tally else None)
+    finite = math.isfinite(norm_value) and all(map(math.isfinite, loss_values.values()))
+    loss = loss_values.pop("nll")
+    return StepResult(loss, loss_values, norm_value, skipped=not finite, metrics=metrics)

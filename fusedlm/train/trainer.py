@@ -1,4 +1,4 @@
-"""The training loop: steps, validations and checkpoints of one run in one process."""
+"""The training loop: steps, validations and checkpoints of one run."""
 
 import contextlib
 import time
@@ -10,32 +10,34 @@ import torch
 
 from fusedlm.config import Recipe
 from fusedlm.data import Loader, prepare
+from fusedlm.distributed import World
 from fusedlm.evaluate import score_documents
 from fusedlm.model import build_model
 from fusedlm.model.accounting import count_parameters, training_flops_per_token
-from fusedlm.model.auxiliary import RoutingTally
 from fusedlm.model.precision import autocast
+from fusedlm.model.routing import has_routing, routing_of
 from fusedlm.optim import ExponentialMovingAverage, build_optimizer, schedule_scale
+from fusedlm.runs.backends import use_backends
+from fusedlm.runs.folder import RunFolder
+from fusedlm.runs.hardware import device_name, environment, peak_flops, peak_memory_bytes
+from fusedlm.runs.metrics import MetricsFile
+from fusedlm.runs.signals import StopSignal
+from fusedlm.runs.state import TrainState, restore_state, save_state
 from fusedlm.train.cuda_graph import CapturedBackward
-from fusedlm.train.folder import RunFolder
-from fusedlm.train.hardware import device_name, environment, peak_flops, peak_memory_bytes
+from fusedlm.train.display import Display
 from fusedlm.train.loggers import open_loggers
-from fusedlm.train.metrics import MetricsFile
-from fusedlm.train.progress import Display
-from fusedlm.train.signals import StopSignal
-from fusedlm.train.state import Progress, restore_state, save_state
-from fusedlm.train.step import train_step
+from fusedlm.train.step import StepResult, train_step
 
 
 class TrainingDiverged(ValueError):
-    """Too many steps in a row without a finite loss and gradient."""
+    """Loss or gradient norm was not finite in too many steps in a row."""
 
 
 @dataclass(frozen=True)
 class TrainResult:
     run_dir: Path
-    step: int  # optimizer steps behind the run, skipped ones included
-    val_bpb: float | None  # bits per byte of the last validation; None: there was none yet
+    step: int  # optimizer steps taken, skipped ones included
+    val_bpb: float | None  # bits per byte of the last validation; None: none yet
     stopped_by_signal: bool
 
 
@@ -44,7 +46,18 @@ class _Interrupted(Exception):
 
 
 class Trainer:
-    """One run to its end, from the checkpoint of a verified step or, with None, from its start."""
+    """Trains one run to its end.
+
+    Args:
+        folder: the locked run folder.
+        device, dtype: where the model runs, and the dtype of autocast.
+        checkpoint: step of a verified checkpoint to resume from; None: start from the beginning.
+        strict_backends: as `fusedlm.train.train` takes it.
+        world: the processes of the run.
+
+    Raises:
+        ValueError: as `fusedlm.train.train`.
+    """
 
     def __init__(
         self,
@@ -54,196 +67,226 @@ class Trainer:
         dtype: torch.dtype,
         display: Display,
         checkpoint: int | None,
+        *,
+        strict_backends: bool,
+        world: World,
     ):
-        self.recipe, self.settings, self.folder = recipe, recipe.train, folder
-        self.device, self.dtype, self.display = device, dtype, display
+        self.recipe, self.settings, self.runtime, self.folder = recipe, recipe.train, recipe.runtime, folder
+        self.device, self.dtype, self.display, self.world = device, dtype, display, world
         self.data = prepare(recipe.data, display.preparing)
         torch.manual_seed(self.settings.seed)
-        self.model = build_model(
-            recipe.model,
-            vocab_size=self.data.tokenizer.vocab_size,
-            device=device,
-            dtype=dtype,
-            deterministic=self.settings.deterministic,
-        )
+        vocab_size = self.data.tokenizer.vocab_size
+        self.model = build_model(recipe.model, vocab_size=vocab_size, device=device, seed=self.settings.seed)
+        self.backends = use_backends(self.model, self.runtime, device, dtype, strict=strict_backends)
         self.optimizer = build_optimizer(self.model, self.settings.optimizer, device)
         self.ema = ExponentialMovingAverage(self.model, self.settings.ema) if self.settings.ema is not None else None
-        self.progress = Progress(data=self.data.manifest["fingerprint"])
-        self._saved: Progress | None = None
+        self.state = TrainState(data=self.data.manifest["fingerprint"])
+        self._saved: TrainState | None = None
         if checkpoint is not None:
             self._restore(checkpoint)
-        if self.settings.recompute == "mixer":
+        if self.runtime.recompute == "mixer":
             self.model.recompute_mixers()
-        if self.settings.compile:
+        if self.runtime.compile:
             self.model.compile_blocks()
         self.micro_batch_size = self.settings.micro_batch_size or self.settings.batch_size
-        self._captured = self._capture() if self.settings.cuda_graph else None
+        self._captured = self._capture() if self.runtime.cuda_graph else None
         self.tokens_per_step = self.settings.batch_size * self.settings.seq_len
-        peak = peak_flops(device)
-        flops_per_token = training_flops_per_token(self.model, self.settings.seq_len)
-        self._mfu_per_token_rate = None if peak is None else flops_per_token / peak
+        self._peak_flops = peak_flops(device)
+        self._flops_per_token = training_flops_per_token(self.model, self.settings.seq_len)
 
     def _restore(self, checkpoint: int) -> None:
-        fingerprint = self.progress.data
-        self.progress = restore_state(
+        fingerprint = self.state.data
+        self.state = restore_state(
             self.folder.checkpoints, checkpoint, self.model, self.optimizer, self.ema, self.device
         )
-        if self.progress.data != fingerprint:
+        if self.state.data != fingerprint:
             raise ValueError(
-                f"the text has changed since the run to resume began (fingerprint {self.progress.data[:12]} then, "
-                f"{fingerprint[:12]} now); restore the text or start anew with --out"
+                f"the text has changed since the run to resume began (fingerprint {self.state.data[:12]} then, "
+                f"{fingerprint[:12]} now); restore the text or start a new run with --out"
             )
-        if self.progress.best_step not in self.folder.checkpoints.steps():
-            self.progress.best_step = self.progress.best_val_bpb = None
-        self._saved = replace(self.progress)
+        if self.state.best_step not in self.folder.checkpoints.steps():
+            self.state.best_step = self.state.best_val_bpb = None
+        self._saved = replace(self.state)
 
     def _capture(self) -> CapturedBackward:
-        """Refuses what waits for the device in the middle of a pass, which a graph cannot."""
+        """Raises ValueError for a recipe whose passes wait for the device, which a graph cannot hold."""
         if self.device.type != "cuda":
-            raise ValueError(f"train.cuda_graph=true needs a CUDA device, not {self.device.type}; turn it off")
+            raise ValueError(
+                f"runtime.cuda_graph=true: needs a CUDA device, not {self.device.type}; set runtime.cuda_graph=false"
+            )
         if self.recipe.data.document_mask:
             raise ValueError(
-                "train.cuda_graph=true does not go with documents of varying length; set data.document_mask=false"
+                "runtime.cuda_graph=true: document boundaries differ from batch to batch; set data.document_mask=false"
             )
-        if RoutingTally(self.model):
-            raise ValueError("train.cuda_graph=true does not go with routed feed-forwards; turn it off")
+        if has_routing(self.model):
+            raise ValueError(
+                "runtime.cuda_graph=true: routed feed-forwards wait for the device; set runtime.cuda_graph=false"
+            )
         several = self.micro_batch_size < self.settings.batch_size
         return CapturedBackward(self.model, partial(autocast, self.device, self.dtype), accumulates=several)
 
     def run(self) -> TrainResult:
-        """Train to the end of the recipe or to the first signal; see `fusedlm.train.train`."""
+        """Train to the last step or to the first signal; see `fusedlm.train.train`."""
         self._announce()
-        record = environment(self.device, self.dtype) | {
-            "parameters": asdict(count_parameters(self.model)),
-            "implementations": {name: choice.name for name, choice in self.model.implementations.items()},
-        }
-        self.folder.write_header(self.recipe, record, self.data.tokenizer)
+        # A finished run keeps the record of the machine and the recipe that its steps were computed with.
+        if self.world.is_main and self.state.step < self.settings.steps:
+            self.folder.write_environment(
+                environment(self.device, self.dtype)
+                | {
+                    "parameters": asdict(count_parameters(self.model)),
+                    "backends": {op: selection.backend for op, selection in self.backends.items()},
+                }
+            )
+            self.folder.write_header(self.recipe, self.data.tokenizer)
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
         with contextlib.ExitStack() as stack:
             stop = stack.enter_context(StopSignal())
-            self._metrics = MetricsFile(self.folder.metrics, after_step=self.progress.step)
-            stack.callback(self._metrics.close)
-            for number in self._metrics.damaged_lines:
-                self.display.note(f"warning: line {number} of {self._metrics.path} was damaged and is left out")
-            self._loggers = open_loggers(self.recipe, self.folder.path, self.progress.step)
-            for logger in self._loggers:
-                stack.callback(logger.close)
+            self._metrics, self._loggers = None, []
+            if self.world.is_main:
+                self._open_records(stack)
             loader = stack.enter_context(self._open_loader())
             self._loop(loader, stop)
         return TrainResult(
             run_dir=self.folder.path,
-            step=self.progress.step,
-            val_bpb=self.progress.val_bpb,
+            step=self.state.step,
+            val_bpb=self.state.val_bpb,
             stopped_by_signal=stop.received is not None,
         )
 
+    def _open_records(self, stack: contextlib.ExitStack) -> None:
+        self._metrics = MetricsFile(self.folder.metrics, after_step=self.state.step)
+        stack.callback(self._metrics.close)
+        for number in self._metrics.damaged_lines:
+            self.display.note(f"warning: line {number} of {self._metrics.path} is damaged and was removed")
+        self._loggers = open_loggers(self.recipe, self.folder.path, self.state.step)
+        for logger in self._loggers:
+            stack.callback(logger.close)
+
+    def _stopped(self, stop: StopSignal) -> bool:
+        """Whether any process received a signal."""
+        return self.world.any(stop.received is not None, self.device)
+
     def _loop(self, loader: Loader, stop: StopSignal) -> None:
-        self.display.begin(self.progress.step, self.settings.steps)
+        self.display.begin(self.state.step, self.settings.steps)
         self.model.train()
         batches = iter(loader)
-        # A signal may have come between a step and its validation: the validation is made up for here.
+        # The run may have been stopped between a step and its validation.
         if self._validation_is_due() and self._validate(stop):
             self._save()
         self._clock, self._waited = time.perf_counter(), loader.wait_seconds
-        while self.progress.step < self.settings.steps and stop.received is None:
+        while self.state.step < self.settings.steps and not self._stopped(stop):
             self._step(next(batches), loader)
-            off_clock = False
+            restart_clock = False
             if self._validation_is_due():
-                off_clock = self._validate(stop)
+                restart_clock = self._validate(stop)
             every = self.settings.checkpoint_every
-            if (every and self.progress.step % every == 0) or self._is_best():
+            if (every and self.state.step % every == 0) or self._is_best():
                 self._save()
-                off_clock = True
-            if off_clock:
+                restart_clock = True
+            if restart_clock:
                 self._clock, self._waited = time.perf_counter(), loader.wait_seconds
-        if self.progress != self._saved:
+        if self.state != self._saved:
             self._save()
         if stop.received is not None:
-            self.display.note(f"{stop.received.name}: stopped at step {self.progress.step} and saved")
+            self.display.note(f"{stop.received.name}: stopped at step {self.state.step} and saved")
 
     def _step(self, batch, loader: Loader) -> None:
-        scale = schedule_scale(self.settings.schedule, self.progress.step, self.settings.steps)
-        lr = self.settings.optimizer.lr * scale
+        scale = schedule_scale(self.settings.schedule, self.state.step, self.settings.steps)
         try:
             result = train_step(
                 self.model,
                 self.optimizer,
                 batch,
-                lr=lr,
+                lr_scale=scale,
                 micro_batch_size=self.micro_batch_size,
                 grad_clip=self.settings.grad_clip,
                 autocast=partial(autocast, self.device, self.dtype),
-                # Not before the first update has made the moments: the memory of the capture then is that of a step.
+                # Only after the first update, so that the optimizer state is allocated before the capture.
                 captured=self._captured if self.optimizer.state else None,
+                world=self.world,
             )
         except torch.OutOfMemoryError:
             raise ValueError(
-                f"the GPU's memory does not hold a micro-batch of {self.micro_batch_size} x {self.settings.seq_len} "
-                "tokens; lower train.micro_batch_size (the batch stays what it is)"
+                f"train.micro_batch_size={self.micro_batch_size}: the GPU is out of memory with "
+                f"{self.micro_batch_size} x {self.settings.seq_len} tokens; lower train.micro_batch_size "
+                "(the batch stays the same) or set runtime.recompute=mixer"
             ) from None
-        progress = self.progress
-        progress.step += 1
-        progress.next_sample = batch.next_sample
+        state = self.state
+        state.step += 1
+        state.next_sample = batch.next_sample
         if result.skipped:
-            progress.skipped += 1
-            progress.skipped_in_row += 1
+            state.skipped += 1
+            state.skipped_in_row += 1
         else:
-            progress.skipped_in_row = 0
+            state.skipped_in_row = 0
             if self.ema is not None:
                 self.ema.update()
-                progress.ema_updates = self.ema.updates
+                state.ema_updates = self.ema.updates
+        record = self._step_record(result, self.settings.optimizer.lr * scale, loader)
+        self._record(record)
+        self.display.step(record)
+        if state.skipped_in_row >= self.settings.max_bad_steps:
+            raise TrainingDiverged(self._divergence())
+
+    def _step_record(self, result: StepResult, lr: float, loader: Loader) -> dict:
         now, waited = time.perf_counter(), loader.wait_seconds
         seconds, self._clock = now - self._clock, now
         loader_wait, self._waited = waited - self._waited, waited
         rate = self.tokens_per_step / seconds
         record = {
-            "step": progress.step,
+            "step": self.state.step,
             "loss": result.loss,
             "lr": lr,
             "grad_norm": result.grad_norm,
-            "tokens": progress.step * self.tokens_per_step,
+            "tokens": self.state.step * self.tokens_per_step,
             "tokens_per_second": rate,
-            "mfu": None if self._mfu_per_token_rate is None else rate * self._mfu_per_token_rate,
+            "mfu": self._utilisation(rate),
             "peak_memory_bytes": peak_memory_bytes(self.device),
             "loader_wait_seconds": loader_wait,
             "step_seconds": seconds,
         }
-        if result.routing is not None:
-            record |= result.routing.record()
+        record |= {f"loss_{name}": value for name, value in result.layer_losses.items()}
+        if (routing := routing_of(self.model, result.metrics)) is not None:
+            record |= routing.record()
         if result.skipped:
             record["skipped"] = True
-        self._record(record)
-        self.display.step(record)
-        if progress.skipped_in_row >= self.settings.max_bad_steps:
-            raise TrainingDiverged(self._divergence())
+        return record
+
+    def _utilisation(self, tokens_per_second: float) -> float | None:
+        """Model-FLOPs utilisation of all devices; None if their peak is unknown."""
+        if self._peak_flops is None:
+            return None
+        return tokens_per_second * self._flops_per_token / (self._peak_flops * self.world.size)
 
     def _divergence(self) -> str:
         checkpoints = self.folder.checkpoints
         steps = checkpoints.steps()
-        last = f"the last good checkpoint is {checkpoints.path(steps[-1])}" if steps else "no checkpoint was written"
+        last = f"the last checkpoint is {checkpoints.path(steps[-1])}" if steps else "no checkpoint was written"
         return (
-            f"loss or gradient norm was not finite in {self.progress.skipped_in_row} steps in a row, "
-            f"up to step {self.progress.step}; {last}; lower train.optimizer.lr={self.settings.optimizer.lr}"
+            f"loss or gradient norm was not finite in {self.state.skipped_in_row} steps in a row, "
+            f"up to step {self.state.step}; {last}; lower train.optimizer.lr={self.settings.optimizer.lr}"
         )
 
     def _validation_is_due(self) -> bool:
-        step, every = self.progress.step, self.settings.eval_every
-        if step == 0 or self.progress.validated_step == step:
+        step, every = self.state.step, self.settings.eval_every
+        if step == 0 or self.state.validated_step == step:
             return False
         return step == self.settings.steps or (every > 0 and step % every == 0)
 
     def _validate(self, stop: StopSignal) -> bool:
-        """Score the held-out text; False when a signal came before the end, and nothing is recorded."""
+        """Score the held-out text. False if a signal came before the end; then nothing is recorded."""
         try:
             score = self._score(stop)
             record = {
-                "step": self.progress.step,
+                "step": self.state.step,
                 "val_bpb": score.bpb,
                 "val_nll_per_token": score.nll_per_token,
                 "val_tokens": score.tokens,
                 "val_bytes": score.bytes,
-                "tokens": self.progress.step * self.tokens_per_step,
+                "val_window": self.settings.seq_len,
+                "val_stride": self.settings.seq_len,
+                "tokens": self.state.step * self.tokens_per_step,
             }
             if score.routing is not None:
                 record |= {f"val_{name}": value for name, value in score.routing.record().items()}
@@ -252,14 +295,14 @@ class Trainer:
                     record["val_bpb_ema"] = self._score(stop).bpb
         except _Interrupted:
             return False
-        self.progress.validated_step, self.progress.val_bpb = self.progress.step, score.bpb
+        self.state.validated_step, self.state.val_bpb = self.state.step, score.bpb
         self._record(record)
         self.display.validation(record)
         return True
 
     def _score(self, stop: StopSignal):
         def interrupt(_):
-            if stop.received is not None:
+            if self._stopped(stop):
                 raise _Interrupted
 
         return score_documents(
@@ -267,33 +310,38 @@ class Trainer:
             self.data.validation.documents(),
             window=self.settings.seq_len,
             stride=self.settings.seq_len,
-            # What fits with the activations that training keeps fits without them.
+            # Fits in memory, as it does in training together with the activations saved for backward.
             batch_tokens=self.micro_batch_size * self.settings.seq_len,
             max_tokens=self.settings.eval_tokens,
             device=self.device,
             dtype=self.dtype,
             progress=interrupt,
+            world=self.world,
         )
 
     def _is_best(self) -> bool:
-        """Whether the weights as they are were validated and no checkpoint scored better."""
-        progress = self.progress
-        if progress.val_bpb is None or progress.validated_step != progress.step:
+        """Whether the current weights were validated and score better than every checkpoint."""
+        state = self.state
+        if state.val_bpb is None or state.validated_step != state.step:
             return False
-        return progress.best_val_bpb is None or progress.val_bpb < progress.best_val_bpb
+        return state.best_val_bpb is None or state.val_bpb < state.best_val_bpb
 
     def _save(self) -> None:
-        progress = self.progress
+        state = self.state
         if self._is_best():
-            progress.best_step, progress.best_val_bpb = progress.step, progress.val_bpb
-        self._metrics.sync()
+            state.best_step, state.best_val_bpb = state.step, state.val_bpb
+        if self._metrics is not None:
+            self._metrics.sync()
         checkpoints = self.folder.checkpoints
-        save_state(checkpoints, progress, self.recipe, self.model, self.optimizer, self.ema, self.device)
-        self._saved = replace(progress)
-        checkpoints.prune(self.settings.keep_checkpoints, progress.best_step)
+        parts = (self.recipe, self.model, self.optimizer, self.ema, self.device)
+        save_state(checkpoints, state, *parts, world=self.world)
+        self._saved = replace(state)
+        if self.world.is_main:
+            checkpoints.prune(self.settings.keep_checkpoints, state.best_step)
 
     def _record(self, record: dict) -> None:
-        self._metrics.write(record)
+        if self._metrics is not None:
+            self._metrics.write(record)
         for logger in self._loggers:
             logger.log(record)
 
@@ -304,19 +352,21 @@ class Trainer:
             batch_size=self.settings.batch_size,
             seed=self.settings.seed,
             document_mask=self.recipe.data.document_mask,
-            start_sample=self.progress.next_sample,
+            start_sample=self.state.next_sample,
+            rank=self.world.rank,
+            world_size=self.world.size,
             device=self.device,
         )
 
     def _announce(self) -> None:
         count = count_parameters(self.model)
-        steps, start = self.settings.steps, self.progress.step
+        steps, start = self.settings.steps, self.state.step
         facts = {
-            "run": f"{self.folder.path}" + (f", going on from step {start}" if start else ""),
+            "run": f"{self.folder.path}" + (f", resuming from step {start}" if start else ""),
             "device": f"{self.device.type} ({device_name(self.device)}), {str(self.dtype).removeprefix('torch.')}",
             "parameters": f"{count.total:,} (embedding {count.embedding:,})",
             "training text": f"{self.data.train.n_tokens:,} tokens, {self.data.train.n_documents:,} documents",
             "tokens per step": f"{self.tokens_per_step:,} ({self.settings.batch_size} x {self.settings.seq_len})",
             "steps": f"{steps:,} ({steps * self.tokens_per_step:,} tokens)",
         }
-        self.display.header(facts, self.model.implementations)
+        self.display.header(facts, self.backends)

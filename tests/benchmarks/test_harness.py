@@ -1,12 +1,15 @@
-"""What a benchmark says of contenders that are right and wrong, and that their turns change."""
+"""How a benchmark judges contenders, and that timed calls are interleaved."""
 
-import time
+import json
+from dataclasses import asdict
 from types import SimpleNamespace
 
 import pytest
 import torch
 
 from benchmarks import harness
+
+CPU = torch.device("cpu")
 
 
 def _problem(upstream=None, **contenders):
@@ -23,39 +26,83 @@ def _problem(upstream=None, **contenders):
     )  # fmt: skip
 
 
+def _measure(problem):
+    return harness.measure(problem, CPU, quick=True)
+
+
 @pytest.mark.parametrize("upstream", [None, torch.ones(1000)], ids=["forward", "both"])
-def test_a_contender_that_is_wrong_gets_no_time(upstream):
-    problem = _problem(upstream, right=lambda x: 2 * (x / 2).sin() * (x / 2).cos(), wrong=lambda x: x.sin() + 1e-3)
-    eager, right, wrong = harness.measure(problem, torch.device("cpu"), quick=True)
-    assert eager.milliseconds > 0 and right.milliseconds > 0 and right.reason is None
-    assert wrong.reason == "wrong" and wrong.milliseconds is None
-    assert [one.name for one in (eager, right, wrong)] == ["eager", "right", "wrong"]
+def test_a_less_exact_peer_has_its_time_and_its_error(upstream):
+    problem = _problem(upstream, exact=lambda x: 2 * (x / 2).sin() * (x / 2).cos(), inexact=lambda x: x.sin() + 1e-3)
+    eager, exact, inexact = measured = _measure(problem)
+    assert [one.name for one in measured] == ["eager", "exact", "inexact"]
+    assert all(one.milliseconds > 0 and one.reason is None for one in measured)
+    assert eager.error_over_bound <= 1 and exact.error_over_bound <= 1
+    relative = 1e-3 * 1000**0.5 / torch.linspace(-1, 1, 1000).sin().norm().item()
+    assert max(inexact.errors) == pytest.approx(relative, rel=1e-3)
+    assert inexact.error_over_bound == pytest.approx(relative / problem.min_bound, rel=1e-3)
 
 
-def test_a_gradient_that_is_wrong_is_seen():
+def test_a_kernel_of_ours_that_is_less_exact_is_wrong():
+    fast, slow = _measure(_problem(fusedlm_fast=lambda x: x.sin() + 1e-3, fusedlm_slow=torch.sin))[1:]
+    assert fast.reason == "wrong" and fast.milliseconds is None and fast.error_over_bound > 1
+    assert slow.reason is None and slow.milliseconds > 0
+
+
+def test_an_inexact_gradient_counts():
     problem = _problem(torch.ones(1000), detached=lambda x: x.sin().detach() + x.cos() - x.cos().detach())
-    assert harness.measure(problem, torch.device("cpu"), quick=True)[1].reason == "wrong"
+    detached = _measure(problem)[1]
+    assert detached.errors[0] < 1e-6 < detached.errors[1] and detached.error_over_bound > 1
 
 
-def test_a_part_is_timed_beside_the_whole():
+def _with_nan(x):
+    return x.sin().index_fill(0, torch.tensor([998]), float("nan"))
+
+
+@pytest.mark.parametrize(
+    "contender, reason",
+    [
+        (_with_nan, "NaN or infinity"),
+        (lambda x: x.sin() / 0, "NaN or infinity"),
+        (lambda x: x.sin()[:999], r"wrong shape: [(999,)], not [(1000,)]"),
+        (lambda x: x.sin()[0], r"wrong shape: [()], not [(1000,)]"),
+        (lambda x: (x.sin(), x.sin()), r"wrong shape: [(1000,), (1000,)], not [(1000,)]"),
+    ],
+)
+def test_nan_and_wrong_shapes_are_never_timed(contender, reason):
+    peer, right = _measure(_problem(peer=contender, right=torch.sin))[1:]
+    assert peer.reason == reason and peer.milliseconds is None and peer.errors == []
+    assert right.milliseconds > 0
+    json.dumps(asdict(peer), allow_nan=False)
+
+
+def test_nan_outside_of_the_sample_is_seen():
+    problem = _problem(peer=_with_nan)
+    problem.sample = lambda found: [x[:100] for x in found]
+    exact = problem.exact
+    problem.exact = lambda: [x[:100] for x in exact()]
+    assert _measure(problem)[1].reason == "NaN or infinity"
+
+
+def test_a_part_of_the_work_is_timed_too():
     problem = _problem()
-    problem.alone = ("half", lambda x: x[:500].sin())
-    found = harness.measure(problem, torch.device("cpu"), quick=True)
+    problem.part = ("half", lambda x: x[:500].sin())
+    found = _measure(problem)
     assert found[-1].name == "half" and found[-1].milliseconds > 0 and not found[-1].errors
 
 
-def test_contenders_take_turns_that_change(monkeypatch):
-    """On a device whose clock is the host's."""
+def test_calls_are_interleaved_in_an_order_that_changes(monkeypatch):
+    """On a stand-in for a GPU, whose clock is moved by the calls."""
+    now = [0.0]
 
     class Event:
         def __init__(self, enable_timing):
             assert enable_timing
 
         def record(self):
-            self.at = time.perf_counter()
+            self.at = now[0]
 
         def elapsed_time(self, end):
-            return 1e3 * (end.at - self.at)
+            return end.at - self.at
 
     memory = torch.zeros(1)
     monkeypatch.setattr(torch.cuda, "Event", Event)
@@ -63,12 +110,15 @@ def test_contenders_take_turns_that_change(monkeypatch):
     monkeypatch.setattr(torch, "empty", lambda *size, **options: memory)
     calls = []
 
-    def contender(name, seconds):
-        return lambda: (calls.append(name), time.sleep(seconds))
+    def contender(name, milliseconds):
+        def call():
+            calls.append(name)
+            now[0] += milliseconds
 
-    functions = [contender("a", 0.001), contender("b", 0.003), contender("c", 0.0)]
-    a, b, c = harness._side_by_side(functions, SimpleNamespace(type="cuda"), quick=True)
-    assert c < a < b and a >= 1 and b >= 3
-    turns = ["".join(calls[i : i + 3]) for i in range(9, len(calls), 3)]  # behind three warm-ups of each
+        return call
+
+    functions = [contender("a", 1.0), contender("b", 3.0), contender("c", 0.5)]
+    assert harness._interleaved(functions, SimpleNamespace(type="cuda"), quick=True) == [1.0, 3.0, 0.5]
+    turns = ["".join(calls[i : i + 3]) for i in range(9, len(calls), 3)]  # after three warm-up calls of each
     assert len(turns) >= 9 and {"".join(sorted(turn)) for turn in turns} == {"abc"}
     assert len(set(turns)) > 2

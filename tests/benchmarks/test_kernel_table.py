@@ -1,4 +1,4 @@
-"""Kernels of a trace beside their floors."""
+"""Kernels of a trace and their floors."""
 
 import importlib
 
@@ -6,6 +6,7 @@ import pytest
 
 from benchmarks.harness import Ceilings
 from benchmarks.kernel_table import PASSES, PRODUCTS, rows_of, summary
+from fusedlm import ops
 
 CEILINGS = Ceilings(bytes_per_second=1e12, flops_per_second=1e14)
 
@@ -23,7 +24,7 @@ def test_floors():
     events = [
         _op(1, "aten::mm", [[100, 200], [200, 50]], [bf16, bf16]),
         _kernel(1, "gemm", 2.0),
-        _kernel(1, "gemm", 2.0),  # the product in two launches has the floor of one
+        _kernel(1, "gemm", 2.0),  # a product in two launches has the floor of one
         _op(2, "triton_poi_fused_add", [[1000], [], [1000]], ["float", "Scalar", bf16]),
         _kernel(2, "triton_poi_fused_add", 0.006),
         _op(3, "aten::copy_", [[10], [10]], ["float", "float"]),
@@ -34,7 +35,7 @@ def test_floors():
             [[64, 8], [500, 8], [64], [64]],
             [bf16, bf16, "long int", "float"],
         ),
-        _kernel(4, "both_kernel", 0.5),
+        _kernel(4, "loss_and_gradient_kernel", 0.5),
         _op(
             5, "aten::_scaled_dot_product_cudnn_attention", [[2, 4, 16, 24], [2, 4, 16, 24], [2, 4, 16, 8]], [bf16] * 3
         ),
@@ -55,7 +56,7 @@ def test_floors():
     assert rows["gemm"].calls == 2 and rows["gemm"].milliseconds == pytest.approx(4e-3)
     assert rows["gemm"].floor_ms == pytest.approx(1e3 * 2 * 100 * 200 * 50 / 1e14)
     assert rows["triton_poi_fused_add"].share_of_floor == pytest.approx(1)
-    assert rows["both_kernel"].floor_ms == pytest.approx(1e3 * 2 * 64 * 500 * 2 / 1e12)
+    assert rows["loss_and_gradient_kernel"].floor_ms == pytest.approx(1e3 * 2 * 64 * 500 * 2 / 1e12)
     assert rows["sdpa"].floor_ms == pytest.approx(1e3 * 2 * 4 * 16 * 16 * (24 + 8) / 1e14)
     assert rows["sdpa_backward"].floor_ms == pytest.approx(2.5 * rows["sdpa"].floor_ms)
     assert rows["_down_backward_kernel"].floor_ms == pytest.approx(1e3 * 2 * 10 * 8 * 32 / 1e14)
@@ -77,13 +78,13 @@ def test_floors():
 
 BF16 = "c10::BFloat16"
 N, D, H, V = 64, 8, 32, 500
-MOVED = [  # op, sizes of its arguments, kernel, numbers that it moves
+MOVED = [  # op, sizes of its arguments, kernel, elements that it reads and writes
     ("softcap_cross_entropy", [[N, V], [N]], "forward_kernel", N * V),
-    ("softcap_cross_entropy", [[N, V], [N]], "whole_rows_kernel", N * V),
+    ("softcap_cross_entropy", [[N, V], [N]], "full_rows_kernel", N * V),
     ("softcap_cross_entropy_backward", [[N], [N, V], [N], [2, N]], "backward_kernel", 2 * N * V),
-    ("reduced_softcap_cross_entropy", [[N, V], [N]], "both_kernel", 2 * N * V),
-    ("reduced_softcap_cross_entropy_", [[N, V], [N]], "whole_rows_kernel", 2 * N * V),
-    ("linear_softcap_cross_entropy_losses", [[N, D], [V, D], [N]], "whole_rows_kernel", N * V),
+    ("reduced_softcap_cross_entropy", [[N, V], [N]], "loss_and_gradient_kernel", 2 * N * V),
+    ("reduced_softcap_cross_entropy_", [[N, V], [N]], "full_rows_kernel", 2 * N * V),
+    ("linear_softcap_cross_entropy_losses", [[N, D], [V, D], [N]], "full_rows_kernel", N * V),
     ("differential_combine", [[2, 4, 3, 8]] * 2, "_forward_kernel", 3 * 192),
     ("differential_combine_backward", [[2, 4, 3, 8]] * 3, "_backward_kernel", 5 * 192),
     ("rmsnorm_linear", [[2, N, D], [D], [V, D]], "_normalise_kernel", 2 * 2 * N * D),
@@ -93,19 +94,22 @@ MOVED = [  # op, sizes of its arguments, kernel, numbers that it moves
 ]
 
 
-@pytest.mark.parametrize("op, dims, kernel, numbers", MOVED)
-def test_floors_of_what_our_kernels_move(op, dims, kernel, numbers):
+@pytest.mark.parametrize("op, dims, kernel, elements", MOVED)
+def test_floors_of_kernels_that_move_bytes(op, dims, kernel, elements):
     events = [_op(1, f"fusedlm::{op}", dims, [BF16] * len(dims)), _kernel(1, kernel, 1.0)]
-    assert rows_of(events, CEILINGS)[0].floor_ms == pytest.approx(1e3 * 2 * numbers / CEILINGS.bytes_per_second)
+    assert rows_of(events, CEILINGS)[0].floor_ms == pytest.approx(1e3 * 2 * elements / CEILINGS.bytes_per_second)
 
 
-def test_floor_of_the_product_behind_a_norm():
-    events = [_op(1, "fusedlm::rmsnorm_linear", [[N, D], [D], [V, D]], [BF16] * 3), _kernel(1, "_product_kernel", 1.0)]
+def test_floor_of_the_matmul_after_a_norm():
+    events = [
+        _op(1, "fusedlm::rmsnorm_linear", [[N, D], [D], [V, D]], [BF16] * 3),
+        _kernel(1, "_scaled_matmul_kernel", 1.0),
+    ]
     assert rows_of(events, CEILINGS)[0].floor_ms == pytest.approx(1e3 * 2 * N * D * V / CEILINGS.flops_per_second)
 
 
-def test_the_kernels_have_these_names():
+def test_the_table_names_kernels_that_exist():
     for op, names in [*PASSES.items(), *PRODUCTS.items()]:
-        module = "kernels" if op == "softcap_cross_entropy" else "triton"
-        found = importlib.import_module(f"fusedlm.ops.{op}.{module}")
+        folder = getattr(ops, op).__module__.removesuffix(".op")
+        found = importlib.import_module(f"{folder}.{'kernels' if op == 'softcap_cross_entropy' else 'triton'}")
         assert all(hasattr(found, name) for name in names), op

@@ -1,4 +1,4 @@
-"""A small recipe, its text and a finished run of it, and a way to run a command line inside the test."""
+"""A small recipe, its text and a finished run of it, and a fixture that runs a command line in this process."""
 
 import shutil
 from dataclasses import dataclass
@@ -20,7 +20,8 @@ model:
 data:
   source: {type: text, path: text.txt, separator: "---"}
   split: {type: hash, fraction: 0.3}
-train: {steps: 2, seq_len: 16, batch_size: 2, device: cpu, eval_every: 0, checkpoint_every: 1}
+train: {steps: 2, seq_len: 16, batch_size: 2, eval_every: 0, checkpoint_every: 1}
+runtime: {device: cpu}
 """
 TEXT = "\n---\n".join(f"Document {i} says that {i} times {i} makes {i * i}, naïvely." for i in range(20)) + "\n"
 
@@ -46,7 +47,7 @@ def fusedlm(capsys):
 
 @pytest.fixture(scope="session")
 def finished(tmp_path_factory) -> Path:
-    """A folder with small.yaml, text.txt, prepared/ and the run runs/small; not to be written to."""
+    """A folder with small.yaml, text.txt, prepared/ and the run runs/small; read only."""
     folder = tmp_path_factory.mktemp("finished")
     (folder / "small.yaml").write_text(RECIPE)
     (folder / "text.txt").write_text(TEXT, encoding="utf-8")

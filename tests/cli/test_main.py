@@ -1,4 +1,4 @@
-"""The frame around the commands: help, version, exit codes."""
+"""Common to all commands: help, version, exit codes, closed pipes and full disks."""
 
 import os
 import subprocess
@@ -10,7 +10,7 @@ import fusedlm as package
 from fusedlm.cli import main
 from fusedlm.cli.common import show
 
-COMMANDS = ["train", "eval", "generate", "data", "report", "plan", "doctor"]
+COMMANDS = ["train", "eval", "generate", "compare", "data", "report", "plan", "doctor"]
 PROGRAM = [sys.executable, "-c", "import sys; from fusedlm.cli import main; sys.exit(main())"]
 
 
@@ -23,7 +23,7 @@ def test_help_names_every_command_and_does_not_load_torch():
 
 
 @pytest.mark.parametrize("arguments", [[], ["-h"], ["data"], *([command, "--help"] for command in COMMANDS)])
-def test_help(arguments, fusedlm):
+def test_every_command_has_help(arguments, fusedlm):
     outcome = fusedlm(*arguments)
     assert (outcome.code, outcome.err) == (0, "")
     assert "Usage: fusedlm" in outcome.out

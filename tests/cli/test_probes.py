@@ -1,4 +1,4 @@
-"""fusedlm eval --probe and --yarn: what they print and write, and what they refuse."""
+"""fusedlm eval --probe and --yarn: output, files, and refused arguments."""
 
 import json
 from pathlib import Path
@@ -18,7 +18,7 @@ def long_text(workspace: Path) -> str:
 
 @pytest.fixture
 def without_rope(workspace: Path) -> str:
-    """The run with its latent attention turned to another gated delta net, untrained."""
+    """A recipe like that of the run, with gated delta nets only."""
     recipe = yaml.safe_load(Path("small.yaml").read_text())
     recipe["model"]["pattern"] = "g"
     Path("plain.yaml").write_text(yaml.safe_dump(recipe))
@@ -46,14 +46,14 @@ def test_mqar_of_a_run_and_of_its_recipe(workspace: Path, fusedlm):
     assert written("mqar", "elsewhere")["accuracy"] == record["accuracy"]
 
 
-def test_needle_before_and_after_teaching(workspace: Path, long_text: str, fusedlm):
+def test_needle_before_and_after_finetuning(workspace: Path, long_text: str, fusedlm):
     options = ("--probe", "needle", "--text", long_text, "--samples", 2, "--depths", "0,1")
     outcome = fusedlm("eval", RUN, *options, "--lengths", "8,16,1000")
     assert outcome.code == 0, outcome.err
     record = written("needle")
     assert [(c["length"], c["depth"]) for c in record["cells"]] == [(128, 0), (128, 1), (256, 0), (256, 1)]
     assert record["left_out"] == [16000] and "16,000 tokens" in outcome.out
-    assert record["teaching"] is None and record["checkpoint"] == 2
+    assert record["finetuning"] is None and record["checkpoint"] == 2
     assert fusedlm("eval", RUN, *options, "--lengths", "8,16", "--yarn", 8).code == 0
     assert written("needle")["yarn"] == 8 and written("needle")["cells"] != record["cells"]
     longer = fusedlm("train", "small.yaml", "train.seq_len=96", "train.steps=1", "--out", "runs/longer")
@@ -62,7 +62,7 @@ def test_needle_before_and_after_teaching(workspace: Path, long_text: str, fused
     outcome = fusedlm("eval", "runs/longer", *options, "--lengths", "1,2", "--steps", 2, "--lr", "0.01", "--json")
     assert outcome.code == 0, outcome.err
     after = json.loads(outcome.out)
-    assert (after["teaching"]["steps"], after["teaching"]["lr"]) == (2, 0.01)
+    assert (after["finetuning"]["steps"], after["finetuning"]["lr"]) == (2, 0.01)
     assert after["cells"] != before["cells"]
 
 
@@ -71,22 +71,30 @@ def test_extend_with_and_without_rope(workspace: Path, long_text: str, without_r
     assert outcome.code == 0, outcome.err
     record = written("extend")
     assert [curve["yarn"] for curve in record["curves"]] == [None, 2, 4]
-    assert record["reach"] == 8 and record["windows"] == 5
+    assert record["max_multiple"] == 8 and record["windows"] == 5
     assert "YaRN 4" in outcome.out and f"{record['curves'][2]['bpb'][-1]:.4f}" in outcome.out
+    rows = [line.split() for line in outcome.out[outcome.out.index("on the same text") :].splitlines()]
+    plain, _, stretched = record["curves"]
+    assert ["unstretched", f"{plain['at_1x']:.4f}", f"{plain['at_4x']:.4f}"] in rows
+    changes = [f"{stretched[f'change_{n}x']:+.4f}" for n in (1, 4)]
+    errors = [f"{stretched[f'change_{n}x_error']:.4f}" for n in (1, 4)]
+    expected = ["YaRN", "4", f"{stretched['at_1x']:.4f}", f"{stretched['at_4x']:.4f}"]
+    assert [*expected, changes[0], "±", errors[0], changes[1], "±", errors[1]] in rows
     assert fusedlm("train", without_rope, "train.steps=1", "--out", "runs/plain").code == 0
     outcome = fusedlm("eval", "runs/plain", "--probe", "extend", "--text", long_text)
-    assert "no mixer of this model has rotary embedding" in outcome.out
+    assert "no mixer of this model has rotary embedding, which YaRN stretches" in outcome.out
     assert len(written("extend", "runs/plain/probes")["curves"]) == 1
     assert "no mixer" in fusedlm("eval", "runs/plain", "--yarn", 2).err
 
 
-def test_extend_of_the_held_out_text_says_how_far_it_reaches(workspace: Path, fusedlm):
+def test_extend_says_that_documents_are_too_short_for_longer_windows(workspace: Path, fusedlm):
     outcome = fusedlm("eval", RUN, "--probe", "extend")
     assert outcome.code == 0, outcome.err
-    assert written("extend")["reach"] == 2 and "no document has 64 tokens" in outcome.out
+    assert written("extend")["max_multiple"] == 2 and "no document has 64 tokens" in outcome.out
+    assert "on the same text" not in outcome.out
 
 
-def test_yarn_changes_what_is_scored_and_generated(workspace: Path, long_text: str, fusedlm):
+def test_yarn_changes_the_score_and_generates(workspace: Path, long_text: str, fusedlm):
     def bpb(*options):
         outcome = fusedlm("eval", RUN, "--text", long_text, "--window", 64, "--json", *options)
         assert outcome.code == 0, outcome.err
@@ -102,17 +110,17 @@ def test_yarn_changes_what_is_scored_and_generated(workspace: Path, long_text: s
 @pytest.mark.parametrize(
     ("line", "named"),
     [
-        ("eval {run} --probe recall", "'recall' is not one of mqar, needle, extend"),
-        ("eval {run} --steps 5", "--steps does nothing for scoring without --probe"),
+        ("eval {run} --probe recall", "'recall': must be one of mqar, needle, extend"),
+        ("eval {run} --steps 5", "--steps is not an option of scoring without --probe"),
         ("eval {run} --out here", "--out"),
-        ("eval {run} --probe mqar --text long.txt", "--text does nothing for --probe mqar"),
+        ("eval {run} --probe mqar --text long.txt", "--text is not an option of --probe mqar"),
         ("eval {run} --probe mqar --yarn 2", "--yarn"),
         ("eval {run} --probe mqar --checkpoint 1", "--checkpoint"),
         ("eval {run} --probe mqar --weights ema", "--weights"),
         ("eval {run} --probe mqar --window 8", "--window"),
         (
             "eval {run} --probe needle --pairs 4",
-            "--pairs does nothing for --probe needle; it is an option of --probe mqar",
+            "--pairs is not an option of --probe needle; it is one of --probe mqar",
         ),
         ("eval {run} --probe needle --factors 4", "--factors"),
         ("eval {run} --probe extend --yarn 2", "--yarn"),

@@ -1,9 +1,11 @@
+"""fusedlm eval of a model with routed feed-forwards."""
+
 import json
 
 import pytest
 
 
-def test_eval_of_a_routed_model_says_what_it_computed(workspace, fusedlm):
+def test_eval_of_a_routed_model_prints_its_routing(workspace, fusedlm):
     ffn = "{type: routed, hidden: 64, budget: 0.5}"
     trained = fusedlm("train", "small.yaml", f"model.blocks.m.ffn={ffn}", "--out", "runs/routed")
     assert trained.code == 0, trained.err

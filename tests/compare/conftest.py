@@ -1,4 +1,4 @@
-"""A tiny experiment, and the work of its processes done in this one, counted."""
+"""A tiny experiment whose work runs in this process and is counted."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,11 +24,11 @@ decode_lengths: [20, 70]
 
 
 @dataclass
-class Apart:
-    """Stands for fusedlm.compare.process.apart; `calls` are the names of the work and of the folder it was for."""
+class InProcess:
+    """Replaces run_in_process; `calls` are the names of the work and of its folder."""
 
     calls: list[tuple[str, str]] = field(default_factory=list)
-    before: object = None  # called with (name of the work, its arguments, report), may raise or return a report
+    before: object = None  # called with (name of the work, its arguments, report); may raise or return another report
 
     def __call__(self, work, *arguments, report, stop):
         folder = next((argument.name for argument in arguments if isinstance(argument, Path)), "")
@@ -42,9 +42,9 @@ class Apart:
 
 
 @pytest.fixture
-def apart(monkeypatch) -> Apart:
-    stand_in = Apart()
-    monkeypatch.setattr("fusedlm.compare.experiment.apart", stand_in)
+def in_process(monkeypatch) -> InProcess:
+    stand_in = InProcess()
+    monkeypatch.setattr("fusedlm.compare.experiment.run_in_process", stand_in)
     monkeypatch.setattr("fusedlm.report.style.DPI", 30)
     return stand_in
 
@@ -63,8 +63,8 @@ def finished(experiment_file, tmp_path_factory):
     """(Outcome, folder, calls) of the tiny experiment; read only."""
     out = tmp_path_factory.mktemp("finished") / "out"
     with pytest.MonkeyPatch.context() as patch:
-        stand_in = Apart()
-        patch.setattr("fusedlm.compare.experiment.apart", stand_in)
+        stand_in = InProcess()
+        patch.setattr("fusedlm.compare.experiment.run_in_process", stand_in)
         patch.setattr("fusedlm.report.style.DPI", 30)
         outcome = run_experiment(*load_experiment(experiment_file), out)
     return outcome, out, stand_in.calls

@@ -1,18 +1,23 @@
-"""Functions that test_process runs in processes of their own."""
+"""Functions that test_process runs in new processes."""
 
+import logging
 import os
 import signal
 
 import torch
 
-from fusedlm.train.hardware import peak_memory_bytes
-from fusedlm.train.signals import StopSignal
+from fusedlm.runs.hardware import peak_memory_bytes
+from fusedlm.runs.signals import StopSignal
 
 
 def where(send):
     send("step", 1)
     send("step", 2)
     return os.getpid(), os.getcwd()
+
+
+def warn(send):
+    logging.getLogger("fusedlm.somewhere").warning("backend %s cannot run", "x")
 
 
 def refuse(send):

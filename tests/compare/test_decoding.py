@@ -20,20 +20,20 @@ def test_softmax_states_grow_with_length(mixer):
     assert found[1000][0] == 100 * found[10][0]
 
 
-def test_recurrent_states_do_not():
+def test_recurrent_states_do_not_grow():
     model = part_model("{type: gdn, n_heads: 2, chunk_size: 8}")
     found = measure_decoding(model, [10, 100_000], CPU, torch.float32)
     assert found[10][0] == found[100_000][0] == state_bytes(model, 1, torch.float32)
     assert all(rate > 0 for _, rate in found.values())
 
 
-def test_the_model_stays_in_the_mode_it_was_in():
+def test_the_model_keeps_its_mode():
     model = part_model("{type: attention, n_heads: 2}").train()
     measure_decoding(model, [4], CPU, torch.float32)
     assert model.training and all(parameter.grad is None for parameter in model.parameters())
 
 
-def test_what_does_not_fit_is_none(monkeypatch):
+def test_lengths_out_of_memory_are_none(monkeypatch):
     model = part_model("{type: attention, n_heads: 2}")
     extend = type(model.init_state(1)).extend_to
 

@@ -32,17 +32,17 @@ def test_the_grid_is_variants_by_seeds_each_a_run(finished):
     assert losses(out / "runs/latent-seed0") != losses(out / "runs/latent-seed1")
 
 
-def test_a_finished_experiment_trains_nothing_again(finished, experiment_file, apart, tmp_path):
+def test_a_finished_experiment_trains_nothing_again(finished, experiment_file, in_process, tmp_path):
     shutil.copytree(finished[1], tmp_path / "out")
     before = (tmp_path / "out/results.json").read_text()
     (tmp_path / "out/report.html").unlink()
     outcome = run_experiment(*load_experiment(experiment_file), tmp_path / "out")
-    assert apart.calls == []
+    assert in_process.calls == []
     assert (tmp_path / "out/results.json").read_text() == before and outcome.report.exists()
 
 
-def test_an_interruption_repeats_nothing(finished, experiment_file, apart, tmp_path):
-    """A signal in the second run; going on repeats neither the first run nor the steps before the signal."""
+def test_an_interruption_repeats_nothing(finished, experiment_file, in_process, tmp_path):
+    """A signal in the second run; resuming repeats neither the first run nor the steps before the signal."""
 
     def interrupt(name, arguments, report):
         def relay(kind, content):
@@ -52,22 +52,22 @@ def test_an_interruption_repeats_nothing(finished, experiment_file, apart, tmp_p
 
         return relay
 
-    apart.before = interrupt
+    in_process.before = interrupt
     loaded = load_experiment(experiment_file)
     outcome = run_experiment(*loaded, tmp_path / "out")
-    assert outcome.stopped and apart.trained() == ALL[:2]
+    assert outcome.stopped and in_process.trained() == ALL[:2]
     assert [row["outcome"] for row in outcome.results.rows] == ["finished", "not run", "not run", "not run"]
     assert "3 of 4 runs are not finished yet" in outcome.results.verdicts()
     done = len(losses(tmp_path / "out/runs/softmax-seed0"))
     assert 0 < done < 4
-    apart.calls.clear()
-    apart.before = None
+    in_process.calls.clear()
+    in_process.before = None
     starts = []
-    apart.before = lambda name, arguments, report: (
+    in_process.before = lambda name, arguments, report: (
         lambda kind, content: starts.append(content) if kind == "begin" else None
     )
     assert not run_experiment(*loaded, tmp_path / "out").stopped
-    assert apart.trained() == ALL[1:] and starts == [done, 0, 0]
+    assert in_process.trained() == ALL[1:] and starts == [done, 0, 0]
     for name in ALL:
         assert records(tmp_path / "out/runs" / name) == records(finished[1] / "runs" / name)
 
@@ -86,7 +86,7 @@ def test_an_interruption_repeats_nothing(finished, experiment_file, apart, tmp_p
         (["experiment.name=other"], "name is"),
     ],
 )
-def test_a_changed_experiment_is_refused(finished, experiment_file, apart, tmp_path, overrides, named):
+def test_a_changed_experiment_is_refused(finished, experiment_file, in_process, tmp_path, overrides, named):
     out = tmp_path / "out"
     out.mkdir()
     shutil.copy(finished[1] / "identity.json", out)
@@ -94,10 +94,10 @@ def test_a_changed_experiment_is_refused(finished, experiment_file, apart, tmp_p
         run_experiment(*load_experiment(experiment_file, overrides), out)
     text = str(caught.value)
     assert named in text and "holds another experiment" in text and "--out" in text and "\n" not in text
-    assert apart.calls == []
+    assert in_process.calls == []
 
 
-def test_changed_text_is_refused(finished, experiment_file, apart, tmp_path):
+def test_changed_text_is_refused(finished, experiment_file, in_process, tmp_path):
     out = tmp_path / "out"
     out.mkdir()
     identity = json.loads((finished[1] / "identity.json").read_text())
@@ -107,17 +107,17 @@ def test_changed_text_is_refused(finished, experiment_file, apart, tmp_path):
         run_experiment(*load_experiment(experiment_file), out)
 
 
-def test_seeds_and_variants_may_be_added(finished, experiment_file, apart, tmp_path):
+def test_seeds_and_variants_may_be_added(finished, experiment_file, in_process, tmp_path):
     shutil.copytree(finished[1], tmp_path / "out")
     more = "{latent: [model.pattern=m], softmax: [model.pattern=a], gdn: [model.pattern=g]}"
     overrides = [f"experiment.variants={more}", "experiment.seeds=[0, 1, 7]", "experiment.decode_lengths=[20]"]
     outcome = run_experiment(*load_experiment(experiment_file, overrides), tmp_path / "out")
-    assert apart.trained() == ["gdn-seed0", "gdn-seed1", "latent-seed7", "softmax-seed7", "gdn-seed7"]
-    assert [name for name, _ in apart.calls].count("measure") == 1
+    assert in_process.trained() == ["gdn-seed0", "gdn-seed1", "latent-seed7", "softmax-seed7", "gdn-seed7"]
+    assert [name for name, _ in in_process.calls].count("measure") == 1
     assert outcome.results.summary("gdn", "val_loss").n == 3
 
 
-def test_a_run_that_diverges_is_recorded_and_the_grid_goes_on(experiment_file, apart, monkeypatch, tmp_path):
+def test_a_run_that_diverges_is_recorded_and_the_grid_continues(experiment_file, in_process, monkeypatch, tmp_path):
     from fusedlm.compare import work
 
     def train(recipe, run_dir, **options):
@@ -135,26 +135,26 @@ def test_a_run_that_diverges_is_recorded_and_the_grid_goes_on(experiment_file, a
     assert row["message"] == "loss was not finite" and row["val_loss"] is None
     assert outcome.results.summary("softmax", "val_loss").n == 1
     assert outcome.results.verdicts()[0].endswith("one seed: no verdict")
-    assert "softmax diverged on seed 0, which no value counts" in outcome.results.verdicts()
-    apart.calls.clear()
+    assert "softmax diverged on seed 0; diverged runs are in no mean" in outcome.results.verdicts()
+    in_process.calls.clear()
     run_experiment(*loaded, tmp_path / "out")
-    assert apart.calls == []
+    assert in_process.calls == []
 
 
-def test_an_error_of_a_run_names_it_and_keeps_the_rest(experiment_file, apart, tmp_path):
+def test_an_error_of_a_run_names_it_and_keeps_the_rest(experiment_file, in_process, tmp_path):
     def fail(name, arguments, report):
         if arguments[1].name == "softmax-seed0":
             raise ValueError("the GPU's memory does not hold it")
 
-    apart.before = fail
+    in_process.before = fail
     loaded = load_experiment(experiment_file)
-    with pytest.raises(ValueError, match="^softmax-seed0: the GPU's memory does not hold it; what is finished is kept"):
+    with pytest.raises(ValueError, match="^softmax-seed0: the GPU's memory does not hold it; finished runs are kept"):
         run_experiment(*loaded, tmp_path / "out")
     outcome = run_experiment(*loaded, tmp_path / "out", train=False)
     assert [row["outcome"] for row in outcome.results.rows] == ["finished", "not run", "not run", "not run"]
 
 
-def test_time_is_measured_once_and_sets_the_steps(experiment_file, apart, monkeypatch, tmp_path):
+def test_time_is_measured_once_and_sets_the_steps(experiment_file, in_process, monkeypatch, tmp_path):
     seconds = {"latent": 0.25, "softmax": 0.1}
 
     def calibrate(recipe, folder, report):
@@ -169,8 +169,8 @@ def test_time_is_measured_once_and_sets_the_steps(experiment_file, apart, monkey
     assert [variant.recipe.train.steps for variant in outcome.results.variants.values()] == [4, 10]
     assert len(losses(tmp_path / "out/runs/softmax-seed0")) == 10
     schedule = [record["lr"] for record in records(tmp_path / "out/runs/softmax-seed0") if "lr" in record]
-    assert schedule[-1] < schedule[-3]  # it reaches its end
-    seconds.clear()  # another timing would fail
+    assert schedule[-1] < schedule[-3]  # the schedule reaches its end
+    seconds.clear()  # timing again would fail
     again = run_experiment(*loaded, tmp_path / "out")
     assert again.results.variants["softmax"].recipe.train.steps == 10
     assert not (tmp_path / "out/calibration").exists() or not any((tmp_path / "out/calibration").iterdir())
@@ -183,15 +183,15 @@ def test_a_step_is_timed_on_a_run_that_leaves_nothing(experiment_file, tmp_path)
     assert 0 < calibrate(recipe, tmp_path / "timing", lambda kind, content: None) < 60
 
 
-def test_reporting_changes_nothing_of_the_experiment(finished, experiment_file, apart, tmp_path):
+def test_reporting_changes_nothing_of_the_experiment(finished, experiment_file, in_process, tmp_path):
     shutil.copytree(finished[1], tmp_path / "out")
     before = (tmp_path / "out/identity.json").read_text()
     outcome = run_experiment(*load_experiment(experiment_file, ["experiment.seeds=3"]), tmp_path / "out", train=False)
-    assert apart.calls == [] and "2 of 6 runs are not finished yet" in outcome.results.verdicts()
+    assert in_process.calls == [] and "2 of 6 runs are not finished yet" in outcome.results.verdicts()
     assert (tmp_path / "out/identity.json").read_text() == before
 
 
-def test_reporting_needs_neither_the_text_nor_the_device(finished, experiment_file, apart, monkeypatch, tmp_path):
+def test_reporting_needs_neither_the_text_nor_the_device(finished, experiment_file, in_process, monkeypatch, tmp_path):
     shutil.copytree(finished[1], tmp_path / "out")
     identity = json.loads((tmp_path / "out/identity.json").read_text()) | {"device": "another GPU"}
     (tmp_path / "out/identity.json").write_text(json.dumps(identity))
@@ -215,11 +215,11 @@ def test_planning_trains_nothing(experiment_file, monkeypatch, tmp_path):
 
 def test_variants_must_hold_out_the_same_text(experiment_file, tmp_path):
     override = "experiment.variants={a: [model.pattern=m], b: [data.split.fraction=0.5]}"
-    with pytest.raises(ValueError, match="a and b differ in data.split; their losses would not compare"):
+    with pytest.raises(ValueError, match="a and b differ in data.split; their losses are not comparable"):
         run_experiment(*load_experiment(experiment_file, [override]), tmp_path / "out")
 
 
-def test_folders_that_are_something_else(finished, experiment_file, tmp_path):
+def test_other_folders_are_refused(finished, experiment_file, tmp_path):
     loaded = load_experiment(experiment_file)
     with pytest.raises(ValueError, match="holds a run"):
         run_experiment(*loaded, finished[1] / "runs/latent-seed0")

@@ -1,4 +1,4 @@
-"""What is held equal is equal, and what cannot be is one clear error."""
+"""Matched quantities are equal within the tolerance, and impossible matches are one-line errors."""
 
 from pathlib import Path
 
@@ -38,7 +38,7 @@ HYBRID, LATENT = ["model.pattern=ga"], ["model.pattern=m"]
 @pytest.mark.parametrize("by", ["ffn", "width", "depth"])
 @pytest.mark.parametrize("what", ["params", "flops"])
 def test_sizes_meet_those_of_the_first(what, by):
-    tolerance = 0.01 if by == "ffn" else 0.1  # the others come in coarse steps
+    tolerance = 0.01 if by == "ffn" else 0.1  # widths and depths are coarse
     first, *others = match([], HYBRID, LATENT, match=what, match_by=by, tolerance=tolerance).values()
     assert first.changes == () and first.deviation == 0
     for variant in others:
@@ -51,7 +51,7 @@ def test_sizes_meet_those_of_the_first(what, by):
         assert abs(variant.deviation) <= tolerance
 
 
-def test_what_was_changed_is_what_is_said_and_nothing_else():
+def test_the_stated_changes_are_all_changes():
     _, hybrid, latent = match([], HYBRID, LATENT, match="params").values()
     keys = {change.key for change in hybrid.changes}
     assert keys == {"model.blocks.g.ffn.hidden", "model.blocks.a.ffn.hidden"}
@@ -71,7 +71,7 @@ def test_what_was_changed_is_what_is_said_and_nothing_else():
     assert ratio["a"] == pytest.approx(ratio["g"], rel=0.05)
 
 
-def test_an_equal_variant_is_left_as_it_is():
+def test_an_equal_variant_is_not_changed():
     _, same = match([], ["train.optimizer.lr=0.1"], match="params").values()
     assert same.changes == () and same.deviation == 0
 
@@ -98,16 +98,16 @@ def test_an_impossible_match_names_the_nearest():
         match(["model.dim=72"], [], match="params", match_by="depth")
 
 
-def test_tokens():
+def test_matching_tokens_sets_the_steps():
     first, longer, more = match([], ["train.seq_len=64"], ["train.batch_size=5"], match="tokens").values()
     assert (longer.recipe.train.steps, more.recipe.train.steps) == (50, 80)
     assert first.tokens == longer.tokens == more.tokens == 100 * 32 * 4
     assert str(longer.changes[0]) == "train.steps 100 → 50"
-    with pytest.raises(ValueError, match=r"training tokens of v0 take 0.50 steps; 1 miss them by \+100.0%"):
+    with pytest.raises(ValueError, match=r"training tokens of v0 need 0.50 steps; 1 are off by \+100.0%"):
         match(["train.steps=1"], ["train.seq_len=64"], match="tokens")
 
 
-def test_time():
+def test_matching_time_sets_the_steps_by_step_time():
     seconds = {"v0": 0.1, "v1": 0.25, "v2": 0.05}
     first, slow, fast = match([], HYBRID, LATENT, match="time", step_seconds=seconds).values()
     assert [v.recipe.train.steps for v in (first, slow, fast)] == [100, 40, 200]
@@ -115,7 +115,7 @@ def test_time():
     assert match([], HYBRID, match="time")["v1"].recipe.train.steps == 100  # not timed yet
 
 
-def test_none_changes_nothing():
+def test_matching_none_changes_nothing():
     for variant in match([], HYBRID, LATENT, match="none").values():
         assert variant.changes == () and variant.deviation is None
 

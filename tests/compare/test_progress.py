@@ -1,4 +1,4 @@
-"""What a grid shows, on a terminal and elsewhere."""
+"""Progress of a grid, on a terminal and elsewhere."""
 
 import io
 
@@ -17,7 +17,7 @@ def play(terminal: bool) -> str:
     display.report("step", {"step": 7, "loss": float("nan"), "skipped": True})
     display.report("validation", {"step": 10, "val_nll_per_token": 2.5, "val_bpb": 1.75})
     display.report("note", "a [warning]")
-    display.end("validation 2.5000 nats a token")
+    display.end("validation 2.5000 nats per token")
     display.begin("old-seed1", 20)
     display.close()
     return out.getvalue()
@@ -26,11 +26,11 @@ def play(terminal: bool) -> str:
 def test_plain_lines_off_a_terminal():
     assert play(terminal=False).splitlines() == [
         "[2/3] new-seed0: 10 steps",
-        "new-seed0: going on from step 5",
+        "new-seed0: resuming from step 5",
         "[2/3] new-seed0: step 6 of 10  loss 3.2500  1,234 tokens/s",
-        "[2/3] new-seed0: step 10 of 10, validation 2.5000 nats a token, 1.7500 bits per byte",
+        "[2/3] new-seed0: step 10 of 10, validation 2.5000 nats per token, 1.7500 bits per byte",
         "new-seed0: a [warning]",
-        "[2/3] new-seed0: validation 2.5000 nats a token",
+        "[2/3] new-seed0: validation 2.5000 nats per token",
         "[3/3] old-seed1: 20 steps",
     ]
 
@@ -40,7 +40,7 @@ def test_bars_on_a_terminal():
     assert "\x1b[" in shown and "2 of 3 runs" in shown and "a [warning]" in shown and "old-seed1" in shown
 
 
-def test_steps_do_not_flood(monkeypatch):
+def test_lines_about_steps_are_limited(monkeypatch):
     out = io.StringIO()
     now = iter(range(0, 1000))
     monkeypatch.setattr("fusedlm.compare.progress.time.monotonic", lambda: next(now))
@@ -50,6 +50,13 @@ def test_steps_do_not_flood(monkeypatch):
     for step in range(1, 21):
         display.report("step", {"step": step, "loss": 1.0, "tokens_per_second": 1.0})
     assert out.getvalue().count("loss") == 4
+
+
+def test_the_same_warning_of_several_runs_is_logged_once(caplog):
+    display = GridDisplay(None)
+    for text in ("attention cannot run", "attention cannot run", "another"):
+        display.report("warning", text)
+    assert [record.getMessage() for record in caplog.records] == ["attention cannot run", "another"]
 
 
 def test_nothing_without_a_console(capsys):

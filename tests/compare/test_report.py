@@ -1,4 +1,4 @@
-"""What is written is what the runs measured, and the page says how it was made."""
+"""Results are those of the runs, and the page states the setup."""
 
 import csv
 import json
@@ -16,8 +16,8 @@ from fusedlm.data import prepare
 from fusedlm.evaluate import score_documents
 from fusedlm.model import build_model
 from fusedlm.model.accounting import state_bytes
-from fusedlm.train.metrics import read_metrics
-from fusedlm.train.run import load
+from fusedlm.runs.load import load
+from fusedlm.runs.metrics import read_metrics
 from tests.report.test_report import parse
 
 PLOTS = {"final", "validation", "difference", "training", "flops", "cost", "state", "decoding"}
@@ -28,7 +28,7 @@ def tree(finished):
     return json.loads((finished[1] / "results.json").read_text())
 
 
-def test_rows_are_the_metrics_of_the_runs(finished, tree):
+def test_rows_have_the_metrics_of_the_runs(finished, tree):
     _, out, _ = finished
     with (out / "results.csv").open() as file:
         table = list(csv.DictReader(file))
@@ -47,8 +47,8 @@ def test_rows_are_the_metrics_of_the_runs(finished, tree):
         assert row["best_val_bpb"] == min(record["val_bpb"] for record in validations)
 
 
-def test_the_final_loss_is_on_all_held_out_text(finished, tree):
-    """The recipe validates on 100 tokens along the way."""
+def test_the_final_loss_is_on_all_validation_text(finished, tree):
+    """During training the recipe validates on 100 tokens."""
     row = tree["runs"][0]
     run = finished[1] / "runs/latent-seed0"
     model, _, recipe = load(run)
@@ -61,7 +61,7 @@ def test_the_final_loss_is_on_all_held_out_text(finished, tree):
     assert last["val_tokens"] < score.tokens and last["val_bpb"] != row["val_bpb"]
 
 
-def test_summaries_and_verdict(tree):
+def test_summaries_and_verdict_are_those_of_the_losses(tree):
     losses = {name: [row["val_loss"] for row in tree["runs"] if row["variant"] == name] for name in tree["variants"]}
     for name, values in losses.items():
         summary = tree["variants"][name]["val_loss"]
@@ -73,7 +73,7 @@ def test_summaries_and_verdict(tree):
     assert against["difference"]["mean"] == pytest.approx(difference.mean())
     assert "against_baseline" not in tree["variants"]["latent"] and tree["baseline"] == "latent"
     assert tree["verdicts"] == [against["sentence"]]
-    assert tree["metric"]["unit"] == "nats a token"
+    assert tree["metric"]["unit"] == "nats per token"
 
 
 def test_sizes_and_states_are_those_of_live_models(finished, tree):
@@ -89,7 +89,7 @@ def test_sizes_and_states_are_those_of_live_models(finished, tree):
         assert found["recipe"] == recipe.model_dump(mode="json")
 
 
-def test_the_page(finished):
+def test_the_page_shows_verdict_setup_and_plots(finished):
     outcome, out, _ = finished
     page = parse(out / "report.html")
     assert {path.stem for path in (out / "plots").iterdir()} == PLOTS
@@ -106,7 +106,8 @@ def test_the_page(finished):
         environment["date"][:10],
         "0, 1",
         "4 sequences of 16 tokens",
-        "training FLOPs a token",  # matched are parameters: what is not equal is said
+        "training FLOPs per token",  # parameters are matched, and what is not equal is listed
+        "16 tokens, stride 16",  # of validations
     ):
         assert words in page.text, words
     assert re.search(r"compiled\s+no", page.text)
@@ -118,7 +119,7 @@ def test_the_same_results_give_the_same_page(finished, tmp_path, monkeypatch):
     assert written.read_bytes() == (finished[1] / "report.html").read_bytes()
 
 
-def test_tokenizers_that_differ_are_held_against_each_other_by_bits_per_byte(finished):
+def test_variants_with_different_tokenizers_are_compared_by_bits_per_byte(finished):
     results = finished[0].results
     recipe = results.variants["softmax"].recipe
     data = type(recipe.data).model_validate(recipe.data.model_dump() | {"tokenizer": {"type": "bpe"}})

@@ -26,7 +26,7 @@ seeds: [3, 5]
 variants:
   plain:
   hybrid: [model.pattern=ga]
-  wide: {model.dim: 64, train.optimizer: {lr: 1e-3}}
+  wide: {model.dim: 64, train.optimizer: {type: adamw, lr: 1e-3}}
 """
 
 
@@ -39,7 +39,7 @@ def path(tmp_path: Path) -> Path:
     return file
 
 
-def test_variants_are_the_base_with_their_changes(path: Path):
+def test_variants_are_the_base_with_their_overrides(path: Path):
     experiment, recipes = load_experiment(path)
     assert list(recipes) == ["plain", "hybrid", "wide"]
     base = parse_recipe(BASE, ["train.batch_size=8", "train.seed=3"])
@@ -49,7 +49,7 @@ def test_variants_are_the_base_with_their_changes(path: Path):
     assert experiment.match == "none" and experiment.decode_lengths == [1024, 8192, 65536]
 
 
-def test_the_base_is_found_beside_the_file(path: Path, monkeypatch):
+def test_the_base_path_is_relative_to_the_file(path: Path, monkeypatch):
     monkeypatch.chdir("/")
     assert Path(load_experiment(path)[0].base) == path.parent / "recipes/base.yaml"
 
@@ -60,14 +60,14 @@ def test_overrides_of_recipes_reach_every_variant(path: Path):
     assert experiment.overrides == ["train.batch_size=8", "train.steps=7", "train.batch_size=2"]
 
 
-def test_overrides_of_the_experiment(path: Path):
+def test_overrides_with_the_prefix_change_the_experiment(path: Path):
     changes = ["seeds=[0]", "match=flops", "name=other", "variants.hybrid=[model.pattern=g]"]
     experiment, recipes = load_experiment(path, [f"experiment.{change}" for change in changes])
     assert (experiment.seeds, experiment.match, experiment.name) == ([0], "flops", "other")
     assert recipes["hybrid"].model.pattern == "g" and recipes["hybrid"].name == "other-hybrid-seed0"
 
 
-def test_seeds_as_a_count(path: Path):
+def test_an_integer_of_seeds_counts_from_zero(path: Path):
     assert load_experiment(path, ["experiment.seeds=3"])[0].seeds == [0, 1, 2]
 
 
@@ -82,25 +82,25 @@ def test_round_trip(path: Path):
 BAD_OVERRIDES = {
     "train.stepz=1": "train.stepz: unknown key; did you mean 'steps'?",
     "train.steps=many": "train.steps: got 'many'",
-    "train.steps": "'train.steps' is not of the form",
-    "seeds=[0]": "the experiment's own is experiment.seeds",
-    "name=x": "the command line sets name, which the experiment decides by experiment.name",
+    "train.steps": "'train.steps': must have the form",
+    "seeds=[0]": "the key of the experiment is experiment.seeds",
+    "name=x": "the command line: 'name=x' is not allowed, since the experiment sets name; use experiment.name",
     "train.seed=1": "experiment.seeds",
     "experiment.sed=1": "sed: unknown key; did you mean 'seeds'?",
-    "experiment.seeds=0": "0 seeds are none",
+    "experiment.seeds=0": "a number of seeds must be at least 1",
     "experiment.seeds=[]": "seeds",
-    "experiment.seeds=[1, 1]": "seeds=[1, 1] names one twice",
-    "experiment.seeds=[-1]": "a seed is not negative",
+    "experiment.seeds=[1, 1]": "seeds=[1, 1]: a seed is repeated",
+    "experiment.seeds=[-1]": "-1 is negative",
     "experiment.seeds=two": "seeds: got 'two'",
     "experiment.match=size": "match: got 'size'",
     "experiment.match_by=heads": "match_by: got 'heads'",
     "experiment.variants={}": "variants",
     "experiment.variants=[a]": "variants: got 'list'",
     "experiment.variants={a/b: []}": "a/b",
-    "experiment.variants={a: [train.seed=1]}": "variants.a sets train.seed",
+    "experiment.variants={a: [train.seed=1]}": "variants.a: 'train.seed=1' is not allowed",
     "experiment.variants={a: [model.dims=1]}": "variant a of",
-    "experiment.overrides=[name=x]": "overrides sets name",
-    "experiment.decode_lengths=[8, 4]": "decode_lengths=[8, 4] does not rise",
+    "experiment.overrides=[name=x]": "overrides: 'name=x' is not allowed",
+    "experiment.decode_lengths=[8, 4]": "decode_lengths=[8, 4]: must be increasing",
     "experiment.base=none.yaml": "none.yaml: No such file",
     "model.pattern=g": "does not reach variant hybrid, which sets model.pattern itself",
     "train.optimizer.lr=1": "does not reach variant wide, which sets train.optimizer itself",

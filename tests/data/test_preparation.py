@@ -1,4 +1,4 @@
-"""Preparation: what is stored, that it is stored once and whole, and what is refused."""
+"""Preparation: what is stored, that it is stored once and completely, and what is refused."""
 
 import hashlib
 import json
@@ -92,12 +92,12 @@ def test_every_document_is_stored_once_with_its_bytes(corpus, tokenizer):
     assert prepared.manifest["tokenizer"]["lossless"]
 
 
-def test_a_document_longer_than_a_shard_stays_whole(corpus):
+def test_a_document_longer_than_a_shard_is_not_split(corpus):
     prepared = prepare(config(corpus, shard_tokens=10))
     assert all(len(shard.n_bytes) == 1 for shard in prepared.train.shards)
 
 
-def test_split_by_hash_does_not_depend_on_order_or_company(corpus):
+def test_the_split_by_hash_does_not_depend_on_other_documents(corpus):
     first = prepare(config(corpus))
     texts = [document(i) for i in reversed(range(N_DOCUMENTS + 30))]
     corpus.write_text("\n--\n".join(texts), encoding="utf-8", newline="")
@@ -107,7 +107,7 @@ def test_split_by_hash_does_not_depend_on_order_or_company(corpus):
     assert before <= after and not after & set(stored(first.train, first.tokenizer))
 
 
-def test_copies_go_to_the_same_side(corpus):
+def test_copies_go_to_the_same_split(corpus):
     texts = [document(i) + end for i in range(N_DOCUMENTS) for end in ("", "\n\n", "")]
     corpus.write_text("\n--\n".join(texts), encoding="utf-8", newline="")
     prepared = prepare(config(corpus))
@@ -118,7 +118,7 @@ def test_copies_go_to_the_same_side(corpus):
     assert not train & validation and len(train | validation) == N_DOCUMENTS
 
 
-def test_split_by_tail_cuts_characters(corpus):
+def test_the_split_by_tail_counts_characters(corpus):
     text = "ü" * 900 + "x" * 101
     corpus.write_text(text)
     prepared = prepare(config(corpus, source=TextSource(path=str(corpus)), split=TailSplit(fraction=0.1)))
@@ -136,7 +136,7 @@ def test_validation_source_keeps_its_documents_out_of_training(corpus):
     assert prepared.manifest["dropped"] == {"empty": 0, "copies_of_held_out": 2}
 
 
-def test_bpe_is_trained_on_the_training_side_alone(corpus):
+def test_bpe_is_trained_on_the_training_split_alone(corpus):
     held_out = corpus.with_name("held_out.txt")
     held_out.write_text("zqzqzqzq " * 100)
     corpus.write_text("the people " * 100 + "z q")
@@ -191,7 +191,7 @@ def test_a_second_call_opens_what_the_first_wrote(corpus, monkeypatch):
     assert set(stages) == {"hashing", "verifying"}
 
 
-def test_the_folder_follows_content_and_settings_not_paths(corpus, tmp_path):
+def test_content_and_settings_name_the_folder_and_paths_do_not(corpus, tmp_path):
     first = prepare(config(corpus))
     (tmp_path / "moved").mkdir()
     moved = Path(shutil.copy(corpus, tmp_path / "moved"))
@@ -228,7 +228,7 @@ def write_word_tokenizer(path: Path, words: list[str]) -> FileTokenizerConfig:
     return FileTokenizerConfig(path=str(path), end_of_text=words[-1])
 
 
-def test_the_manifest_tells_of_a_lossy_tokenizer(corpus):
+def test_the_manifest_says_that_a_tokenizer_is_lossy(corpus):
     tokenizer = write_word_tokenizer(corpus.with_name("words.json"), ["words", "</s>"])
     prepared = prepare(config(corpus, tokenizer=tokenizer))
     assert prepared.manifest["tokenizer"]["lossless"] is False
@@ -238,7 +238,7 @@ def test_the_manifest_tells_of_a_lossy_tokenizer(corpus):
 
 
 def test_text_that_would_end_a_document_is_refused(corpus):
-    # This vocabulary has end-of-text as a plain word and no way to write it otherwise.
+    # End-of-text is a plain word of this vocabulary, and no special token.
     tokenizer = write_word_tokenizer(corpus.with_name("words.json"), ["a", "STOP"])
     spec = json.loads(Path(tokenizer.path).read_text())
     spec["added_tokens"] = []
@@ -249,7 +249,7 @@ def test_text_that_would_end_a_document_is_refused(corpus):
 
 
 @pytest.mark.parametrize("tokenizer", TOKENIZERS)
-def test_text_and_splits_that_leave_nothing(corpus, tokenizer):
+def test_splits_that_leave_nothing_are_refused(corpus, tokenizer):
     settings = {"tokenizer": TOKENIZERS[tokenizer]}
     assert "nothing to hold out of 60 documents; raise split" in error(
         config(corpus, split=HashSplit(fraction=1e-9), **settings)
@@ -261,7 +261,7 @@ def test_text_and_splits_that_leave_nothing(corpus, tokenizer):
     assert "of 1 document;" in error(one)
     copy = Path(shutil.copy(corpus, corpus.with_name("copy.txt")))
     same = config(corpus, validation=TextSource(path=str(copy), separator="--"), **settings)
-    assert "the validation source has all 60 documents" in error(same)
+    assert "all 60 documents are in the validation source too" in error(same)
     copy.write_text(" \n")
     assert error(config(corpus, validation=TextSource(path=str(copy)), **settings)) == f"{copy}: no text in 1 file"
     assert error(config(copy, source=TextSource(path=str(copy)), **settings)) == f"{copy}: no text in 1 file"
@@ -278,17 +278,17 @@ def test_malformed_text_is_named_and_leaves_nothing(corpus, tokenizer):
     assert error(settings).startswith(f"{corpus}:2: not JSON")
 
 
-def test_a_file_that_changes_meanwhile_is_refused(corpus):
+def test_a_file_that_changes_during_preparation_is_refused(corpus):
     def append(stage, done, total):
         if stage == "tokenizing":
             corpus.write_text(corpus.read_text(encoding="utf-8") + "!", encoding="utf-8", newline="")
 
-    with pytest.raises(ValueError, match="changed while it was being prepared"):
+    with pytest.raises(ValueError, match="a file changed during preparation"):
         prepare(config(corpus), append)
     assert not list((corpus.parent / "prepared").glob("corpus-*"))
 
 
-def test_tokenizer_files_that_cannot_be_used(corpus):
+def test_unusable_tokenizer_files_are_named(corpus):
     path = corpus.with_name("none.json")
     tokenizer = FileTokenizerConfig(path=str(path))
     assert error(config(corpus, tokenizer=tokenizer)) == f"tokenizer {path}: No such file or directory"
@@ -296,7 +296,7 @@ def test_tokenizer_files_that_cannot_be_used(corpus):
     assert error(config(corpus, tokenizer=tokenizer)).startswith(f"tokenizer {path}: not a tokenizer.json")
 
 
-def test_a_folder_that_cannot_be_made(corpus):
+def test_a_folder_that_cannot_be_created_is_an_os_error(corpus):
     with pytest.raises(OSError):
         prepare(config(corpus, dir=str(corpus / "prepared")))
 
@@ -337,15 +337,15 @@ preparation.prepare(DataConfig(source=source, split=HashSplit(fraction=0.2), dir
 
 
 @pytest.mark.parametrize("point", ["preparation.write_manifest", "staging.os.rename"])
-def test_a_killed_preparation_starts_clean(corpus, point):
+def test_leftovers_of_a_killed_preparation_are_removed(corpus, point):
     folder = corpus.parent / "prepared"
     script = KILLED.format(point=point)
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
     command = [sys.executable, "-c", script, str(corpus), str(folder)]
     assert subprocess.run(command, env=environment).returncode == -signal.SIGKILL
-    remains = list(folder.glob(".*.tmp"))
-    assert len(remains) == 1 and not list(folder.glob("corpus-*"))
-    # Remains of other settings go too.
+    leftovers = list(folder.glob(".*.tmp"))
+    assert len(leftovers) == 1 and not list(folder.glob("corpus-*"))
+    # Leftovers of other settings too.
     other = folder / f".other-{'0' * 12}.tmp"
     other.mkdir()
     (folder / f".other-{'0' * 12}.lock").touch()

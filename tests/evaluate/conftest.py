@@ -7,23 +7,19 @@ import pytest
 import torch
 from torch import nn
 
+from fusedlm.model.output import Output
+
 VOCAB = 7
 
 
 class _State:
     def __init__(self, batch_size):
-        self.length = 0
         self.total = torch.zeros(batch_size, dtype=torch.long)
 
 
-class _Head(nn.Module):
-    def logits(self, hidden):
-        return hidden
-
-
 class History(nn.Module):
-    """The next token's logits depend on the last token and on the sum of all tokens seen, so that what a window cuts
-    off and what a state forgets shows in the score."""
+    """The next token's logits depend on the last token and on the sum of all tokens seen, so that a token outside a
+    window or missing from a state changes the score."""
 
     def __init__(self, seed=0):
         super().__init__()
@@ -31,21 +27,25 @@ class History(nn.Module):
         self.last = torch.randn(VOCAB, VOCAB, generator=generator)
         self.seen = torch.randn(5, VOCAB, generator=generator)
         self.vocab_size = VOCAB
-        self.head = _Head()
-        self.shapes = []
+        self.shapes = []  # of tokens, per call
+        self.predicted = []  # number of predictions, per call
 
     def init_state(self, batch_size, max_tokens=None):
         return _State(batch_size)
 
-    def hidden(self, tokens, documents=None, state=None):
+    def forward(self, tokens, *, documents=None, state=None, select=None, targets=None):
         assert not torch.is_grad_enabled() and not self.training
         self.shapes.append(tuple(tokens.shape))
         total = tokens.cumsum(1)
         if state is not None:
             total = total + state.total[:, None]
             state.total = total[:, -1]
-            state.length += tokens.shape[1]
-        return self.last[tokens] + self.seen[total % 5]
+        logits = self.last[tokens] + self.seen[total % 5]
+        if select is not None:
+            logits = logits.flatten(0, 1)[select]
+        self.predicted.append(logits.shape[:-1].numel())
+        nll = nn.functional.cross_entropy(logits.flatten(0, -2), targets.flatten(), reduction="none")
+        return Output(None, nll.view(targets.shape), {}, {})
 
     def nll(self, inputs, target):
         """Of one token after the inputs, by the definition and in Python floats."""

@@ -1,3 +1,5 @@
+"""Sliding windows and their batches."""
+
 import numpy as np
 import pytest
 
@@ -28,7 +30,7 @@ def test_targets_follow_their_inputs():
         assert len(window.inputs) == len(window.targets) >= window.n_scored
 
 
-def test_batches_hold_every_window_once_and_waste_little():
+def test_batches_hold_every_window_once_and_pad_little():
     generator = np.random.default_rng(0)
     lengths = generator.integers(1, 400, 500)
     windows = [w for i, n in enumerate(lengths) for w in document_windows(i, np.zeros(n + 1, dtype=int), 256, 128)]
@@ -41,6 +43,6 @@ def test_batches_hold_every_window_once_and_waste_little():
     assert padded < 1.06 * sum(len(w.inputs) for w in windows)
 
 
-def test_a_window_longer_than_the_batch_goes_alone():
+def test_a_window_longer_than_the_batch_is_a_batch():
     windows = list(document_windows(0, np.zeros(301, dtype=int), 100, 100))
     assert [(len(rows), width) for rows, width in batches(windows, 100, 10)] == [(1, 100)] * 3

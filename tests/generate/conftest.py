@@ -4,6 +4,8 @@ import pytest
 import torch
 from torch import nn
 
+from fusedlm.model.output import Output
+
 EOT = 256
 
 
@@ -13,14 +15,9 @@ class _State:
         self.total = 0
 
 
-class _Head(nn.Module):
-    def logits(self, hidden):
-        return hidden
-
-
 class History(nn.Module):
-    """The next token's logits depend on the last token and on the sum of all tokens seen; 320 rows, of which the
-    tokenizer knows 257."""
+    """The next token's logits depend on the last token and on the sum of all tokens seen; the model has 320 ids, the
+    tokenizer 257."""
 
     def __init__(self):
         super().__init__()
@@ -28,7 +25,6 @@ class History(nn.Module):
         self.last = torch.randn(320, 320, generator=generator)
         self.seen = torch.randn(11, 320, generator=generator)
         self.last[:, EOT] = -1e9
-        self.head = _Head()
         self.fed = []
 
     def init_state(self, batch_size, max_tokens=None):
@@ -36,9 +32,13 @@ class History(nn.Module):
         self.max_tokens = max_tokens
         return _State()
 
-    def hidden(self, tokens, documents=None, state=None):
-        assert not torch.is_grad_enabled() and not self.training
+    def forward(self, tokens, *, documents=None, state=None, select=None, targets=None):
+        assert targets is None and not torch.is_grad_enabled() and not self.training
         self.fed.append(tokens[0].tolist())
+        logits = self.next(tokens, state)
+        return Output(logits if select is None else logits.flatten(0, 1)[select], None, {}, {})
+
+    def next(self, tokens, state):
         total = tokens.cumsum(1)
         if state is not None:
             total = total + state.total
@@ -49,14 +49,14 @@ class History(nn.Module):
 
 
 class Scripted(History):
-    """Says the given bytes one by one, whatever it reads, then end-of-text."""
+    """Predicts the given bytes one by one, whatever it reads, then end-of-text."""
 
     def __init__(self, script):
         super().__init__()
         self.script = [*script, EOT]
         self.said = 0
 
-    def hidden(self, tokens, documents=None, state=None):
+    def next(self, tokens, state):
         logits = torch.zeros(1, tokens.shape[1], 320)
         logits[0, -1, self.script[self.said]] = 100.0
         self.said += 1

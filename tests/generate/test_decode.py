@@ -1,3 +1,5 @@
+"""Decoding with a scripted model: what is read, sampled, streamed and refused."""
+
 import math
 
 import pytest
@@ -9,12 +11,12 @@ CPU = {"device": "cpu", "dtype": torch.float32}
 
 
 def recomputed(model, prompt_ids, n, choose):
-    """The tokens that decoding without a state gives: the whole sequence is read again for each."""
+    """The text that decoding without a state gives: every step reads the full sequence."""
     ids = [256, *prompt_ids]
     model.eval()
     for _ in range(n):
         with torch.no_grad():
-            logits = model.hidden(torch.tensor([ids]))[0, -1, :257]
+            logits = model(torch.tensor([ids])).logits[0, -1, :257]
         ids.append(choose(logits))
     return bytes(ids[1 + len(prompt_ids) :]).decode(errors="replace")
 
@@ -32,7 +34,7 @@ def test_sampling_with_the_state_equals_full_recomputation(model, tokenizer):
     )
 
 
-def test_the_prompt_goes_in_at_once_and_then_one_token_at_a_time(model, tokenizer):
+def test_the_prompt_is_one_prefill_and_then_each_step_reads_one_token(model, tokenizer):
     list(generate(model, tokenizer, "ab", max_tokens=5, **CPU))
     assert model.fed[0] == [256, 97, 98]
     assert [len(ids) for ids in model.fed] == [3, 1, 1, 1, 1]
@@ -49,7 +51,7 @@ def test_padding_ids_are_never_sampled(model, tokenizer):
     assert text and all(ids[-1] < 257 for ids in model.fed)
 
 
-def test_seeds(model, tokenizer):
+def test_a_seed_decides_the_text(model, tokenizer):
     def text(seed):
         return "".join(generate(model, tokenizer, "x", max_tokens=30, seed=seed, **CPU))
 
@@ -57,7 +59,7 @@ def test_seeds(model, tokenizer):
     assert text(-1) and text(2**64 - 1)
 
 
-def test_a_seed_does_not_touch_the_global_generator(model, tokenizer):
+def test_the_global_generator_is_not_used(model, tokenizer):
     torch.manual_seed(5)
     expected = torch.rand(1)
     torch.manual_seed(5)
@@ -66,7 +68,7 @@ def test_a_seed_does_not_touch_the_global_generator(model, tokenizer):
 
 
 @pytest.mark.parametrize("text", ["naïve", "日本語", "a🙂b", "é"])
-def test_characters_of_several_bytes_come_whole(scripted, tokenizer, text):
+def test_a_character_of_several_bytes_is_one_piece(scripted, tokenizer, text):
     pieces = list(generate(scripted(text.encode()), tokenizer, "", temperature=0, **CPU))
     assert pieces == list(text)
 
@@ -81,13 +83,13 @@ def test_bytes_that_are_not_utf8_are_replaced(scripted, tokenizer):
     assert "".join(generate(scripted(b"a\xff\xc3b"), tokenizer, "", temperature=0, **CPU)) == "a\ufffd\ufffdb"
 
 
-def test_stops_at_end_of_text(scripted, tokenizer):
+def test_generation_stops_at_end_of_text(scripted, tokenizer):
     model = scripted(b"end")
     assert "".join(generate(model, tokenizer, "", temperature=0, max_tokens=50, **CPU)) == "end"
     assert model.said == 4
 
 
-def test_nothing_leaks_to_the_caller_between_pieces(model, tokenizer):
+def test_gradients_and_mode_are_the_callers_between_pieces(model, tokenizer):
     model.train()
     stream = generate(model, tokenizer, "x", max_tokens=20, **CPU)
     next(stream)
@@ -118,7 +120,7 @@ def test_impossible_arguments_fail_at_the_call(model, tokenizer, arguments, word
     assert not model.fed
 
 
-def test_a_broken_model_is_an_error(model, tokenizer):
+def test_logits_that_are_not_finite_are_an_error(model, tokenizer):
     model.last[:] = math.nan
     with pytest.raises(ValueError, match="not finite"):
         list(generate(model, tokenizer, "x", **CPU))

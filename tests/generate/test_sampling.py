@@ -1,3 +1,5 @@
+"""Distributions worked out by hand, and draws from them."""
+
 import math
 
 import pytest
@@ -23,7 +25,7 @@ def test_temperature_is_a_power_of_the_probabilities():
     assert_probabilities(next_token_probabilities(logits_of(0.2, 0.8), temperature=2.0), 1 / 3, 2 / 3)
 
 
-def test_temperature_zero_and_tiny_temperatures_take_the_likeliest():
+def test_temperature_zero_and_tiny_temperatures_take_the_most_likely():
     for temperature in (0, 0.0, 5e-324, 1e-30):
         got = next_token_probabilities(logits_of(0.3, 0.4, 0.3), temperature)
         assert_probabilities(got, 0, 1, 0)
@@ -33,7 +35,7 @@ def test_temperature_zero_takes_the_lower_of_two_equal_ids():
     assert_probabilities(next_token_probabilities(logits_of(0.2, 0.4, 0.4), 0), 0, 1, 0)
 
 
-def test_top_k_keeps_the_likeliest_and_their_proportions():
+def test_top_k_keeps_the_most_likely_and_their_proportions():
     assert_probabilities(next_token_probabilities(logits_of(0.1, 0.4, 0.2, 0.3), top_k=2), 0, 4 / 7, 0, 3 / 7)
 
 
@@ -90,7 +92,7 @@ def test_draws_follow_the_distribution():
     counts = torch.bincount(torch.tensor([sample(probabilities, generator) for _ in range(n)]), minlength=4)
     expected = n * probabilities
     assert counts[0] == 0
-    # Chi-squared with 2 degrees of freedom: 13.8 is passed once in a thousand seeds, and the seed is fixed.
+    # Chi-squared with 2 degrees of freedom exceeds 13.8 for one seed in a thousand; the seed is fixed.
     assert (((counts - expected) ** 2)[1:] / expected[1:]).sum() < 13.8
 
 

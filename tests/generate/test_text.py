@@ -1,3 +1,5 @@
+"""Pieces of valid text from tokens."""
+
 import pytest
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers
@@ -9,7 +11,7 @@ TEXTS = ["naïve", "日本語 and 🙂🙃.", "a \ufffd b", "one two  three\n"]
 
 
 def sentence_piece():
-    """Words with a leading ▁, which the decoder turns into spaces and drops at the start; bytes for the rest."""
+    """Words with a leading ▁, which the decoder turns into a space and drops at the start; other text is bytes."""
     vocabulary = {"<unk>": 0, "</s>": 1, "▁": 2, "▁one": 3, "▁two": 4, "o": 5, "ne": 6}
     vocabulary |= {f"<0x{byte:02X}>": len(vocabulary) + byte for byte in range(256)}
     model = tokenizers.Tokenizer(models.BPE(vocabulary, [], unk_token="<unk>", byte_fallback=True))
@@ -33,24 +35,24 @@ def test_pieces_join_to_the_text(text):
         assert all(piece.encode() for piece in pieces)
 
 
-def test_bytes_come_as_soon_as_their_character_is_complete():
+def test_a_character_comes_with_its_last_byte():
     assert stream(ByteTokenizer(), [256], list("é🙂".encode())) == ["é", "🙂"]
 
 
-def test_spaces_of_words_that_a_decoder_drops_at_the_start():
+def test_spaces_that_a_decoder_drops_at_the_start_are_kept_between_words():
     tokenizer, vocabulary = sentence_piece()
     one, two = vocabulary["▁one"], vocabulary["▁two"]
     assert stream(tokenizer, [tokenizer.eot_id], [one, two, one]) == ["one", " two", " one"]
     assert stream(tokenizer, [tokenizer.eot_id, one], [two, vocabulary["ne"]]) == [" two", "ne"]
 
 
-def test_characters_spread_over_byte_tokens():
+def test_a_character_of_several_byte_tokens_is_one_piece():
     tokenizer, vocabulary = sentence_piece()
     ids = [vocabulary["▁one"], *(vocabulary[f"<0x{byte:02X}>"] for byte in "日🙂".encode()), vocabulary["▁two"]]
     assert stream(tokenizer, [tokenizer.eot_id], ids) == ["one", "日", "🙂", " two"]
 
 
-def test_an_incomplete_character_at_the_end():
+def test_an_incomplete_character_at_the_end_is_replaced():
     tokenizer, vocabulary = sentence_piece()
     pieces = stream(tokenizer, [tokenizer.eot_id], [vocabulary["▁one"], vocabulary["<0xE6>"], vocabulary["<0x97>"]])
     assert pieces[0] == "one" and set("".join(pieces[1:])) == {"\ufffd"}

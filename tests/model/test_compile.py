@@ -6,7 +6,7 @@ import torch
 from fusedlm.config.ffn import SwiGLUConfig
 from fusedlm.model import build_model
 from fusedlm.model.precision import autocast
-from fusedlm.testing import FFN_CASES, MIXER_CASES, assert_close, error_ratio, part_model, randomise_
+from fusedlm.testing import FFN_CASES, MIXER_CASES, assert_close, error_ratio, part_config, part_model, randomise_
 
 CASES = [(mixer, FFN_CASES["swiglu"][0]) for cases in MIXER_CASES.values() for mixer in cases]
 CASES += [(MIXER_CASES["attention"][0], ffn) for cases in FFN_CASES.values() for ffn in cases]
@@ -15,11 +15,11 @@ CASES += [(MIXER_CASES["attention"][0], ffn) for cases in FFN_CASES.values() for
 def _gradients(model, run_block, run_head, tokens, documents):
     """Loss and gradients with the given ways to call a block and the head."""
     model.zero_grad()
-    context = model._context(tokens, documents, None)
-    x = model.embedding(tokens) * model.config.embedding_scale
+    context = model._context(tokens, documents, None, None, None)
+    x = model.embedding(tokens) * model.embedding_scale
     first, second = model.blocks
-    x = second(run_block(first)(x, context), context)
-    loss = run_head(model.head)(x.flatten(0, 1), tokens.roll(-1, 1).flatten()).sum()
+    x = second(run_block(first)(x, context)[0], context)[0]
+    loss, _ = run_head(model.head)(x.flatten(0, 1), tokens.roll(-1, 1).flatten())
     loss.backward()
     return {name: p.grad.clone() for name, p in model.named_parameters()} | {"loss": loss.detach()}
 
@@ -44,14 +44,41 @@ def test_full_graph(mixer, ffn, packed):
 @torch._dynamo.config.patch(recompile_limit=8)
 def test_more_kinds_of_block_than_the_compiler_keeps_by_default():
     torch._dynamo.reset()
-    one = part_model(MIXER_CASES["attention"][0]).config
+    one = part_config(MIXER_CASES["attention"][0])
     kinds = {letter: SwiGLUConfig(hidden=8 + i) for i, letter in enumerate("abcdefghi")}
     blocks = {letter: one.blocks["a"].model_copy(update={"ffn": ffn}) for letter, ffn in kinds.items()}
     model = build_model(one.model_copy(update={"n_layers": 9, "pattern": "abcdefghi", "blocks": blocks}), vocab_size=61)
     tokens = torch.randint(0, 61, (2, 21))
-    expected = model.loss(tokens, tokens)
+    expected = model(tokens, targets=tokens).nll
     model.compile_blocks(backend="aot_eager")
-    assert_close(model.loss(tokens, tokens), expected, 1e-5, "loss")
+    assert_close(model(tokens, targets=tokens).nll, expected, 1e-5, "loss")
+
+
+def test_inference_runs_uncompiled_through_the_same_call():
+    """Hooks fire, and no graph is made for another length or mode."""
+    torch._dynamo.reset()
+    model = randomise_(part_model(MIXER_CASES["gdn"][0]))
+    tokens = torch.randint(0, 61, (2, 21))
+    expected = model(tokens).logits.detach()
+    graphs, runs, fired = [], [], []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return lambda *arguments: runs.append(graph) or graph.forward(*arguments)
+
+    model.compile_blocks(backend=backend)
+    model(tokens, targets=tokens).total().backward()
+    n_graphs, n_runs = len(graphs), len(runs)
+    assert n_graphs > 0 and n_runs == 3, "two blocks and the head"
+    model.blocks[0].mixer.register_forward_hook(lambda *_: fired.append(1))
+    with torch.no_grad():
+        assert_close(model.eval()(tokens).logits, expected, 1e-5)
+        state = model.init_state(2)
+        pieces = [model(tokens[:, a:b], state=state).logits for a, b in ((0, 9), (9, 10), (10, 21))]
+        assert_close(torch.cat(pieces, dim=1), expected, 1e-5)
+    assert len(graphs) == n_graphs and len(runs) == n_runs and len(fired) == 4
+    model.train()(tokens, targets=tokens).total().backward()
+    assert len(runs) == 2 * n_runs, "training runs what was compiled"
 
 
 GPU_MIXERS = [
@@ -76,9 +103,9 @@ def _losses_and_gradients(model, batches_NBT, documents, device, dtype):
     for tokens in batches_NBT.to(device):
         model.zero_grad()
         with autocast(device, dtype):
-            loss = model.loss(tokens[:, :-1], tokens[:, 1:], on_device)
-        loss.mean().backward()
-        drawn.append({"loss": loss.detach().cpu()} | {name: p.grad.cpu() for name, p in model.named_parameters()})
+            output = model(tokens[:, :-1], targets=tokens[:, 1:], documents=on_device)
+        output.total().backward()
+        drawn.append({"loss": output.nll.cpu()} | {name: p.grad.cpu() for name, p in model.named_parameters()})
     return {name: torch.stack([one[name] for one in drawn]) for name in drawn[0]}
 
 
@@ -86,11 +113,11 @@ def _losses_and_gradients(model, batches_NBT, documents, device, dtype):
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("mixer", GPU_MIXERS)
 def test_compiled_training_on_the_gpu(mixer, packed):
-    """bfloat16, the fast kernels, eager, then compiled with mixers computed again, against float64 on the CPU: no worse
+    """bfloat16, the fast kernels, eager, then compiled with mixers recomputed, against float64 on the CPU: no worse
     than twice what bfloat16 autocast itself costs there, over all batches together."""
     torch._dynamo.reset()
     torch.manual_seed(0)
-    config = part_model(mixer).config.model_copy(update={"dim": 256})
+    config = part_config(mixer).model_copy(update={"dim": 256})
     model = randomise_(build_model(config, vocab_size=1000), scale=0.02)
     tokens = torch.randint(0, 1000, (16, 2, 100))
     documents = (torch.arange(99) // 35).expand(2, -1) if packed else None

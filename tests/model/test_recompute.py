@@ -1,4 +1,4 @@
-"""Mixers computed again in the backward pass: the same gradients from fewer kept bytes."""
+"""Mixers recomputed in the backward pass: the same gradients from fewer saved bytes."""
 
 import pytest
 import torch
@@ -10,7 +10,7 @@ CASES = [case for cases in MIXER_CASES.values() for case in cases if "value_resi
 
 
 def _run(model, tokens, documents=None):
-    """Gradients, and the bytes that the forward pass kept for them besides the parameters."""
+    """Gradients, and the bytes that the forward pass saved for them besides the parameters."""
     model.zero_grad()
     kept = {}
 
@@ -19,7 +19,7 @@ def _run(model, tokens, documents=None):
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        loss = model.loss(tokens, tokens.roll(-1, 1), documents).sum()
+        loss = model(tokens, documents=documents, targets=tokens.roll(-1, 1)).losses["nll"]
     for parameter in model.parameters():
         kept.pop(parameter.untyped_storage().data_ptr(), None)
     loss.backward()
@@ -41,13 +41,13 @@ def test_the_same_gradients(case, packed):
 
 
 @pytest.mark.parametrize("case", [MIXER_CASES["diff_mla"][0], MIXER_CASES["cmd_mla"][0], MIXER_CASES["cmd_mla"][2]])
-def test_the_end_of_differential_mixers_is_not_kept(case):
+def test_the_output_of_differential_mixers_is_recomputed(case):
     model = randomise_(part_model(case)).double()
     tokens = torch.randint(0, 61, (2, 40), generator=torch.Generator().manual_seed(0))
     again, again_bytes = _run(model, tokens)
     for block in model.blocks:
-        assert block.mixer.computes_end_again
-        block.mixer.computes_end_again = False
+        assert block.mixer.recomputes_output
+        block.mixer.recomputes_output = False
     kept, kept_bytes = _run(model, tokens)
     for name, expected in kept.items():
         assert_close(again[name], expected, 1e-12, name)
@@ -67,12 +67,12 @@ def test_compiled():
         assert_close(again[name], expected, 1e-10, name)
 
 
-def test_attention_itself_is_not_computed_again():
+def test_attention_itself_is_not_recomputed():
     model = randomise_(part_model("{type: diff_mla, n_heads: 4, kv_rank: 12, rope_dim: 4}"))
     tokens = torch.randint(0, 61, (1, 512), generator=torch.Generator().manual_seed(0))
 
     class Count(TorchDispatchMode):
-        """What is computed: an output that was kept does not come this far."""
+        """What is computed: an output that was saved does not come this far."""
 
         def __init__(self):
             super().__init__()
@@ -84,7 +84,7 @@ def test_attention_itself_is_not_computed_again():
 
     def attention_calls():
         with Count() as count:
-            model.loss(tokens, tokens).sum().backward()
+            model(tokens, targets=tokens).total().backward()
         return count.names.count("aten::_scaled_dot_product_flash_attention_for_cpu"), count.names.count("aten::mm")
 
     attentions, products = attention_calls()
@@ -96,5 +96,5 @@ def test_attention_itself_is_not_computed_again():
 
 def test_value_residual_is_refused():
     model = part_model("{type: attention, n_heads: 2, value_residual: true}")
-    with pytest.raises(ValueError, match="train.recompute=mixer does not go with value_residual"):
+    with pytest.raises(ValueError, match="runtime.recompute=mixer does not go with value_residual"):
         model.recompute_mixers()

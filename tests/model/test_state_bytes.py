@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from fusedlm.model import build_model
-from fusedlm.testing import part_model
+from fusedlm.testing import part_config
 
 MIB = 2**20
 
@@ -31,8 +31,8 @@ def test_linear_mixers(mixer):
 
 def _live_bytes(mixer: str, n_tokens: int) -> int:
     """Of one layer and one sequence; the first tokens are fed, the rest stands for as many."""
-    config = part_model(mixer).config.model_copy(update={"dim": 512, "n_layers": 1})
-    model = build_model(config, vocab_size=61, dtype=torch.bfloat16).to(torch.bfloat16)
+    config = part_config(mixer).model_copy(update={"dim": 512, "n_layers": 1})
+    model = build_model(config, vocab_size=61).to(torch.bfloat16)
     state = model.init_state(1)
     with torch.no_grad():
         model(torch.zeros(1, 32, dtype=torch.int64), state=state)

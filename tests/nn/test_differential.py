@@ -1,4 +1,4 @@
-"""diff_mla and cmd_mla against their definitions, written out with whole score matrices."""
+"""diff_mla and cmd_mla against their definitions, written out with full score matrices."""
 
 import math
 
@@ -8,9 +8,6 @@ import torch
 from fusedlm.nn.context import Context
 from fusedlm.nn.mixers.lambda_init import initial_lambda
 from fusedlm.nn.rope import apply_rope
-from fusedlm.ops.attention.op import PACKED
-from fusedlm.ops.attention.sdpa import flash_packed
-from fusedlm.ops.common import Implementation
 from fusedlm.testing import assert_close, part_model, randomise_
 
 DIFF = "{type: diff_mla, n_heads: 4, kv_rank: 12, q_rank: 16, rope_dim: 6}"
@@ -56,11 +53,11 @@ def _finish(mixer, heads, start):
 
 def _diff_by_definition(mixer, x):
     (q1, q2), (k1, k2), v, _, _ = _heads(mixer, x, 2)
-    (a, b), (c, d) = mixer.weight.q, mixer.weight.k
-    lam = torch.exp(a @ c) - torch.exp(b @ d) + mixer.weight.start
+    (a, b), (c, d) = mixer.noise_weight.q, mixer.noise_weight.k
+    lam = torch.exp(a @ c) - torch.exp(b @ d) + mixer.noise_weight.start
     scale = (8 + 6) ** -0.5
     weights = _weights(q1, k1, scale) - lam * _weights(q2, k2, scale)
-    return _finish(mixer, torch.einsum("bhts,bshe->bthe", weights, v), mixer.weight.start)
+    return _finish(mixer, torch.einsum("bhts,bshe->bthe", weights, v), mixer.noise_weight.start)
 
 
 def _cmd_by_definition(mixer, x):
@@ -90,13 +87,13 @@ def test_equals_the_definition(case, definition):
         assert_close(actual[name], expected, 1e-10, name)
 
 
-def test_the_latent_in_slices_is_the_latent_whole():
+def test_slices_of_the_latent_add_nothing():
     mixer = _mixer(CMD)
     x, g = torch.randn(2, 2, N, 32, dtype=torch.float64)
-    whole = _forward_and_gradients(mixer, lambda x: mixer(x, _context(mixer)), x, g)
-    mixer.n_slices = 3
+    expected = _forward_and_gradients(mixer, lambda x: mixer(x, _context(mixer)), x, g)
+    mixer.n_slices = lambda device: 3
     for name, value in _forward_and_gradients(mixer, lambda x: mixer(x, _context(mixer)), x, g).items():
-        assert_close(value, whole[name], 1e-12, name)
+        assert_close(value, expected[name], 1e-12, name)
 
 
 @pytest.mark.parametrize("rank, expected", [(64, 1), (128, 1), (129, 3), (192, 2), (512, 4), (131, 131)])
@@ -119,28 +116,29 @@ def test_lambda_starts_at_lambda_init_and_is_learnt(extra):
     for layer in (0, 1):
         expected = 0.35 if extra else initial_lambda(None, layer)
         diff = part_model(DIFF[:-1] + extra + "}").blocks[layer].mixer
-        assert diff.weight(x).item() == pytest.approx(expected)
-        assert diff.weight.scale().item() == pytest.approx(1 - expected)
+        weight, scale = diff.noise_weight(x)
+        assert weight.item() == pytest.approx(expected) and scale.item() == pytest.approx(1 - expected)
         cmd = part_model(CMD[:-1] + extra + "}").blocks[layer].mixer
-        assert cmd.weights().tolist() == pytest.approx([expected] * 4)
-    diff.weight(x).backward()
-    assert diff.weight.k.grad.norm() > 0
-    cmd.weights().sum().backward()
+        assert cmd.noise_weights().tolist() == pytest.approx([expected] * 4)
+    diff.noise_weight(x)[0].backward()
+    assert diff.noise_weight.k.grad.norm() > 0
+    cmd.noise_weights().sum().backward()
     assert cmd.lambda_k.grad.norm() > 0
 
 
 def test_lambda_per_token_and_head():
     mixer = part_model("{type: diff_mla, n_heads: 4, kv_rank: 12, rope_dim: 4, lambda_form: token}").blocks[0].mixer
     x = torch.randn(2, 5, 32)
-    assert torch.equal(mixer.weight(x), torch.full((2, 5, 4), 0.5)) and mixer.gamma is None
-    torch.nn.init.normal_(mixer.weight.project.weight)
+    weights, scale = mixer.noise_weight(x)
+    assert torch.equal(weights, torch.full((2, 5, 4), 0.5)) and scale is None and mixer.gamma is None
+    torch.nn.init.normal_(mixer.noise_weight.project.weight)
     torch.nn.init.normal_(mixer.out.weight)
-    weights = mixer.weight(x)
+    weights, _ = mixer.noise_weight(x)
     assert weights.std(dim=1).min() > 0 and weights.std(dim=2).min() > 0
     context = Context(torch.arange(5)[None])
     context.add_rope(mixer.rope_specs(), torch.float32)
     y = mixer(x, context)
-    torch.nn.init.normal_(mixer.weight.project.weight)
+    torch.nn.init.normal_(mixer.noise_weight.project.weight)
     assert not torch.allclose(mixer(x, context), y)
 
 
@@ -152,15 +150,8 @@ def test_both_streams_decode_from_one_latent_cache():
     assert state.nbytes() == 2 * 10 * (12 + 6) * 4
 
 
-def test_the_noise_has_an_attention_of_its_own_and_says_so():
-    """Its widths can take it to another implementation than the signal's."""
-    named = part_model(CMD).implementations
-    assert {"a.attention", "a.packed_attention", "a.noise_attention", "a.noise_packed_attention"} <= set(named)
-
-
-def test_boundaries_are_made_when_the_noise_alone_needs_them(monkeypatch):
-    model = part_model(CMD)
-    assert not model.needs_boundaries
-    flash = Implementation("flash", flash_packed, lambda setting, **shape: None if shape["head_dim"] == 10 else "no")
-    monkeypatch.setitem(PACKED.implementations, "flash", flash)
-    assert part_model(CMD).needs_boundaries
+def test_the_noise_has_an_attention_of_its_own():
+    """Its widths can take it to another backend than the signal's."""
+    uses = {use.name: use.sizes for use in part_model(CMD).blocks[0].ops(torch.device("cpu"))}
+    assert uses["attention"] == {"head_dim": 8 + 6, "value_dim": 8}
+    assert uses["noise_attention"] == uses["noise_packed_attention"] == {"head_dim": 10, "value_dim": 12}

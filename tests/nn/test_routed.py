@@ -11,8 +11,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from fusedlm.config.ffn import RoutedConfig
 from fusedlm.model import build_model
 from fusedlm.model.accounting import count_parameters, training_flops_per_token
+from fusedlm.nn.context import Context
 from fusedlm.nn.ffn.routed import RoutedFFN
-from fusedlm.testing import assert_close, part_model, randomise_
+from fusedlm.testing import assert_close, part_config, part_model, randomise_
 
 ATTENTION = "{type: attention, n_heads: 4}"
 CASES = [
@@ -38,7 +39,7 @@ def force(ffn: RoutedFFN, level: str) -> RoutedFFN:
     return ffn
 
 
-def whole(ffn: RoutedFFN, x_BTD: torch.Tensor) -> torch.Tensor:
+def full_ffn(ffn: RoutedFFN, x_BTD: torch.Tensor) -> torch.Tensor:
     """The full feed-forward: one SwiGLU that holds the hidden units of both parts."""
     gates, ups = zip(*(part.gate_up.weight.chunk(2) for part in (ffn.light, ffn.rest)), strict=True)
     down = torch.cat([part.down.weight for part in (ffn.light, ffn.rest)], dim=1)
@@ -49,7 +50,7 @@ def dense(ffn: RoutedFFN, x_BTD: torch.Tensor) -> tuple[torch.Tensor, torch.Tens
     """Output and difficulty by definition: both branches for every token, the level chosen afterwards."""
     p = torch.softmax(x_BTD @ ffn.router.weight.T, dim=-1)
     difficulty = torch.special.entr(p).sum(-1, keepdim=True) / math.log(p.shape[-1])
-    light, full = ffn.light(x_BTD), whole(ffn, x_BTD)
+    light, full = ffn.light(x_BTD), full_ffn(ffn, x_BTD)
     share = (difficulty - ffn.low) / (ffn.high - ffn.low)
     blend = (1 - share) * light + share * full
     y = torch.where(difficulty < ffn.low, light, torch.where(difficulty > ffn.high, full, blend))
@@ -71,7 +72,7 @@ def test_equals_every_branch_for_every_token(case, level, shape):
     if level is not None:
         force(ffn, level)
     x = inputs(*shape)
-    y, (expected, _) = ffn(x), dense(ffn, x)
+    (y, _), (expected, _) = ffn(x), dense(ffn, x)
     assert_close(y, expected, 1e-12)
     actual = gradients(y, x, ffn)
     for name, gradient in gradients(expected, x, ffn).items():
@@ -81,13 +82,15 @@ def test_equals_every_branch_for_every_token(case, level, shape):
 def test_every_level_is_reached_and_counted():
     ffn, x = routed(), inputs(8, 64)
     _, difficulty = dense(ffn, x)
-    ffn(x)
-    light, blend, full, rest_rows = ffn.counts().tolist()
+    _, report = ffn(x)
+    light, blend, full, rest_rows, n_tokens = report.metrics["routed"].tolist()
+    assert n_tokens == 512
     assert light == (difficulty < 0.3).sum() > 10 and full == (difficulty > 0.7).sum() > 10
     assert blend == 512 - light - full > 10
     assert rest_rows % 16 == 0 and 0 <= rest_rows - (full + blend) < 16
     some = torch.arange(0, 512, 3)
-    assert ffn.counts(some).tolist()[:3] == [
+    context = Context(torch.arange(64)[None], select=some)
+    assert ffn(x, context)[1].metrics["routed"].tolist()[:3] == [
         int((difficulty.flatten()[some] < 0.3).sum()),
         int(((difficulty >= 0.3) & (difficulty <= 0.7)).flatten()[some].sum()),
         int((difficulty.flatten()[some] > 0.7).sum()),
@@ -97,7 +100,7 @@ def test_every_level_is_reached_and_counted():
 def flops(ffn: RoutedFFN, x: torch.Tensor) -> tuple[int, int]:
     """Of a forward and of its backward pass, as torch counts what ran."""
     with FlopCounterMode(display=False) as forward:
-        y = ffn(x)
+        y, _ = ffn(x)
     with FlopCounterMode(display=False) as backward:
         y.sum().backward()
     return forward.get_total_flops(), backward.get_total_flops()
@@ -113,22 +116,33 @@ def test_compute_is_saved():
     mixed = routed()
     forward, backward = flops(mixed, x)
     assert router + light < forward < router + full and backward == 2 * forward
-    assert forward == mixed.flops_of(n, mixed.counts()[3].item())
+    rest_rows = mixed(x)[1].metrics["routed"][3].item()
+    assert forward == mixed.flops_of(n, rest_rows)
 
 
 def test_a_token_does_not_show_how_many_others_share_its_level():
-    """To the last bit: rows are computed in whole tiles."""
+    """To the last bit: rows are computed in full tiles."""
     for dtype in (torch.float64, torch.float32, torch.bfloat16):
         ffn, x = routed().to(dtype), inputs(4, 64).detach().to(dtype)
-        expected = ffn(x)
+        expected, _ = ffn(x)
         for n in (2, 5, 16, 33, 63):
-            assert torch.equal(ffn(x[:, :n].contiguous()), expected[:, :n]), f"{dtype}, {n} tokens"
+            assert torch.equal(ffn(x[:, :n].contiguous())[0], expected[:, :n]), f"{dtype}, {n} tokens"
+
+
+def _difficulty_gradient(ffn, x, loss_of):
+    """Gradient of a loss of the output and the report by each token's difficulty."""
+    seen = []
+    difficulty = type(ffn).difficulty
+    ffn.difficulty = lambda x_ND: seen.append(difficulty(ffn, x_ND)) or seen[-1]
+    (gradient,) = torch.autograd.grad(loss_of(*ffn(x)), seen)
+    del ffn.difficulty
+    return gradient
 
 
 def test_the_router_learns_through_the_blend_alone():
     ffn, x = routed(), inputs()
-    y, (_, difficulty) = ffn(x), dense(ffn, x)
-    (gradient,) = torch.autograd.grad(y.square().sum(), ffn.difficulty)
+    _, difficulty = dense(ffn, x)
+    gradient = _difficulty_gradient(ffn, x, lambda y, report: y.square().sum())
     blended = ((difficulty > 0.3) & (difficulty < 0.7)).flatten()
     assert (gradient[blended] != 0).all() and (gradient[~blended] == 0).all()
 
@@ -139,32 +153,27 @@ def test_the_budget_reaches_every_token_in_the_right_direction(level):
     for budget, sign in ((0.01, 1), (2.0, -1)):
         ffn, x = force(routed(), level), inputs()
         ffn.budget = budget
-        ffn(x)
-        difficulty = ffn.difficulty
-        (gradient,) = torch.autograd.grad(ffn.auxiliary_loss(), difficulty)
+        gradient = _difficulty_gradient(ffn, x, lambda y, report: report.losses["routed_budget"].value)
         assert (sign * gradient > 0).all()
 
 
-def test_the_auxiliary_loss_is_that_of_the_levels_taken():
+def test_the_budget_loss_is_that_of_the_levels_taken():
     ffn, x = routed(), inputs()
-    ffn(x)
-    light, blend, full = (ffn.counts()[:3] / 87).tolist()
+    _, report = ffn(x)
+    light, blend, full = (report.metrics["routed"][:3] / 87).tolist()
     compute = 8 / (3 * 64) + 0.25 * light + blend + full
-    assert ffn.auxiliary_loss().item() == pytest.approx((compute - 0.6) ** 2, rel=1e-6)
-    ffn(x)
+    loss = report.losses["routed_budget"]
+    assert loss.value.item() == pytest.approx((compute - 0.6) ** 2, rel=1e-6) and loss.per == "batch"
     ffn.budget_weight = 3.0
-    assert ffn.auxiliary_loss().item() == pytest.approx(3 * (compute - 0.6) ** 2, rel=1e-6)
+    assert ffn(x)[1].losses["routed_budget"].value.item() == pytest.approx(3 * (compute - 0.6) ** 2, rel=1e-6)
 
 
-def test_no_graph_is_kept():
+def test_the_budget_is_for_training_and_counts_have_no_graph():
     ffn, x = routed(), inputs()
-    ffn(x)
-    assert ffn.difficulty.requires_grad
-    ffn.auxiliary_loss()
-    assert not ffn.difficulty.requires_grad
-    ffn.eval()
-    ffn(x)
-    assert not ffn.difficulty.requires_grad
+    report = ffn(x)[1]
+    assert report.losses["routed_budget"].value.requires_grad and not report.metrics["routed"].requires_grad
+    report = ffn.eval()(x)[1]
+    assert not report.losses and report.metrics["routed"][4] == 87
 
 
 @pytest.mark.parametrize("n_classes, low, high", [(2, 0.3, 0.7), (8, 0.3, 0.7), (8, 0.1, 0.4), (64, 0.3, 0.7)])
@@ -172,21 +181,22 @@ def test_difficulty_starts_spread_around_the_band(n_classes, low, high):
     """At equal logits entropy has no gradient; the start is so far from there that every level has tokens."""
     torch.manual_seed(0)
     case = f"{{type: routed, n_classes: {n_classes}, low: {low}, high: {high}}}"
-    recipe = part_model(ATTENTION, case).config.model_copy(update={"dim": 128})
-    ffn = build_model(recipe, vocab_size=61).blocks[0].ffn
-    ffn(torch.randn(4, 256, 128))
-    assert abs(ffn.difficulty.mean() - (low + high) / 2) < 0.25
-    assert (ffn.counts()[:3] > 5).all()
+    config = part_config(ATTENTION, case).model_copy(update={"dim": 128})
+    ffn = build_model(config, vocab_size=61).blocks[0].ffn
+    x = torch.randn(4, 256, 128)
+    assert abs(ffn.difficulty(x.flatten(0, 1)).mean() - (low + high) / 2) < 0.25
+    assert (ffn(x)[1].metrics["routed"][:3] > 5).all()
 
 
 def test_autocast_routes_in_float32():
     torch.manual_seed(0)
     ffn = randomise_(part_model(ATTENTION, CASES[0])).blocks[0].ffn
     x = inputs(4, 64).detach().float()
-    exact = ffn(x)
+    exact, exact_report = ffn(x)
     with torch.autocast("cpu", torch.bfloat16):
-        y = ffn(x)
-    assert ffn.difficulty.dtype == torch.float32 and y.dtype == torch.bfloat16
+        y, report = ffn(x)
+        assert ffn.difficulty(x.flatten(0, 1)).dtype == torch.float32
+    assert y.dtype == torch.bfloat16 and torch.equal(report.metrics["routed"], exact_report.metrics["routed"])
     assert_close(y.float(), exact, 2e-2)
     y.float().square().sum().backward()
     assert all(torch.isfinite(p.grad).all() for p in ffn.parameters())
@@ -194,7 +204,7 @@ def test_autocast_routes_in_float32():
 
 def test_what_no_token_took_has_gradient_zero():
     ffn, x = force(routed(), "light"), inputs()
-    ffn(x).sum().backward()
+    ffn(x)[0].sum().backward()
     assert all((p.grad == 0).all() for p in ffn.rest.parameters())
     assert all((p.grad != 0).any() for p in ffn.light.parameters())
 

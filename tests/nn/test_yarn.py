@@ -3,33 +3,30 @@ import math
 import pytest
 import torch
 
-from fusedlm.config.model import YaRNConfig
 from fusedlm.nn.context import Context
-from fusedlm.nn.rope import inverse_frequencies, rope_table, yarn_frequencies, yarn_score_gain
+from fusedlm.nn.rope import YaRN, inverse_frequencies, rope_table, yarn_frequencies, yarn_score_gain
 from fusedlm.testing import MIXER_CASES, assert_close, part_model, randomise_
 
 DIM, BASE = 64, 10_000.0
-YARN = YaRNConfig(factor=4, trained_length=2048)
+YARN = YaRN(factor=4, trained_length=2048)
 
 
 def test_frequencies_by_parts():
+    """Kept up to the pair that turns 32 times, divided from the one that turns once on, linear in the index between."""
     plain = inverse_frequencies(DIM, BASE)
-    stretched = yarn_frequencies(plain, YARN)
-    for before, after in zip(plain.tolist(), stretched.tolist(), strict=True):
-        turns = 2048 * before / (2 * math.pi)
-        if turns >= 32:
-            assert after == before
-        elif turns <= 1:
-            assert after == before / 4
-        else:
-            share = (turns - 1) / 31
-            assert after == pytest.approx(share * before + (1 - share) * before / 4, rel=1e-12)
+    stretched = yarn_frequencies(DIM, BASE, YARN)
+    turns = 2048 * plain / (2 * math.pi)
+    first, last = int((turns >= 32).sum()) - 1, int((turns > 1).sum())  # the nearest pairs outside of the bounds
+    assert 0 < first < last < DIM // 2
+    for i, (before, after) in enumerate(zip(plain.tolist(), stretched.tolist(), strict=True)):
+        kept = min(max(1 - (i - first) / (last - first), 0), 1)
+        assert after == pytest.approx(kept * before + (1 - kept) * before / 4, rel=1e-12)
     assert (stretched == plain).any() and (stretched == plain / 4).any() and (stretched.diff() < 0).all()
 
 
 def test_a_table_turns_by_the_stretched_frequencies():
     positions = torch.arange(50)[None]
-    angle = positions[..., None] * yarn_frequencies(inverse_frequencies(DIM, BASE), YARN)
+    angle = positions[..., None] * yarn_frequencies(DIM, BASE, YARN)
     cos, sin = rope_table(positions, DIM, BASE, torch.float64, YARN)
     assert_close(cos[:, :, 0], angle.cos(), 1e-15)
     assert_close(sin[:, :, 0], angle.sin(), 1e-15)
@@ -38,10 +35,10 @@ def test_a_table_turns_by_the_stretched_frequencies():
 def test_factor_one_is_plain_rope():
     positions = torch.arange(50)[None]
     plain = rope_table(positions, DIM, BASE, torch.float64)
-    one = rope_table(positions, DIM, BASE, torch.float64, YaRNConfig(factor=1, trained_length=16))
+    one = rope_table(positions, DIM, BASE, torch.float64, YaRN(factor=1, trained_length=16))
     for a, b in zip(plain, one, strict=True):
         assert_close(a, b, 1e-15)
-    assert yarn_score_gain(YaRNConfig(factor=1, trained_length=16)) == 1 == yarn_score_gain(None)
+    assert yarn_score_gain(YaRN(factor=1, trained_length=16)) == 1 == yarn_score_gain(None)
 
 
 def test_temperature():
@@ -52,20 +49,20 @@ def test_temperature():
 def test_every_mixer_with_rope_is_stretched(case):
     model = randomise_(part_model(case)).double()
     tokens = torch.randint(0, 61, (1, 40), generator=torch.Generator().manual_seed(0))
-    plain = model(tokens)
-    yarn = YaRNConfig(factor=4, trained_length=10)
+    plain = model(tokens).logits
+    yarn = YaRN(factor=4, trained_length=10)
     if not any(dim for dim, _ in model.rope_specs):
         with pytest.raises(ValueError, match="no mixer of this model has any"):
             model.set_yarn(yarn)
         return
     model.set_yarn(yarn)
-    stretched = model(tokens)
+    stretched = model(tokens).logits
     assert not torch.allclose(stretched, plain)
     state = model.init_state(1)
-    pieces = [model(tokens[:, a:b], state=state) for a, b in ((0, 7), (7, 8), (8, 40))]
+    pieces = [model(tokens[:, a:b], state=state).logits for a, b in ((0, 7), (7, 8), (8, 40))]
     assert_close(torch.cat(pieces, dim=1), stretched, 1e-10)
     model.set_yarn(None)
-    assert torch.equal(model(tokens), plain)
+    assert torch.equal(model(tokens).logits, plain)
 
 
 def test_recipe_option_is_the_override():
@@ -76,9 +73,9 @@ def test_recipe_option_is_the_override():
     torch.manual_seed(0)
     by_call = randomise_(part_model(case))
     tokens = torch.arange(30)[None]
-    assert not torch.equal(by_recipe(tokens), by_call(tokens))
-    by_call.set_yarn(YaRNConfig(factor=4, trained_length=10))
-    assert torch.equal(by_recipe(tokens), by_call(tokens))
+    assert not torch.equal(by_recipe(tokens).logits, by_call(tokens).logits)
+    by_call.set_yarn(YaRN(factor=4.0, trained_length=10))
+    assert torch.equal(by_recipe(tokens).logits, by_call(tokens).logits)
 
 
 @pytest.mark.parametrize("case", ["{type: attention, n_heads: 4, rope_dim: 4}", "{type: mla, n_heads: 4, kv_rank: 12}"])

@@ -12,6 +12,6 @@ def _poisoning(make):
 
 @pytest.fixture
 def poisoned(monkeypatch):
-    """Memory comes full of NaN, or of the lowest whole number."""
+    """Allocations are filled with NaN, or with the lowest integer."""
     for name in ("empty", "empty_like"):
         monkeypatch.setattr(torch, name, _poisoning(getattr(torch, name)))

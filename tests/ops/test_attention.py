@@ -1,13 +1,9 @@
 import pytest
 import torch
 
-from fusedlm.ops import cached_attention, causal_attention, packed_attention
+from fusedlm.ops import cached_attention, causal_attention, explain, packed_attention
 from fusedlm.ops.attention import reference
-from fusedlm.ops.attention.op import CAUSAL, PACKED
-from fusedlm.ops.common import Setting
 from fusedlm.testing import assert_close
-
-CPU = Setting(torch.device("cpu"), torch.float64)
 
 
 def _qkv(batch=2, n=29, heads=4, groups=2, key=6, value=10, dtype=torch.float64):
@@ -24,19 +20,28 @@ def _compare(run, expected_run, qkv):
     for name, a, b in zip("qkv", *gradients, strict=True):
         if b.any():
             assert_close(a, b, 1e-11, f"gradient of {name}")
-        else:  # where every token sees one key, scores do not matter; a kernel may leave the rounding of a difference
+        else:  # where every token sees a single key scores do not matter; kernels may leave a rounding error
             assert a.norm() < 1e-13 * weight.norm(), f"gradient of {name}"
 
 
 @pytest.mark.parametrize("groups", [1, 2, 4])
 @pytest.mark.parametrize("n", [1, 2, 29])
 def test_causal(groups, n):
-    function = CAUSAL.choose("sdpa", CPU, head_dim=6, value_dim=10).function
     _compare(
-        lambda q, k, v: causal_attention(q, k, v, scale=0.4, implementation=function),
+        lambda q, k, v: causal_attention(q, k, v, scale=0.4, backend="sdpa"),
         lambda q, k, v: reference.causal(q, k, v, 0.4),
         _qkv(n=n, groups=groups),
     )
+
+
+def test_reference_is_the_definition():
+    """softmax(q k^T scale) v over the tokens up to each, query head h with key head h // (H / G)."""
+    q, k, v = _qkv(n=7)
+    out = causal_attention(q, k, v, scale=0.4, backend="reference")
+    for row, t, head in ((0, 0, 0), (0, 6, 1), (1, 3, 2), (1, 6, 3)):
+        keys, values = k[row, : t + 1, head // 2], v[row, : t + 1, head // 2]
+        weights = (0.4 * keys @ q[row, t, head]).exp()
+        assert_close(out[row, t, head], weights @ values / weights.sum(), 1e-12)
 
 
 @pytest.mark.parametrize("window", [None, 1, 3, 8, 14, 28, 29, 100])
@@ -44,33 +49,56 @@ def test_causal(groups, n):
 def test_packed(window, lengths):
     positions = torch.cat([torch.arange(n) for n in lengths])[None]
     positions = torch.cat([positions, torch.arange(29)[None]])
-    function = PACKED.choose("sdpa", CPU, head_dim=6, value_dim=10).function
+    options = {"scale": 0.4, "positions_BT": positions, "window": window}
     _compare(
-        lambda q, k, v: packed_attention(
-            q, k, v, scale=0.4, positions_BT=positions, window=window, implementation=function
-        ),
+        lambda q, k, v: packed_attention(q, k, v, **options, backend="sdpa"),
         lambda q, k, v: reference.packed(q, k, v, 0.4, positions, window),
         _qkv(),
     )
 
 
-def test_packed_sees_its_document_only():
-    """Against each document alone."""
+@pytest.mark.parametrize("backend", ["sdpa", "reference"])
+def test_packed_documents_equal_separate_ones(backend):
     q, k, v = _qkv(batch=1)
     positions = torch.cat([torch.arange(11), torch.arange(18)])[None]
-    out = packed_attention(q, k, v, scale=0.4, positions_BT=positions)
+    out = packed_attention(q, k, v, scale=0.4, positions_BT=positions, backend=backend)
     for a, b in ((0, 11), (11, 29)):
-        assert_close(out[:, a:b], causal_attention(q[:, a:b], k[:, a:b], v[:, a:b], scale=0.4), 1e-12)
+        alone = causal_attention(q[:, a:b], k[:, a:b], v[:, a:b], scale=0.4, backend="reference")
+        assert_close(out[:, a:b], alone, 1e-12)
+
+
+@pytest.mark.parametrize("backend", ["sdpa", "reference"])
+def test_a_window_is_so_many_tokens(backend):
+    """Each token sees itself and window - 1 earlier ones, as if those were its whole sequence."""
+    q, k, v = _qkv(batch=1)
+    options = {"scale": 0.4, "positions_BT": torch.arange(29)[None], "window": 5}
+    out = packed_attention(q, k, v, **options, backend=backend)
+    for t in (0, 3, 4, 5, 28):
+        seen = slice(max(0, t - 4), t + 1)
+        alone = causal_attention(q[:, seen], k[:, seen], v[:, seen], scale=0.4, backend="reference")
+        assert_close(out[:, t], alone[:, -1], 1e-12)
 
 
 @pytest.mark.parametrize("n_new", [1, 5, 29])
 @pytest.mark.parametrize("groups", [1, 2, 4])
 def test_cached(n_new, groups):
     q, k, v = _qkv(groups=groups)
-    whole = reference.causal(q, k, v, 0.4)
-    reach = None if n_new == 1 else torch.arange(29 - n_new, 29)[None]
-    out = cached_attention(q[:, -n_new:], k, v, scale=0.4, reach_BT=reach)
-    assert_close(out, whole[:, -n_new:], 1e-12)
+    expected = reference.causal(q, k, v, 0.4)
+    visible = None if n_new == 1 else torch.arange(29 - n_new, 29)[None]
+    out = cached_attention(q[:, -n_new:], k, v, scale=0.4, visible_before_BT=visible)
+    assert_close(out, expected[:, -n_new:], 1e-12)
+
+
+def test_cached_rows_may_start_at_different_tokens():
+    """Row 0 has 20 cached tokens, row 1 has 7; the keys after each row's new tokens are not seen."""
+    q, k, v = _qkv()
+    starts, n_new = torch.tensor([20, 7]), 4
+    new = torch.stack([q[row, start : start + n_new] for row, start in enumerate(starts)])
+    visible = starts[:, None] + torch.arange(n_new)
+    out = cached_attention(new, k, v, scale=0.4, visible_before_BT=visible, starts_B=starts)
+    expected = reference.causal(q, k, v, 0.4)
+    for row, start in enumerate(starts):
+        assert_close(out[row], expected[row, start : start + n_new], 1e-12)
 
 
 def test_reference_gradcheck():
@@ -79,23 +107,8 @@ def test_reference_gradcheck():
     assert torch.autograd.gradcheck(lambda *x: reference.packed(*x, 0.5, positions, 2), qkv)
 
 
-def test_choices_name_their_reasons():
-    reasons = CAUSAL.reasons(CPU, head_dim=64, value_dim=64)
-    assert "CUDA" in reasons["cudnn"] and "CUDA" in reasons["flash"] and reasons["sdpa"] is None
-    assert CAUSAL.choose("auto", CPU, head_dim=64, value_dim=64).name == "sdpa"
-    with pytest.raises(ValueError, match="'cudnn' cannot run: needs a CUDA device, not cpu"):
-        CAUSAL.choose("cudnn", CPU, head_dim=64, value_dim=64)
-    with pytest.raises(ValueError, match="unknown implementation 'fastest'"):
-        CAUSAL.choose("fastest", CPU, head_dim=64, value_dim=64)
-
-
-def test_the_chosen_implementation_is_the_one_that_runs():
-    called = []
-
-    def spy(*args):
-        called.append(args)
-        return reference.causal(*args)
-
-    q, k, v = _qkv()
-    causal_attention(q, k, v, scale=1.0, implementation=spy)
-    assert len(called) == 1
+def test_kernels_need_a_cuda_device():
+    for function, kernels in ((causal_attention, {"cudnn", "flash"}), (packed_attention, {"flash"})):
+        found = explain(function, "cpu", torch.float64, head_dim=64, value_dim=64)
+        assert found.backend == "sdpa" and set(found.unsupported) == kernels
+        assert all(reason == "needs a CUDA device, not cpu" for reason in found.unsupported.values())

@@ -1,17 +1,16 @@
-"""The GPU implementations of softmax attention against the float64 reference, forward and every gradient."""
+"""The GPU backends of softmax attention against the float64 reference, forward and every gradient."""
 
 import pytest
 import torch
 
-from fusedlm.nn.context import varlen_boundaries
+from fusedlm.ops import causal_attention, explain, packed_attention
 from fusedlm.ops.attention import reference
-from fusedlm.ops.attention.op import CAUSAL, PACKED
-from fusedlm.ops.common import Setting
+from fusedlm.ops.attention.sdpa import varlen_boundaries
 from fusedlm.testing import assert_close, error_ratio
 
 pytestmark = pytest.mark.gpu
 
-SHAPES = [  # batch, tokens, heads, kv heads, key width, value width
+SHAPES = [  # batch, tokens, heads, key/value heads, head_dim, value_dim
     (2, 256, 4, 4, 64, 64),
     (1, 511, 6, 2, 128, 128),
     (3, 77, 4, 4, 96, 64),
@@ -41,45 +40,49 @@ def _check(function, expected_function, qkv):
         assert_close(a, e, max(2 * error_ratio(s, e), 1e-3), name)
 
 
-@pytest.mark.parametrize("name", ["cudnn", "flash", "sdpa"])
+@pytest.mark.parametrize("backend", ["cudnn", "flash", "sdpa"])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_causal(name, shape):
-    setting = Setting(torch.device("cuda"), torch.bfloat16)
-    dims = {"head_dim": shape[4], "value_dim": shape[5]}
-    if CAUSAL.reasons(setting, **dims)[name]:
+def test_causal(backend, shape):
+    qkv, scale = _qkv(shape), shape[4] ** -0.5
+    found = explain(causal_attention, qkv[0].device, torch.bfloat16, head_dim=shape[4], value_dim=shape[5])
+    if backend in found.unsupported:
         with pytest.raises(ValueError, match="cannot run"):
-            CAUSAL.choose(name, setting, **dims)
+            causal_attention(*qkv, scale=scale, backend=backend)
         return
-    function = CAUSAL.choose(name, setting, **dims).function
-    scale = shape[4] ** -0.5
-    _check(lambda q, k, v: function(q, k, v, scale), lambda q, k, v: reference.causal(q, k, v, scale), _qkv(shape))
+    _check(
+        lambda q, k, v: causal_attention(q, k, v, scale=scale, backend=backend),
+        lambda q, k, v: reference.causal(q, k, v, scale),
+        qkv,
+    )
 
 
-@pytest.mark.parametrize("name", ["flash", "sdpa"])
+@pytest.mark.parametrize("backend", ["flash", "sdpa"])
 @pytest.mark.parametrize("window", [None, 2, 33, 1000])
+@pytest.mark.parametrize("given", [True, False])
 @pytest.mark.parametrize("shape", SHAPES[:3])
-def test_packed(name, window, shape):
+def test_packed(backend, window, given, shape):
+    """With boundaries that are given, as in a model, and computed from the positions."""
     batch, n, scale = shape[0], shape[1], shape[4] ** -0.5
     g = torch.Generator().manual_seed(2)
-    begins = (torch.rand(batch, n, generator=g) < 0.05).index_fill(1, torch.tensor([0]), True)
+    starts = (torch.rand(batch, n, generator=g) < 0.05).index_fill(1, torch.tensor([0]), True)
     index = torch.arange(n).expand(batch, -1)
-    positions = (index - torch.where(begins, index, -1).cummax(1).values).cuda()
-    boundaries = varlen_boundaries(positions)
-    dims = {"head_dim": shape[4], "value_dim": shape[5]}
-    function = PACKED.choose(name, Setting(torch.device("cuda"), torch.bfloat16), **dims).function
+    positions = (index - torch.where(starts, index, -1).cummax(1).values).cuda()
+    options = {"positions_BT": positions, "window": window}
+    if given:
+        options["boundaries"] = varlen_boundaries(positions)
     _check(
-        lambda q, k, v: function(q, k, v, scale, positions, window, boundaries),
+        lambda q, k, v: packed_attention(q, k, v, scale=scale, backend=backend, **options),
         lambda q, k, v: reference.packed(q, k, v, scale, positions, window),
         _qkv(shape),
     )
 
 
 def test_auto_is_the_fastest():
-    setting = Setting(torch.device("cuda"), torch.bfloat16)
-    fastest = "cudnn" if setting.capability >= (9, 0) else "flash"
-    assert CAUSAL.choose("auto", setting, head_dim=128, value_dim=128).name == fastest
-    assert PACKED.choose("auto", setting, head_dim=128, value_dim=128).name == "flash"
-    single = Setting(torch.device("cuda"), torch.float32)
-    assert CAUSAL.choose("auto", single, head_dim=128, value_dim=128).name == "sdpa"
-    strict = Setting(torch.device("cuda"), torch.bfloat16, deterministic=True)
-    assert CAUSAL.choose("auto", strict, head_dim=128, value_dim=128).name == "flash"
+    def selected(function, *call, **options):
+        return explain(function, "cuda", *call, head_dim=128, value_dim=128, **options).backend
+
+    fastest = "cudnn" if torch.cuda.get_device_capability() >= (9, 0) else "flash"
+    assert selected(causal_attention) == fastest
+    assert selected(packed_attention) == "flash"
+    assert selected(causal_attention, torch.float32) == "sdpa"
+    assert selected(causal_attention, deterministic=True) == "flash"

@@ -6,7 +6,7 @@ from fusedlm.optim import ExponentialMovingAverage
 
 
 def walk(model, ema, steps):
-    """Random changes of the weights, each taken in; returns the weights after each."""
+    """Update the averages after each of some random changes of the weights; the weights after each."""
     history = []
     for _ in range(steps):
         with torch.no_grad():
@@ -17,7 +17,7 @@ def walk(model, ema, steps):
     return history
 
 
-def test_follows_the_formula():
+def test_averages_follow_the_formula():
     torch.manual_seed(0)
     model = nn.Linear(3, 2)
     expected = model.weight.detach().double()
@@ -35,7 +35,7 @@ def test_averages_of_bfloat16_weights_are_float32():
     assert {tensor.dtype for tensor in ema.state_dict().values()} == {torch.float32}
 
 
-def test_applied_swaps_and_returns_the_weights_also_after_an_error():
+def test_applied_swaps_the_weights_and_restores_them_also_after_an_error():
     torch.manual_seed(0)
     model = nn.Linear(3, 2)
     ema = ExponentialMovingAverage(model, decay=0.9)
@@ -47,7 +47,7 @@ def test_applied_swaps_and_returns_the_weights_also_after_an_error():
     assert torch.equal(model.weight, own)
 
 
-def test_saved_and_loaded_it_goes_on_the_same():
+def test_loaded_averages_continue_bit_for_bit():
     torch.manual_seed(0)
     model = nn.Linear(3, 2)
     ema = ExponentialMovingAverage(model, decay=0.9)
@@ -71,7 +71,7 @@ def test_tied_weights_are_averaged_once():
     ("tensors", "message"),
     [
         ({"weight": torch.zeros(2, 3)}, "'bias' is in only one"),
-        ({"weight": torch.zeros(2, 2), "bias": torch.zeros(2)}, r"'weight' was saved with shape \(2, 2\)"),
+        ({"weight": torch.zeros(2, 2), "bias": torch.zeros(2)}, r"'weight' has shape \(2, 2\), in the model \(2, 3\)"),
     ],
 )
 def test_averages_of_another_model_are_refused(tensors, message):
@@ -80,6 +80,6 @@ def test_averages_of_another_model_are_refused(tensors, message):
 
 
 @pytest.mark.parametrize("decay", [0.0, 1.0, 1.5])
-def test_decay_out_of_range(decay):
-    with pytest.raises(ValueError, match=f"decay={decay}"):
+def test_a_decay_out_of_range_is_refused(decay):
+    with pytest.raises(ValueError, match=f"decay={decay}: must be greater than 0 and less than 1"):
         ExponentialMovingAverage(nn.Linear(3, 2), decay=decay)

@@ -10,7 +10,7 @@ def scales(config, steps):
     return [schedule_scale(config, step, steps) for step in range(steps)]
 
 
-def test_wsd_corners():
+def test_wsd_at_its_corners():
     values = scales(WSDConfig(warmup=0.1, decay=0.2, final=0.1), 100)
     assert values[0] == pytest.approx(0.1)
     assert values[9] == values[10] == values[79] == 1.0
@@ -19,7 +19,7 @@ def test_wsd_corners():
     assert all(b < a for a, b in zip(values[79:], values[80:], strict=False))
 
 
-def test_cosine_corners():
+def test_cosine_at_its_corners():
     values = scales(CosineConfig(warmup=0.1, final=0.2), 100)
     assert values[4] == pytest.approx(0.5)
     assert values[9] == 1.0
@@ -41,7 +41,7 @@ def test_cosine_corners():
         CosineConfig(warmup=1),
     ],
 )
-def test_every_length_stays_between_zero_and_one(config, steps):
+def test_multipliers_are_between_zero_and_one_at_every_length(config, steps):
     assert all(0 <= value <= 1 for value in scales(config, steps))
 
 
@@ -50,6 +50,6 @@ def test_without_warmup_or_decay_the_rate_is_constant():
 
 
 @pytest.mark.parametrize("step", [-1, 10])
-def test_step_outside_the_schedule(step):
-    with pytest.raises(ValueError, match=f"step={step} is outside a schedule of 10 steps"):
+def test_a_step_outside_the_schedule_is_refused(step):
+    with pytest.raises(ValueError, match=f"step={step}: must be from 0 to 9"):
         schedule_scale(WSDConfig(), step, 10)

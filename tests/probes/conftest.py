@@ -1,4 +1,4 @@
-"""Texts, a small decoder for each tokenizer, and the settings of the CPU."""
+"""Text, tokenizers, documents, and the arguments for the CPU."""
 
 import numpy as np
 import pytest

@@ -1,3 +1,5 @@
+"""Bits per byte by position: buckets, the comparison of near and far, YaRN."""
+
 import math
 
 import numpy as np
@@ -22,18 +24,18 @@ def bits(result, curve=0):
 
 
 def test_bytes_and_bits_are_those_of_the_text(model, tokenizer, text, cpu):
-    """One window over all of a text: what scoring the document whole gives."""
+    """One window over a full text scores what scoring the document gives."""
     ((tokens, n_bytes),) = text_documents(text[:700], tokenizer)
     trained_length = (len(tokens) - 1) // 8
     tokens = tokens[: 1 + 8 * trained_length]
     n_bytes = len(tokenizer.decode_bytes(tokens.tolist()))
     result = probe_extend(model, [(tokens, n_bytes)], tokenizer, trained_length=trained_length, **cpu)
-    assert result["windows"] == 1 and result["reach"] == 8 and result["ends"][-1] == 8 * trained_length
+    assert result["windows"] == 1 and result["max_multiple"] == 8 and result["ends"][-1] == 8 * trained_length
     assert len(result["ends"]) == len(result["bytes"]) == 32
     assert sum(result["bytes"]) == n_bytes
     score = score_documents(model, [(tokens, n_bytes)], window=len(tokens), **cpu)
     assert bits(result) == pytest.approx(score.nll / math.log(2), rel=1e-5)
-    assert result["curves"][0]["at_4x"] is None  # no text was scored at both places
+    assert result["curves"][0]["at_4x"] is None  # no text was scored at both positions
 
 
 def test_buckets_hold_the_bits_of_their_positions(model, tokenizer, text, cpu):
@@ -47,28 +49,47 @@ def test_buckets_hold_the_bits_of_their_positions(model, tokenizer, text, cpu):
         assert bpb == pytest.approx(nll[end - 2 : end].sum() / math.log(2) / (sizes[end] - sizes[end - 2]))
 
 
-def test_near_and_far_are_compared_on_the_same_text(model, tokenizer, documents, cpu):
-    result = probe_extend(model, documents, tokenizer, trained_length=16, factors=(), samples=10, **cpu)
+def near_and_far(model, tokenizer, text, cpu) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Bits of seven pieces of four tokens at the end of 16 and of 64 tokens of context, and the bytes of the pieces."""
+    bits, n_bytes = {16: [], 64: []}, []
+    for last in range(64, 64 + 16 * 7, 16):
+        for length, found in bits.items():
+            tokens = np.concatenate([[tokenizer.eot_id], text[last - length : last]])
+            nats = torch.cat(list(stream_nll(model, tokens[None], **cpu)), dim=1)[0, -4:].sum().item()
+            found.append(nats / math.log(2))
+        before, after = (len(tokenizer.decode_bytes(text[:end].tolist())) for end in (last - 4, last))
+        n_bytes.append(after - before)
+    return np.array(bits[16]), np.array(bits[64]), np.array(n_bytes)
+
+
+def ratio(costs, sizes) -> tuple[float, float]:
+    """Sum over sum, and its standard error, worked out piece by piece."""
+    found = sum(costs) / sum(sizes)
+    squares = sum((cost - found * size) ** 2 for cost, size in zip(costs, sizes, strict=True))
+    return found, math.sqrt(squares / (len(costs) - 1) / len(costs)) / (sum(sizes) / len(sizes))
+
+
+def test_near_and_far_and_with_and_without_yarn_are_compared_on_the_same_text(model, tokenizer, documents, cpu):
+    result = probe_extend(model, documents, tokenizer, trained_length=16, factors=(4.0,), samples=10, **cpu)
     assert result["windows"] == 10 and result["tokens"] == 10 * 8 * 16
     text = max((tokens for tokens, _ in documents), key=len)[1:]
-    near = far = n_bytes = 0
-    for last in range(64, 64 + 16 * 7, 16):  # where the pieces end: window i has them fourth, window i + 3 first
-        window = np.concatenate([[tokenizer.eot_id], text[last - 64 : last]])
-        for length in (16, 64):
-            tokens = np.concatenate([window[:1], window[len(window) - length :]])
-            nats = torch.cat(list(stream_nll(model, tokens[None], **cpu)), dim=1)[0, -4:].sum().item()
-            near, far = (near + nats, far) if length == 16 else (near, far + nats)
-        n_bytes += len(tokenizer.decode_bytes(text[:last].tolist())) - len(
-            tokenizer.decode_bytes(text[: last - 4].tolist())
-        )
-    curve = result["curves"][0]
-    assert curve["at_1x"] == pytest.approx(near / math.log(2) / n_bytes, rel=1e-4)
-    assert curve["at_4x"] == pytest.approx(far / math.log(2) / n_bytes, rel=1e-4)
-    assert curve["difference"] == pytest.approx(curve["at_4x"] - curve["at_1x"])
-    assert curve["no_worse"] == (curve["difference"] <= 0) and curve["standard_error"] > 0
+    near, far, n_bytes = near_and_far(model, tokenizer, text, cpu)
+    stretch_context(model, 4.0, 16)
+    stretched_near, stretched_far, _ = near_and_far(model, tokenizer, text, cpu)
+    model.set_yarn(None)
+    plain, stretched = result["curves"]
+    for curve, at_1x, at_4x in ((plain, near, far), (stretched, stretched_near, stretched_far)):
+        assert curve["at_1x"] == pytest.approx(sum(at_1x) / sum(n_bytes), rel=1e-4)
+        assert curve["at_4x"] == pytest.approx(sum(at_4x) / sum(n_bytes), rel=1e-4)
+        expected = ratio(at_4x - at_1x, n_bytes)
+        assert (curve["difference"], curve["standard_error"]) == pytest.approx(expected, rel=1e-2, abs=1e-5)
+    for name, change in (("change_1x", stretched_near - near), ("change_4x", stretched_far - far)):
+        expected = ratio(change, n_bytes)
+        assert (stretched[name], stretched[f"{name}_error"]) == pytest.approx(expected, rel=1e-2, abs=1e-5)
+        assert plain[name] is None and abs(stretched[name]) > 1e-4
 
 
-def test_yarn_of_factor_one_is_the_model_and_others_are_not(model, tokenizer, documents, cpu):
+def test_yarn_of_factor_one_changes_nothing_and_other_factors_do(model, tokenizer, documents, cpu):
     own = model.yarn
     result = probe_extend(model, documents, tokenizer, trained_length=16, factors=(1.0, 4.0), samples=3, **cpu)
     plain, one, four = (np.array(curve["bpb"]) for curve in result["curves"])
@@ -78,7 +99,7 @@ def test_yarn_of_factor_one_is_the_model_and_others_are_not(model, tokenizer, do
     assert model.yarn is own
 
 
-def test_a_model_without_rope_has_the_plain_curve_alone(tokenizer, documents, cpu):
+def test_a_model_without_rope_has_only_the_unstretched_curve(tokenizer, documents, cpu):
     model = part_model("{type: gdn, n_heads: 2, chunk_size: 16}", vocab_size=tokenizer.vocab_size).eval()
     result = probe_extend(model, documents, tokenizer, trained_length=16, samples=2, **cpu)
     assert not result["rope"] and [curve["yarn"] for curve in result["curves"]] == [None]
@@ -86,28 +107,28 @@ def test_a_model_without_rope_has_the_plain_curve_alone(tokenizer, documents, cp
         stretch_context(model, 2.0, 16)
 
 
-def test_shorter_documents_reach_less_far(model, tokenizer, documents, cpu):
+def test_windows_are_shorter_where_documents_are(model, tokenizer, documents, cpu):
     longest = max(len(tokens) - 1 for tokens, _ in documents)
     result = probe_extend(model, documents, tokenizer, trained_length=longest // 2, factors=(), **cpu)
-    assert result["reach"] == 2 and result["curves"][0]["no_worse"] is None
+    assert result["max_multiple"] == 2 and result["curves"][0]["difference"] is None
     with pytest.raises(ValueError, match=f"{longest} tokens, fewer than the training length {longest + 1}"):
         probe_extend(model, documents, tokenizer, trained_length=longest + 1, factors=(), **cpu)
 
 
-def test_a_training_length_of_one_and_of_no_multiple_of_four(model, tokenizer, documents, cpu):
+def test_training_lengths_that_four_buckets_do_not_divide(model, tokenizer, documents, cpu):
     for trained_length, buckets in ((1, 1), (3, 3), (5, 4)):
         result = probe_extend(model, documents, tokenizer, trained_length=trained_length, factors=(), samples=20, **cpu)
         assert len(result["ends"]) == 8 * buckets and result["ends"][buckets - 1] == trained_length
 
 
 @pytest.mark.parametrize("factor", [0.5, float("inf"), float("nan")])
-def test_factors_out_of_range(factor, model, tokenizer, documents, cpu):
+def test_factors_out_of_range_are_named(factor, model, tokenizer, documents, cpu):
     with pytest.raises(ValueError, match=f"factor {factor:g}"):
         probe_extend(model, documents, tokenizer, trained_length=16, factors=(factor,), **cpu)
     assert model.yarn is None
 
 
-def test_a_recipe_with_yarn_keeps_the_length_that_it_names(tokenizer):
+def test_a_recipe_with_yarn_keeps_its_trained_length(tokenizer):
     yarn = "yarn: {factor: 2, trained_length: 24, beta_fast: 16}"
     model = part_model("{type: attention, n_heads: 2}", vocab_size=tokenizer.vocab_size, extra=yarn)
     stretch_context(model, 8, 48)

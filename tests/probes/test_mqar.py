@@ -1,8 +1,11 @@
+"""Multi-query associative recall: sequences, scores against known models, training."""
+
 import numpy as np
 import pytest
 import torch
 
 from fusedlm.config.model import ModelConfig
+from fusedlm.model.output import Output
 from fusedlm.probes import Recall, probe_mqar
 from fusedlm.probes.mqar import recall_accuracy
 from fusedlm.probes.training import NOT_SCORED
@@ -19,7 +22,7 @@ GDN = config({"type": "gdn", "n_heads": 2, "chunk_size": 16})
 
 
 class Answers(torch.nn.Module):
-    """A model whose likeliest token at each place is what a function of the sequence says."""
+    """A model whose most likely token at each position is given by a function of the sequence."""
 
     def __init__(self, task: Recall, answers):
         super().__init__()
@@ -27,11 +30,11 @@ class Answers(torch.nn.Module):
 
     def forward(self, tokens):
         ids = torch.tensor([self.answers(row) for row in tokens.tolist()])
-        return torch.nn.functional.one_hot(ids, self.task.vocab_size).float()
+        return Output(torch.nn.functional.one_hot(ids, self.task.vocab_size).float(), None, {}, {})
 
 
 @pytest.mark.parametrize("pairs", TASK.pairs)
-def test_each_answer_is_the_value_of_its_pair_and_stands_nowhere_else(pairs):
+def test_each_queried_key_has_the_value_of_its_pair_as_target(pairs):
     tokens, targets = TASK.batch(pairs, 50, np.random.default_rng(0))
     assert tokens.shape == targets.shape == (50, 3 * pairs)
     for row, wanted in zip(tokens.tolist(), targets.tolist(), strict=True):
@@ -42,14 +45,14 @@ def test_each_answer_is_the_value_of_its_pair_and_stands_nowhere_else(pairs):
         assert wanted[2 * pairs :] == [values[keys.index(key)] for key in asked]
 
 
-def test_order_of_queries_does_not_tell_the_pair():
+def test_queries_are_in_random_order():
     tokens, _ = TASK.batch(8, 4000, np.random.default_rng(1))
-    place = (tokens[:, 0:16:2, None] == tokens[:, None, 16:]).argmax(2)  # of each pair's query
-    assert (np.bincount(place[:, 0], minlength=8) > 400).all()
+    position = (tokens[:, 0:16:2, None] == tokens[:, None, 16:]).argmax(2)  # of the query of each pair
+    assert (np.bincount(position[:, 0], minlength=8) > 400).all()
     assert len(np.unique(tokens[:, 0])) == TASK.n_keys
 
 
-def test_looking_up_scores_one_and_guessing_scores_what_the_probe_says(cpu):
+def test_looking_up_scores_one_and_guessing_scores_the_stated_guess(cpu):
     def look_up(row):
         pairs = len(row) // 3
         values = dict(zip(row[: 2 * pairs : 2], row[1 : 2 * pairs : 2], strict=True))
@@ -80,7 +83,7 @@ def test_training_learns_to_look_up(cpu):
     assert result["loss"] < 0.5
 
 
-def test_the_same_seed_gives_the_same_numbers_and_leaves_random_numbers_alone(cpu):
+def test_the_seed_decides_the_result_and_the_global_generator_is_not_used(cpu):
     def run(seed):
         return probe_mqar(GDN, TASK, steps=3, batch_tokens=48, samples=40, seed=seed, **cpu)
 
@@ -103,18 +106,18 @@ def test_the_same_seed_gives_the_same_numbers_and_leaves_random_numbers_alone(cp
         ({"n_values": 1}, "n_values=1"),
     ],
 )
-def test_tasks_that_cannot_be(settings, named):
+def test_impossible_tasks_are_refused(settings, named):
     with pytest.raises(ValueError, match=named):
         Recall(**settings)
 
 
 @pytest.mark.parametrize("setting", [{"steps": 0}, {"batch_tokens": 0}, {"samples": 0}, {"seed": -1}, {"lr": 0.0}])
-def test_settings_out_of_range(setting, cpu):
+def test_values_out_of_range_are_named(setting, cpu):
     ((name, value),) = setting.items()
     with pytest.raises(ValueError, match=f"{name}={value}"):
         probe_mqar(GDN, TASK, **setting, **cpu)
 
 
-def test_divergence_is_one_error(cpu):
+def test_divergence_is_an_error(cpu):
     with pytest.raises(ValueError, match="learning rate"):
         probe_mqar(GDN, TASK, steps=40, batch_tokens=48, lr=1e30, **cpu)

@@ -1,3 +1,5 @@
+"""Metrics as columns, smoothing, thinning."""
+
 import json
 
 import numpy as np
@@ -25,7 +27,17 @@ def test_steps_and_validations_become_columns(tmp_path):
     assert history.skipped == []
 
 
-def test_skipped_steps(tmp_path):
+def test_losses_of_layers_are_columns_of_their_own(tmp_path):
+    history = read(tmp_path, line(1) + line(2, loss_routed_budget=0.5) + line(3, loss_z=1, loss_routed_budget=None))
+    assert sorted(history.layer_losses) == ["routed_budget", "z"]
+    np.testing.assert_array_equal(history.layer_losses["routed_budget"], [np.nan, 0.5, np.nan])
+    np.testing.assert_array_equal(history.layer_losses["z"], [np.nan, np.nan, 1.0])
+    assert history.steps["loss"].tolist() == [3.0, 3.0, 3.0]
+    with pytest.raises(ValueError, match="metrics.jsonl line 2: loss_z='much': not a number"):
+        read(tmp_path, line(1) + line(2, loss_z="much"))
+
+
+def test_skipped_steps_are_listed(tmp_path):
     history = read(tmp_path, line(1) + line(2, loss=None, skipped=True) + line(3))
     assert history.skipped == [2]
     assert np.isnan(history.steps["loss"][1])
@@ -37,7 +49,7 @@ def test_the_later_record_of_a_step_counts(tmp_path):
 
 
 @pytest.mark.parametrize("torn", ['{"step": 2, "lo', '{"step": 2}', "\0\0\0", "\xff"])
-def test_a_torn_last_line_is_left_out(tmp_path, torn):
+def test_an_incomplete_last_line_is_skipped(tmp_path, torn):
     assert read(tmp_path, line(1) + torn).steps["step"].tolist() == [1]
 
 
@@ -68,7 +80,7 @@ def test_a_bad_line_is_named(tmp_path, bad):
     assert "\n" not in str(caught.value) and len(str(caught.value)) < 300
 
 
-def test_no_metrics_and_no_steps(tmp_path):
+def test_missing_metrics_and_missing_steps_are_named(tmp_path):
     with pytest.raises(ValueError, match="no such file"):
         read_history(tmp_path)
     with pytest.raises(ValueError, match="no training step"):
@@ -91,7 +103,7 @@ def test_smoothing_keeps_a_constant_and_a_straight_line():
     np.testing.assert_allclose(smooth(np.arange(201.0), 2)[50:150], np.arange(50, 150), rtol=1e-7)
 
 
-def test_smoothing_nothing():
+def test_smoothing_missing_values_gives_missing_values():
     assert np.isnan(smooth(np.full(5, np.nan), 2)).all()
 
 
@@ -105,6 +117,6 @@ def test_thinning_keeps_extremes_and_order():
     assert few_y.min() == np.nanmin(y)
 
 
-def test_few_points_are_left_alone():
+def test_few_points_are_not_thinned():
     x = np.arange(10.0)
     assert thin(x, x)[0] is x

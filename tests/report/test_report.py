@@ -1,3 +1,5 @@
+"""The report of a run: its page, its plots, odd and damaged runs."""
+
 import base64
 import html
 import json
@@ -12,7 +14,7 @@ from fusedlm.report import write_report
 
 @pytest.fixture(autouse=True)
 def coarse_plots(monkeypatch):
-    """Drawing is what takes time."""
+    """Drawing takes most of the time."""
     monkeypatch.setattr("fusedlm.report.style.DPI", 30)
 
 
@@ -20,7 +22,7 @@ PNG = b"\x89PNG\r\n\x1a\n"
 
 
 class Checker(HTMLParser):
-    """Collects what the page refers to and its text, and insists that every element is closed in order."""
+    """Collects the tags, sources and text of a page, and asserts that elements are closed in order."""
 
     VOID = {"meta", "img", "br", "link"}
 
@@ -92,7 +94,7 @@ def test_a_full_run(tmp_path):
     assert len([source for source in page.sources if source.startswith("data:image/png;base64,")]) == 5
 
 
-def test_the_page_stands_alone(tmp_path):
+def test_the_page_is_self_contained(tmp_path):
     run = write_run(tmp_path / "run")
     page = parse(write_report(run))
     assert page.sources and all(source.startswith("data:image/png;base64,") for source in page.sources)
@@ -135,7 +137,7 @@ ROUTED = {
 
 @pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize("n", [1, 30])
-def test_levels_of_routing_are_shown_where_a_run_has_them(tmp_path, n):
+def test_levels_of_routing_are_shown_if_a_run_has_them(tmp_path, n):
     run = write_run(tmp_path / "run", n=n, **ROUTED)
     with (run / "metrics.jsonl").open("a") as file:
         record = {"step": n, "val_bpb": 2.1, "tokens": 100 * n, "val_routed_flops_share": 0.4567}
@@ -145,6 +147,37 @@ def test_levels_of_routing_are_shown_where_a_run_has_them(tmp_path, n):
     assert (run / "plots/routing.png").is_file()
     write_run(run, n=n)
     assert "Feed-forward FLOPs" not in parse(write_report(run)).text
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("n", [1, 30])
+def test_losses_of_layers_are_shown_if_a_run_has_them(tmp_path, n):
+    late = {"loss_other": lambda step: None if step < 5 else -2.0}
+    run = write_run(tmp_path / "run", n=n, loss_routed_budget=lambda step: 0.1 / step, **late)
+    assert "Losses of layers" in parse(write_report(run)).text
+    assert (run / "plots/layer_losses.png").is_file()
+    plain = write_run(tmp_path / "plain", n=n, loss_other=lambda step: None)
+    assert "Losses of layers" not in parse(write_report(plain)).text
+    assert not (plain / "plots/layer_losses.png").exists()
+
+
+def test_window_and_stride_of_validations_are_shown(tmp_path):
+    run = write_run(tmp_path / "run")
+    assert "Stride" not in parse(write_report(run)).text
+
+    def validate(step: int, stride: int) -> str:
+        with (run / "metrics.jsonl").open("a") as file:
+            record = {"step": step, "val_bpb": 2.5, "tokens": 100 * step, "val_window": 1024, "val_stride": stride}
+            file.write(json.dumps(record) + "\n")
+        return " ".join(parse(write_report(run)).text.split())
+
+    for step in (10, 20, 30):
+        text = validate(step, 512)
+    assert "Held-out text (window 1024, stride 512); the best, 2.5000 at step 10" in text
+    assert "Nats per token Window Stride 10 1,000 2.5000 – 1,024 512" in text
+    text = validate(30, 256)
+    assert "Held-out text; the best" in text, "strides differ"
+    assert "30 3,000 2.5000 – 1,024 256" in text
 
 
 ODD = {
@@ -181,15 +214,15 @@ def test_odd_runs_make_a_page(tmp_path, changes):
 def test_skipped_steps_are_named(tmp_path):
     run = write_run(tmp_path / "run", loss=lambda s: None if s in (4, 7) else 3.0, skipped=lambda s: s in (4, 7))
     page = parse(write_report(run))
-    assert "2 steps were skipped because the loss or the gradient was not finite: 4, 7." in page.text
+    assert "2 steps were skipped because loss or gradient was not finite: 4, 7." in page.text
 
 
-def test_a_spike_leaves_the_rest_readable_and_is_told(tmp_path):
+def test_a_spike_is_cut_off_and_mentioned(tmp_path):
     run = write_run(tmp_path / "run", n=100, loss=lambda step: 5000.0 if step == 50 else 3.0 + math.sin(step))
     assert "1 value lies above the plot, up to 5e+03" in parse(write_report(run)).text
 
 
-def test_averaged_weights_are_shown_where_a_run_has_them(tmp_path):
+def test_averaged_weights_are_shown_if_a_run_has_them(tmp_path):
     run = write_run(tmp_path / "run")
     assert "of averaged weights" not in parse(write_report(run)).text
     with (run / "metrics.jsonl").open("a") as file:
@@ -202,19 +235,19 @@ def test_many_validations_are_folded(tmp_path):
     assert "details" in parse(write_report(write_run(tmp_path / "run", n=130))).tags
 
 
-def test_a_run_that_is_still_going(tmp_path):
+def test_an_incomplete_last_line_is_skipped(tmp_path):
     run = write_run(tmp_path / "run")
     with (run / "metrics.jsonl").open("a") as file:
         file.write('{"step": 31, "loss": 2.')
     assert "in 30 steps" in parse(write_report(run)).text
 
 
-def test_a_folder_without_recipe_is_called_by_its_name(tmp_path):
+def test_the_title_without_a_recipe_is_the_name_of_the_folder(tmp_path):
     assert "<h1>my-run</h1>" in write_report(write_run(tmp_path / "my-run")).read_text()
 
 
 @pytest.mark.parametrize("recipe", [b"\xff\xfe", b"a: [", b"- 1", b"name: {a: b}", b"[" * 5000])
-def test_a_damaged_recipe_does_not_stand_in_the_way(tmp_path, recipe, monkeypatch):
+def test_a_damaged_recipe_does_not_prevent_the_report(tmp_path, recipe, monkeypatch):
     monkeypatch.setattr("fusedlm.report.write.draw_plots", lambda history: [])
     run = write_run(tmp_path / "run")
     (run / "recipe.yaml").write_bytes(recipe)
@@ -230,7 +263,7 @@ def test_a_damaged_environment_is_named(tmp_path, environment):
     assert "\n" not in str(caught.value)
 
 
-def test_what_is_no_run_is_named(tmp_path):
+def test_a_folder_without_a_run_is_named(tmp_path):
     for path in (tmp_path, tmp_path / "missing"):
         with pytest.raises(ValueError, match="not the folder of a run"):
             write_report(path)

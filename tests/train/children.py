@@ -1,4 +1,4 @@
-"""Training in a process of its own that tells the test where it is, so that the test can stop it there."""
+"""Training in a child process that reports its progress, so that a test can stop it at a given point."""
 
 import multiprocessing
 import signal
@@ -14,9 +14,9 @@ _CONTEXT.set_forkserver_preload(["fusedlm.train"])
 def training_child(recipe, run: Path, hold_in_save_at: int | None = None):
     """A process that trains with resume, and a connection from it.
 
-    It sends ("step", n) after each step's record and ("result", TrainResult) at the end. With `hold_in_save_at` it
-    sends ("saving", n) in the middle of writing the checkpoint of that step, and stays there until it is killed; when
-    a first signal has come, it sends ("handlers restored", 0).
+    It sends ("step", n) after the record of each step and ("result", TrainResult) at the end. With `hold_in_save_at` it
+    sends ("saving", n) while it writes the checkpoint of that step, and waits there until it is killed; after a first
+    signal it sends ("handlers restored", 0).
     """
     ours, theirs = _CONTEXT.Pipe()
     process = _CONTEXT.Process(target=_train, args=(recipe, run, hold_in_save_at, theirs))
@@ -30,7 +30,7 @@ def training_child(recipe, run: Path, hold_in_save_at: int | None = None):
 
 
 def wait_for(connection, kind: str, at_least: int = 0):
-    """The value of the next message of this kind that reaches a number."""
+    """The value of the next message of this kind, for numbers the next one of at least `at_least`."""
     while True:
         name, value = connection.recv()
         if name == kind and (kind == "result" or value >= at_least):
@@ -40,7 +40,8 @@ def wait_for(connection, kind: str, at_least: int = 0):
 def _train(recipe, run: Path, hold_in_save_at: int | None, connection) -> None:
     import torch
 
-    from fusedlm.train import checkpoint, metrics, train
+    from fusedlm.runs import checkpoint, metrics
+    from fusedlm.train import train
 
     torch.set_num_threads(1)
     write, save_file = metrics.MetricsFile.write, checkpoint.save_file

@@ -6,7 +6,7 @@ from tests.train.runs import tiny_recipe
 
 @pytest.fixture(scope="session")
 def trained(tmp_path_factory):
-    """(recipe, run folder) of the tiny recipe, trained without interruption; read only."""
+    """(recipe, run folder) of the tiny recipe, trained without interruption; read-only."""
     folder = tmp_path_factory.mktemp("straight")
     recipe = tiny_recipe(folder)
     train(recipe, folder / "run")

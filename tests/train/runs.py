@@ -1,13 +1,13 @@
-"""A run small enough to train in a second: recipe, text and what its metrics say."""
+"""A run that trains in a second: its recipe, its text, and the records of its metrics."""
 
 import random
 from pathlib import Path
 
 from fusedlm.config import Recipe, parse_recipe
+from fusedlm.runs.metrics import read_metrics
 from fusedlm.train import train
-from fusedlm.train.metrics import read_metrics
 
-# What differs between two runs of one recipe without meaning anything.
+# Keys of metrics.jsonl that differ between two runs of the same recipe.
 TIMINGS = {"tokens_per_second", "mfu", "peak_memory_bytes", "loader_wait_seconds", "step_seconds"}
 
 _RECIPE = """
@@ -27,16 +27,16 @@ train:
   batch_size: 4
   micro_batch_size: 2
   ema: 0.9
-  optimizer: {lr: 0.01}
+  optimizer: {type: adamw, lr: 0.01}
   eval_every: 4
   eval_tokens: 100
   checkpoint_every: 4
-  device: cpu
+runtime: {device: cpu}
 """
 
 
 def tiny_recipe(folder: Path, *overrides: str) -> Recipe:
-    """A hybrid with dropout, averages and accumulation over generated text in `folder`."""
+    """A hybrid with dropout, averaged weights and two micro-batches, on generated text in `folder`."""
     text = folder / "text.txt"
     if not text.exists():
         rng = random.Random(0)
@@ -63,7 +63,7 @@ def checkpoint_names(run: Path) -> list[str]:
     return sorted(entry.name for entry in (run / "checkpoints").iterdir())
 
 
-# A run of three steps and nothing else, for tests of what a key of the recipe does to its losses.
+# A run of three steps without checkpoints, for tests of how a key of the recipe changes losses.
 SHORT = ["train.steps=3", "train.eval_every=0", "train.checkpoint_every=0", "train.ema=null"]
 
 

@@ -1,3 +1,5 @@
+"""Training on a GPU: resuming, compiled blocks, CUDA graphs, waits for the device."""
+
 import os
 import signal
 import warnings
@@ -10,9 +12,9 @@ from fusedlm.data import Batch
 from fusedlm.model import build_model
 from fusedlm.model.precision import autocast
 from fusedlm.optim import ExponentialMovingAverage, build_optimizer
+from fusedlm.runs.metrics import read_metrics
 from fusedlm.train import train, trainer
 from fusedlm.train.cuda_graph import CapturedBackward
-from fusedlm.train.metrics import read_metrics
 from fusedlm.train.step import train_step
 from tests.train.runs import checkpoint_names, losses, records, tiny_recipe
 
@@ -20,23 +22,23 @@ pytestmark = pytest.mark.gpu
 
 
 def gpu_recipe(tmp_path, *overrides):
-    return tiny_recipe(tmp_path, "train.device=cuda", "model.dim=64", "train.batch_size=8", *overrides)
+    return tiny_recipe(tmp_path, "runtime.device=cuda", "model.dim=64", "train.batch_size=8", *overrides)
 
 
-GRAPH = ["train.cuda_graph=true", "data.document_mask=false"]
+GRAPH = ["runtime.cuda_graph=true", "data.document_mask=false"]
 
 
 @pytest.mark.parametrize(
     "overrides",
     [
-        ["train.dtype=float32"],
-        ["train.dtype=bfloat16"],
-        ["train.dtype=bfloat16", *GRAPH],
-        ["train.dtype=bfloat16", *GRAPH, "train.micro_batch_size=8", "train.compile=true"],
+        ["runtime.dtype=float32"],
+        ["runtime.dtype=bfloat16"],
+        ["runtime.dtype=bfloat16", *GRAPH],
+        ["runtime.dtype=bfloat16", *GRAPH, "train.micro_batch_size=8", "runtime.compile=true"],
     ],
 )
-def test_stopped_and_resumed_deterministically_it_goes_on_bit_for_bit(tmp_path, monkeypatch, overrides):
-    recipe = gpu_recipe(tmp_path, "train.deterministic=true", *overrides)
+def test_a_deterministic_run_resumes_bit_for_bit(tmp_path, monkeypatch, overrides):
+    recipe = gpu_recipe(tmp_path, "runtime.deterministic=true", *overrides)
     train(recipe, tmp_path / "straight")
     train_step = trainer.train_step
 
@@ -53,10 +55,10 @@ def test_stopped_and_resumed_deterministically_it_goes_on_bit_for_bit(tmp_path, 
     assert checkpoint_names(tmp_path / "run")[-1] == "step-00000012"
 
 
-def test_a_compiled_run_in_bfloat16_learns_what_the_plain_one_learns(tmp_path):
-    common = ["model.dropout=0", "train.steps=6", "train.dtype=bfloat16"]
+def test_a_compiled_run_in_bfloat16_has_the_losses_of_the_plain_one(tmp_path):
+    common = ["model.dropout=0", "train.steps=6", "runtime.dtype=bfloat16"]
     for name in ("false", "true"):
-        train(gpu_recipe(tmp_path, *common, f"train.compile={name}"), tmp_path / name)
+        train(gpu_recipe(tmp_path, *common, f"runtime.compile={name}"), tmp_path / name)
     assert losses(tmp_path / "true") == pytest.approx(losses(tmp_path / "false"), rel=0.02)
     first = read_metrics(tmp_path / "true" / "metrics.jsonl")[0][0]
     assert 0 < first["peak_memory_bytes"] < 1e9
@@ -65,33 +67,37 @@ def test_a_compiled_run_in_bfloat16_learns_what_the_plain_one_learns(tmp_path):
 @pytest.mark.parametrize("micro_batch_size", [2, 8])
 @pytest.mark.parametrize("compiled", ["false", "true"])
 def test_a_graph_gives_the_losses_of_the_passes_it_was_captured_from(tmp_path, micro_batch_size, compiled):
-    common = ["model.dropout=0", "data.document_mask=false", "train.dtype=float32", f"train.compile={compiled}"]
+    common = ["model.dropout=0", "data.document_mask=false", "runtime.dtype=float32", f"runtime.compile={compiled}"]
     common.append(f"train.micro_batch_size={micro_batch_size}")
     train(gpu_recipe(tmp_path, *common), tmp_path / "plain")
-    train(gpu_recipe(tmp_path, *common, "train.cuda_graph=true"), tmp_path / "graph")
+    train(gpu_recipe(tmp_path, *common, "runtime.cuda_graph=true"), tmp_path / "graph")
     assert losses(tmp_path / "graph") == pytest.approx(losses(tmp_path / "plain"), rel=1e-4)
 
 
 def test_each_replay_draws_new_random_numbers(tmp_path):
-    """Dropout of one batch twice, on weights that do not move."""
+    """Dropout of the same batch, with weights that do not change."""
     recipe = gpu_recipe(tmp_path, "model.dropout=0.5")
     model = build_model(recipe.model, vocab_size=64, device="cuda").train()
     captured = CapturedBackward(model, lambda: autocast(torch.device("cuda"), torch.bfloat16), accumulates=False)
     tokens = torch.randint(64, (8, 16), device="cuda")
+    loss_weight = torch.tensor(1 / tokens.numel(), dtype=torch.float64, device="cuda")
+
+    def loss() -> float:
+        return captured(tokens, tokens.roll(-1, 1), loss_weight, 1.0).losses["nll"].item()
+
     before = torch.cuda.get_rng_state()
-    first = captured(tokens, tokens.roll(-1, 1), tokens.numel()).item()
+    first = loss()
     gradient = model.embedding.weight.grad.clone()
-    second = captured(tokens, tokens.roll(-1, 1), tokens.numel()).item()
-    assert first != second and not torch.equal(gradient, model.embedding.weight.grad)
+    assert loss() != first and not torch.equal(gradient, model.embedding.weight.grad)
     torch.cuda.set_rng_state(before)
-    assert captured(tokens, tokens.roll(-1, 1), tokens.numel()).item() == first
+    assert loss() == first
     assert torch.equal(gradient, model.embedding.weight.grad)
 
 
 def test_the_host_waits_for_the_device_once_a_step(tmp_path):
     recipe = gpu_recipe(tmp_path)
     device = torch.device("cuda")
-    model = build_model(recipe.model, vocab_size=64, device=device, dtype=torch.bfloat16)
+    model = build_model(recipe.model, vocab_size=64, device=device)
     optimizer = build_optimizer(model, AdamWConfig(), device)
     ema = ExponentialMovingAverage(model, 0.9)
     tokens = torch.randint(64, (8, 16), device=device)
@@ -102,7 +108,7 @@ def test_the_host_waits_for_the_device_once_a_step(tmp_path):
             model,
             optimizer,
             batch,
-            lr=0.01,
+            lr_scale=1.0,
             micro_batch_size=4,
             grad_clip=1.0,
             autocast=lambda: autocast(device, torch.bfloat16),

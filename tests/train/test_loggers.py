@@ -1,3 +1,5 @@
+"""Loggers get every record, and are closed."""
+
 import sys
 import types
 
@@ -8,7 +10,7 @@ from tests.train.runs import losses, tiny_recipe
 
 
 class Recorder:
-    """Stands for the module wandb, or for its run."""
+    """In place of the module wandb and of its run."""
 
     def __init__(self):
         self.inits, self.logged, self.finished = [], [], 0

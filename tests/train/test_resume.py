@@ -1,6 +1,7 @@
-"""Stopping anywhere and going on gives what never having stopped gives, bit for bit."""
+"""A run that was stopped anywhere and resumed is an uninterrupted run, bit for bit."""
 
 import io
+import json
 import os
 import random
 import shutil
@@ -9,16 +10,17 @@ import signal
 import pytest
 from rich.console import Console
 
-from fusedlm.config import load_recipe
+from fusedlm.config import dump_recipe, load_recipe
+from fusedlm.runs.checkpoint import Checkpoints
 from fusedlm.train import train, trainer
-from fusedlm.train.checkpoint import Checkpoints
+from tests.optim.test_optimizer import Odd
 from tests.train.children import training_child, wait_for
 from tests.train.runs import checkpoint_names, losses, records, tiny_recipe
 
 
 @pytest.fixture
 def copied(trained, tmp_path):
-    """A finished run of one's own."""
+    """A copy of the finished run."""
     recipe, run = trained
     return recipe, shutil.copytree(run, tmp_path / "run")
 
@@ -34,7 +36,7 @@ def assert_same_run(run, other):
     assert one.files(last)["state.json"] == two.files(last)["state.json"]
 
 
-def test_killed_at_random_moments_and_in_a_checkpoint(trained, tmp_path):
+def test_a_run_killed_at_random_steps_and_in_checkpoints_resumes_bit_for_bit(trained, tmp_path):
     recipe, straight = trained
     run = tmp_path / "run"
     for step in sorted(random.Random(7).sample(range(1, 9), 4)):
@@ -56,7 +58,7 @@ def test_killed_at_random_moments_and_in_a_checkpoint(trained, tmp_path):
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_finishes_the_step_and_saves(trained, tmp_path, number):
+def test_a_signal_finishes_the_step_and_saves_it(trained, tmp_path, number):
     recipe, straight = trained
     run = tmp_path / "run"
     with training_child(recipe, run) as (process, connection):
@@ -83,7 +85,7 @@ def test_a_second_signal_kills(trained, tmp_path):
         assert process.exitcode == -signal.SIGTERM
 
 
-def test_a_signal_during_the_last_validation_leaves_it_for_later(trained, tmp_path, monkeypatch):
+def test_a_validation_that_a_signal_interrupted_is_repeated_on_resume(trained, tmp_path, monkeypatch):
     recipe, straight = trained
     run = tmp_path / "run"
     score_documents = trainer.score_documents
@@ -103,16 +105,16 @@ def test_a_signal_during_the_last_validation_leaves_it_for_later(trained, tmp_pa
     assert_same_run(run, straight)
 
 
-def test_a_finished_run_is_left_as_it_is(copied):
+def test_resuming_a_finished_run_changes_no_file(copied):
     recipe, run = copied
-    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file() and path.name != "environment.json"}
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
     result = train(recipe, run, resume=True)
     assert result.step == 12 and result.val_bpb is not None
     assert {path: path.read_bytes() for path in before} == before
 
 
-def resume_over_damage(recipe, run):
-    """What resuming prints."""
+def resume(recipe, run):
+    """Resume; the output."""
     output = io.StringIO()
     train(recipe, run, resume=True, console=Console(file=output, width=200))
     return output.getvalue()
@@ -131,7 +133,7 @@ def resume_over_damage(recipe, run):
     ],
 )
 @pytest.mark.parametrize("damage", ["flip", "half", "missing"])
-def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(copied, trained, name, damage):
+def test_a_damaged_checkpoint_is_named_and_the_one_before_it_is_used(copied, trained, name, damage):
     recipe, run = copied
     path = run / "checkpoints/step-00000012" / name
     content = bytearray(path.read_bytes())
@@ -142,14 +144,14 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(copied, traine
         path.write_bytes(content[: len(content) // 2])
     else:
         path.unlink()
-    output = resume_over_damage(recipe, run)
+    output = resume(recipe, run)
     assert f"warning: damaged checkpoint: {path}: " in output
-    assert "going on from step 8" in output
+    assert "resuming from step 8" in output
     assert "step-00000012.damaged" in checkpoint_names(run)
     assert records(run) == records(trained[1])
 
 
-def test_no_intact_checkpoint_is_an_error_now_and_later(copied):
+def test_without_an_intact_checkpoint_every_resume_is_an_error(copied):
     recipe, run = copied
     for step in ("step-00000008", "step-00000012"):
         (run / "checkpoints" / step / "manifest.json").write_text("{}")
@@ -172,17 +174,17 @@ def test_resuming_nothing_starts_a_run(trained, tmp_path):
     assert_same_run(tmp_path / "deep" / "run", straight)
 
 
-def test_more_steps_continue_with_the_schedule_of_the_new_length(copied, tmp_path):
+def test_more_steps_continue_with_the_schedule_of_the_new_length(copied):
     recipe, run = copied
     longer = recipe.model_copy(update={"train": recipe.train.model_copy(update={"steps": 14})})
-    output = resume_over_damage(longer, run)
-    assert "grows from 12 to 14 steps; the schedule is now that of 14" in output
+    output = resume(longer, run)
+    assert "train.steps was 12 and is now 14; the schedule is recomputed for 14 steps" in output
     found = [record for record in records(run) if "loss" in record]
     assert [record["step"] for record in found] == list(range(1, 15))
     assert load_recipe(run / "recipe.yaml") == longer
 
 
-def test_keys_that_do_not_change_the_steps_may_differ(copied, tmp_path):
+def test_neutral_keys_may_differ(copied, tmp_path):
     recipe, run = copied
     moved = shutil.copytree(recipe.data.dir, tmp_path / "elsewhere")
     other = recipe.model_copy(
@@ -203,7 +205,7 @@ def test_keys_that_do_not_change_the_steps_may_differ(copied, tmp_path):
         (["train.seed=1"], "train.seed is 0 in"),
         (["train.schedule={type: cosine}"], 'train.schedule.type is "wsd" in the run to resume and "cosine" now'),
         (["train.ema=null"], "train.ema is 0.9 in the run to resume and null now"),
-        (["train.steps=11"], "train.steps=11 is below the 12 of the run to resume"),
+        (["train.steps=11"], "train.steps=11: the run to resume has 12 steps; give at least 12"),
         (["name=other"], 'name is "tiny" in'),
     ],
 )
@@ -226,9 +228,65 @@ def test_changed_text_is_refused(tmp_path):
         train(recipe, tmp_path / "run", resume=True)
 
 
-def test_a_run_is_not_overwritten(copied):
+def test_environment_json_is_rewritten_only_if_steps_are_computed(copied):
     recipe, run = copied
-    with pytest.raises(ValueError, match="already holds a run; go on with it by --resume or name another with --out"):
+    (run / "environment.json").write_text('{"device": "cpu", "device_name": "of the first machine"}')
+    (run / "recipe.yaml").write_text(dump_recipe(recipe.model_copy(update={"description": "of the first machine"})))
+    train(recipe, run, resume=True)
+    assert "of the first machine" in (run / "environment.json").read_text()
+    assert load_recipe(run / "recipe.yaml").description == "of the first machine"
+    longer = recipe.model_copy(update={"train": recipe.train.model_copy(update={"steps": 13})})
+    train(longer, run, resume=True)
+    assert "of the first machine" not in (run / "environment.json").read_text()
+    assert load_recipe(run / "recipe.yaml") == longer
+
+
+def test_memory_keys_may_change_and_losses_differ_by_rounding(tmp_path):
+    common = ["model.dropout=0", "train.steps=4", "train.checkpoint_every=2", "train.eval_every=0"]
+    train(tiny_recipe(tmp_path, *common), tmp_path / "straight")
+    run = shutil.copytree(tmp_path / "straight", tmp_path / "run")
+    shutil.rmtree(run / "checkpoints/step-00000004")
+    changes = ["train.micro_batch_size=1", "runtime.recompute=mixer", "runtime.device=auto"]
+    output = resume(tiny_recipe(tmp_path, *common, *changes), run)
+    assert "train.micro_batch_size was 2 and is now 1; losses may differ by rounding" in output
+    assert losses(run) == pytest.approx(losses(tmp_path / "straight"), rel=1e-4)
+    assert losses(run)[:2] == losses(tmp_path / "straight")[:2]
+
+
+def test_runtime_may_change_on_another_kind_of_device_alone(copied, trained):
+    recipe, run = copied
+    shutil.rmtree(run / "checkpoints/step-00000012")
+    other = tiny_recipe(trained[1].parent, "runtime.dtype=bfloat16")
+    with pytest.raises(ValueError, match='runtime.dtype is "auto" in the run to resume and "bfloat16" now; give the'):
+        train(other, run, resume=True)
+    environment = json.loads((run / "environment.json").read_text())
+    (run / "environment.json").write_text(json.dumps(environment | {"device": "cuda"}))
+    output = resume(other, run)
+    assert "the run was on cuda and is now on cpu; losses may differ by rounding" in output
+    assert losses(run)[:8] == losses(trained[1])[:8] and losses(run)[8:] != losses(trained[1])[8:]
+    assert json.loads((run / "environment.json").read_text())["dtype"] == "bfloat16"
+
+
+@pytest.mark.parametrize("optimizer", ["{type: sgd, lr: 0.1}", "{type: sgd, lr: 0.1, nesterov: true}", "odd"])
+def test_every_optimizer_resumes_bit_for_bit(tmp_path, monkeypatch, optimizer):
+    """Also one of a user, with state of other shapes and dtypes."""
+    overrides = ["train.steps=6", "train.checkpoint_every=3", "train.eval_every=0"]
+    if optimizer == "odd":
+        monkeypatch.setattr(trainer, "build_optimizer", lambda model, *_: Odd(model.parameters(), lr=0.01))
+    else:
+        overrides.append(f"train.optimizer={optimizer}")
+    recipe = tiny_recipe(tmp_path, *overrides)
+    train(recipe, tmp_path / "straight")
+    run = shutil.copytree(tmp_path / "straight", tmp_path / "run")
+    shutil.rmtree(run / "checkpoints/step-00000006")
+    assert len(Checkpoints(run / "checkpoints").read_tensors(3, "optimizer")) > 10
+    train(recipe, run, resume=True)
+    assert_same_run(run, tmp_path / "straight")
+
+
+def test_without_resume_a_run_is_not_overwritten(copied):
+    recipe, run = copied
+    with pytest.raises(ValueError, match="already holds a run; resume it with --resume or name another with --out"):
         train(recipe, run)
 
 
@@ -239,10 +297,10 @@ def test_a_run_without_its_recipe_is_refused(copied):
         train(recipe, run, resume=True)
 
 
-def test_torn_and_damaged_lines_of_the_metrics(copied, trained):
+def test_damaged_lines_of_the_metrics_are_removed(copied, trained):
     recipe, run = copied
     shutil.rmtree(run / "checkpoints/step-00000012")
     lines = (run / "metrics.jsonl").read_text().splitlines(keepends=True)
     (run / "metrics.jsonl").write_text("".join(["{broken\n", *lines, '{"step": 13, "lo']))
-    assert "line 1 of" in resume_over_damage(recipe, run)
+    assert f"line 1 of {run / 'metrics.jsonl'} is damaged" in resume(recipe, run)
     assert_same_run(run, trained[1])

@@ -1,9 +1,9 @@
-"""Every switch of a recipe does something: turning it changes the losses of a run, or what is called."""
+"""Every key of a recipe has an effect: changing it changes the losses of a run, or what is called."""
 
 import pytest
 import torch
 
-from fusedlm.train import train
+from fusedlm.train import train, trainer
 from tests.train.runs import SHORT, short_losses, tiny_recipe
 
 
@@ -42,8 +42,10 @@ def base_losses(tmp_path_factory):
         "train.optimizer.beta2=0.5",
         "train.optimizer.eps=0.1",
         "train.optimizer.weight_decay=5.0",
+        "train.optimizer={type: sgd, lr: 0.01}",
+        "train.optimizer={type: sgd, lr: 0.01, momentum: 0.5}",
         "train.schedule={type: cosine, warmup: 0.9}",
-        "train.dtype=bfloat16",
+        "runtime.dtype=bfloat16",
     ],
 )
 def test_changes_the_losses(base_losses, tmp_path, override):
@@ -51,23 +53,22 @@ def test_changes_the_losses(base_losses, tmp_path, override):
 
 
 def test_the_same_recipe_gives_the_same_losses(base_losses, tmp_path):
-    """Without this the test above could not fail."""
+    """Without this, the test above could not fail."""
     assert short_losses(tmp_path) == base_losses
 
 
 @pytest.mark.parametrize("wanted", [True, False])
-def test_compile_compiles_every_block_and_the_head(tmp_path, monkeypatch, wanted):
+def test_compile_compiles_all_blocks_and_the_head(tmp_path, monkeypatch, wanted):
     compiled = []
     monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **options: compiled.append((self, options)))
-    train(tiny_recipe(tmp_path, *SHORT, f"train.compile={str(wanted).lower()}"), tmp_path / "run")
+    train(tiny_recipe(tmp_path, *SHORT, f"runtime.compile={str(wanted).lower()}"), tmp_path / "run")
     names = sorted(type(module).__name__ for module, _ in compiled)
     assert names == (["Block", "Block", "Block", "LMHead"] if wanted else [])
     assert all(options == {"fullgraph": True, "backend": "inductor"} for _, options in compiled)
 
 
-def test_deterministic_is_on_during_the_run_and_off_after_it(tmp_path, monkeypatch):
-    from fusedlm.train import trainer
-
+@pytest.mark.parametrize("wanted", [True, False])
+def test_deterministic_is_on_during_the_run_and_restored_after_it(tmp_path, monkeypatch, wanted):
     seen, train_step = [], trainer.train_step
 
     def spy(*arguments, **options):
@@ -75,5 +76,5 @@ def test_deterministic_is_on_during_the_run_and_off_after_it(tmp_path, monkeypat
         return train_step(*arguments, **options)
 
     monkeypatch.setattr(trainer, "train_step", spy)
-    train(tiny_recipe(tmp_path, *SHORT, "train.deterministic=true"), tmp_path / "run")
-    assert seen == [True, True, True] and not torch.are_deterministic_algorithms_enabled()
+    train(tiny_recipe(tmp_path, *SHORT, f"runtime.deterministic={str(wanted).lower()}"), tmp_path / "run")
+    assert seen == [wanted] * 3 and not torch.are_deterministic_algorithms_enabled()

@@ -1,13 +1,18 @@
-"""Every key of the differential mixers, of the options on values and of YaRN changes the losses of a run."""
+"""Every key of the differential mixers, of options on values and of YaRN changes the losses of a run."""
 
 import pytest
 
 from fusedlm.model import Decoder
 from tests.train.runs import short_losses
 
-FAST = "train.optimizer.lr=0.05"  # so that what starts at zero matters within three steps
+FAST = "train.optimizer.lr=0.05"  # so that weights that start at zero have an effect within three steps
 DIFF = "model.blocks.m.mixer={type: diff_mla, n_heads: 2, kv_rank: 8, rope_dim: 4}"
 CMD = "model.blocks.m.mixer={type: cmd_mla, n_heads: 2, kv_rank: 8, rope_dim: 4}"
+# Enough pairs, of low enough frequency, for both bounds of the ramp to lie inside.
+YARN = [
+    "model.blocks.m.mixer={type: mla, n_heads: 2, kv_rank: 8, rope_dim: 16, rope_base: 10}",
+    "model.yarn={factor: 4, trained_length: 64, beta_fast: 8}",
+]
 TWO_LAYERS = ["model.n_layers=2", "model.pattern=a"]
 
 
@@ -27,8 +32,8 @@ TWO_LAYERS = ["model.n_layers=2", "model.pattern=a"]
         ([], "model.yarn={factor: 4, trained_length: 4}"),
         (["model.yarn={factor: 4, trained_length: 4}"], "model.yarn.factor=2"),
         (["model.yarn={factor: 4, trained_length: 64}"], "model.yarn.trained_length=16"),
-        (["model.yarn={factor: 4, trained_length: 64, beta_fast: 8}"], "model.yarn.beta_fast=4"),
-        (["model.yarn={factor: 4, trained_length: 64, beta_fast: 8}"], "model.yarn.beta_slow=4"),
+        (YARN, "model.yarn.beta_fast=4"),
+        (YARN, "model.yarn.beta_slow=4"),
     ],
 )
 def test_changes_the_losses(tmp_path, base, change):
@@ -40,11 +45,11 @@ def test_changes_the_losses(tmp_path, base, change):
 
 
 @pytest.mark.parametrize("wanted", ["none", "mixer"])
-def test_recompute_is_what_the_recipe_says_and_changes_no_loss(tmp_path, monkeypatch, wanted):
+def test_recompute_follows_the_recipe_and_changes_no_loss(tmp_path, monkeypatch, wanted):
     called, recompute = [], Decoder.recompute_mixers
     monkeypatch.setattr(Decoder, "recompute_mixers", lambda self: (called.append(self), recompute(self)))
     (tmp_path / "plain").mkdir()
     plain = short_losses(tmp_path / "plain")
     assert called == []
-    assert short_losses(tmp_path, f"train.recompute={wanted}") == plain
+    assert short_losses(tmp_path, f"runtime.recompute={wanted}") == plain
     assert len(called) == (wanted == "mixer")

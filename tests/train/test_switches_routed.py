@@ -1,4 +1,4 @@
-"""Every key of the routed feed-forward does something: turning it changes the losses of a run."""
+"""Every key of the routed feed-forward changes the losses of a run."""
 
 import pytest
 
@@ -20,5 +20,5 @@ def test_changes_the_losses(base_losses, tmp_path, override):
 
 
 def test_the_same_recipe_gives_the_same_losses(base_losses, tmp_path):
-    """Without this the test above could not fail."""
+    """Without this, the test above could not fail."""
     assert short_losses(tmp_path, *ROUTED) == base_losses

@@ -1,6 +1,8 @@
-"""Feed-forwards by name, all built from (config, model config, setting): `forward(x_BTD) -> y_BTD`, `flops(n_tokens)`,
-`choices`, the implementation of each op; where tokens differ in what they meet, `active_parameters()`; where training
-has a loss of their own, `auxiliary_loss()`, of the last training forward."""
+"""Feed-forwards by name, all built from keyword arguments, their own and `dim`. They share one protocol:
+
+`forward(x_BTD, context) -> y_BTD`, or `(y_BTD, Report)` with losses and metrics of their own; `flops(n_tokens)`;
+`ops(device)`, the ops that they run; `active_parameters()`, where tokens differ in the parameters they use.
+"""
 
 from fusedlm.nn.ffn.relu2 import ReLU2
 from fusedlm.nn.ffn.routed import RoutedFFN

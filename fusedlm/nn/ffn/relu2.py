@@ -1,35 +1,29 @@
 """Squared leaky ReLU feed-forward (arXiv 2109.08668)."""
 
 import torch
-import torch.nn.functional as F
 
-from fusedlm.config.ffn import ReLU2Config
-from fusedlm.config.model import ModelConfig
-from fusedlm.nn.linear import Linear, product_dtype
-from fusedlm.ops.common import Setting
-from fusedlm.ops.relu2_mlp.op import RELU2_MLP, relu2_mlp
+from fusedlm.nn.context import Context
+from fusedlm.nn.linear import Linear, mlp
+from fusedlm.nn.module import Module, OpUse
+from fusedlm.nn.pending import SquaredReLU
 
 
-class ReLU2(torch.nn.Module):
-    """down(leaky_relu(up(x), slope)^2)."""
+class ReLU2(Module):
+    """down(leaky_relu(up(x), slope)^2); hidden: None: 4 * dim."""
 
-    def __init__(self, config: ReLU2Config, model: ModelConfig, setting: Setting):
+    def __init__(self, *, dim: int, hidden: int | None = None, slope: float = 0.0):
         super().__init__()
-        self.slope = config.slope
-        hidden = config.hidden or 4 * model.dim
-        self.up = Linear(model.dim, hidden)
-        self.down = Linear(hidden, model.dim, zero=True)
-        self.whole = RELU2_MLP.choose(model.impl.relu2_mlp, setting, dim=model.dim, hidden=hidden)
-        self.choices = [self.whole]
+        hidden = hidden or 4 * dim
+        self.up = Linear(dim, hidden)
+        self.down = Linear(hidden, dim, zero=True)
+        self.activation = SquaredReLU(slope)
 
-    def forward(self, x_BTD: torch.Tensor) -> torch.Tensor:
-        if self.whole.name == "reference":
-            u = self.up(x_BTD)
-            u = F.leaky_relu(u, self.slope) if self.slope else F.relu(u)
-            return self.down(u.square())
-        x_ND = x_BTD.to(product_dtype(x_BTD)).flatten(0, -2)
-        weights = self.up.weight, self.down.weight
-        return relu2_mlp(x_ND, *weights, slope=self.slope, implementation=self.whole.function).view_as(x_BTD)
+    def forward(self, x_BTD: torch.Tensor, context: Context | None = None) -> torch.Tensor:
+        return mlp(x_BTD, self.up, self.down, self.activation)
 
     def flops(self, n_tokens: int) -> int:
         return self.up.flops(n_tokens) + self.down.flops(n_tokens)
+
+    def ops(self, device: torch.device) -> list[OpUse]:
+        sizes = self.activation.sizes(self.up.in_features, self.up.out_features)
+        return [OpUse("relu2_mlp", "relu2_mlp", sizes)]

@@ -1,33 +1,34 @@
 """SwiGLU feed-forward (arXiv 2002.05202)."""
 
 import torch
-import torch.nn.functional as F
 
-from fusedlm.config.ffn import SwiGLUConfig
-from fusedlm.config.model import ModelConfig
-from fusedlm.nn.linear import Linear, product_dtype
-from fusedlm.ops.common import Setting
-from fusedlm.ops.swiglu_mlp.op import SWIGLU_MLP, swiglu_mlp
+from fusedlm.nn.context import Context
+from fusedlm.nn.linear import Linear, mlp
+from fusedlm.nn.module import Module, OpUse
+from fusedlm.nn.pending import SwiGLUActivation
 
 
-class SwiGLU(torch.nn.Module):
-    """down(silu(gate(x)) * up(x)); gate and up are one packed projection."""
+class SwiGLU(Module):
+    """down(silu(gate(x)) * up(x)); gate and up are one packed projection. hidden: None: 8/3 of dim, rounded up to a
+    multiple of 64."""
 
-    def __init__(self, config: SwiGLUConfig, model: ModelConfig, setting: Setting):
+    def __init__(self, *, dim: int, hidden: int | None = None):
         super().__init__()
-        hidden = config.hidden or -(-8 * model.dim // (3 * 64)) * 64
-        self.gate_up = Linear(model.dim, 2 * hidden)
-        self.down = Linear(hidden, model.dim, zero=True)
-        self.whole = SWIGLU_MLP.choose(model.impl.swiglu_mlp, setting)
-        self.choices = [self.whole]
+        hidden = hidden or default_hidden(dim)
+        self.gate_up = Linear(dim, 2 * hidden, splits={"gate": hidden, "up": hidden})
+        self.down = Linear(hidden, dim, zero=True)
+        self.activation = SwiGLUActivation()
 
-    def forward(self, x_BTD: torch.Tensor) -> torch.Tensor:
-        if self.whole.name == "reference":
-            gate, up = self.gate_up(x_BTD).chunk(2, dim=-1)
-            return self.down(F.silu(gate) * up)
-        x_ND = x_BTD.to(product_dtype(x_BTD)).flatten(0, -2)
-        weights = self.gate_up.weight, self.down.weight
-        return swiglu_mlp(x_ND, *weights, implementation=self.whole.function).view_as(x_BTD)
+    def forward(self, x_BTD: torch.Tensor, context: Context | None = None) -> torch.Tensor:
+        return mlp(x_BTD, self.gate_up, self.down, self.activation)
 
     def flops(self, n_tokens: int) -> int:
         return self.gate_up.flops(n_tokens) + self.down.flops(n_tokens)
+
+    def ops(self, device: torch.device) -> list[OpUse]:
+        return [OpUse("swiglu_mlp", "swiglu_mlp", {})]
+
+
+def default_hidden(dim: int) -> int:
+    """8/3 of dim, rounded up to a multiple of 64."""
+    return -(-8 * dim // (3 * 64)) * 64

@@ -1,13 +1,13 @@
-"""Sequence mixers by name. All are built from (config, model config, setting, index of the layer from 0) and share one
-protocol:
+"""Sequence mixers by name. All are built from keyword arguments, their own and those that every mixer takes (dim,
+norm_eps, layer: index of the layer from 0, value_sources: see ValueResidual), and share one protocol:
 
-`forward(x_BTD, context, state=None) -> y_BTD`; with a state from `init_state(batch_size, max_tokens)` the tokens are
-appended to those seen before, any number at a time, and the state is updated in place. `state_bytes(n_tokens, dtype)`
-is what the state of one sequence holds, `flops(n_tokens)` the matrix-multiply FLOPs of a forward pass over one
-sequence, `rope_specs()` the rotary tables that it reads from the context, `choices` the implementation of each op.
+`forward(x_BTD, context, state=None) -> y_BTD`. With a state from `init_state(batch_size, max_tokens)` the tokens are
+appended to those seen before, any number at a time, and the state is updated in place. A state is one part or a list of
+parts, each with `tensors()`, `mark()` and `rollback(kept)` (nn/cache.py, nn/recurrent_state.py).
 
-A mixer that reads x through one projection alone names it `input_projection`, and goes on from what that gives in
-`mix(projected, context, state)`, for `Block` to make the norm and the projection in one op.
+`state_bytes(n_tokens, dtype)` is what the state of one sequence holds, `flops(n_tokens)` the matrix-multiply FLOPs of a
+forward pass over one sequence by the mixer's definition, `rope_specs()` the rotary tables that it reads from the
+context, `ops(device)` the ops that it runs, and `fuses_norm(x_BTD)` whether x may be a PendingNorm.
 """
 
 from fusedlm.nn.mixers.attention import Attention

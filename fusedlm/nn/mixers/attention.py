@@ -2,61 +2,67 @@
 
 import torch
 
-from fusedlm.config.mixers import AttentionConfig
-from fusedlm.config.model import ModelConfig
-from fusedlm.nn.cache import TokenCache, cached_tokens
+from fusedlm.nn.cache import TokenCache, WindowCache, cached_tokens
 from fusedlm.nn.context import Context
-from fusedlm.nn.linear import Linear
+from fusedlm.nn.linear import Linear, fuses_norm
 from fusedlm.nn.mixers.softmax import SoftmaxAttention, attention_flops
+from fusedlm.nn.module import Constant, Module, OpUse, Role
 from fusedlm.nn.norm import rms_norm
 from fusedlm.nn.rope import apply_rope
 from fusedlm.nn.value_residual import ValueResidual
 from fusedlm.nn.xsa import exclude_own_value
-from fusedlm.ops.attention.op import cached_attention
-from fusedlm.ops.attention.reference import reach
-from fusedlm.ops.common import Setting
+from fusedlm.ops import cached_attention
 
-Q_GAIN = 1.5  # start of the learnt gain on normalised queries: unit vectors alone cannot make sharp attention
+Q_GAIN = 1.5  # initial learnt gain on normalised queries: unit vectors alone cannot give sharp attention
 
 
-class Attention(torch.nn.Module):
-    def __init__(self, config: AttentionConfig, model: ModelConfig, setting: Setting, layer: int):
+class Attention(Module):
+    """Multi-head attention, its keys and values shared by groups of query heads."""
+
+    def __init__(
+        self,
+        *,
+        dim: int,
+        n_heads: int,
+        n_kv_heads: int | None = None,
+        head_dim: int | None = None,
+        rope_dim: int | None = None,
+        rope_base: float = 10_000.0,
+        qk_norm: bool = True,
+        window: int | None = None,
+        xsa: bool = False,
+        value_residual: bool = False,
+        norm_eps: float = 1e-6,
+        layer: int = 0,
+        value_sources: set | None = None,
+    ):
         super().__init__()
-        self.n_heads = config.n_heads
-        self.n_kv_heads = config.n_kv_heads or config.n_heads
-        self.head_dim = config.head_dim or model.dim // config.n_heads
-        self.rope = (self.head_dim if config.rope_dim is None else config.rope_dim, config.rope_base)
-        self.window = config.window
-        self.eps = model.norm_eps
+        self.n_heads, self.n_kv_heads = n_heads, n_kv_heads or n_heads
+        self.head_dim = head_dim or dim // n_heads
+        self.rope = (self.head_dim if rope_dim is None else rope_dim, rope_base)
+        self.window, self.xsa, self.eps = window, xsa, norm_eps
         self.scale = self.head_dim**-0.5
-        self.qkv = Linear(model.dim, (self.n_heads + 2 * self.n_kv_heads) * self.head_dim)
-        self.out = Linear(self.n_heads * self.head_dim, model.dim, zero=True)
-        self.q_gain = torch.nn.Parameter(torch.full((self.n_heads,), Q_GAIN)) if config.qk_norm else None
-        self.xsa = config.xsa
+        self.heads = [self.n_heads, self.n_kv_heads, self.n_kv_heads]  # of q, k and v
+        widths = [heads * self.head_dim for heads in self.heads]
+        self.qkv = Linear(dim, sum(widths), splits=dict(zip("qkv", widths, strict=True)))
+        self.out = Linear(self.n_heads * self.head_dim, dim, zero=True)
+        if qk_norm:
+            self.add_parameter("q_gain", (self.n_heads,), Role("per_head"), Constant(Q_GAIN))
+        else:
+            self.q_gain = None
         self.value_residual = None
-        if config.value_residual:
-            width = self.n_kv_heads * self.head_dim
+        if value_residual:
             self.value_residual = ValueResidual(
-                model, layer, width, lambda c: (c.n_kv_heads or c.n_heads) * (c.head_dim or model.dim // c.n_heads)
+                "attention", widths[2], set() if value_sources is None else value_sources
             )
-        self.attend = SoftmaxAttention(
-            model.impl, setting, head_dim=self.head_dim, value_dim=self.head_dim, window=self.window
-        )
+        self.attend = SoftmaxAttention(self.head_dim, self.head_dim, window)
 
-    @property
-    def choices(self):
-        return self.attend.choices
+    def fuses_norm(self, x_BTD: torch.Tensor) -> bool:
+        return fuses_norm(self.qkv, x_BTD)
 
-    @property
-    def input_projection(self) -> Linear:
-        return self.qkv
-
-    def forward(self, x_BTD: torch.Tensor, context: Context, state: list[TokenCache] | None = None) -> torch.Tensor:
-        return self.mix(self.qkv(x_BTD), context, state)
-
-    def mix(self, qkv_BTE: torch.Tensor, context: Context, state: list[TokenCache] | None = None) -> torch.Tensor:
-        qkv = qkv_BTE.unflatten(-1, (-1, self.head_dim))
-        q, k, v = qkv.split([self.n_heads, self.n_kv_heads, self.n_kv_heads], dim=2)
+    def forward(self, x_BTD, context: Context, state: list | None = None) -> torch.Tensor:
+        qkv = self.qkv(x_BTD).unflatten(-1, (-1, self.head_dim))
+        q, k, v = qkv.split(self.heads, dim=2)
         if self.q_gain is not None:
             q = (rms_norm(q, self.eps) * self.q_gain[:, None]).to(qkv.dtype)
             k = rms_norm(k, self.eps)
@@ -66,19 +72,22 @@ class Attention(torch.nn.Module):
         own = v
         scale = context.scale_scores(self.scale, self.rope[0])
         if state is not None:
-            k, v = (cache.append(new) for cache, new in zip(state, (k, v), strict=True))
-        if context.n_past == 0:
+            k, v = (cache.append(new, context) for cache, new in zip(state, (k, v), strict=True))
+        if context.past == 0:
             y = self.attend(q, k, v, scale, context)
         else:
-            alone = q.shape[1] == 1 and not context.packed  # then it sees all that the cache holds
-            reach_BT = None if alone else reach(context.positions_BT, self.window)
-            y = cached_attention(q, k, v, scale=scale, reach_BT=reach_BT)
+            # Rows of a window end with the newest token, whatever their length.
+            starts_B = context.starts_B if self.window is None else None
+            visible_before_BT = context.visible_before(self.window)
+            y = cached_attention(q, k, v, scale=scale, visible_before_BT=visible_before_BT, starts_B=starts_B)
         if self.xsa:
             y = exclude_own_value(y, own)
         return self.out(y.flatten(-2))
 
-    def init_state(self, batch_size: int, max_tokens: int | None = None) -> list[TokenCache]:
-        return [TokenCache(max_tokens, self.window), TokenCache(max_tokens, self.window)]
+    def init_state(self, batch_size: int, max_tokens: int | None = None) -> list[TokenCache | WindowCache]:
+        if self.window is not None:
+            return [WindowCache(self.window), WindowCache(self.window)]
+        return [TokenCache(max_tokens), TokenCache(max_tokens)]
 
     def state_bytes(self, n_tokens: int, dtype: torch.dtype) -> int:
         return cached_tokens(n_tokens, self.window) * 2 * self.n_kv_heads * self.head_dim * dtype.itemsize
@@ -89,3 +98,6 @@ class Attention(torch.nn.Module):
 
     def rope_specs(self) -> set[tuple[int, float]]:
         return {self.rope}
+
+    def ops(self, device: torch.device) -> list[OpUse]:
+        return [*self.attend.ops(device), self.qkv.norm_op()]

@@ -1,86 +1,115 @@
 """Gated delta net (arXiv 2412.06464), the linear-time mixer of Qwen3-Next."""
 
-import math
-
 import torch
 import torch.nn.functional as F
 
-from fusedlm.config.mixers import GDNConfig
-from fusedlm.config.model import ModelConfig
-from fusedlm.nn.context import Context
+from fusedlm.nn.context import Context, first_tokens
 from fusedlm.nn.conv import ShortConv
+from fusedlm.nn.decay import LogRate, StepBias
 from fusedlm.nn.linear import Linear
+from fusedlm.nn.module import Module, OpUse, Role
 from fusedlm.nn.norm import RMSNorm
 from fusedlm.nn.recurrent_state import RecurrentState
-from fusedlm.ops.common import Setting
-from fusedlm.ops.gated_delta_rule.op import GATED_DELTA_RULE, gated_delta_rule
+from fusedlm.ops import gated_delta_rule
 
 
-class GatedDeltaNet(torch.nn.Module):
-    def __init__(self, config: GDNConfig, model: ModelConfig, setting: Setting, layer: int):
+class GatedDeltaNet(Module):
+    """q, k and v pass a short convolution and SiLU, and q and k are L2-normalised; per head, with a_t, b_t linear in x,
+    alpha_t = exp(-exp(A_log) softplus(a_t + dt_bias)) and beta_t = sigmoid(b_t),
+
+        S_t = alpha_t S_{t-1} (I - beta_t k_t k_t^T) + beta_t v_t k_t^T,  y_t = S_t q_t / sqrt(head_dim),
+
+    and the output is W_o (norm(y) silu(z)), the norm per head.
+    """
+
+    def __init__(
+        self,
+        *,
+        dim: int,
+        n_heads: int,
+        head_dim: int | None = None,
+        value_head_dim: int | None = None,
+        conv_size: int = 4,
+        chunk_size: int = 64,
+        norm_eps: float = 1e-6,
+        layer: int = 0,
+        value_sources: set | None = None,
+    ):
         super().__init__()
-        self.n_heads = config.n_heads
-        self.key_dim = config.head_dim or model.dim // config.n_heads
-        self.value_dim = config.value_head_dim or self.key_dim
-        self.chunk_size = config.chunk_size
-        keys, values = self.n_heads * self.key_dim, self.n_heads * self.value_dim
+        self.n_heads = n_heads
+        self.key_dim = head_dim or dim // n_heads
+        self.value_dim = value_head_dim or self.key_dim
+        self.chunk_size = chunk_size
+        keys, values = n_heads * self.key_dim, n_heads * self.value_dim
         self.widths = [keys, keys, values]
-        self.qkv = Linear(model.dim, sum(self.widths))
-        self.conv = ShortConv(sum(self.widths), config.conv_size)
-        self.gates = Linear(model.dim, 2 * self.n_heads)  # a_t and b_t of each head
-        self.z = Linear(model.dim, values)
-        self.norm = RMSNorm(self.value_dim, model.norm_eps)
-        self.out = Linear(values, model.dim, zero=True)
-        # As Mamba 2 starts its decay: rates A in [1, 16], steps dt in [0.001, 0.1], so half-lives from 1 to 700 tokens.
-        self.log_rate = torch.nn.Parameter(torch.empty(self.n_heads).uniform_(1, 16).log_())
-        dt = torch.exp(torch.empty(self.n_heads).uniform_(math.log(0.001), math.log(0.1)))
-        self.dt_bias = torch.nn.Parameter(dt + torch.log(-torch.expm1(-dt)))  # inverse of softplus
-        self.rule = GATED_DELTA_RULE.choose(model.impl.gated_delta_rule, setting)
+        self.qkv = Linear(dim, sum(self.widths), splits={"q": keys, "k": keys, "v": values})
+        self.conv = ShortConv(sum(self.widths), conv_size)
+        self.gates = Linear(dim, 2 * n_heads, splits={"a": n_heads, "b": n_heads})
+        self.z = Linear(dim, values)
+        self.norm = RMSNorm(self.value_dim, norm_eps)
+        self.out = Linear(values, dim, zero=True)
+        self.add_parameter("log_rate", (n_heads,), Role("per_head"), LogRate())  # A_log
+        self.add_parameter("dt_bias", (n_heads,), Role("per_head"), StepBias())
 
-    @property
-    def choices(self):
-        return [self.rule]
+    def fuses_norm(self, x_BTD: torch.Tensor) -> bool:
+        return False  # three projections read x
 
-    def forward(self, x_BTD: torch.Tensor, context: Context, state: RecurrentState | None = None) -> torch.Tensor:
-        mixed, tail = self.conv(self.qkv(x_BTD), context, None if state is None else state.carried)
+    def forward(self, x_BTD, context: Context, state: RecurrentState | None = None) -> torch.Tensor:
+        memory, tail = (None, None) if state is None else (state.memory, state.carried)
+        mixed, inputs = self.conv(self.qkv(x_BTD), context, tail)
         q, k, v = F.silu(mixed).split(self.widths, dim=-1)
         q, k, v = (x.unflatten(-1, (self.n_heads, -1)) for x in (q, k, v))
         q, k = (_unit(x) for x in (q, k))
         step, strength = self.gates(x_BTD).to(self.log_rate.dtype).chunk(2, dim=-1)
         log_decay = -self.log_rate.exp() * F.softplus(step + self.dt_bias)
-        y, memory = gated_delta_rule(
-            q * self.key_dim**-0.5,
+        beta = strength.sigmoid()
+        valid_BT, reset_BT = context.valid_BT, context.reset_BT
+        y, after = self._rule(q * self.key_dim**-0.5, k, v, log_decay, beta, memory, reset_BT, valid_BT)
+        if state is not None:
+
+            def replay(memory, tail, n_kept_B):
+                kept_BT = first_tokens(n_kept_B, k.shape[1])
+                tail = self.conv.tail_of(self.conv.extend(tail, inputs), n_kept_B)
+                return self._rule(k, k, v, log_decay, beta, memory, reset_BT, kept_BT)[1], tail
+
+            state.update(after, self.conv.tail_of(inputs, context.lengths_B), replay)
+        return self.out((self.norm(y).flatten(-2)) * F.silu(self.z(x_BTD)))
+
+    def _rule(self, q, k, v, log_decay, beta, memory, reset_BT, taken_BT):
+        """Outputs and the state after the tokens taken (None: all); the others leave it as it is."""
+        if taken_BT is not None:
+            log_decay, beta = (x.masked_fill(~taken_BT[..., None], 0.0) for x in (log_decay, beta))
+            reset_BT = None if reset_BT is None else reset_BT & taken_BT
+        return gated_delta_rule(
+            q,
             k,
             v,
             log_decay,
-            strength.sigmoid(),
-            state_BHKV=None if state is None else state.memory,
-            reset_BT=context.reset_BT,
+            beta,
+            state_BHKV=memory,
+            reset_BT=reset_BT,
             chunk_size=self.chunk_size,
-            implementation=self.rule.function,
+            backend=self.backend("gated_delta_rule"),
         )
-        if state is not None:
-            state.memory, state.carried = memory, tail
-        return self.out((self.norm(y).flatten(-2)) * F.silu(self.z(x_BTD)))
 
     def init_state(self, batch_size: int, max_tokens: int | None = None) -> RecurrentState:
         return RecurrentState()
 
     def state_bytes(self, n_tokens: int, dtype: torch.dtype) -> int:
-        """The same at every length, once a token has been seen."""
+        """Independent of the length from the first token on."""
         memory = self.n_heads * self.key_dim * self.value_dim * max(dtype.itemsize, torch.float32.itemsize)
         return (memory + self.conv.state_bytes(dtype)) if n_tokens else 0
 
     def flops(self, n_tokens: int) -> int:
-        """Of the chunked form: products inside a chunk, the triangular solve, three products with the state."""
-        size = min(self.chunk_size, n_tokens)
-        padded = -(-n_tokens // size) * size
-        inside = size * (4 * self.key_dim + 2 * self.value_dim) + size * (self.key_dim + self.value_dim)
-        rule = padded * self.n_heads * (inside + 6 * self.key_dim * self.value_dim)
+        """Of the rule as it is defined, token by token: the value recalled by k, the write and the read by q."""
+        rule = 3 * 2 * self.n_heads * self.key_dim * self.value_dim * n_tokens
         return rule + sum(linear.flops(n_tokens) for linear in (self.qkv, self.gates, self.z, self.out))
 
     def rope_specs(self) -> set[tuple[int, float]]:
         return set()
+
+    def ops(self, device: torch.device) -> list[OpUse]:
+        return [OpUse("gated_delta_rule", "gated_delta_rule", {})]
 
 
 def _unit(x: torch.Tensor) -> torch.Tensor:

@@ -1,88 +1,101 @@
-"""What mixers over a shared latent have in common: the projections, the state, absorbed decoding."""
+"""The base of mixers over a shared latent: projections, state, absorbed decoding."""
 
 from abc import ABC, abstractmethod
 
 import torch
-import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from fusedlm.config.mixers import MLAConfig
-from fusedlm.config.model import ModelConfig
 from fusedlm.nn.cache import TokenCache
 from fusedlm.nn.context import Context
-from fusedlm.nn.linear import Linear
-from fusedlm.nn.norm import RMSNorm, project_normed
+from fusedlm.nn.linear import Linear, fuses_norm
+from fusedlm.nn.mixers.softmax import SoftmaxAttention
+from fusedlm.nn.module import Module, OpUse
+from fusedlm.nn.norm import RMSNorm
 from fusedlm.nn.rope import apply_rope
 from fusedlm.nn.value_residual import ValueResidual
 from fusedlm.nn.xsa import exclude_own_value
-from fusedlm.ops.common import Choice, Setting
-from fusedlm.ops.rmsnorm_linear.op import RMSNORM_LINEAR
+from fusedlm.ops import cached_attention
 
 
-class LatentMixer(torch.nn.Module, ABC):
-    """Keys and values come from one normalised latent of kv_rank numbers a token; position enters through rope_dim
-    more, shared by all heads and stored rotated. The state is that latent and that key, whatever the number of heads.
+class LatentMixer(Module, ABC):
+    """Keys and values come from one normalised latent of kv_rank elements per token. Position enters through a rotary
+    key of rope_dim elements, shared by all heads and stored rotated. The state is latent and rotary key, whatever the
+    number of heads.
 
-    Whole sequences go through `expanded`, which makes keys and values of the latents. Later tokens go through
-    `absorbed`, which attends to the latents themselves with the up-projections moved to query and output.
+    Full sequences go through `expanded`, which computes keys and values from the latents. Later tokens go through
+    `absorbed`, which attends to the latents themselves, the up-projections moved to query and output.
     """
 
-    # Whether all behind attention is computed again in the backward pass rather than kept.
-    computes_end_again = False
+    # Whether everything after attention is recomputed in the backward pass instead of saved.
+    recomputes_output = False
     # Whether `combined` reads x.
-    ends_with_input = False
+    combines_with_input = False
 
     def __init__(
         self,
-        config: MLAConfig,
-        model: ModelConfig,
-        setting: Setting,
-        layer: int,
         *,
-        n_streams: int,
+        mixer: str,
+        n_streams: int = 1,
         noise_dim: int = 0,
+        dim: int,
+        n_heads: int,
+        kv_rank: int,
+        head_dim: int | None = None,
+        q_rank: int | None = None,
+        rope_dim: int = 32,
+        rope_base: float = 10_000.0,
+        n_kv_groups: int | None = None,
+        xsa: bool = False,
+        value_residual: bool = False,
+        norm_eps: float = 1e-6,
+        layer: int = 0,
+        value_sources: set | None = None,
     ):
-        """n_streams: sets of queries and keys without position, side by side in each head. noise_dim: width of one more
-        query and key, which no head has to itself."""
+        """
+        Args:
+            mixer: type of the mixer.
+            n_streams: sets of queries and keys without position in each head.
+            noise_dim: width of one more query and key, shared by all heads; 0: none.
+            The others: as the mixers take them.
+        """
         super().__init__()
-        self.n_heads = config.n_heads
-        self.n_groups = config.n_kv_groups or config.n_heads
-        self.head_dim = config.head_dim or model.dim // config.n_heads
-        self.rank, self.q_rank, self.noise_dim = config.kv_rank, config.q_rank, noise_dim
-        self.rope = (config.rope_dim, config.rope_base)
-        self.scale = (self.head_dim + config.rope_dim) ** -0.5
+        self.n_heads = n_heads
+        self.n_groups = n_kv_groups or n_heads
+        self.head_dim = head_dim or dim // n_heads
+        self.rank, self.q_rank, self.noise_dim = kv_rank, q_rank, noise_dim
+        self.rope = (rope_dim, rope_base)
+        self.scale = (self.head_dim + rope_dim) ** -0.5
+        self.eps = norm_eps
         self.n_streams = n_streams
-        self.xsa = config.xsa
-        # Projections of one input are one matrix: narrow ones leave most of a GPU idle.
-        self.down = Linear(model.dim, (config.q_rank or 0) + self.rank + config.rope_dim)
-        self.q_norm = RMSNorm(config.q_rank, model.norm_eps) if config.q_rank is not None else None
-        self.kv_norm = RMSNorm(self.rank, model.norm_eps)
-        self.q_widths = [self.n_heads * (n_streams * self.head_dim + config.rope_dim), noise_dim]
-        self.q_up = Linear(config.q_rank or model.dim, sum(self.q_widths))
-        self.normed_q: Choice | None = None  # the other latent is kept normalised, and so is no part of an op like this
-        if config.q_rank is not None:
-            features = {"in_features": config.q_rank, "out_features": sum(self.q_widths)}
-            self.normed_q = RMSNORM_LINEAR.choose(model.impl.rmsnorm_linear, setting, **features)
-        self.kv_widths = [self.n_groups * n_streams * self.head_dim, self.n_groups * self.head_dim, noise_dim]
-        self.kv_up = Linear(self.rank, sum(self.kv_widths))
-        self.out = Linear(self.n_heads * self.head_dim, model.dim, zero=True)
+        self.xsa = xsa
+        # Packed: narrow projections leave most of a GPU idle.
+        down = {"q": q_rank or 0, "kv": kv_rank, "k_rope": rope_dim}
+        self.down_widths = list(down.values())
+        self.down = Linear(dim, sum(self.down_widths), splits=down)
+        self.q_norm = RMSNorm(q_rank, norm_eps) if q_rank is not None else None
+        self.kv_norm = RMSNorm(kv_rank, norm_eps)
+        q = {"q": n_heads * (n_streams * self.head_dim + rope_dim), "noise": noise_dim}
+        self.q_widths = list(q.values())
+        self.q_up = Linear(q_rank or dim, sum(self.q_widths), splits=q)
+        kv = {
+            "k": self.n_groups * n_streams * self.head_dim,
+            "v": self.n_groups * self.head_dim,
+            "noise": noise_dim,
+        }
+        self.kv_widths = list(kv.values())
+        self.kv_up = Linear(kv_rank, sum(self.kv_widths), splits=kv)
+        self.out = Linear(n_heads * self.head_dim, dim, zero=True)
         self.value_residual = None
-        if config.value_residual:
-            self.value_residual = ValueResidual(model, layer, self.rank, lambda c: c.kv_rank)
+        if value_residual:
+            self.value_residual = ValueResidual(mixer, kv_rank, value_sources)
+        self.attend = SoftmaxAttention(self.head_dim + rope_dim, self.head_dim)
 
-    @property
-    def input_projection(self) -> Linear | None:
-        """None where x is read by more than this one."""
-        return None if self.q_rank is None or self.ends_with_input else self.down
+    def fuses_norm(self, x_BTD: torch.Tensor) -> bool:
+        """Where only `down` reads x."""
+        return self.q_norm is not None and not self.combines_with_input and fuses_norm(self.down, x_BTD)
 
-    def forward(self, x_BTD: torch.Tensor, context: Context, state: TokenCache | None = None) -> torch.Tensor:
-        return self._mix(self.down(x_BTD), x_BTD, context, state)
-
-    def mix(self, projected_BTE: torch.Tensor, context: Context, state: TokenCache | None = None) -> torch.Tensor:
-        return self._mix(projected_BTE, None, context, state)
-
-    def _mix(self, projected_BTE, x_BTD: torch.Tensor | None, context: Context, state) -> torch.Tensor:
-        q_latent, latent, k_rope = projected_BTE.split([self.q_rank or 0, self.rank, self.rope[0]], dim=-1)
+    def forward(self, x_BTD, context: Context, state: TokenCache | None = None) -> torch.Tensor:
+        q_latent, latent, k_rope = self.down(x_BTD).split(self.down_widths, dim=-1)
         q, q_noise = self._queries(x_BTD, q_latent).split(self.q_widths, dim=-1)
         q = q.unflatten(-1, (self.n_heads, -1))
         q, q_rope = q.split([self.n_streams * self.head_dim, self.rope[0]], dim=-1)
@@ -91,79 +104,75 @@ class LatentMixer(torch.nn.Module, ABC):
             latent = self.value_residual(latent, context)
         table = context.rope[self.rope]
         q_rope, k_rope = apply_rope(q_rope, table), apply_rope(k_rope[:, :, None], table)
-        memory = None if state is None else state.append(torch.cat([latent, k_rope[:, :, 0]], dim=-1))
-        if context.n_past == 0:
+        memory = None if state is None else state.append(torch.cat([latent, k_rope[:, :, 0]], dim=-1), context)
+        if context.past == 0:
             k, v, k_noise = self.kv_up(latent).split(self.kv_widths, dim=-1)
             v = v.unflatten(-1, (self.n_groups, self.head_dim))
-            keys = self.keys(k, k_rope)
-            streams = self.expanded(self.queries(q, q_rope), keys, v, latent, q_noise, k_noise, context)
+            queries = [torch.cat([part, q_rope], dim=-1) for part in q.split(self.head_dim, dim=-1)]
+            streams = self.expanded(queries, self._keys(k, k_rope), v, latent, q_noise, k_noise, context)
         else:
             v = self.values(latent) if self.xsa else None
-            streams = self.absorbed(self.absorbed_queries(q, q_rope), q_noise, memory, context)
-        if self.computes_end_again and torch.is_grad_enabled():
-            return checkpoint(self._end, x_BTD, v, *streams, use_reentrant=False)
-        return self._end(x_BTD, v, *streams)
+            streams = self.absorbed(self._absorbed_queries(q, q_rope), q_noise, memory, context)
+        if self.recomputes_output and torch.is_grad_enabled():
+            return checkpoint(self._output, x_BTD, v, *streams, use_reentrant=False)
+        return self._output(x_BTD, v, *streams)
 
-    def _queries(self, x_BTD: torch.Tensor | None, q_latent_BTR: torch.Tensor) -> torch.Tensor:
+    def _queries(self, x_BTD, q_latent_BTR: torch.Tensor) -> torch.Tensor:
         if self.q_norm is None:
             return self.q_up(x_BTD)
-        return project_normed(q_latent_BTR, self.q_norm, self.q_up, self.normed_q)
+        return self.q_up(self.q_norm(q_latent_BTR, pending=fuses_norm(self.q_up, q_latent_BTR)))
 
-    def _end(self, x_BTD, v_BTGE, *streams) -> torch.Tensor:
+    def _output(self, x_BTD, v_BTGE, *streams) -> torch.Tensor:
         y = self.combined(x_BTD, *streams)
         if self.xsa:
             y = exclude_own_value(y, v_BTGE)
         return self.out(y.flatten(-2))
 
-    @property
-    def choices(self) -> list[Choice]:
-        return [] if self.normed_q is None else [self.normed_q]
-
     @abstractmethod
     def expanded(self, queries, keys, v, latent, q_noise, k_noise, context: Context) -> tuple[torch.Tensor, ...]:
-        """What attention gives over whole sequences, for `combined`; queries and keys of each stream
+        """The outputs of attention over full sequences, for `combined`; queries and keys of each stream
         (B, T, H or G, head_dim + rope_dim), v (B, T, G, head_dim), latent (B, T, rank), q_noise and k_noise
         (B, T, noise_dim)."""
 
     @abstractmethod
     def absorbed(self, queries, q_noise, memory, context: Context) -> tuple[torch.Tensor, ...]:
-        """The same for tokens after those in memory (B, S, rank + rope_dim), which holds them too; queries of each
-        stream (B, T, H, rank + rope_dim)."""
+        """The same for tokens after others; memory (B, S, rank + rope_dim) holds those and these, queries of each
+        stream are (B, T, H, rank + rope_dim)."""
 
     @abstractmethod
-    def combined(self, x_BTD: torch.Tensor | None, *streams: torch.Tensor) -> torch.Tensor:
-        """(B, T, H, head_dim) of what attention gave, and of x where `ends_with_input`."""
-
-    def up_weights(self) -> list[torch.Tensor]:
-        """The rows of kv_up that make keys, values and the noise key of a latent."""
-        return self.kv_up.weight.split(self.kv_widths)
+    def combined(self, x_BTD, *streams: torch.Tensor) -> torch.Tensor:
+        """(B, T, H, head_dim) from the outputs of attention, and from x where `combines_with_input`."""
 
     def values(self, latent_BTR: torch.Tensor) -> torch.Tensor:
         """(B, T, G, head_dim)."""
-        return F.linear(latent_BTR, self.up_weights()[1]).unflatten(-1, (self.n_groups, self.head_dim))
+        return self.kv_up(latent_BTR, part="v").unflatten(-1, (self.n_groups, self.head_dim))
 
-    def keys(self, k: torch.Tensor, k_rope_BT1R: torch.Tensor) -> list[torch.Tensor]:
+    def _keys(self, k: torch.Tensor, k_rope_BT1R: torch.Tensor) -> list[torch.Tensor]:
         """For each stream (B, T, G, head_dim + rope_dim)."""
         streams = k.unflatten(-1, (self.n_groups, self.n_streams, self.head_dim)).unbind(3)
         k_rope = k_rope_BT1R.expand(-1, -1, self.n_groups, -1)
         return [torch.cat([k, k_rope], dim=-1) for k in streams]
 
-    def queries(self, q_content: torch.Tensor, q_rope: torch.Tensor) -> list[torch.Tensor]:
-        """For each stream (B, T, H, head_dim + rope_dim)."""
-        return [torch.cat([q, q_rope], dim=-1) for q in q_content.split(self.head_dim, dim=-1)]
+    def _absorbed_queries(self, q_BTHE: torch.Tensor, q_rope_BTHR: torch.Tensor) -> list[torch.Tensor]:
+        """For each stream (B, T, H, rank + rope_dim): queries against the memory."""
+        in_groups = q_BTHE.unflatten(2, (self.n_groups, -1)).unflatten(-1, (self.n_streams, self.head_dim))
+        in_groups = in_groups.transpose(3, 4).flatten(2, 3)  # (B, T, G * streams, heads of a group, head_dim)
+        latent = self.kv_up(in_groups, part="k", groups=self.n_groups * self.n_streams, transposed=True)
+        latent = latent.unflatten(2, (self.n_groups, self.n_streams)).transpose(3, 4).flatten(2, 3)
+        return [torch.cat([q, q_rope_BTHR], dim=-1) for q in latent.unbind(3)]
 
-    def absorbed_queries(self, q_content: torch.Tensor, q_rope: torch.Tensor) -> list[torch.Tensor]:
-        """The same against the memory: (B, T, H, rank + rope_dim)."""
-        k_up = self.up_weights()[0].unflatten(0, (self.n_groups, self.n_streams, self.head_dim))
-        in_groups = q_content.unflatten(2, (self.n_groups, -1)).unflatten(-1, (self.n_streams, self.head_dim))
-        latent = torch.einsum("btgisd,gsdr->sbtgir", in_groups, k_up).flatten(3, 4)
-        return [torch.cat([q, q_rope], dim=-1) for q in latent.unbind(0)]
+    def attend_memory(self, queries: list[torch.Tensor], memory: torch.Tensor, context: Context) -> torch.Tensor:
+        """What all queries (B, T, H, rank + rope_dim) read of the latents, (B, T, heads, rank), in one pass over the
+        memory."""
+        q, keys = torch.cat(queries, dim=2), memory[:, :, None]
+        scale = context.scale_scores(self.scale, self.rope[0])
+        where = {"visible_before_BT": context.visible_before(), "starts_B": context.starts_B}
+        return cached_attention(q, keys, keys[..., : self.rank], scale=scale, **where)
 
-    def raised(self, read_BTHR: torch.Tensor) -> torch.Tensor:
+    def head_values(self, read_BTHR: torch.Tensor) -> torch.Tensor:
         """What each head read of the latents (B, T, H, rank), as values (B, T, H, head_dim)."""
-        v_up = self.up_weights()[1].unflatten(0, (self.n_groups, self.head_dim))
         in_groups = read_BTHR.unflatten(2, (self.n_groups, -1))
-        return torch.einsum("btgir,gdr->btgid", in_groups, v_up).flatten(2, 3)
+        return self.kv_up(in_groups, part="v", groups=self.n_groups).flatten(2, 3)
 
     def init_state(self, batch_size: int, max_tokens: int | None = None) -> TokenCache:
         return TokenCache(max_tokens)
@@ -177,7 +186,10 @@ class LatentMixer(torch.nn.Module, ABC):
     def rope_specs(self) -> set[tuple[int, float]]:
         return {self.rope}
 
-
-def reach_of(q_BTHD: torch.Tensor, context: Context) -> torch.Tensor | None:
-    """How far back each query sees; None for a single token outside packed documents, which sees all."""
-    return None if q_BTHD.shape[1] == 1 and not context.packed else context.positions_BT
+    def ops(self, device: torch.device) -> list[OpUse]:
+        used = [*self.attend.ops(device)]
+        if self.q_norm is not None:
+            used.append(self.q_up.norm_op()._replace(name="q_rmsnorm_linear"))
+            if not self.combines_with_input:
+                used.append(self.down.norm_op())
+        return used

@@ -1,89 +1,131 @@
 """Selective differential linear attention: linear time, and a state that does not grow."""
 
 import math
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 
-from fusedlm.config.mixers import SDLAConfig
-from fusedlm.config.model import ModelConfig
-from fusedlm.nn.context import Context
-from fusedlm.nn.linear import Linear
+from fusedlm.nn.context import Context, first_tokens
+from fusedlm.nn.linear import Linear, fuses_norm
 from fusedlm.nn.mixers.lambda_init import initial_lambda
+from fusedlm.nn.module import Constant, Module, OpUse, Role
 from fusedlm.nn.norm import RMSNorm, rms_norm
 from fusedlm.nn.recurrent_state import RecurrentState
 from fusedlm.nn.rope import apply_rope
-from fusedlm.ops.common import Setting
-from fusedlm.ops.decayed_linear_attention.op import DECAYED_LINEAR_ATTENTION, chunked_flops, decayed_linear_attention
-from fusedlm.ops.gated_scan.op import GATED_SCAN, gated_scan
+from fusedlm.ops import decayed_linear_attention, gated_scan
 
-DECAY_ROOT = 16  # the decay is the root of a sigmoid: sigmoids near 1/2 remember for tens of tokens
+DECAY_ROOT = 16  # the decay is this root of a sigmoid: a sigmoid near 1/2 then remembers tens of tokens
 HALF_LIVES = 16.0, 1024.0  # tokens, of the first and the last head at the start
 
 
-class SelectiveDifferentialLinearAttention(torch.nn.Module):
+@dataclass(frozen=True)
+class DecayBias:
+    """(H,) such that sigmoid(b)^(1/16) has half-lives from HALF_LIVES[0] to HALF_LIVES[1] tokens, geometrically."""
+
+    def __call__(self, shape: tuple[int, ...], generator: torch.Generator) -> torch.Tensor:
+        first, last = (math.log(x) for x in HALF_LIVES)
+        half_life = torch.exp(torch.linspace(first, last, *shape, dtype=torch.float64, device="cpu"))
+        log_sigmoid = -DECAY_ROOT * math.log(2) / half_life
+        return (log_sigmoid - torch.log(-torch.expm1(log_sigmoid))).float()
+
+
+class SelectiveDifferentialLinearAttention(Module):
     """Two streams of linear attention, the second of which is subtracted from the first.
 
-    Queries, keys and values come from one normalised latent c of `rank` numbers a token. Each stream's query and key
-    have rope_dim rotary dimensions besides; the rotary key comes from x and is shared by the heads, as in `mla`. With
+    Queries, keys and values come from one normalised latent c of `rank` elements per token. Each stream's query and key
+    have rope_dim rotary dimensions more; the rotary key comes from x and is shared by the heads, as in `mla`. With
     K = head_dim + rope_dim and u = K^(-1/4) q or K^(-1/4) k, the feature map is phi(u) = 1 + u + u^2 / 2 >= 1/2
     elementwise, and per head and stream i
 
         S_t = a_t S_{t-1} + phi(k_t) v_t^T,  z_t = a_t z_{t-1} + phi(k_t),  o_i = S_t^T phi(q_t) / (z_t . phi(q_t)),
 
     with one decay for both streams, a_t = sigmoid(W_a x_t + b)^(1/16). The head's output is
-    o = norm(o_1 - lambda_head lambda_layer o_2) (1 - lambda_init). With YaRN its gain on scores, half of it on either
-    side, goes to the rotary dimensions.
+    o = norm(o_1 - lambda_head lambda_layer o_2) (1 - lambda_init). The square root of
+    YaRN's gain on scores multiplies the rotary dimensions of both sides.
 
     The working memory is as wide as one head: h_t = (1 - g_t) h_{t-1} + g_t tanh(W_h o_t) with g_t = sigmoid(W_g o_t);
     y = W_o (gamma o + (1 - gamma) W_m h) with gamma = sigmoid(W_gamma [x, h]).
     """
 
-    def __init__(self, config: SDLAConfig, model: ModelConfig, setting: Setting, layer: int):
+    def __init__(
+        self,
+        *,
+        dim: int,
+        n_heads: int,
+        head_dim: int | None = None,
+        rank: int | None = None,
+        rope_dim: int = 16,
+        rope_base: float = 10_000.0,
+        lambda_init: float | None = None,
+        memory: bool = True,
+        chunk_size: int = 64,
+        norm_eps: float = 1e-6,
+        layer: int = 0,
+        value_sources: set | None = None,
+    ):
         super().__init__()
-        self.n_heads = config.n_heads
-        self.head_dim = config.head_dim or model.dim // config.n_heads
-        self.rope = (config.rope_dim, config.rope_base)
-        self.key_dim = self.head_dim + config.rope_dim
-        self.chunk_size = config.chunk_size
-        self.eps = model.norm_eps
-        rank, heads = config.rank or max(1, model.dim // 4), self.n_heads * self.head_dim
-        self.memory_dim = self.head_dim if config.memory else 0
-        self.down_widths = [rank, 2 * config.rope_dim, self.n_heads, heads if config.memory else 0]
-        self.down = Linear(model.dim, sum(self.down_widths))  # c, rotary keys, decays, and gamma's part from x
-        self.c_norm = RMSNorm(rank, model.norm_eps)
-        self.qk_widths = [2 * self.n_heads * self.key_dim, 2 * self.n_heads * self.head_dim]
-        self.qk_up = Linear(rank, sum(self.qk_widths))
+        self.n_heads = n_heads
+        self.head_dim = head_dim or dim // n_heads
+        self.rope = (rope_dim, rope_base)
+        self.key_dim = self.head_dim + rope_dim
+        self.chunk_size = chunk_size
+        self.eps = norm_eps
+        rank, heads = rank or max(1, dim // 4), n_heads * self.head_dim
+        self.memory_dim = self.head_dim if memory else 0
+        down = {"latent": rank, "k_rope": 2 * rope_dim, "decay": n_heads, "gamma": heads if memory else 0}
+        self.down_widths = list(down.values())
+        self.down = Linear(dim, sum(self.down_widths), splits=down)
+        self.c_norm = RMSNorm(rank, norm_eps)
+        qk = {"q": 2 * n_heads * self.key_dim, "k": 2 * n_heads * self.head_dim}
+        self.qk_widths = list(qk.values())
+        self.qk_up = Linear(rank, sum(self.qk_widths), splits=qk)
         self.v_up = Linear(rank, heads)
-        self.decay_bias = torch.nn.Parameter(_decay_bias(self.n_heads))
-        start = initial_lambda(config.lambda_init, layer)
-        self.lambda_head = torch.nn.Parameter(torch.full((self.n_heads,), start))
-        self.lambda_layer = torch.nn.Parameter(torch.ones(1))
-        self.register_buffer("kept", torch.tensor(1 - start), persistent=False)
-        self.head_norm = torch.nn.Parameter(torch.ones(self.head_dim))
-        self.write = Linear(heads, 2 * self.memory_dim) if config.memory else None  # tanh's and g's argument
-        self.read = Linear(self.memory_dim, 2 * heads) if config.memory else None  # the gist, and gamma's part from h
-        self.out = Linear(heads, model.dim, zero=True)
-        self.attend = DECAYED_LINEAR_ATTENTION.choose(model.impl.decayed_linear_attention, setting)
-        self.scan = GATED_SCAN.choose(model.impl.gated_scan, setting) if config.memory else None
+        self.add_parameter("decay_bias", (n_heads,), Role("bias"), DecayBias())
+        start = initial_lambda(lambda_init, layer)
+        self.add_parameter("lambda_head", (n_heads,), Role("lambda"), Constant(start))
+        self.add_parameter("lambda_layer", (1,), Role("lambda"), Constant(1.0))
+        self.add_constant("kept", 1 - start)
+        self.add_parameter("head_norm", (self.head_dim,), Role("gain"), Constant(1.0))
+        self.write = self.read = None
+        if memory:
+            self.write = Linear(heads, 2 * self.memory_dim, splits={"new": self.memory_dim, "gate": self.memory_dim})
+            self.read = Linear(self.memory_dim, 2 * heads, splits={"gist": heads, "gamma": heads})
+        self.out = Linear(heads, dim, zero=True)
 
-    @property
-    def choices(self):
-        return [choice for choice in (self.attend, self.scan) if choice is not None]
+    def fuses_norm(self, x_BTD: torch.Tensor) -> bool:
+        return fuses_norm(self.down, x_BTD)
 
-    @property
-    def input_projection(self) -> Linear:
-        return self.down
-
-    def forward(self, x_BTD: torch.Tensor, context: Context, state: RecurrentState | None = None) -> torch.Tensor:
-        return self.mix(self.down(x_BTD), context, state)
-
-    def mix(self, projected_BTE: torch.Tensor, context: Context, state: RecurrentState | None = None) -> torch.Tensor:
-        latent, k_rope, decay, gamma_x = projected_BTE.split(self.down_widths, dim=-1)
+    def forward(self, x_BTD, context: Context, state: RecurrentState | None = None) -> torch.Tensor:
+        projected = self.down(x_BTD)
+        latent, k_rope, decay, gamma_x = projected.split(self.down_widths, dim=-1)
         latent = self.c_norm(latent)
         q, k = self._features(latent, k_rope, context)
-        o = self._differ(q, k, self.v_up(latent), decay, context, state).to(projected_BTE.dtype)
-        return self.out(o if self.read is None else self._with_gist(o, gamma_x, context, state))
+        log_decay = F.logsigmoid(decay.to(q.dtype) + self.decay_bias) / DECAY_ROOT
+        v = F.pad(self.v_up(latent).to(q.dtype).unflatten(-1, (self.n_heads, -1)), (0, 1), value=1.0)  # sums of 1 are z
+        streams = (q, k, v.repeat(1, 1, 2, 1), log_decay.repeat(1, 1, 2))
+        sums, working = (None, None) if state is None else (state.memory, state.carried)
+        valid_BT, reset_BT = context.valid_BT, context.reset_BT
+        out, sums_after = self._attend(*streams, sums, reset_BT, valid_BT)
+        o = self._differ(out).to(projected.dtype)
+        scanned = None
+        if self.read is not None:
+            new, gate = self.write(o).chunk(2, dim=-1)
+            gate = gate.sigmoid()
+            scanned = (gate, gate * new.tanh())
+            h, working = self._scan(*scanned, working, reset_BT, valid_BT)
+            gist, gamma_h = self.read(h.to(o.dtype)).chunk(2, dim=-1)
+            o = torch.lerp(gist, o, (gamma_x + gamma_h).sigmoid())
+        if state is not None:
+
+            def replay(sums, working, n_kept_B):
+                kept_BT = first_tokens(n_kept_B, k.shape[1])
+                if scanned is not None:
+                    working = self._scan(*scanned, working, reset_BT, kept_BT)[1]
+                return self._attend(k, *streams[1:], sums, reset_BT, kept_BT)[1], working
+
+            state.update(sums_after, working, replay)
+        return self.out(o)
 
     def _features(self, latent, k_rope, context: Context) -> tuple[torch.Tensor, torch.Tensor]:
         """phi of queries and keys, (B, T, 2 H, K) float32, stream by stream; rotary dimensions first."""
@@ -98,58 +140,57 @@ class SelectiveDifferentialLinearAttention(torch.nn.Module):
         k = torch.cat([k_rope, k.to(wide).unflatten(-1, (2 * self.n_heads, -1))], dim=-1)
         return _phi(q), _phi(k)
 
-    def _differ(self, q, k, v, decay, context: Context, state: RecurrentState | None) -> torch.Tensor:
-        """Normalised outputs of all heads, (B, T, H V) float32."""
-        log_decay = F.logsigmoid(decay.to(q.dtype) + self.decay_bias) / DECAY_ROOT
-        v = F.pad(v.to(q.dtype).unflatten(-1, (self.n_heads, -1)), (0, 1), value=1.0)  # sums of ones are z
-        out, sums = decayed_linear_attention(
+    def _attend(self, q, k, v, log_decay, sums, reset_BT, taken_BT):
+        """Weighted sums and normalisers (B, T, 2 H, V + 1) and their state after the tokens taken (None: all)."""
+        if taken_BT is not None:
+            log_decay = log_decay.masked_fill(~taken_BT[..., None], 0.0)
+            v = v.masked_fill(~taken_BT[..., None, None], 0.0)
+            reset_BT = None if reset_BT is None else reset_BT & taken_BT
+        return decayed_linear_attention(
             q,
             k,
-            v.repeat(1, 1, 2, 1),
-            log_decay.repeat(1, 1, 2),
-            state_BHKV=None if state is None else state.memory,
-            reset_BT=context.reset_BT,
+            v,
+            log_decay,
+            state_BHKV=sums,
+            reset_BT=reset_BT,
             chunk_size=self.chunk_size,
-            implementation=self.attend.function,
+            backend=self.backend("decayed_linear_attention"),
         )
-        if state is not None:
-            state.memory = sums
+
+    def _differ(self, out: torch.Tensor) -> torch.Tensor:
+        """Normalised outputs of all heads, (B, T, H V) float32."""
         weighted, z = out.split([self.head_dim, 1], dim=-1)
         signal, noise = (weighted / z).chunk(2, dim=2)
         o = signal - (self.lambda_head * self.lambda_layer)[:, None] * noise
         return rms_norm(o, self.eps, self.head_norm * self.kept).flatten(-2)
 
-    def _with_gist(self, o, gamma_x, context: Context, state: RecurrentState | None) -> torch.Tensor:
-        new, gate = self.write(o).chunk(2, dim=-1)
-        gate = gate.sigmoid()
-        h, working = gated_scan(
-            gate,
-            gate * new.tanh(),
-            state_BC=None if state is None else state.carried,
-            reset_BT=context.reset_BT,
-            implementation=self.scan.function,
-        )
-        if state is not None:
-            state.carried = working
-        gist, gamma_h = self.read(h.to(o.dtype)).chunk(2, dim=-1)
-        return torch.lerp(gist, o, (gamma_x + gamma_h).sigmoid())
+    def _scan(self, gate, new, working, reset_BT, taken_BT):
+        """The working memory at every token, and after the tokens taken (None: all)."""
+        if taken_BT is not None:
+            gate, new = (x.masked_fill(~taken_BT[..., None], 0.0) for x in (gate, new))
+            reset_BT = None if reset_BT is None else reset_BT & taken_BT
+        return gated_scan(gate, new, state_BC=working, reset_BT=reset_BT, backend=self.backend("gated_scan"))
 
     def init_state(self, batch_size: int, max_tokens: int | None = None) -> RecurrentState:
         return RecurrentState()
 
     def state_bytes(self, n_tokens: int, dtype: torch.dtype) -> int:
-        """The same at every length, once a token has been seen."""
-        numbers = 2 * self.n_heads * self.key_dim * (self.head_dim + 1) + self.memory_dim
-        return numbers * max(dtype.itemsize, torch.float32.itemsize) if n_tokens else 0
+        """Independent of the length from the first token on."""
+        elements = 2 * self.n_heads * self.key_dim * (self.head_dim + 1) + self.memory_dim
+        return elements * max(dtype.itemsize, torch.float32.itemsize) if n_tokens else 0
 
     def flops(self, n_tokens: int) -> int:
-        heads = 2 * self.n_heads
-        rule = chunked_flops(n_tokens, self.chunk_size, heads, heads, self.key_dim, self.head_dim + 1)
+        """Of both streams as they are defined, token by token: the write of sums and normaliser, and the read."""
+        rule = 2 * 2 * 2 * self.n_heads * self.key_dim * (self.head_dim + 1) * n_tokens
         linears = [x for x in (self.down, self.qk_up, self.v_up, self.write, self.read, self.out) if x is not None]
         return rule + sum(linear.flops(n_tokens) for linear in linears)
 
     def rope_specs(self) -> set[tuple[int, float]]:
         return {self.rope}
+
+    def ops(self, device: torch.device) -> list[OpUse]:
+        used = ["decayed_linear_attention", *(["gated_scan"] if self.read is not None else [])]
+        return [*(OpUse(op, op, {}) for op in used), self.down.norm_op()]
 
 
 def _phi(u: torch.Tensor) -> torch.Tensor:
@@ -159,11 +200,3 @@ def _phi(u: torch.Tensor) -> torch.Tensor:
 
 def _scaled(table, scale: float):
     return table if scale == 1 else tuple(x * scale for x in table)
-
-
-def _decay_bias(n_heads: int) -> torch.Tensor:
-    """(H,) such that sigmoid(b)^(1/16) has half-lives from HALF_LIVES[0] to HALF_LIVES[1] tokens, geometrically."""
-    first, last = (math.log(x) for x in HALF_LIVES)
-    half_life = torch.exp(torch.linspace(first, last, n_heads, dtype=torch.float64))
-    log_sigmoid = -DECAY_ROOT * math.log(2) / half_life
-    return (log_sigmoid - torch.log(-torch.expm1(log_sigmoid))).float()

@@ -1,121 +1,123 @@
-"""The entries to softmax attention, and which implementation can run where."""
+"""Public functions of softmax attention, and where each backend can run."""
 
 import torch
 
 from fusedlm.ops.attention import reference, sdpa
-from fusedlm.ops.common import Implementation, Op, Setting
+from fusedlm.ops.common import Backend, Call, Op, resolve
 
 
-def _anywhere(setting: Setting, **shape) -> str | None:
-    return None
-
-
-def _flash(setting: Setting, *, head_dim: int, value_dim: int) -> str | None:
-    if setting.device.type != "cuda":
-        return f"needs a CUDA device, not {setting.device.type}"
-    if setting.dtype not in (torch.bfloat16, torch.float16):
-        return f"needs bfloat16 or float16, not {_short(setting.dtype)}"
-    if setting.capability < (8, 0):
-        return f"needs compute capability 8.0, this is {'.'.join(map(str, setting.capability))}"
+def _flash(call: Call, *, head_dim: int, value_dim: int) -> str | None:
+    if call.device.type != "cuda":
+        return f"needs a CUDA device, not {call.device.type}"
+    if call.dtype not in (torch.bfloat16, torch.float16):
+        return f"needs bfloat16 or float16, not {str(call.dtype).removeprefix('torch.')}"
+    if call.capability < (8, 0):
+        return f"needs compute capability 8.0, this is {'.'.join(map(str, call.capability))}"
     if max(head_dim, value_dim) > 256 or head_dim % 8 or value_dim % 8:
-        return f"needs head widths that are multiples of 8 up to 256, not {head_dim} and {value_dim}"
+        return f"needs head dimensions that are multiples of 8 up to 256, not {head_dim} and {value_dim}"
     return None
 
 
-def _flash_causal(setting: Setting, *, head_dim: int, value_dim: int) -> str | None:
+def _flash_causal(call: Call, *, head_dim: int, value_dim: int) -> str | None:
     if head_dim != value_dim:
-        return f"needs one width for keys and values, not {head_dim} and {value_dim}"
-    return _flash(setting, head_dim=head_dim, value_dim=value_dim)
+        return f"needs keys and values of one dimension, not {head_dim} and {value_dim}"
+    return _flash(call, head_dim=head_dim, value_dim=value_dim)
 
 
-def _flash_packed(setting: Setting, *, head_dim: int, value_dim: int) -> str | None:
+def _flash_packed(call: Call, *, head_dim: int, value_dim: int) -> str | None:
     if sdpa.varlen_attn is None:
         return "this torch has no torch.nn.attention.varlen"
-    return _flash(setting, head_dim=max(head_dim, value_dim), value_dim=value_dim)
+    return _flash(call, head_dim=max(head_dim, value_dim), value_dim=value_dim)
 
 
-def _cudnn(setting: Setting, *, head_dim: int, value_dim: int) -> str | None:
-    if setting.device.type == "cuda" and setting.capability < (9, 0):
-        return f"faster than flash only from compute capability 9.0, this is {'.'.join(map(str, setting.capability))}"
-    if setting.deterministic:
+def _cudnn(call: Call, *, head_dim: int, value_dim: int) -> str | None:
+    if call.device.type == "cuda" and call.capability < (9, 0):
+        return f"faster than flash only from compute capability 9.0, this is {'.'.join(map(str, call.capability))}"
+    if call.deterministic:
         return "its backward is not deterministic"
     if max(head_dim, value_dim) > 128:
-        return f"needs head widths up to 128, not {head_dim} and {value_dim}"
-    return _flash(setting, head_dim=head_dim, value_dim=value_dim)
-
-
-def _short(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
+        return f"needs head dimensions up to 128, not {head_dim} and {value_dim}"
+    return _flash(call, head_dim=head_dim, value_dim=value_dim)
 
 
 CAUSAL = Op(
     "attention",
     [
-        Implementation("cudnn", sdpa.cudnn_causal, _cudnn),
-        Implementation("flash", sdpa.flash_causal, _flash_causal),
-        Implementation("sdpa", sdpa.causal, _anywhere),
-        Implementation("reference", reference.causal, _anywhere),
+        Backend("cudnn", sdpa.cudnn_causal, _cudnn),
+        Backend("flash", sdpa.flash_causal, _flash_causal),
+        Backend("sdpa", sdpa.causal),
+        Backend("reference", reference.causal),
     ],
+    function="causal_attention",
     head_dim=64,
     value_dim=64,
 )
 PACKED = Op(
     "packed_attention",
     [
-        Implementation("flash", sdpa.flash_packed, _flash_packed),
-        Implementation("sdpa", sdpa.packed, _anywhere),
-        Implementation("reference", reference.packed, _anywhere),
+        Backend("flash", sdpa.flash_packed, _flash_packed),
+        Backend("sdpa", sdpa.packed),
+        Backend("reference", reference.packed),
     ],
     head_dim=64,
     value_dim=64,
 )
 
 
-def _default(op: Op, q: torch.Tensor, v: torch.Tensor):
-    setting = Setting(q.device, q.dtype, torch.are_deterministic_algorithms_enabled())
-    return op.choose("auto", setting, head_dim=q.shape[-1], value_dim=v.shape[-1]).function
-
-
-def causal_attention(q_BTHD, k_BTGD, v_BTGE, *, scale: float, implementation=None) -> torch.Tensor:
-    """Causal softmax attention over whole sequences.
+def causal_attention(q_BTHD, k_BTGD, v_BTGE, *, scale: float, backend: str = "auto") -> torch.Tensor:
+    """Causal softmax attention over full sequences.
 
     Args:
         q_BTHD: (B, T, H, D) queries.
         k_BTGD: (B, T, G, D) keys, G dividing H; query head h reads key head h // (H / G).
         v_BTGE: (B, T, G, E) values.
-        scale: factor on the scores.
-        implementation: what `CAUSAL.choose(...).function` gave; None chooses now.
+        scale: scores are multiplied by it.
+        backend: auto, cudnn, flash, sdpa or reference.
 
     Returns:
         (B, T, H, E), the dtype of q.
+
+    Raises:
+        ValueError: the backend cannot run this call; the message says why.
     """
-    implementation = implementation or _default(CAUSAL, q_BTHD, v_BTGE)
-    return implementation(q_BTHD, k_BTGD, v_BTGE, scale)
+    run = resolve("attention", backend, q_BTHD, head_dim=q_BTHD.shape[-1], value_dim=v_BTGE.shape[-1])
+    return run(q_BTHD, k_BTGD, v_BTGE, scale)
 
 
 def packed_attention(
-    q_BTHD, k_BTGD, v_BTGE, *, scale: float, positions_BT, window=None, boundaries=None, implementation=None
+    q_BTHD, k_BTGD, v_BTGE, *, scale: float, positions_BT, window=None, boundaries=None, backend: str = "auto"
 ) -> torch.Tensor:
     """Causal attention inside documents and, when given, a sliding window.
 
     Args:
         q_BTHD, k_BTGD, v_BTGE, scale: as in `causal_attention`.
-        positions_BT: (B or 1, T) int, index of each token in its document: it sees no further back than that.
+        positions_BT: (B or 1, T) int, index of each token in its document; it sees that many earlier tokens.
         window: a token sees itself and at most window - 1 tokens before it; None: no limit.
-        boundaries: (cumulative document lengths (N + 1,) int32 over the B * T tokens, longest); the flash
-            implementation needs them, the others do not look.
-        implementation: what `PACKED.choose(...).function` gave; None chooses now.
+        boundaries: (cumulative document lengths (N + 1,) int32 over the B * T tokens, length of the longest), which the
+            flash backend takes; None: it computes them from the positions, which synchronizes with the device.
+        backend: auto, flash, sdpa or reference.
+
+    Returns:
+        (B, T, H, E), the dtype of q.
+
+    Raises:
+        ValueError: the backend cannot run this call; the message says why.
     """
-    implementation = implementation or _default(PACKED, q_BTHD, v_BTGE)
-    return implementation(q_BTHD, k_BTGD, v_BTGE, scale, positions_BT, window, boundaries)
+    run = resolve("packed_attention", backend, q_BTHD, head_dim=q_BTHD.shape[-1], value_dim=v_BTGE.shape[-1])
+    return run(q_BTHD, k_BTGD, v_BTGE, scale, positions_BT, window, boundaries)
 
 
-def cached_attention(q_BTHD, k_BSGD, v_BSGE, *, scale: float, reach_BT=None) -> torch.Tensor:
-    """Attention of the last T of S tokens to all S, for decoding.
+def cached_attention(q_BTHD, k_BSGD, v_BSGE, *, scale: float, visible_before_BT=None, starts_B=None) -> torch.Tensor:
+    """Attention of T new tokens to cached tokens and to one another, for decoding.
 
     Args:
         q_BTHD: (B, T, H, D).
         k_BSGD, v_BSGE: (B, S, G, D) and (B, S, G, E), earlier tokens first.
-        reach_BT: (B or 1, T) int, how many tokens before itself each query sees; None: every key, for T = 1.
+        scale: scores are multiplied by it.
+        visible_before_BT: (B or 1, T) int, how many tokens before itself each query sees; None: every key, for T = 1.
+        starts_B: (B,) int, index among the S keys of each row's first query; None: S - T in every row.
+
+    Returns:
+        (B, T, H, E), the dtype of q.
     """
-    return sdpa.cached(q_BTHD, k_BSGD, v_BSGE, scale, reach_BT)
+    return sdpa.cached(q_BTHD, k_BSGD, v_BSGE, scale, visible_before_BT, starts_B)

@@ -1,27 +1,27 @@
-"""Softmax attention through torch's scaled_dot_product_attention and its variable-length kernel."""
+"""Softmax attention by torch's scaled_dot_product_attention and its variable-length kernel."""
 
 import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from fusedlm.ops.attention.reference import reach, reach_mask
+from fusedlm.ops.attention.reference import visibility_mask, visible_before
 
 try:
     from torch.nn.attention.varlen import varlen_attn
-except ImportError:  # a torch built without it; flash_packed then says so in supports
+except ImportError:  # a torch built without it
     varlen_attn = None
 
 
 def one_width(q, k, v) -> list[torch.Tensor]:
-    """Padded for kernels that take keys and values of one width only: zero columns add nothing to scores and give zero
-    columns."""
+    """q, k and v zero-padded to one head dimension, for kernels that need it: zero columns add nothing to scores and
+    give zero output columns."""
     width = max(q.shape[-1], v.shape[-1])
     return [x if x.shape[-1] == width else F.pad(x, (0, width - x.shape[-1])) for x in (q, k, v)]
 
 
-def _sdpa_whole(q_BTHD, k_BSGD, v_BSGE, scale, **options):
-    """Over whole sequences. On the CPU torch's flash kernel takes one width, and what it falls back to is the matrix of
-    all scores: three times slower at 1024 tokens."""
+def _sdpa_padded(q_BTHD, k_BSGD, v_BSGE, scale, **options):
+    """On the CPU torch's flash kernel needs keys and values of one dimension; the fallback materializes all scores and
+    is three times slower at 1024 tokens."""
     value_dim = v_BSGE.shape[-1]
     if q_BTHD.device.type == "cpu":
         q_BTHD, k_BSGD, v_BSGE = one_width(q_BTHD, k_BSGD, v_BSGE)
@@ -42,12 +42,12 @@ def _sdpa(q_BTHD, k_BSGD, v_BSGE, scale, mask=None, is_causal=False):
 
 
 def causal(q_BTHD, k_BTGD, v_BTGE, scale: float) -> torch.Tensor:
-    """torch's own choice of back end."""
-    return _sdpa_whole(q_BTHD, k_BTGD, v_BTGE, scale, is_causal=True)
+    """By the backend that torch selects."""
+    return _sdpa_padded(q_BTHD, k_BTGD, v_BTGE, scale, is_causal=True)
 
 
 def cudnn_causal(q_BTHD, k_BTGD, v_BTGE, scale: float) -> torch.Tensor:
-    if q_BTHD.shape[1] == 1:  # cuDNN refuses a single key
+    if q_BTHD.shape[1] == 1:  # cuDNN rejects a single key
         return causal(q_BTHD, k_BTGD, v_BTGE, scale)
     with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
         return _sdpa(q_BTHD, k_BTGD, v_BTGE, scale, is_causal=True)
@@ -59,11 +59,13 @@ def flash_causal(q_BTHD, k_BTGD, v_BTGE, scale: float) -> torch.Tensor:
 
 
 def flash_packed(q_BTHD, k_BTGD, v_BTGE, scale: float, positions_BT, window, boundaries) -> torch.Tensor:
-    """The variable-length kernel: no mask is ever built. boundaries is (cumulative lengths (N + 1,) int32, longest)."""
+    """By the variable-length kernel, without a mask. boundaries: (cumulative lengths (N + 1,) int32, longest)."""
     batch, n_tokens, n_heads, _ = q_BTHD.shape
+    if boundaries is None:
+        boundaries = varlen_boundaries(positions_BT.expand(batch, -1))
     cumulative, longest = boundaries
     value_dim = v_BTGE.shape[-1]
-    if k_BTGD.shape[2] != n_heads:  # torch 2.11's kernel takes no groups
+    if k_BTGD.shape[2] != n_heads:  # torch 2.11's kernel has no grouped queries
         k_BTGD, v_BTGE = (x.repeat_interleave(n_heads // x.shape[2], dim=2) for x in (k_BTGD, v_BTGE))
     q, k, v = (x.reshape(batch * n_tokens, n_heads, -1) for x in one_width(q_BTHD, k_BTGD, v_BTGE))
     out = varlen_attn(
@@ -81,11 +83,11 @@ def flash_packed(q_BTHD, k_BTGD, v_BTGE, scale: float, positions_BT, window, bou
 
 
 def packed(q_BTHD, k_BTGD, v_BTGE, scale: float, positions_BT, window, boundaries=None) -> torch.Tensor:
-    """Masked; with a window shorter than the sequence in blocks, so that the mask is T x 2 window and not T x T."""
+    """With a mask. A window much shorter than the sequence is computed in blocks, whose masks are window x 2 window."""
     n_tokens = q_BTHD.shape[1]
-    reach_BT = reach(positions_BT, window)
+    visible_before_BT = visible_before(positions_BT, window)
     if window is None or n_tokens <= 2 * window:
-        return _sdpa_whole(q_BTHD, k_BTGD, v_BTGE, scale, mask=reach_mask(reach_BT, n_tokens))
+        return _sdpa_padded(q_BTHD, k_BTGD, v_BTGE, scale, mask=visibility_mask(visible_before_BT, n_tokens))
     batch = q_BTHD.shape[0]
     pad = -n_tokens % window
     n_blocks = (n_tokens + pad) // window
@@ -94,22 +96,31 @@ def packed(q_BTHD, k_BTGD, v_BTGE, scale: float, positions_BT, window, boundarie
         x = F.pad(x, (0, 0) * (x.dim() - 2) + (0, pad))
         return x.reshape(x.shape[0] * n_blocks, window, *x.shape[2:])
 
-    def keys(x):  # each block of queries sees its own block of keys and the one before it
+    def keys(x):  # each block of queries sees its own block of keys and the previous one
         x = F.pad(x, (0, 0, 0, 0, window, pad)).unflatten(1, (n_blocks + 1, window))
         return torch.cat([x[:, :-1], x[:, 1:]], dim=2).flatten(0, 1)
 
-    mask = reach_mask(queries(reach_BT.expand(batch, -1)), 2 * window)
-    out = _sdpa_whole(queries(q_BTHD), keys(k_BTGD), keys(v_BTGE), scale, mask=mask)
+    mask = visibility_mask(queries(visible_before_BT.expand(batch, -1)), 2 * window)
+    out = _sdpa_padded(queries(q_BTHD), keys(k_BTGD), keys(v_BTGE), scale, mask=mask)
     return out.unflatten(0, (batch, n_blocks)).flatten(1, 2)[:, :n_tokens]
 
 
-def cached(q_BTHD, k_BSGD, v_BSGE, scale: float, reach_BT) -> torch.Tensor:
-    """Queries are the last T of S tokens. The heads of a group are folded into the query axis: keys are read once."""
+def varlen_boundaries(positions_BT: torch.Tensor) -> tuple[torch.Tensor, int]:
+    """Cumulative document lengths over all rows, and an upper bound of the longest. Padded with empty documents to a
+    multiple of 64, so that there are few shapes. Synchronizes with the device."""
+    starts = (positions_BT.flatten() == 0).nonzero().flatten()
+    cumulative = torch.full((-(-(starts.numel() + 1) // 64) * 64,), positions_BT.numel(), device=positions_BT.device)
+    cumulative[: starts.numel()] = starts
+    return cumulative.to(torch.int32), positions_BT.shape[1]
+
+
+def cached(q_BTHD, k_BSGD, v_BSGE, scale: float, visible_before_BT, starts_B=None) -> torch.Tensor:
+    """The query heads of a group are folded into the query axis, so that keys are read once."""
     batch, n_queries, n_heads, _ = q_BTHD.shape
     groups = k_BSGD.shape[2]
     q = q_BTHD.unflatten(2, (groups, -1)).transpose(2, 3).flatten(1, 2)
     mask = None
-    if reach_BT is not None:
-        mask = reach_mask(reach_BT, k_BSGD.shape[1]).repeat_interleave(n_heads // groups, dim=2)
+    if visible_before_BT is not None:
+        mask = visibility_mask(visible_before_BT, k_BSGD.shape[1], starts_B).repeat_interleave(n_heads // groups, dim=2)
     out = _sdpa(q, k_BSGD, v_BSGE, scale, mask=mask)
     return out.unflatten(1, (n_queries, -1)).transpose(2, 3).reshape(batch, n_queries, n_heads, -1)

@@ -1,5 +1,29 @@
-"""What every op shares: how an implementation is chosen."""
+"""What ops share: backend selection, and helpers of kernels."""
 
-from fusedlm.ops.common.dispatch import OPS, Choice, Implementation, Op, Setting, needs_triton
+from fusedlm.ops.common.dispatch import (
+    AUTO,
+    OPS,
+    Backend,
+    BackendSelection,
+    Call,
+    Op,
+    check_backends,
+    explain,
+    needs_triton,
+    resolve,
+    runs_fused,
+)
 
-__all__ = ["OPS", "Choice", "Implementation", "Op", "Setting", "needs_triton"]
+__all__ = [
+    "AUTO",
+    "OPS",
+    "Backend",
+    "BackendSelection",
+    "Call",
+    "Op",
+    "check_backends",
+    "explain",
+    "needs_triton",
+    "resolve",
+    "runs_fused",
+]

@@ -1,24 +1,25 @@
-"""What kernels ask of the device they run on."""
+"""Device properties that decide how kernels are launched."""
 
 import torch
 
-_INTERPRETED = 3  # where there is no GPU; few, so that a program of a persistent kernel has several tiles
+_INTERPRETED_MULTIPROCESSORS = 3  # without a GPU; few, so that a program of a persistent kernel gets several tiles
 
 
 def n_multiprocessors(device: torch.device) -> int:
     if device.type != "cuda":
-        return _INTERPRETED
+        return _INTERPRETED_MULTIPROCESSORS
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
-def overlaps(device: torch.device) -> bool:
-    """Whether a kernel can be launched before the one in front of it has ended, and wait for its results by itself
-    (CUDA's programmatic dependent launch: Hopper and later)."""
+def supports_pdl(device: torch.device) -> bool:
+    """Whether the device has programmatic dependent launch (PDL: CUDA on Hopper and later), by which a kernel starts
+    before the previous one has ended and waits for its results itself."""
     if device.type != "cuda" or torch.version.hip is not None:
         return False
     return torch.cuda.get_device_capability(device) >= (9, 0)
 
 
-def launched_early(device: torch.device) -> dict:
-    """Launch options of a kernel with a constant OVERLAPPED, which says that it must wait."""
-    return {"OVERLAPPED": True, "launch_pdl": True} if overlaps(device) else {"OVERLAPPED": False}
+def pdl_options(device: torch.device) -> dict:
+    """Launch options of a kernel that starts by PDL where the device supports it. The kernel's constant PDL says
+    whether it must wait for the previous kernel."""
+    return {"PDL": True, "launch_pdl": True} if supports_pdl(device) else {"PDL": False}

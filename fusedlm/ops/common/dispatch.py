@@ -1,20 +1,28 @@
-"""Choosing an implementation once, when a model is built, and saying why."""
+"""Backend selection: resolved from the tensors of a call, cached, logged once, explained on request."""
 
+import contextlib
+import functools
 import importlib
 import importlib.util
-from collections.abc import Callable
+import logging
+import operator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 import torch
 
+_log = logging.getLogger("fusedlm.ops")
+
+AUTO = "auto"
+
 
 @dataclass(frozen=True)
-class Setting:
-    """What is known of the hardware and the run when a choice is made."""
+class Call:
+    """What a backend is selected by, besides sizes."""
 
     device: torch.device
-    dtype: torch.dtype  # of the inputs that the op will see (autocast's when that is on)
-    deterministic: bool = False
+    dtype: torch.dtype  # of the tensors that are multiplied or summed
+    deterministic: bool = False  # torch.use_deterministic_algorithms is on
 
     @property
     def capability(self) -> tuple[int, int]:
@@ -22,77 +30,241 @@ class Setting:
         return torch.cuda.get_device_capability(self.device) if self.device.type == "cuda" else (0, 0)
 
 
+def runs_anywhere(call: Call, **sizes: int) -> str | None:
+    """`supports` of a backend without requirements."""
+    return None
+
+
+class Backend:
+    """One implementation of an op.
+
+    Args:
+        name: as users give it.
+        function: takes what the op's public function passes on; or "module:name", imported when the backend is first
+            selected, since only GPUs need the kernels.
+        supports: (call, **sizes) -> None, or the reason why it cannot run.
+        fused: False: it computes one step after another, as modules that use the op can with their own layers.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        function: Callable | str,
+        supports: Callable[..., str | None] = runs_anywhere,
+        *,
+        fused: bool = True,
+    ):
+        self.name, self.supports, self.fused = name, supports, fused
+        self._source = function
+        self.run: Callable | None = None if isinstance(function, str) else function  # None until it is loaded
+
+    def load(self) -> None:
+        """Import the function."""
+        if self.run is None:
+            module, name = self._source.split(":")
+            self.run = getattr(importlib.import_module(module), name)
+
+
 @dataclass(frozen=True)
-class Implementation:
-    """One way to compute an op. `supports(setting, **shape)` is None, or the reason why it cannot run."""
-
-    name: str
-    function: Callable | str  # or "module:name", imported when it is chosen: only GPUs need the kernels
-    supports: Callable[..., str | None]
-
-    def load(self) -> Callable:
-        if not isinstance(self.function, str):
-            return self.function
-        module, name = self.function.split(":")
-        return getattr(importlib.import_module(module), name)
-
-
-@dataclass(frozen=True)
-class Choice:
-    """The implementation that runs, and why it and no faster one."""
+class BackendSelection:
+    """The backend that runs, why, and why others cannot."""
 
     op: str
-    name: str
+    backend: str
     reason: str
-    function: Callable = field(repr=False, compare=False)
+    unsupported: dict[str, str] = field(default_factory=dict)  # backend -> why it cannot run
+
+    def __str__(self) -> str:
+        lines = [f"{self.op}: {self.backend} ({self.reason})"]
+        return "\n".join([*lines, *(f"  {name} cannot run: {why}" for name, why in self.unsupported.items())])
 
 
 class Op:
-    """An operation with its implementations, fastest first and the reference last."""
+    """An operation and its backends, the fastest first.
 
-    def __init__(self, name: str, implementations: list[Implementation], **typical_shape):
+    Args:
+        name: the key in `runtime.backends`.
+        backends: the last one, the reference, runs anywhere.
+        function: name of the public function in `fusedlm.ops`; None: that of the op.
+        typical_sizes: what `explain` and `fusedlm doctor` assume where no sizes are given.
+    """
+
+    def __init__(self, name: str, backends: list[Backend], *, function: str | None = None, **typical_sizes: int):
         self.name = name
-        self.implementations = {implementation.name: implementation for implementation in implementations}
-        self.typical_shape = typical_shape  # what `fusedlm doctor` asks about
+        self.backends = {backend.name: backend for backend in backends}
+        self.function = function or name
+        self.typical_sizes = typical_sizes
         OPS[name] = self
 
-    def reasons(self, setting: Setting, **shape) -> dict[str, str | None]:
-        """For each implementation None when it can run, else the reason why it cannot."""
-        return {name: i.supports(setting, **shape) for name, i in self.implementations.items()}
-
-    def choose(self, requested: str, setting: Setting, **shape) -> Choice:
-        """The implementation named, or with `auto` the first that can run.
+    def select(self, requested: str, call: Call, **sizes: int) -> BackendSelection:
+        """The backend named, or with "auto" the first that can run.
 
         Raises:
-            ValueError: the name is unknown, or that implementation cannot run here; nothing falls back silently.
+            ValueError: the backend or a size is unknown, or that backend cannot run this call.
         """
-        reasons = self.reasons(setting, **shape)
-        if requested == "auto":
-            passed_over = []
-            for name, reason in reasons.items():
-                if reason is None:
-                    why = "; ".join(passed_over) or ("the fastest" if len(reasons) > 1 else "the only one")
-                    return Choice(self.name, name, why, self.implementations[name].load())
-                passed_over.append(f"{name}: {reason}")
-            raise ValueError(f"op {self.name}: no implementation can run here ({'; '.join(passed_over)})")
-        if requested not in reasons:
-            raise ValueError(f"op {self.name}: unknown implementation {requested!r}; known: {', '.join(reasons)}")
-        if reasons[requested] is not None:
-            raise ValueError(f"op {self.name}: implementation {requested!r} cannot run: {reasons[requested]}; use auto")
-        return Choice(self.name, requested, "asked for", self.implementations[requested].load())
+        self.check_name(requested)
+        for size in sizes:
+            if size not in self.typical_sizes:
+                known = ", ".join(self.typical_sizes) or "none"
+                raise ValueError(f"op {self.name}: unknown size {size!r}; its sizes: {known}")
+        sizes = self.typical_sizes | sizes
+        unsupported, first = {}, None
+        for name, backend in self.backends.items():
+            reason = backend.supports(call, **sizes)
+            if reason is not None:
+                unsupported[name] = reason
+            elif first is None:
+                first = name
+        if requested == AUTO:
+            if first is None:
+                reasons = "; ".join(f"{name}: {reason}" for name, reason in unsupported.items())
+                raise ValueError(f"op {self.name}: no backend can run here ({reasons})")
+            faster = list(self.backends)[: list(self.backends).index(first)]
+            skipped = "; ".join(f"{name}: {unsupported[name]}" for name in faster)
+            reason = skipped or ("the fastest" if len(self.backends) > 1 else "the only one")
+            return BackendSelection(self.name, first, reason, unsupported)
+        if requested in unsupported:
+            raise ValueError(f"op {self.name}: backend {requested!r} cannot run: {unsupported[requested]}; use 'auto'")
+        return BackendSelection(self.name, requested, "requested", unsupported)
+
+    def check_name(self, requested: str) -> None:
+        """Raises ValueError unless this is "auto" or the name of a backend."""
+        if requested != AUTO and requested not in self.backends:
+            known = ", ".join([AUTO, *self.backends])
+            raise ValueError(f"op {self.name}: unknown backend {requested!r}; one of {known}")
 
 
 OPS: dict[str, Op] = {}
 
+
+def resolve(op: str, backend: str, like: torch.Tensor, *, dtype: torch.dtype | None = None, **sizes: int) -> Callable:
+    """The function of the backend that runs a call.
+
+    Args:
+        op: name of the op.
+        backend: as its public function takes it.
+        like: a tensor with the call's device and, unless `dtype` is given, its dtype.
+        sizes: what the op's backends are selected by.
+
+    Raises:
+        ValueError: the backend is unknown or cannot run this call.
+    """
+    return OPS[op].backends[_resolved(op, backend, like, dtype, sizes)].run
+
+
+def runs_fused(op: str, backend: str, like: torch.Tensor, *, dtype: torch.dtype | None = None, **sizes: int) -> bool:
+    """Whether the backend that `resolve` would give is a fused one. A module whose op is not fused computes the steps
+    with its own layers, whose outputs hooks can then see."""
+    return OPS[op].backends[_resolved(op, backend, like, dtype, sizes)].fused
+
+
+def _resolved(op: str, backend: str, like: torch.Tensor, dtype: torch.dtype | None, sizes: dict[str, int]) -> str:
+    # index: under torch.compile a size may be symbolic, and the name holds for one value of it.
+    fixed = tuple((name, operator.index(size)) for name, size in sizes.items())
+    return _resolved_name(
+        op, backend, like.device, dtype or like.dtype, torch.are_deterministic_algorithms_enabled(), fixed
+    )
+
+
+# torch.compile calls this while it traces; the name is a constant of the graph.
+@torch.compiler.assume_constant_result
+def _resolved_name(op, backend, device, dtype, deterministic, sizes) -> str:
+    name = _select(op, backend, device, dtype, deterministic, sizes)
+    for record in _records:
+        record.append((op, name, dict(sizes)))
+    return name
+
+
+@functools.cache
+def _select(op, backend, device, dtype, deterministic, sizes) -> str:
+    selection = OPS[op].select(backend, Call(device, dtype, deterministic), **dict(sizes))
+    OPS[op].backends[selection.backend].load()
+    where = f"{device.type}, {str(dtype).removeprefix('torch.')}"
+    _log.info("%s on %s: %s (%s)", op, where, selection.backend, selection.reason)
+    return selection.backend
+
+
+def explain(
+    op: str | Callable,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+    *,
+    backend: str = AUTO,
+    deterministic: bool = False,
+    **sizes: int,
+) -> BackendSelection:
+    """Which backend of an op would run, and why others cannot; print it to read it.
+
+    Args:
+        op: a function of `fusedlm.ops`, or its name or that of its op.
+        device: None: "cuda" where there is one, else "cpu".
+        dtype: None: bfloat16 on CUDA devices, float32 elsewhere.
+        backend: as the function takes it.
+        deterministic: as if torch.use_deterministic_algorithms were on.
+        sizes: what the op's backends are selected by (`OPS[name].typical_sizes` names them); those not given have
+            typical values.
+
+    Raises:
+        ValueError: the op, the backend or a size is unknown, there is no such device, or the backend cannot run there.
+    """
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = torch.device(device)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"device={str(device)!r}: torch sees no CUDA device; use 'cpu'")
+    if dtype is None:
+        dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    return _find(op).select(backend, Call(device, dtype, deterministic), **sizes)
+
+
+def _find(op: str | Callable) -> Op:
+    name = op if isinstance(op, str) else getattr(op, "__name__", repr(op))
+    for known in OPS.values():
+        if name in (known.name, known.function):
+            return known
+    raise ValueError(f"there is no op {name!r}; one of {', '.join(OPS)}")
+
+
+def check_backends(backends: dict[str, str], where: str = "backends") -> None:
+    """Raises ValueError, naming `where`, unless every key is an op and every value one of its backends or "auto"."""
+    for name, backend in backends.items():
+        if name not in OPS:
+            raise ValueError(f"{where}.{name}: there is no such op; one of {', '.join(OPS)}")
+        try:
+            OPS[name].check_name(backend)
+        except ValueError as error:
+            raise ValueError(f"{where}.{name}: {error}") from None
+
+
+_records: list[list[tuple[str, str, dict]]] = []
+
+
+@contextlib.contextmanager
+def recorded() -> Iterator[list[tuple[str, str, dict]]]:
+    """A list of (op, backend, sizes), one for each call resolved inside the context; under torch.compile for each call
+    resolved while it traces."""
+    record: list[tuple[str, str, dict]] = []
+    _records.append(record)
+    try:
+        yield record
+    finally:
+        _records[:] = [other for other in _records if other is not record]
+
+
+def forget() -> None:
+    """Clear the cache, after a change to an op's backends."""
+    _select.cache_clear()
+
+
 _TRITON_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
-def needs_triton(setting: Setting) -> str | None:
-    """None where our Triton kernels run, else what is missing."""
-    if setting.device.type != "cuda":
-        return f"needs a CUDA device, not {setting.device.type}"
-    if setting.dtype not in _TRITON_DTYPES:
-        return f"needs bfloat16, float16 or float32, not {str(setting.dtype).removeprefix('torch.')}"
-    if setting.capability < (8, 0):
-        return f"needs compute capability 8.0, this is {'.'.join(map(str, setting.capability))}"
+def needs_triton(call: Call, **sizes: int) -> str | None:
+    """`supports` of our Triton kernels."""
+    if call.device.type != "cuda":
+        return f"needs a CUDA device, not {call.device.type}"
+    if call.dtype not in _TRITON_DTYPES:
+        return f"needs bfloat16, float16 or float32, not {str(call.dtype).removeprefix('torch.')}"
+    if call.capability < (8, 0):
+        return f"needs compute capability 8.0, this is {'.'.join(map(str, call.capability))}"
     return None if importlib.util.find_spec("triton") else "triton is not installed"

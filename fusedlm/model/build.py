@@ -1,0 +1,37 @@
+"""From the model section of a recipe to a decoder."""
+
+import torch
+
+from fusedlm.model.decoder import Decoder
+from fusedlm.nn.module import init_weights
+
+
+def build_model(
+    config,
+    *,
+    vocab_size: int,
+    device: str | torch.device = "cpu",
+    seed: int | None = None,
+) -> Decoder:
+    """The decoder of a recipe, its float32 parameters drawn; the same on every device.
+
+    Args:
+        config: `recipe.model`, or anything whose `model_dump()` gives the arguments of `Decoder`.
+        vocab_size: tokens that can be predicted.
+        device: of the parameters; "meta" gives shapes without memory, which `to_empty` and then `init_weights` or
+            loading fill.
+        seed: of the weights; None: drawn from torch's global generator.
+
+    Raises:
+        ValueError: vocab_size is not positive.
+    """
+    if vocab_size < 1:
+        raise ValueError(f"vocab_size={vocab_size}; a model predicts at least one token")
+    device = torch.device(device)
+    with torch.device("meta"):
+        model = Decoder(vocab_size=vocab_size, **config.model_dump())
+    if device.type == "meta":
+        return model
+    model.to_empty(device=device)
+    init_weights(model, seed)
+    return model

@@ -1,0 +1,156 @@
+"""Decoding state: that of every mixer, the length of each row, and rollback."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from fusedlm.nn.cache import TokenCache, WindowCache
+from fusedlm.nn.context import Context
+
+
+@dataclass(frozen=True)
+class Mark:
+    """A point to roll back to, and what was appended since; from `State.mark`."""
+
+    lengths: list[int]
+    packed: bool
+    next_position_B: torch.Tensor
+    last_document_B: torch.Tensor
+    # Of each append since: tokens of each row, and the position after each token and its document, (B, T).
+    appended: list[tuple[list[int], torch.Tensor, torch.Tensor | None]] = field(default_factory=list)
+
+
+class State:
+    """The decoding state of a batch of sequences, which may differ in length.
+
+    layers: what each mixer's `init_state` gave.
+    lengths: tokens seen, of each row.
+    next_position_B, last_document_B: (B,) int64, the next position and the number of each row's last document.
+    """
+
+    def __init__(self, layers: list, batch_size: int, device: torch.device):
+        self.layers = layers
+        self.lengths = [0] * batch_size
+        self.packed = False
+        self.next_position_B = torch.zeros(batch_size, dtype=torch.int64, device=device)
+        self.last_document_B = torch.zeros(batch_size, dtype=torch.int64, device=device)
+        self._mark: Mark | None = None
+
+    @property
+    def length(self) -> int:
+        """Tokens seen, of the row that has the most."""
+        return max(self.lengths)
+
+    def starts(self) -> torch.Tensor | None:
+        """(B,) int64 tokens seen; None where all rows have `length`."""
+        if len(set(self.lengths)) == 1:
+            return None
+        return torch.tensor(self.lengths, device=self.next_position_B.device)
+
+    def advance(self, context: Context, documents_BT: torch.Tensor | None, lengths: list[int]) -> None:
+        """Count an append of so many tokens per row."""
+        after_BT = (context.positions_BT + 1).expand(len(lengths), -1)
+        if self._mark is not None:
+            self._mark.appended.append((lengths, after_BT, documents_BT))
+        self.packed = context.packed
+        self._follow(lengths, after_BT, documents_BT)
+
+    def _follow(self, lengths: list[int], after_BT: torch.Tensor, documents_BT: torch.Tensor | None) -> None:
+        self.lengths = [before + new for before, new in zip(self.lengths, lengths, strict=True)]
+        if min(lengths) == after_BT.shape[1]:  # no row has padding
+            self.next_position_B = after_BT[:, -1].clone()
+            if documents_BT is not None:
+                self.last_document_B = documents_BT[:, -1].clone()
+            return
+        n_B = torch.tensor(lengths, device=after_BT.device)
+        last_B = (n_B - 1).clamp(min=0)[:, None]
+        self.next_position_B = torch.where(n_B > 0, after_BT.gather(1, last_B)[:, 0], self.next_position_B)
+        if documents_BT is not None:
+            self.last_document_B = torch.where(n_B > 0, documents_BT.gather(1, last_B)[:, 0], self.last_document_B)
+
+    def mark(self) -> Mark:
+        """Set a point to roll back to. One at a time: `rollback` or `release` it before the next.
+
+        Raises:
+            ValueError: a mark is set already.
+        """
+        if self._mark is not None:
+            raise ValueError("this state has a mark already; roll back to it or release it first")
+        self._mark = Mark(list(self.lengths), self.packed, self.next_position_B, self.last_document_B)
+        for part in self._parts():
+            part.mark()
+        return self._mark
+
+    def rollback(self, mark: Mark, keep: int | Sequence[int] | torch.Tensor = 0) -> None:
+        """Keep only the first tokens of what was appended since the mark.
+
+        Args:
+            mark: from `mark()`, not used yet.
+            keep: tokens to keep, one number for all rows or one per row.
+
+        Raises:
+            ValueError: the mark is not the current one, or a row has fewer tokens to keep.
+        """
+        self._check(mark)
+        keep = self._keep_list(keep, mark)
+        self._mark = None
+        self.lengths, self.packed = list(mark.lengths), mark.packed
+        self.next_position_B, self.last_document_B = mark.next_position_B, mark.last_document_B
+        left, kept = list(keep), []
+        for lengths, after_BT, documents_BT in mark.appended:
+            taken = [min(a, b) for a, b in zip(left, lengths, strict=True)]
+            left = [a - b for a, b in zip(left, taken, strict=True)]
+            kept.append(torch.tensor(taken, device=after_BT.device))
+            if any(taken):
+                self.packed = self.packed or documents_BT is not None
+                self._follow(taken, after_BT, documents_BT)
+        for part in self._parts():
+            part.rollback(kept)
+
+    def release(self, mark: Mark) -> None:
+        """Keep everything appended since the mark, and drop the mark.
+
+        Raises:
+            ValueError: the mark is not the current one.
+        """
+        self._check(mark)
+        self._mark = None
+        for part in self._parts():
+            part.rollback(None)
+
+    def _check(self, mark: Mark) -> None:
+        if mark is not self._mark:
+            raise ValueError("this mark is not the state's current one; it was used before, or is another state's")
+
+    def _keep_list(self, keep, mark: Mark) -> list[int]:
+        rows = len(self.lengths)
+        keep = [keep] * rows if isinstance(keep, int) else [int(n) for n in keep]
+        appended = [now - before for now, before in zip(self.lengths, mark.lengths, strict=True)]
+        if len(keep) != rows or any(not 0 <= n <= most for n, most in zip(keep, appended, strict=False)):
+            raise ValueError(f"keep={keep} must have a number for each of {rows} rows, from 0 to {appended}")
+        return keep
+
+    def nbytes(self) -> int:
+        """Bytes of the mixers' live tensors."""
+        return sum(tensor.untyped_storage().nbytes() for part in self._parts() for tensor in part.tensors())
+
+    def extend_to(self, n_tokens: int) -> None:
+        """Fill the caches up to n_tokens by repeating their rows: bytes and speed of decoding at a length do not depend
+        on the tokens, and can be measured without computing them.
+
+        Raises:
+            ValueError: the state has seen more tokens, or none, or its rows differ in length.
+        """
+        if len(set(self.lengths)) > 1:
+            raise ValueError(f"the rows of the state have different lengths {self.lengths}")
+        if n_tokens < self.length:
+            raise ValueError(f"the state has seen {self.length} tokens, which is more than {n_tokens}")
+        for part in self._parts():
+            if isinstance(part, TokenCache | WindowCache):
+                part.extend_to(n_tokens, self.length)
+        self.next_position_B = self.next_position_B + (n_tokens - self.length)
+        self.lengths = [n_tokens] * len(self.lengths)
+
+    def _parts(self) -> list:
+        return [part for layer in self.layers for part in (layer if isinstance(layer, list) else [layer])]

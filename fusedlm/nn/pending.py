@@ -1,0 +1,73 @@
+"""Outputs that a layer has not computed yet, so that the next layer can compute both steps in one op.
+
+A norm may return its input with its gain, a projection its input with its weight and the activation that follows. Only
+layers that can fuse the step get these; every module is still entered by its own `__call__`.
+"""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+
+from fusedlm.ops import relu2_mlp, rmsnorm_linear, swiglu_mlp
+
+
+class PendingNorm(NamedTuple):
+    """RMSNorm of x, not computed yet."""
+
+    x: torch.Tensor
+    gain: torch.Tensor
+    eps: float
+
+    def project(self, weight: torch.Tensor, dtype: torch.dtype, backend: str) -> torch.Tensor:
+        """norm(x) weight^T in dtype."""
+        return rmsnorm_linear(self.x, self.gain, weight, eps=self.eps, dtype=dtype, backend=backend)
+
+
+@dataclass(frozen=True)
+class SquaredReLU:
+    """leaky_relu(u, slope)^2."""
+
+    slope: float
+    op = "relu2_mlp"
+
+    def __call__(self, u: torch.Tensor) -> torch.Tensor:
+        return (F.leaky_relu(u, self.slope) if self.slope else F.relu(u)).square()
+
+    def mlp(self, x_ND, weight_in, weight_out, backend: str) -> torch.Tensor:
+        return relu2_mlp(x_ND, weight_in, weight_out, slope=self.slope, backend=backend)
+
+    def sizes(self, dim: int, hidden: int) -> dict[str, int]:
+        return {"dim": dim, "hidden": hidden}
+
+
+@dataclass(frozen=True)
+class SwiGLUActivation:
+    """silu(gate) * up of a packed projection, gate first."""
+
+    op = "swiglu_mlp"
+
+    def __call__(self, gate_up: torch.Tensor) -> torch.Tensor:
+        gate, up = gate_up.chunk(2, dim=-1)
+        return F.silu(gate) * up
+
+    def mlp(self, x_ND, weight_in, weight_out, backend: str) -> torch.Tensor:
+        return swiglu_mlp(x_ND, weight_in, weight_out, backend=backend)
+
+    def sizes(self, dim: int, hidden: int) -> dict[str, int]:
+        return {}
+
+
+class PendingActivation(NamedTuple):
+    """activation(x weight^T), not computed yet."""
+
+    x: torch.Tensor
+    weight: torch.Tensor
+    activation: SquaredReLU | SwiGLUActivation
+
+    def project(self, weight: torch.Tensor, dtype: torch.dtype, backend: str) -> torch.Tensor:
+        """activation(x weight_in^T) weight^T in dtype."""
+        x_ND = self.x.to(dtype).flatten(0, -2)
+        y_ND = self.activation.mlp(x_ND, self.weight, weight, backend)
+        return y_ND.view(*self.x.shape[:-1], weight.shape[0])

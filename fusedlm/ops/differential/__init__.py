@@ -1,0 +1,1 @@
+"""Fused subtract + head RMSNorm of differential attention."""

@@ -1,1 +1,0 @@
-"""Signal minus weighted noise, head norm and scale of differential attention."""

@@ -1,1 +1,0 @@
-"""A leaky running mean per channel, its gate known beforehand: a parallel scan."""

@@ -1,0 +1,1 @@
+"""RMSNorm fused with the packed projection that follows it."""

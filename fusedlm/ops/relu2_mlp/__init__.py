@@ -1,1 +1,0 @@
-"""Squared leaky ReLU feed-forward, its activation in the epilogues of its products."""

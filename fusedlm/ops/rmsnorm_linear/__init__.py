@@ -1,1 +1,0 @@
-"""RMSNorm and the packed projection behind it."""

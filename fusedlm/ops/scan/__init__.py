@@ -1,0 +1,1 @@
+"""Gated linear recurrence per channel, as a parallel scan."""

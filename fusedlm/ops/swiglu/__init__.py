@@ -1,0 +1,1 @@
+"""SwiGLU feed-forward that saves only its packed projection for backward."""

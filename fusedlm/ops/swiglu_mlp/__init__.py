@@ -1,1 +1,0 @@
-"""SwiGLU feed-forward that keeps only its packed projection for the backward pass."""

@@ -1,0 +1,136 @@
+"""The run folder: file names, the lock of the training process, and whether a recipe may resume there."""
+
+import fcntl
+import json
+from pathlib import Path
+
+from fusedlm.config import Recipe, dump_recipe, load_recipe
+from fusedlm.config.keys import ABSENT, differences, is_neutral
+from fusedlm.distributed import World
+from fusedlm.files import write_atomic
+from fusedlm.runs.checkpoint import Checkpoints
+
+RECIPE, ENVIRONMENT, METRICS = "recipe.yaml", "environment.json", "metrics.jsonl"
+CHECKPOINTS, LOCK = "checkpoints", ".lock"
+
+
+class RunFolder:
+    """A folder that is locked for one training run while the context is open.
+
+    Args:
+        world: the processes of the run; the main one holds the lock. None: this process alone.
+
+    Raises:
+        ValueError: on entering, the path is a file, or another process is training into the folder.
+    """
+
+    def __init__(self, path: Path, world: World | None = None):
+        self.path = path
+        self._world = world or World()
+        self.checkpoints = Checkpoints(path / CHECKPOINTS)
+        self.metrics = path / METRICS
+        self._lock = None
+
+    def __enter__(self) -> "RunFolder":
+        if not self._world.is_main:
+            return self
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+        except FileExistsError:
+            raise ValueError(f"run folder {self.path} is a file; name a folder with --out") from None
+        self._lock = (self.path / LOCK).open("a")
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            self._lock.close()
+            raise ValueError(
+                f"run folder {self.path} is in use by another training process; wait for it or name another with --out"
+            ) from None
+        return self
+
+    def __exit__(self, *exception) -> None:
+        # Not removed: two processes could then hold locks on two files of the same name.
+        if self._lock is not None:
+            self._lock.close()
+
+    def holds_run(self) -> bool:
+        """Whether a run was started here."""
+        return any((self.path / name).exists() for name in (RECIPE, METRICS, CHECKPOINTS))
+
+    def check_recipe(self, recipe: Recipe, resume: bool, device: str) -> list[str]:
+        """Check that this recipe may train here.
+
+        Args:
+            device: the type of the device, "cpu" or "cuda".
+
+        Returns:
+            A sentence for each change to the run that the user should see.
+
+        Raises:
+            ValueError: the folder holds a run and `resume` is not set, or that run has another recipe.
+        """
+        if not self.holds_run():
+            return []
+        if not resume:
+            raise ValueError(
+                f"run folder {self.path} already holds a run; resume it with --resume or name another with --out"
+            )
+        if not (self.path / RECIPE).exists():
+            raise ValueError(f"run folder {self.path} holds a run without {RECIPE}; name another folder with --out")
+        previous = self._previous_device() or device  # if unknown, the stricter rule applies
+        notes = check_resumable(load_recipe(self.path / RECIPE), recipe, same_device=previous == device)
+        if previous != device:
+            notes.insert(0, f"the run was on {previous} and is now on {device}; losses may differ by rounding")
+        return notes
+
+    def _previous_device(self) -> str | None:
+        try:
+            return json.loads((self.path / ENVIRONMENT).read_text(encoding="utf-8")).get("device")
+        except (OSError, ValueError, AttributeError):
+            return None
+
+    def write_header(self, recipe: Recipe, tokenizer) -> None:
+        """Write what `load` needs besides a checkpoint. The recipe comes last: with it, the folder holds a run."""
+        tokenizer.save(self.path)
+        write_atomic(self.path / RECIPE, dump_recipe(recipe))
+
+    def write_environment(self, environment: dict) -> None:
+        """Record the machine and software that compute the following steps."""
+        write_atomic(self.path / ENVIRONMENT, json.dumps(environment, indent=2) + "\n")
+
+
+# Neutral keys that change the order of sums. They may change on resume: the out-of-memory error advises it.
+_ROUNDING = ("train.micro_batch_size", "runtime.recompute")
+
+
+def check_resumable(saved: Recipe, given: Recipe, same_device: bool = True) -> list[str]:
+    """Check that a run of recipe `saved` may resume with `given`.
+
+    Keys must be equal, except those marked neutral, `train.steps`, which may increase, and on another kind of device
+    the section `runtime`, since rounding differs there anyway.
+
+    Returns:
+        A sentence for each difference that changes the schedule or the rounding.
+
+    Raises:
+        ValueError: names the first key that must not differ, with both values.
+    """
+    notes = []
+    for key, before, now in differences(saved.model_dump(mode="json"), given.model_dump(mode="json")):
+        change = f"{key} was {_shown(before)} and is now {_shown(now)}"
+        if key == "train.steps":
+            if now < before:
+                raise ValueError(f"train.steps={now}: the run to resume has {before} steps; give at least {before}")
+            notes.append(f"{change}; the schedule is recomputed for {now} steps")
+        elif key in _ROUNDING or (key.startswith("runtime.") and not same_device):
+            notes.append(f"{change}; losses may differ by rounding")
+        elif not is_neutral(key, Recipe):
+            raise ValueError(
+                f"{key} is {_shown(before)} in the run to resume and {_shown(now)} now; "
+                "give the same value or start a new run with --out"
+            )
+    return notes
+
+
+def _shown(value) -> str:
+    return "absent" if value is ABSENT else json.dumps(value, ensure_ascii=False)

@@ -1,0 +1,118 @@
+"""The content of a checkpoint: collected from the live objects, and restored into them."""
+
+import json
+from dataclasses import asdict, dataclass, fields
+
+import torch
+from torch import nn
+
+from fusedlm.config import Recipe, dump_recipe
+from fusedlm.distributed import World
+from fusedlm.optim import ExponentialMovingAverage, load_optimizer_tensors, optimizer_tensors
+from fusedlm.runs.checkpoint import Checkpoints, Writer, write_safetensors
+
+MODEL, OPTIMIZER, EMA, RNG, STATE, RECIPE = "model", "optimizer", "ema", "rng", "state.json", "recipe.yaml"
+
+
+@dataclass
+class TrainState:
+    """The position of a run: the content of state.json."""
+
+    data: str  # fingerprint of the prepared text
+    step: int = 0  # optimizer steps taken, skipped ones included
+    next_sample: int = 0  # the loader's position: global samples read
+    skipped: int = 0  # steps skipped because loss or gradient norm was not finite
+    skipped_in_row: int = 0  # skipped steps since the last one that was not
+    ema_updates: int = 0
+    validated_step: int = 0  # step of the last validation; 0: none yet
+    val_bpb: float | None = None  # its bits per byte
+    best_step: int | None = None  # of the checkpoint with the lowest validation bits per byte
+    best_val_bpb: float | None = None
+
+
+def model_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Parameters and persistent buffers by name: the live tensors, a shared tensor once, under its first name."""
+    tensors, seen = {}, set()
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if id(tensor) not in seen:
+            seen.add(id(tensor))
+            tensors[name] = tensor
+    return tensors
+
+
+@torch.no_grad()
+def load_model_tensors(model: nn.Module, tensors: dict[str, torch.Tensor], source: str) -> None:
+    """Copy saved tensors into the model.
+
+    Raises:
+        ValueError: names or shapes do not match this model; `source` names the checkpoint.
+    """
+    own = model_tensors(model)
+    if tensors.keys() != own.keys():
+        name = sorted(tensors.keys() ^ own.keys())[0]
+        raise ValueError(f"{source}: tensor {name!r} is in only one of the checkpoint and the model of the recipe")
+    for name, tensor in own.items():
+        if tensor.shape != tensors[name].shape:
+            saved, wanted = tuple(tensors[name].shape), tuple(tensor.shape)
+            raise ValueError(f"{source}: tensor {name!r} has shape {saved}, in the model of the recipe {wanted}")
+        tensor.copy_(tensors[name])
+
+
+def save_state(
+    checkpoints: Checkpoints,
+    state: TrainState,
+    recipe: Recipe,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    ema: ExponentialMovingAverage | None,
+    device: torch.device,
+    *,
+    write: Writer = write_safetensors,
+    world: World,
+) -> None:
+    """Write the checkpoint of `state.step`. All processes of `world` call this; `write` and errors as in
+    `Checkpoints.save`."""
+    rng = {"cpu": torch.get_rng_state()}
+    if device.type == "cuda":
+        rng["cuda"] = torch.cuda.get_rng_state(device)
+    tensors = {MODEL: model_tensors(model), OPTIMIZER: optimizer_tensors(model, optimizer), RNG: rng}
+    if ema is not None:
+        tensors[EMA] = ema.state_dict()
+    texts = {STATE: json.dumps(asdict(state), indent=2) + "\n", RECIPE: dump_recipe(recipe)}
+    checkpoints.save(state.step, tensors, texts, write=write, world=world)
+
+
+def restore_state(
+    checkpoints: Checkpoints,
+    step: int,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    ema: ExponentialMovingAverage | None,
+    device: torch.device,
+) -> TrainState:
+    """Restore a verified checkpoint. The RNG of the CUDA device is restored if the checkpoint was written on one."""
+    state = read_state(checkpoints, step)
+    load_model_tensors(model, checkpoints.read_tensors(step, MODEL), str(checkpoints.path(step)))
+    load_optimizer_tensors(model, optimizer, checkpoints.read_tensors(step, OPTIMIZER))
+    if ema is not None:
+        ema.load_state_dict(checkpoints.read_tensors(step, EMA), state.ema_updates)
+    rng = checkpoints.read_tensors(step, RNG)
+    torch.set_rng_state(rng["cpu"])
+    if device.type == "cuda" and "cuda" in rng:
+        torch.cuda.set_rng_state(rng["cuda"], device)
+    return state
+
+
+def read_state(checkpoints: Checkpoints, step: int) -> TrainState:
+    """state.json of a verified checkpoint.
+
+    Raises:
+        ValueError: it was written by another version, whose state has other fields.
+    """
+    saved = checkpoints.read_json(step, STATE)
+    known = {field.name for field in fields(TrainState)}
+    if saved.keys() != known:
+        name = sorted(saved.keys() ^ known)[0]
+        where = "missing" if name in known else "unknown to this version"
+        raise ValueError(f"{checkpoints.path(step) / STATE}: field {name!r} is {where}; start a new run with --out")
+    return TrainState(**saved)

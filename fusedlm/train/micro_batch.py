@@ -1,0 +1,34 @@
+"""Forward and backward of one micro-batch."""
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+
+import torch
+from torch import nn
+
+from fusedlm.model import Output
+
+
+def forward_backward(
+    model: nn.Module,
+    tokens: torch.Tensor,
+    documents: torch.Tensor | None,
+    targets: torch.Tensor,
+    *,
+    loss_weight: torch.Tensor,
+    batch_weight: torch.Tensor | float,
+    autocast: Callable[[], AbstractContextManager],
+) -> Output:
+    """Forward and backward of one micro-batch; the gradients are added to the parameters.
+
+    Args:
+        tokens, documents, targets, loss_weight, batch_weight: as `Decoder.forward` takes them.
+        autocast: gives the context of the forward pass.
+
+    Returns:
+        The output, with detached losses.
+    """
+    with autocast():
+        output = model(tokens, documents=documents, targets=targets, loss_weight=loss_weight, batch_weight=batch_weight)
+    output.total().backward()
+    return output._replace(losses={name: loss.detach() for name, loss in output.losses.items()})

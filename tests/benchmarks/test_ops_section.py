@@ -1,0 +1,78 @@
+"""The tables of docs/results.md on operations, from records of today and of before."""
+
+import copy
+
+import pytest
+
+from benchmarks.harness import Ceilings, Measured
+from benchmarks.run import _lines
+from scripts.ops_section import draw_ops, ops_section
+
+ENVIRONMENT = {
+    "date": "2026-01-02T03:04:05+00:00",
+    "device_name": "a GPU",
+    "python": "3.12",
+    "torch": "2.11",
+    "triton": "3.6",
+    "git_commit": "0123456789",
+}
+RATES = vars(Ceilings(bytes_per_second=3e12, flops_per_second=7e14))
+CONTENDERS = [
+    Measured("eager", [1e-3, 2e-3], 2.0, 10.0, None, 0.5),
+    Measured("Liger", [2e-3, 4.56e-2], 0.5, 4.0, None, 11.4),
+    Measured("cut cross entropy", [], None, 3.0, "NaN or infinity"),
+    Measured("fusedlm", [1e-3, 1e-3], 0.25, 0.0, None, 0.25),
+]
+
+
+@pytest.fixture
+def record():
+    case = {"op": "an_op", "shape": "4 × 8", "dtype": "bfloat16", "direction": "forward", "floor_ms": 0.2}
+    cases = [case | {"contenders": [dict(vars(one)) for one in CONTENDERS]}]
+    return {"command": "python benchmarks/run.py", "environment": ENVIRONMENT, "ceilings": RATES, "cases": cases}
+
+
+def _rows(page):
+    return [line for line in page.splitlines() if line.startswith("| ")]
+
+
+def test_a_less_exact_peer_has_its_time_with_a_mark_and_its_error(record):
+    page = ops_section(record, None)
+    assert _rows(page)[1:] == [
+        "| 4 × 8, bfloat16 | forward | eager | 2.0000 | 10% | 10 | 2.0e-03 |",
+        "|  |  | Liger | 0.5000 † | 40% | 4 | 4.6e-02, up to 11× the bound |",
+        "|  |  | cut cross entropy | NaN or infinity | – | 3 | – |",
+        "|  |  | **fusedlm** | 0.2500 | 80% | 0 | 1.0e-03 |",
+    ]
+    assert "† marks a peer whose error against float64 is more than twice that of eager PyTorch." in page
+
+
+def test_a_record_from_before_is_read(record):
+    """There a contender beyond the bound was called wrong and had no time."""
+    for one in record["cases"][0]["contenders"]:
+        del one["error_over_bound"]
+    record["cases"][0]["contenders"][1] |= {"milliseconds": None, "reason": "wrong"}
+    page = ops_section(record, None)
+    assert _rows(page)[2] == "|  |  | Liger | wrong | – | 4 | 4.6e-02 |"
+    assert "†" not in page and "is wrong and has no time" in page
+
+
+def test_steps_are_read_by_either_name(record):
+    step = {"tokens_per_second": 1000.0, "mfu": 0.5, "peak_memory_gib": 2.0}
+    variants = {"fused": step | {"tokens_per_second": 1100.0}, "reference": step}
+    new = {"command": "c", "environment": ENVIRONMENT, "cases": [{"name": "gpt", "variants": variants}]}
+    old = copy.deepcopy(new)
+    old["cases"][0]["ways"] = old["cases"][0].pop("variants")
+    assert ops_section(None, new) == ops_section(None, old)
+    assert "| gpt | fused | 1,100 | 1.100× | 50.0% | 2.00 GiB |" in ops_section(None, new)
+
+
+def test_bars_are_drawn_for_every_time(record, tmp_path):
+    draw_ops(record, tmp_path)
+    assert (tmp_path / "ops-an_op.png").stat().st_size > 0
+
+
+def test_a_run_prints_the_error_beside_the_time(record):
+    lines = _lines(record["cases"][0]).splitlines()
+    assert "0.5000 ms" in lines[2] and "error 4.6e-02, less exact: up to 11 times the bound" in lines[2]
+    assert "NaN or infinity" in lines[3] and "less exact" not in lines[1]

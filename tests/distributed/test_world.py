@@ -1,0 +1,89 @@
+"""World: nothing is communicated with one process; with two gloo processes, everything is."""
+
+import json
+from datetime import timedelta
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from fusedlm.distributed import World
+from fusedlm.runs.checkpoint import Checkpoints
+from fusedlm.runs.folder import RunFolder
+
+
+def test_one_process_communicates_nothing(monkeypatch):
+    for name in ("all_reduce", "barrier"):
+        monkeypatch.setattr(dist, name, lambda *_, **__: pytest.fail("communicated"))
+    world = World.current()
+    assert world == World(rank=0, size=1) and world.is_main
+    tensor = torch.tensor([1.0, 2.0])
+    assert world.sum(tensor) is tensor
+    assert world.any(True) is True and world.any(False) is False
+    world.barrier()
+
+
+def test_only_rank_0_is_the_main_process():
+    assert [World(rank, 3).is_main for rank in range(3)] == [True, False, False]
+
+
+def _process(rank: int, folder) -> None:
+    """What each process finds, as JSON in folder/rank."""
+    torch.set_num_threads(1)
+    rendezvous = {"init_method": f"file://{folder}/rendezvous", "timeout": timedelta(seconds=60)}
+    dist.init_process_group("gloo", rank=rank, world_size=2, **rendezvous)
+    world = World.current()
+    found = {"world": [world.rank, world.size]}
+
+    tensor = torch.tensor([[rank + 1.0, 10.0]], requires_grad=True)
+    total = world.sum(tensor)
+    found["sum"], found["own"] = total.tolist(), tensor.tolist()
+    found["sum of integers"] = world.sum(torch.tensor(2**40 + rank)).item()
+    found["any"] = [world.any(flag) for flag in (False, rank == 1, rank == 0, True)]
+
+    if rank == 0:
+        (folder / "before the barrier").write_text("")
+    world.barrier()
+    found["barrier"] = (folder / "before the barrier").exists()
+
+    with RunFolder(folder / "run", world):
+        world.barrier()
+        try:
+            RunFolder(folder / "run").__enter__()
+        except ValueError as error:
+            found["locked"] = "in use by another training process" in str(error)
+        world.barrier()
+
+    def write(folder, stem, tensors, world):
+        (folder / f"{stem}-{world.rank}.txt").write_text(str(tensors["a"].item()))
+
+    checkpoints = Checkpoints(folder / "run/checkpoints")
+    checkpoints.save(1, {"part": {"a": torch.tensor(rank)}}, {"state.json": "{}"}, write=write, world=world)
+    found["checkpoint"] = sorted(checkpoints.files(1))
+    found["parts"] = [(checkpoints.path(1) / f"part-{r}.txt").read_text() for r in range(2)]
+    checkpoints.save(2, {"model": {"a": torch.ones(3)}}, {}, world=world)
+    found["steps"] = checkpoints.steps()
+    (folder / str(rank)).write_text(json.dumps(found))
+    dist.destroy_process_group()
+
+
+def test_two_processes(tmp_path):
+    torch.multiprocessing.spawn(_process, args=(tmp_path,), nprocs=2)
+    found = [json.loads((tmp_path / str(rank)).read_text()) for rank in range(2)]
+    for rank in range(2):
+        assert found[rank] == {
+            "world": [rank, 2],
+            "sum": [[3.0, 20.0]],
+            "own": [[rank + 1.0, 10.0]],
+            "sum of integers": 2**41 + 1,
+            "any": [False, True, True, True],
+            "barrier": True,
+            "locked": True,
+            "checkpoint": ["part-0.txt", "part-1.txt", "state.json"],
+            "parts": ["0", "1"],
+            "steps": [1, 2],
+        }
+    checkpoints = Checkpoints(tmp_path / "run/checkpoints")
+    for step in (1, 2):
+        checkpoints.verify(step)
+    assert checkpoints.read_tensors(2, "model")["a"].tolist() == [1.0, 1.0, 1.0]

@@ -1,0 +1,53 @@
+"""Every model that the laws run over: each case of each mixer and feed-forward, and one period of each recipe."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from fusedlm import build_model, load_recipe
+from fusedlm.testing import FFN_CASES, MIXER_CASES, part_model, randomise_
+
+RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("*.yaml"))
+VOCAB = 61
+N_TOKENS = 43  # odd, longer than windows and chunks, not a multiple of any
+
+
+def parts():
+    """A parameter for each case: a function that makes the model."""
+    for name, cases in MIXER_CASES.items():
+        for index, case in enumerate(cases):
+            yield pytest.param(lambda case=case: part_model(case, vocab_size=VOCAB), id=f"{name}-{index}")
+    for name, cases in FFN_CASES.items():
+        for index, case in enumerate(cases):
+            mixer = MIXER_CASES["attention"][0]
+            yield pytest.param(lambda case=case, mixer=mixer: part_model(mixer, case, VOCAB), id=f"{name}-{index}")
+    yield pytest.param(
+        lambda: part_model(MIXER_CASES["gdn"][0], vocab_size=VOCAB, extra="tie_embeddings: false, logit_softcap: 5.0"),
+        id="untied-softcap",
+    )
+
+
+def one_period(recipe):
+    """The model section with one layer of each of its blocks."""
+    pattern = "".join(sorted(set(recipe.model.pattern)))
+    return recipe.model.model_copy(update={"n_layers": len(pattern), "pattern": pattern})
+
+
+def recipe_models():
+    for path in RECIPES:
+        config = one_period(load_recipe(path))
+        yield pytest.param(lambda config=config: build_model(config, vocab_size=VOCAB), id=path.stem)
+
+
+ALL_MODELS = pytest.mark.parametrize("make", [*parts(), *recipe_models()])
+
+
+def random_model(make):
+    """In float64, every parameter away from its start."""
+    torch.manual_seed(0)
+    return randomise_(make()).double().eval()
+
+
+def some_tokens(batch=2, n=N_TOKENS, seed=1):
+    return torch.randint(0, VOCAB, (batch, n), generator=torch.Generator().manual_seed(seed))

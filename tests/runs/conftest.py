@@ -1,0 +1,1 @@
+from tests.train.conftest import trained  # noqa: F401

@@ -1,0 +1,45 @@
+"""The dtype of the recipe is that of activations in training, validation and the sample after it."""
+
+import pytest
+import torch
+from torch.nn.modules.module import register_module_forward_hook
+
+from fusedlm.cli import main
+from fusedlm.config import dump_recipe
+from fusedlm.data import open_prepared
+from fusedlm.evaluate import score_documents
+from fusedlm.nn.block import Block
+from fusedlm.runs import load
+from fusedlm.train import train
+from tests.train.runs import SHORT, records, tiny_recipe
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_activations_have_the_dtype_of_the_recipe(tmp_path, dtype):
+    name = str(dtype).removeprefix("torch.")
+    recipe = tiny_recipe(tmp_path, *SHORT, f"runtime.dtype={name}")
+    (tmp_path / "recipe.yaml").write_text(dump_recipe(recipe))
+    seen = set()
+
+    def note(module, inputs, output):
+        if isinstance(module, Block):
+            phase = "training" if module.training else "validation" if inputs[2] is None else "sample"
+            seen.add((phase, output[0].dtype))
+
+    handle = register_module_forward_hook(note)
+    try:
+        assert main(["train", str(tmp_path / "recipe.yaml"), "--out", str(tmp_path / "run")]) == 0
+    finally:
+        handle.remove()
+    assert seen == {("training", dtype), ("validation", dtype), ("sample", dtype)}
+
+
+def test_validation_is_scored_in_the_dtype_of_training(tmp_path):
+    train(tiny_recipe(tmp_path, "train.steps=4", "train.ema=null", "runtime.dtype=bfloat16"), tmp_path / "run")
+    model, _, _ = load(tmp_path / "run", device="cpu")
+    documents = open_prepared(next((tmp_path / "prepared").glob("text-*"))).validation.documents
+    options = {"window": 16, "stride": 16, "batch_tokens": 32, "max_tokens": 100, "device": "cpu"}
+    dtypes = (torch.float32, torch.bfloat16)
+    bpb = {dtype: score_documents(model, documents(), dtype=dtype, **options).bpb for dtype in dtypes}
+    (validation,) = [record for record in records(tmp_path / "run") if "val_bpb" in record]
+    assert validation["val_bpb"] == bpb[torch.bfloat16] != bpb[torch.float32]
