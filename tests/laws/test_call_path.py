@@ -73,15 +73,16 @@ class Refuses(torch.nn.Module):
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
 @pytest.mark.parametrize("what", PASSES)
 def test_a_linear_layer_that_raises_raises(recipe, what):
-    config = one_period(load_recipe(recipe))
-    names = [n for n, m in build_model(config, vocab_size=61).named_modules() if isinstance(m, torch.nn.Linear)]
-    assert names
-    for name in names:
-        model = randomise_(build_model(config, vocab_size=61))
+    model = randomise_(build_model(one_period(load_recipe(recipe)), vocab_size=61))
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
+    assert layers
+    for name, layer in layers.items():
         parent, _, child = name.rpartition(".")
-        setattr(model.get_submodule(parent), child, Refuses(model.get_submodule(name)))
+        setattr(model.get_submodule(parent), child, Refuses(layer))
         with pytest.raises(NotImplementedError, match="called"):
             PASSES[what](model)
+        setattr(model.get_submodule(parent), child, layer)
+    PASSES[what](model)  # and does not once all of them are back
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
