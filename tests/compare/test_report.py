@@ -51,7 +51,7 @@ def test_the_final_loss_is_on_all_validation_text(finished, tree):
     """During training the recipe validates on 100 tokens."""
     row = tree["runs"][0]
     run = finished[1] / "runs/latent-seed0"
-    model, _, recipe = load(run)
+    model, _, recipe = load(run, device="cpu")
     shards = prepare(recipe.data).validation
     score = score_documents(model, shards.documents(), window=16, stride=16, device="cpu", dtype=torch.float32)
     assert score.tokens == shards.n_tokens - shards.n_documents > 150
