@@ -32,7 +32,6 @@ from fusedlm.cli.probe_options import (
     check_options,
 )
 from fusedlm.cli.probes import Target, run_probe
-from fusedlm.cli.routing import print_routing
 from fusedlm.cli.text import documents_of
 
 TextOption = Annotated[
@@ -120,8 +119,7 @@ def evaluate(
         "checkpoint": loaded.step,
         "weights": weights,
     }
-    if score.routing is not None:
-        result |= score.routing.record()
+    result |= score.figures
     if as_json:
         print(json.dumps(result))
         return
@@ -129,5 +127,8 @@ def evaluate(
     print(f"{score.bpb:.4f} bits per byte on {text or 'validation text'} ({context})")
     print(f"{score.nll_per_token:.4f} nats per token, {score.tokens:,} tokens")
     print(f"{score.bytes:,} bytes in {score.documents:,} document{'' if score.documents == 1 else 's'}")
-    if score.routing is not None:
-        print_routing(score.routing)
+    for name, value in score.figures.items():
+        rows = value if isinstance(value, list) else [value]
+        for layer, row in enumerate(rows):
+            numbers = " ".join(f"{number:.4g}" for number in (row if isinstance(row, list) else [row]))
+            print(f"{name}{f' {layer}' if rows is value else ''}: {numbers}")

@@ -3,7 +3,7 @@
 import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TypeVar
 
 import numpy as np
@@ -12,7 +12,6 @@ import torch
 from fusedlm.distributed import World
 from fusedlm.evaluate.windows import batches, document_windows
 from fusedlm.model.precision import autocast
-from fusedlm.model.routing import Routing, routing_of
 
 T = TypeVar("T")
 
@@ -26,7 +25,7 @@ class Score:
     tokens: int  # scored tokens: each text token once; end-of-text is never scored
     bytes: int  # bytes of the scored text
     documents: int
-    routing: Routing | None = None  # levels of the scored tokens; None: the model has no routed feed-forward
+    figures: dict = field(default_factory=dict)  # metrics of layers over the scored tokens, as `Decoder.summarise`
 
     @property
     def bpb(self) -> float:
@@ -111,7 +110,7 @@ def score_documents(
         tokens=scored,
         bytes=source.bytes,
         documents=source.documents,
-        routing=routing_of(model, {name: world.sum(value) for name, value in metrics.items()}),
+        figures=model.summarise({name: world.sum(value) for name, value in metrics.items()}) if metrics else {},
     )
 
 

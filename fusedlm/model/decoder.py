@@ -109,7 +109,7 @@ class Decoder(Module):
             state: from `init_state`, updated in place: the tokens follow those it has seen.
             lengths: with a state, how many of the T tokens each row has, from 0; the rest is padding, whose outputs are
                 meaningless. None: all.
-            select: (n,) int64 indices into the B * T tokens: the head runs on these alone, and metrics of routing count
+            select: (n,) int64 indices into the B * T tokens: the head runs on these alone, and metrics of tokens count
                 these alone. None: all.
             targets: the tokens to predict, -100 where there is none: (B, T) int64, or (n,) with a selection.
             loss_weight: () factor on each token's nll and on each loss per token; None: one over the number of valid
@@ -192,6 +192,15 @@ class Decoder(Module):
         if use.op in self.backends or use.op not in UNFUSED:
             return selection
         return replace(selection, reason=UNFUSED_REASON)
+
+    def summarise(self, metrics: dict[str, torch.Tensor]) -> dict:
+        """Figures of summed `Output.metrics`, as metrics.jsonl and `fusedlm eval --json` hold them: numbers and lists
+        of them by name. Waits for the device if the metrics are on one."""
+        figures = {}
+        for name, sums in metrics.items():
+            layers = [module for module in self.modules() if getattr(module, "metric", None) == name]
+            figures |= layers[0].summarise(layers, sums.tolist())
+        return figures
 
     def recompute_mixers(self, recompute: bool = True) -> None:
         """Save only the input and the attention output of each mixer for backward, and recompute the rest."""

@@ -101,6 +101,7 @@ class Module(torch.nn.Module):
     """
 
     backends: Mapping[str, str] = {}
+    waits_for_device = False  # whether a forward pass needs numbers on the host, which a CUDA graph cannot give
 
     def add_parameter(self, name: str, shape: tuple[int, ...], role: Role, init: Init) -> None:
         """Allocate a parameter; `init_weights` fills it."""

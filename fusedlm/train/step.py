@@ -90,8 +90,7 @@ def train_step(
 ) -> StepResult:
     """Forward, backward, clipping by the norm of all gradients, update.
 
-    The host waits for the device once. Routed feed-forwards (for their number of tokens) and optimizers that are not
-    fused wait too.
+    The host waits for the device once, and more often with layers that wait for it and optimizers that are not fused.
 
     Args:
         lr_scale: multiplies the peak learning rate of each parameter group.

@@ -15,7 +15,6 @@ from fusedlm.evaluate import score_documents
 from fusedlm.model import build_model
 from fusedlm.model.accounting import count_parameters, training_flops_per_token
 from fusedlm.model.precision import autocast
-from fusedlm.model.routing import has_routing, routing_of
 from fusedlm.optim import ExponentialMovingAverage, build_optimizer, schedule_scale
 from fusedlm.runs.backends import use_backends
 from fusedlm.runs.folder import RunFolder
@@ -118,10 +117,12 @@ class Trainer:
             raise ValueError(
                 "runtime.cuda_graph=true: document boundaries differ from batch to batch; set data.document_mask=false"
             )
-        if has_routing(self.model):
-            raise ValueError(
-                "runtime.cuda_graph=true: routed feed-forwards wait for the device; set runtime.cuda_graph=false"
-            )
+        for module in self.model.modules():
+            if getattr(module, "waits_for_device", False):
+                raise ValueError(
+                    f"runtime.cuda_graph=true: {type(module).__name__} waits for the device; "
+                    "set runtime.cuda_graph=false"
+                )
         several = self.micro_batch_size < self.settings.batch_size
         return CapturedBackward(self.model, partial(autocast, self.device, self.dtype), accumulates=several)
 
@@ -247,8 +248,7 @@ class Trainer:
             "step_seconds": seconds,
         }
         record |= {f"loss_{name}": value for name, value in result.layer_losses.items()}
-        if (routing := routing_of(self.model, result.metrics)) is not None:
-            record |= routing.record()
+        record |= self.model.summarise(result.metrics)
         if result.skipped:
             record["skipped"] = True
         return record
@@ -288,8 +288,7 @@ class Trainer:
                 "val_stride": self.settings.seq_len,
                 "tokens": self.state.step * self.tokens_per_step,
             }
-            if score.routing is not None:
-                record |= {f"val_{name}": value for name, value in score.routing.record().items()}
+            record |= {f"val_{name}": value for name, value in score.figures.items()}
             if self.ema is not None:
                 with self.ema.applied():
                     record["val_bpb_ema"] = self._score(stop).bpb

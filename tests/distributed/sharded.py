@@ -105,7 +105,7 @@ def run(model: torch.nn.Module, world: World, processes: int) -> dict:
         "grad_norm": [result.grad_norm for result in results],
         "metrics": [{name: x.tolist() for name, x in result.metrics.items()} for result in results],
         "nll": scores,
-        "scored": [shared.tokens, shared.bytes, shared.routing and shared.routing.layers],
+        "scored": [shared.tokens, shared.bytes, shared.figures],
         "text": text,
         "weights": {name: value.detach().clone() for name, value in weights.items()},
     }

@@ -21,7 +21,7 @@ def test_the_cpu_is_refused(tmp_path):
     "overrides, message",
     [
         (["data.document_mask=true"], "set data.document_mask=false"),
-        (["data.document_mask=false", "model.blocks.a.ffn={type: routed}"], "routed feed-forwards wait"),
+        (["data.document_mask=false", "model.blocks.a.ffn={type: routed}"], "RoutedFFN waits for the device"),
     ],
 )
 def test_passes_that_wait_for_the_device_are_refused(tmp_path, overrides, message):

@@ -8,7 +8,6 @@ import torch
 from fusedlm.config.train import AdamWConfig
 from fusedlm.data import Batch
 from fusedlm.evaluate import score_documents
-from fusedlm.model.routing import routing_of
 from fusedlm.optim import build_optimizer
 from fusedlm.testing import FFN_CASES, assert_close, part_model, randomise_
 from fusedlm.train import train
@@ -40,12 +39,13 @@ def test_training_reaches_the_budget():
     fractions = {}
     for budget in (0.4, 0.65):
         model = routed(budget, weight=10.0)
-        first, *_, last = (routing_of(model, result.metrics) for result in run_steps(model, 50, n=128))
-        fractions[budget] = last.flops_share
-        assert abs(last.flops_share - budget) < 0.1 < abs(first.flops_share - last.flops_share)
-        assert first.budget == pytest.approx(budget, abs=1e-3)
+        first, *_, last = (model.summarise(result.metrics) for result in run_steps(model, 50, n=128))
+        fractions[budget] = last["routed_flops_share"]
+        assert abs(last["routed_flops_share"] - budget) < 0.1
+        assert abs(first["routed_flops_share"] - last["routed_flops_share"]) > 0.1
+        assert first["routed_budget"] == pytest.approx(budget, abs=1e-3)
     model = routed(0.4, weight=0.0)
-    free = routing_of(model, run_steps(model, 50, n=128)[-1].metrics).flops_share
+    free = model.summarise(run_steps(model, 50, n=128)[-1].metrics)["routed_flops_share"]
     assert all(abs(free - fraction) > 0.1 for fraction in fractions.values())
 
 
@@ -79,20 +79,20 @@ def test_models_without_such_layers_report_nothing():
     for ffn in (FFN_CASES["swiglu"][0], FFN_CASES["relu2"][0]):
         model = part_model("{type: attention, n_heads: 4}", ffn)
         (result,) = run_steps(model, 1)
-        assert result.layer_losses == {} and result.metrics == {} and routing_of(model, result.metrics) is None
+        assert result.layer_losses == {} and result.metrics == {} and model.summarise(result.metrics) == {}
 
 
 def test_metrics_cover_every_layer_and_micro_batch():
     model = routed()
-    results = [routing_of(model, run_steps(routed(), 1, micro_batch_size=size)[0].metrics) for size in (4, 1)]
+    results = [model.summarise(run_steps(routed(), 1, micro_batch_size=size)[0].metrics) for size in (4, 1)]
     counts = model(batch().tokens).metrics["routed"]
     expected = [[count / 160 for count in row[:3]] for row in counts.tolist()]
-    assert results[0].layers == results[1].layers == expected
-    assert results[0].shares == pytest.approx([(a + b) / 2 for a, b in zip(*expected, strict=True)])
-    light, blend, full = results[0].shares
+    assert results[0]["routed_layers"] == results[1]["routed_layers"] == expected
+    light, blend, full = (results[0][f"routed_{level}"] for level in ("light", "blend", "full"))
+    assert [light, blend, full] == pytest.approx([(a + b) / 2 for a, b in zip(*expected, strict=True)])
     exact = 8 / (3 * 64) + 0.25 * light + blend + full
-    assert exact <= results[0].flops_share < exact + 0.75 * 16 / 160  # incomplete tiles are filled up
-    assert results[1].flops_share > results[0].flops_share
+    assert exact <= results[0]["routed_flops_share"] < exact + 0.75 * 16 / 160  # incomplete tiles are filled up
+    assert results[1]["routed_flops_share"] > results[0]["routed_flops_share"]
 
 
 def test_scores_count_the_scored_tokens():
@@ -104,10 +104,10 @@ def test_scores_count_the_scored_tokens():
     expected = (counts / 86).tolist()  # without the padding of the windows' batches
     for score in (full, windows):
         assert score.tokens == 86
-        for fractions, wanted in zip(score.routing.layers, expected, strict=True):
+        for fractions, wanted in zip(score.figures["routed_layers"], expected, strict=True):
             assert fractions == pytest.approx(wanted)
     plain = part_model("{type: attention, n_heads: 4}")
-    assert score_documents(plain, documents, window=None, device="cpu", dtype=torch.float32).routing is None
+    assert score_documents(plain, documents, window=None, device="cpu", dtype=torch.float32).figures == {}
 
 
 def test_scores_do_not_depend_on_the_budget():

@@ -105,7 +105,7 @@ def test_the_best_checkpoint_is_kept_with_the_newest(tmp_path, monkeypatch, ever
     values = iter([3.0, 1.0, 2.0, 2.5, 4.0])
 
     class Score:
-        nll_per_token, tokens, bytes, routing = 1.0, 1, 1, None
+        nll_per_token, tokens, bytes, figures = 1.0, 1, 1, {}
 
         def __init__(self):
             self.bpb = next(values)

@@ -1,7 +1,11 @@
 """Feed-forwards by name, all built from keyword arguments, their own and `dim`. They share one protocol:
 
 `forward(x_BTD, context) -> y_BTD`, or `(y_BTD, Report)` with losses and metrics of their own; `flops(n_tokens)`;
-`ops(device)`, the ops that they run; `active_parameters()`, where tokens differ in the parameters they use.
+`ops(device)`, the ops that they run; `active_parameters()`, where tokens differ in the parameters they use;
+`waits_for_device`, where a pass needs numbers on the host.
+
+Losses appear in metrics.jsonl as `loss_NAME`. A class that reports a metric names it in `metric`, and its
+`summarise(layers, sums)` gives the figures of summed metrics, which training, validation and `fusedlm eval` then hold.
 """
 
 from fusedlm.nn.ffn.relu2 import ReLU2

@@ -28,6 +28,9 @@ class RoutedFFN(Module):
     blended, and full, of the context's selection; rows that rest computed, padding of tiles included; tokens.
     """
 
+    metric = "routed"
+    waits_for_device = True  # for the number of gathered tokens
+
     def __init__(
         self,
         *,
@@ -100,6 +103,31 @@ class RoutedFFN(Module):
         levels = [chosen_N == 0, (chosen_N > 0) & (chosen_N < 1), chosen_N == 1]
         n_tokens = torch.full_like(rows, weight_N.numel())
         return torch.stack([*(level.sum() for level in levels), rows, n_tokens])
+
+    @staticmethod
+    def summarise(layers: list["RoutedFFN"], sums: list[list[int]]) -> dict[str, float | list[list[float]]]:
+        """Figures of the metric `routed`, summed over forward passes, a row per layer.
+
+        Returns:
+            routed_light, routed_blend, routed_full: fractions of tokens on each level, means over the layers.
+            routed_flops_share: FLOPs that ran, over those of the full feed-forwards on every token; padding counts in
+                both.
+            routed_budget: the target of that fraction.
+            routed_layers: the three fractions of each layer, first to last.
+        """
+        ran = sum(layer.flops_of(n, rest_rows) for layer, (*_, rest_rows, n) in zip(layers, sums, strict=True))
+        full = sum(layer.full_flops(n) for layer, (*_, n) in zip(layers, sums, strict=True))
+        planned = sum(layer.flops(n) for layer, (*_, n) in zip(layers, sums, strict=True))
+        fractions = [[count / max(sum(row[:3]), 1) for count in row[:3]] for row in sums]
+        light, blend, all_ = (sum(column) / len(layers) for column in zip(*fractions, strict=True))
+        return {
+            "routed_light": light,
+            "routed_blend": blend,
+            "routed_full": all_,
+            "routed_flops_share": ran / full,
+            "routed_budget": planned / full,
+            "routed_layers": fractions,
+        }
 
     def flops(self, n_tokens: int) -> int:
         """At the budget. What ran is in the metric `routed`."""

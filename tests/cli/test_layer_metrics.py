@@ -1,11 +1,11 @@
-"""fusedlm eval of a model with routed feed-forwards."""
+"""fusedlm eval of a model whose layers report metrics."""
 
 import json
 
 import pytest
 
 
-def test_eval_of_a_routed_model_prints_its_routing(workspace, fusedlm):
+def test_eval_prints_the_metrics_of_layers(workspace, fusedlm):
     ffn = "{type: routed, hidden: 64, budget: 0.5}"
     trained = fusedlm("train", "small.yaml", f"model.blocks.m.ffn={ffn}", "--out", "runs/routed")
     assert trained.code == 0, trained.err
@@ -15,7 +15,7 @@ def test_eval_of_a_routed_model_prints_its_routing(workspace, fusedlm):
     assert sum(layer) == pytest.approx(1)
     assert 0.25 < result["routed_flops_share"] < 2 and result["routed_budget"] == 0.5
     said = fusedlm("eval", "runs/routed").out
-    assert f"{result['routed_flops_share']:.1%} of the full feed-forward FLOPs, measured (budget 50.0%)" in said
-    assert f"routed layer 0: {layer[0]:.1%} light, {layer[1]:.1%} blended, {layer[2]:.1%} full" in said
+    assert f"routed_flops_share: {result['routed_flops_share']:.4g}\nrouted_budget: 0.5\n" in said
+    assert f"routed_layers 0: {layer[0]:.4g} {layer[1]:.4g} {layer[2]:.4g}\n" in said
     assert "routed" not in fusedlm("eval", "runs/small", "--json").out
-    assert "full" not in fusedlm("eval", "runs/small").out
+    assert "routed" not in fusedlm("eval", "runs/small").out
