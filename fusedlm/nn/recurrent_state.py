@@ -46,3 +46,14 @@ class RecurrentState:
 
     def tensors(self) -> list[torch.Tensor]:
         return [x for x in (self.memory, self.carried) if x is not None]
+
+
+def hold(
+    taken_BT: torch.Tensor | None, reset_BT: torch.Tensor | None, *inputs: torch.Tensor
+) -> tuple[torch.Tensor | None, ...]:
+    """Resets and inputs (B, T, ...) of a recurrence, changed so that tokens that are not taken leave the state as it
+    is: no reset, and zero inputs (log decays included). taken_BT: None: all are taken."""
+    if taken_BT is None:
+        return reset_BT, *inputs
+    held = (x.masked_fill(~taken_BT.view(*taken_BT.shape, *[1] * (x.dim() - 2)), 0.0) for x in inputs)
+    return None if reset_BT is None else reset_BT & taken_BT, *held

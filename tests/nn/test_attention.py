@@ -5,6 +5,7 @@ import torch
 
 from fusedlm.nn.context import Context
 from fusedlm.testing import assert_close, part_model, randomise_
+from tests.nn.gradients import output_and_gradients
 
 CASES = [
     "{type: attention, n_heads: 4}",
@@ -63,20 +64,12 @@ SIZES = [  # n_heads, n_kv_heads, head_dim, rope_dim, rope_base, qk_norm, window
 ]
 
 
-def _output_and_gradients(mixer, run, x, upstream):
-    mixer.zero_grad()
-    x = x.clone().requires_grad_()
-    y = run(x)
-    (y * upstream).sum().backward()
-    return {"y": y.detach(), "x": x.grad} | {name: p.grad.clone() for name, p in mixer.named_parameters()}
-
-
 @pytest.mark.parametrize("case, sizes", list(zip(CASES, SIZES, strict=True)))
 def test_equals_the_definition(case, sizes):
     mixer = _mixer(case)
     x, upstream = torch.randn(2, 1, N, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
-    expected = _output_and_gradients(mixer, lambda x: _by_definition(mixer, x[0], *sizes)[None], x, upstream)
-    actual = _output_and_gradients(mixer, lambda x: mixer(x, _context(mixer)), x, upstream)
+    expected = output_and_gradients(mixer, lambda x: _by_definition(mixer, x[0], *sizes)[None], x, upstream)
+    actual = output_and_gradients(mixer, lambda x: mixer(x, _context(mixer)), x, upstream)
     for name, value in expected.items():
         assert value.norm() > 0, name
         assert_close(actual[name], value, 1e-10, name)

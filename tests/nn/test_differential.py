@@ -9,6 +9,7 @@ from fusedlm.nn.context import Context
 from fusedlm.nn.mixers.lambda_init import initial_lambda
 from fusedlm.nn.rope import apply_rope
 from fusedlm.testing import assert_close, part_model, randomise_
+from tests.nn.gradients import output_and_gradients
 
 DIFF = "{type: diff_mla, n_heads: 4, kv_rank: 12, q_rank: 16, rope_dim: 6}"
 CMD = "{type: cmd_mla, n_heads: 4, kv_rank: 12, q_rank: 16, rope_dim: 6, noise_dim: 10}"
@@ -69,20 +70,12 @@ def _cmd_by_definition(mixer, x):
     return _finish(mixer, torch.einsum("bhts,bshe->bthe", weights, v), mixer.lambda_init)
 
 
-def _forward_and_gradients(mixer, run, x, g):
-    mixer.zero_grad()
-    x = x.clone().requires_grad_()
-    y = run(x)
-    (y * g).sum().backward()
-    return {"y": y.detach(), "x": x.grad} | {name: p.grad.clone() for name, p in mixer.named_parameters()}
-
-
 @pytest.mark.parametrize("case, definition", [(DIFF, _diff_by_definition), (CMD, _cmd_by_definition)])
 def test_equals_the_definition(case, definition):
     mixer = _mixer(case)
     x, g = torch.randn(2, 2, N, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
-    actual = _forward_and_gradients(mixer, lambda x: mixer(x, _context(mixer)), x, g)
-    for name, expected in _forward_and_gradients(mixer, lambda x: definition(mixer, x), x, g).items():
+    actual = output_and_gradients(mixer, lambda x: mixer(x, _context(mixer)), x, g)
+    for name, expected in output_and_gradients(mixer, lambda x: definition(mixer, x), x, g).items():
         assert expected.norm() > 0, name
         assert_close(actual[name], expected, 1e-10, name)
 
@@ -90,9 +83,9 @@ def test_equals_the_definition(case, definition):
 def test_slices_of_the_latent_add_nothing():
     mixer = _mixer(CMD)
     x, g = torch.randn(2, 2, N, 32, dtype=torch.float64)
-    expected = _forward_and_gradients(mixer, lambda x: mixer(x, _context(mixer)), x, g)
+    expected = output_and_gradients(mixer, lambda x: mixer(x, _context(mixer)), x, g)
     mixer.n_slices = lambda device: 3
-    for name, value in _forward_and_gradients(mixer, lambda x: mixer(x, _context(mixer)), x, g).items():
+    for name, value in output_and_gradients(mixer, lambda x: mixer(x, _context(mixer)), x, g).items():
         assert_close(value, expected[name], 1e-12, name)
 
 

@@ -5,6 +5,7 @@ import torch
 
 from fusedlm.nn.context import Context
 from fusedlm.testing import assert_close, part_model, randomise_
+from tests.nn.gradients import output_and_gradients
 
 CASES = [  # and heads, width of keys, of values, taps
     ("{type: gdn, n_heads: 2, chunk_size: 8}", (2, 16, 16, 4)),
@@ -45,20 +46,12 @@ def _by_definition(mixer, x_TD, n_heads, key_dim, value_dim, taps):
     return torch.stack(rows)
 
 
-def _output_and_gradients(mixer, run, x, upstream):
-    mixer.zero_grad()
-    x = x.clone().requires_grad_()
-    y = run(x)
-    (y * upstream).sum().backward()
-    return {"y": y.detach(), "x": x.grad} | {name: p.grad.clone() for name, p in mixer.named_parameters()}
-
-
 @pytest.mark.parametrize("case, sizes", CASES)
 def test_equals_the_definition(case, sizes):
     mixer = randomise_(part_model(case)).double().blocks[0].mixer
     x, upstream = torch.randn(2, 1, N, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
-    expected = _output_and_gradients(mixer, lambda x: _by_definition(mixer, x[0], *sizes)[None], x, upstream)
-    actual = _output_and_gradients(mixer, lambda x: mixer(x, Context(torch.arange(N)[None])), x, upstream)
+    expected = output_and_gradients(mixer, lambda x: _by_definition(mixer, x[0], *sizes)[None], x, upstream)
+    actual = output_and_gradients(mixer, lambda x: mixer(x, Context(torch.arange(N)[None])), x, upstream)
     for name, value in expected.items():
         assert value.norm() > 0, name
         assert_close(actual[name], value, 1e-9, name)

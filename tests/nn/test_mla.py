@@ -5,6 +5,7 @@ import torch
 
 from fusedlm.nn.context import Context
 from fusedlm.testing import assert_close, part_model, randomise_
+from tests.nn.gradients import output_and_gradients
 
 N = 17
 CASES = [  # and n_heads, groups, head_dim, rank, q_rank, rope_dim
@@ -59,16 +60,11 @@ def test_equals_the_definition(case, sizes):
     context = Context(torch.arange(N)[None])
     context.add_rope(mixer.rope_specs(), torch.float64)
     x, upstream = torch.randn(2, N, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
-    results = []
-    for run in (lambda x: _by_definition(mixer, x, *sizes), lambda x: mixer(x[None], context)[0]):
-        mixer.zero_grad()
-        leaf = x.clone().requires_grad_()
-        y = run(leaf)
-        (y * upstream).sum().backward()
-        results.append({"y": y.detach(), "x": leaf.grad} | {n: p.grad.clone() for n, p in mixer.named_parameters()})
-    for name, value in results[0].items():
+    expected = output_and_gradients(mixer, lambda x: _by_definition(mixer, x, *sizes), x, upstream)
+    actual = output_and_gradients(mixer, lambda x: mixer(x[None], context)[0], x, upstream)
+    for name, value in expected.items():
         assert value.norm() > 0, name
-        assert_close(results[1][name], value, 1e-10, name)
+        assert_close(actual[name], value, 1e-10, name)
 
 
 def test_absorbed_decoding_equals_expanded():

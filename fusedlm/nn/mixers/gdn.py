@@ -9,7 +9,7 @@ from fusedlm.nn.decay import LogRate, StepBias
 from fusedlm.nn.linear import Linear
 from fusedlm.nn.module import Module, OpUse, Role
 from fusedlm.nn.norm import RMSNorm
-from fusedlm.nn.recurrent_state import RecurrentState
+from fusedlm.nn.recurrent_state import RecurrentState, hold
 from fusedlm.ops import gated_delta_rule
 
 
@@ -77,9 +77,7 @@ class GatedDeltaNet(Module):
 
     def _rule(self, q, k, v, log_decay, beta, memory, reset_BT, taken_BT):
         """Outputs and the state after the tokens taken (None: all); the others leave it as it is."""
-        if taken_BT is not None:
-            log_decay, beta = (x.masked_fill(~taken_BT[..., None], 0.0) for x in (log_decay, beta))
-            reset_BT = None if reset_BT is None else reset_BT & taken_BT
+        reset_BT, log_decay, beta = hold(taken_BT, reset_BT, log_decay, beta)
         return gated_delta_rule(
             q,
             k,

@@ -9,7 +9,7 @@ from fusedlm.nn.decay import LogRate, StepBias
 from fusedlm.nn.linear import Linear, fuses_norm
 from fusedlm.nn.module import Constant, Module, OpUse, Role
 from fusedlm.nn.norm import RMSNorm
-from fusedlm.nn.recurrent_state import RecurrentState
+from fusedlm.nn.recurrent_state import RecurrentState, hold
 from fusedlm.ops import decayed_linear_attention
 
 
@@ -78,10 +78,7 @@ class Mamba2(Module):
 
     def _rule(self, c, b, value, log_decay, memory, reset_BT, taken_BT):
         """Outputs and the state after the tokens taken (None: all); the others leave it as it is."""
-        if taken_BT is not None:
-            log_decay = log_decay.masked_fill(~taken_BT[..., None], 0.0)
-            value = value.masked_fill(~taken_BT[..., None, None], 0.0)
-            reset_BT = None if reset_BT is None else reset_BT & taken_BT
+        reset_BT, value, log_decay = hold(taken_BT, reset_BT, value, log_decay)
         return decayed_linear_attention(
             c,
             b,

@@ -11,7 +11,7 @@ from fusedlm.nn.linear import Linear, fuses_norm
 from fusedlm.nn.mixers.lambda_init import initial_lambda
 from fusedlm.nn.module import Constant, Module, OpUse, Role
 from fusedlm.nn.norm import RMSNorm, rms_norm
-from fusedlm.nn.recurrent_state import RecurrentState
+from fusedlm.nn.recurrent_state import RecurrentState, hold
 from fusedlm.nn.rope import apply_rope
 from fusedlm.ops import decayed_linear_attention, gated_scan
 
@@ -142,10 +142,7 @@ class SelectiveDifferentialLinearAttention(Module):
 
     def _attend(self, q, k, v, log_decay, sums, reset_BT, taken_BT):
         """Weighted sums and normalisers (B, T, 2 H, V + 1) and their state after the tokens taken (None: all)."""
-        if taken_BT is not None:
-            log_decay = log_decay.masked_fill(~taken_BT[..., None], 0.0)
-            v = v.masked_fill(~taken_BT[..., None, None], 0.0)
-            reset_BT = None if reset_BT is None else reset_BT & taken_BT
+        reset_BT, v, log_decay = hold(taken_BT, reset_BT, v, log_decay)
         return decayed_linear_attention(
             q,
             k,
@@ -166,9 +163,7 @@ class SelectiveDifferentialLinearAttention(Module):
 
     def _scan(self, gate, new, working, reset_BT, taken_BT):
         """The working memory at every token, and after the tokens taken (None: all)."""
-        if taken_BT is not None:
-            gate, new = (x.masked_fill(~taken_BT[..., None], 0.0) for x in (gate, new))
-            reset_BT = None if reset_BT is None else reset_BT & taken_BT
+        reset_BT, gate, new = hold(taken_BT, reset_BT, gate, new)
         return gated_scan(gate, new, state_BC=working, reset_BT=reset_BT, backend=self.backend("gated_scan"))
 
     def init_state(self, batch_size: int, max_tokens: int | None = None) -> RecurrentState:
