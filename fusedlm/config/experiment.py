@@ -90,7 +90,7 @@ def load_experiment(
 
     Raises:
         ValueError: a file cannot be read, a key or value is not valid, or a variant sets a key that the command line
-            sets too; one line with the key, the value and the way out.
+            sets too; one line with the key, the value and the fix.
     """
     text = read_text("experiment", path)
     try:

@@ -34,7 +34,7 @@ def load_recipe(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -
         overrides: `dotted.key=value`, the value read as YAML (`model.dim=256`, `train.ema=null`), applied in order.
 
     Raises:
-        ValueError: the file cannot be read or is not a valid recipe; one line with the key, the value and the way out.
+        ValueError: the file cannot be read or is not a valid recipe; one line with the key, the value and the fix.
     """
     text = read_text("recipe", path)
     try:

@@ -70,7 +70,7 @@ def _validation(history: History) -> Plot | None:
 
 
 def _windows(history: History) -> str:
-    """Window and stride of the validations, as far as they are recorded and the same in all."""
+    """Window and stride of the validations; empty if they are not recorded or not the same in all."""
     window, stride = (np.unique(history.validation[name]) for name in ("val_window", "val_stride"))
     if len(window) != 1 or len(stride) != 1 or not np.isfinite([window[0], stride[0]]).all():
         return ""

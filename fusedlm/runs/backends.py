@@ -1,4 +1,4 @@
-"""Set the backends that a recipe names on a model, as far as they can run on this machine."""
+"""Set the backends that a recipe names on a model, those that can run on this machine."""
 
 import logging
 
