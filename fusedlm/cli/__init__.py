@@ -17,6 +17,7 @@ from fusedlm.cli.data import data
 from fusedlm.cli.doctor import doctor
 from fusedlm.cli.eval import evaluate
 from fusedlm.cli.generate import generate
+from fusedlm.cli.openmp import bound_spinning
 from fusedlm.cli.plan import plan
 from fusedlm.cli.report import report
 from fusedlm.cli.train import train
@@ -64,6 +65,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Bad input (ValueError, OSError, wrong arguments) prints one line on stderr and gives exit code 2. An interrupt and a
     closed pipe print nothing. Any other exception is a defect and keeps its traceback.
     """
+    bound_spinning()
     logging.basicConfig(format="warning: %(message)s", level=logging.WARNING)
     try:
         code = app(args=arguments, prog_name="fusedlm", standalone_mode=False)

@@ -25,6 +25,7 @@ from fusedlm.runs.state import TrainState, restore_state, save_state
 from fusedlm.train.cuda_graph import CapturedBackward
 from fusedlm.train.display import Display
 from fusedlm.train.loggers import open_loggers
+from fusedlm.train.slowdown import Slowdown
 from fusedlm.train.step import StepResult, train_step
 
 
@@ -91,6 +92,7 @@ class Trainer:
         self._captured = self._capture() if self.runtime.cuda_graph else None
         self.tokens_per_step = self.settings.batch_size * self.settings.seq_len
         self._peak_flops = peak_flops(device)
+        self._slowdown = Slowdown() if device.type == "cpu" else None
         self._flops_per_token = training_flops_per_token(self.model, self.settings.seq_len)
 
     def _restore(self, checkpoint: int) -> None:
@@ -227,6 +229,8 @@ class Trainer:
         record = self._step_record(result, self.settings.optimizer.lr * scale, loader)
         self._record(record)
         self.display.step(record)
+        if self._slowdown is not None and (note := self._slowdown.step(record["step_seconds"])) is not None:
+            self.display.note(note)
         if state.skipped_in_row >= self.settings.max_bad_steps:
             raise TrainingDiverged(self._divergence())
 
