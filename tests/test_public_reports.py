@@ -8,7 +8,9 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from fusedlm.config import load_recipe, parse_recipe
+from fusedlm.config.data import JSONLSource
 from fusedlm.data import Loader, prepare
+from fusedlm.data.sources import open_source
 from fusedlm.data.tokenizer import SubwordTokenizer, train_bpe
 from fusedlm.evaluate import score_documents, text_documents
 from fusedlm.model import build_model
@@ -16,7 +18,7 @@ from fusedlm.runs import load
 from fusedlm.runs.checkpoint import Checkpoints
 from fusedlm.train import train
 from tests.train.conftest import trained  # noqa: F401
-from tests.train.runs import SHORT, losses, tiny_recipe
+from tests.train.runs import SHORT, losses, records, tiny_recipe
 
 CPU = {"device": torch.device("cpu"), "dtype": torch.float32}
 
@@ -144,3 +146,54 @@ def test_the_newest_checkpoints_are_kept_whatever_their_number_of_digits(tmp_pat
         checkpoints.save(step, {"model": {"w": torch.zeros(1)}}, {})
     checkpoints.prune(2, best=9)
     assert checkpoints.steps() == [9, 99_999_999, 100_000_000]
+
+
+@pytest.mark.parametrize("window", [4, 8])
+def test_a_sliding_window_is_the_same_in_decoding(window):
+    """huggingface/transformers#37574, karpathy/nanochat#452: one token at a time, the window was off or forgotten."""
+    config = parse_recipe(
+        "name: x\nmodel: {dim: 16, n_layers: 2, pattern: a, blocks: {a: {mixer: {type: attention, n_heads: 2, window: "
+        f"{window}}}, ffn: {{type: swiglu}}}}}}}}\ntrain: {{steps: 1, seq_len: 16, batch_size: 1}}"
+    ).model
+    model = build_model(config, vocab_size=257, seed=1).eval()
+    tokens = torch.randint(257, (2, 3 * window), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        full = model(tokens).logits
+        state = model.init_state(batch_size=2)
+        steps = [model(tokens[:, i : i + 1], state=state).logits for i in range(tokens.shape[1])]
+        cut = model(tokens[:, -2 * window + 1 :]).logits[:, -1]
+    torch.testing.assert_close(torch.cat(steps, 1), full, rtol=1e-4, atol=1e-5)
+    # Two layers of a window reach 2 * window - 1 tokens back, and no further.
+    torch.testing.assert_close(cut, full[:, -1], rtol=1e-4, atol=1e-5)
+
+
+def test_the_learning_rate_continues_after_a_resume(trained, tmp_path):  # noqa: F811
+    """pytorch/torchtitan#275: warm-up began again after a resume."""
+    recipe, straight = trained
+    run = shutil.copytree(straight, tmp_path / "run")
+    shutil.rmtree(run / "checkpoints" / "step-00000012")
+    train(recipe, run, resume=True)
+    rates = [record["lr"] for record in records(run) if "lr" in record]
+    assert rates == [record["lr"] for record in records(straight) if "lr" in record]
+    assert rates[8:] != rates[:4]  # the schedule would begin again with these
+
+
+def test_a_last_line_without_a_line_feed_is_a_document(tmp_path):
+    """Modalities/modalities#395: without it, the last document was glued to another."""
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b'{"text": "one"}\n\n{"text": "two\\n"}')
+    assert [document.text for document in open_source(JSONLSource(path=str(path))).documents()] == ["one", "two\n"]
+
+
+def test_line_ends_survive_preparation(tmp_path):
+    """hiyouga/LlamaFactory#1530: line feeds were dropped when text was loaded, and the model never wrote one."""
+    text = "one\n\n  two\r\nthree\t\n"
+    (tmp_path / "a.txt").write_bytes(text.encode())
+    (tmp_path / "b.txt").write_bytes(b"held out")
+    data = {"source": {"type": "text", "path": str(tmp_path / "a.txt")}, "dir": str(tmp_path / "prepared")}
+    data["validation"] = {"type": "text", "path": str(tmp_path / "b.txt")}
+    recipe = load_recipe("recipes/demo.yaml").data
+    prepared = prepare(type(recipe).model_validate(data | {"tokenizer": {"type": "bytes"}}))
+    [(tokens, n_bytes)] = prepared.train.documents()
+    assert prepared.tokenizer.decode(tokens[1:]) == text
+    assert n_bytes == len(text)
