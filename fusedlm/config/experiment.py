@@ -1,7 +1,7 @@
 """An experiment: variants of one recipe, over seeds, with one quantity matched among them."""
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Literal
 
 import pydantic
 from pydantic import Field, field_validator, model_validator
@@ -11,10 +11,9 @@ from fusedlm.config.messages import printable, shown
 from fusedlm.config.overrides import apply_override, is_text_key
 from fusedlm.config.reading import parse_yaml, read_text
 from fusedlm.config.recipe import Recipe, parse_recipe
-from fusedlm.config.schema import Config, Length, Name, PathText, Seed
+from fusedlm.config.schema import Config, Length, PathText, Seed, ShortName
 from fusedlm.config.writing import dump_yaml, inline_yaml
 
-ShortName = Annotated[Name, Field(min_length=1, max_length=60)]  # several of them make the name of a run
 MAX_SEEDS = 1000
 
 PREFIX = "experiment."  # on the command line, of keys that change the experiment; others change the base recipe

@@ -20,7 +20,7 @@ from fusedlm.config.writing import dump_yaml
 class Recipe(Config):
     """Everything that defines a run."""
 
-    name: Annotated[Name, pydantic.Field(min_length=1, max_length=200)]
+    name: Name
     """Name of the run, and of its folder unless another is given."""
     description: Annotated[str, NEUTRAL] = ""
     """What the recipe is for."""

@@ -38,12 +38,10 @@ def _check_path(value: str) -> str:
     return value
 
 
-# The name of a run, an experiment or a variant, which is also the name of its folder.
-Name = Annotated[
-    str,
-    AfterValidator(_check_name),
-    TypeText("text of letters, digits, '.', '_' and '-', not beginning with '.'"),
-]
+# Names of folders: of a run, and of an experiment or a variant, several of which make the name of a run.
+_NAME = (AfterValidator(_check_name), TypeText("text of letters, digits, '.', '_' and '-', not beginning with '.'"))
+Name = Annotated[str, Field(min_length=1, max_length=200), *_NAME]
+ShortName = Annotated[str, Field(min_length=1, max_length=60), *_NAME]
 PathText = Annotated[str, Field(min_length=1, max_length=4096), AfterValidator(_check_path), TypeText("path")]
 
 Dim = Annotated[int, Field(gt=0, le=2**20)]  # of a hidden state or a latent
