@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from fusedlm.config.schema import NEUTRAL, Config, PathText, Tokens
+from fusedlm.config.schema import NEUTRAL, Config, PathText, Text, Tokens
 
 
 class SotuSource(Config):
@@ -21,7 +21,7 @@ class TextSource(Config):
     """Where the text comes from."""
     path: PathText
     """A file, a directory or a glob."""
-    separator: str | None = Field(None, min_length=1)
+    separator: Text | None = Field(None, min_length=1)
     """Line that separates documents; null: one document per file."""
 
 
@@ -32,7 +32,7 @@ class JSONLSource(Config):
     """Where the text comes from."""
     path: PathText
     """A file, a directory or a glob."""
-    field: str = "text"
+    field: Text = "text"
     """Field of the text."""
 
 
@@ -43,7 +43,7 @@ class ParquetSource(Config):
     """Where the text comes from."""
     path: PathText
     """A file, a directory or a glob."""
-    column: str = "text"
+    column: Text = "text"
     """Column of the text."""
 
 
@@ -94,7 +94,7 @@ class FileTokenizerConfig(Config):
     """The tokenizer."""
     path: PathText
     """The file."""
-    end_of_text: str = "<|endoftext|>"
+    end_of_text: Text = "<|endoftext|>"
     """Token that ends a document."""
 
 

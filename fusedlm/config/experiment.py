@@ -1,7 +1,7 @@
 """An experiment: variants of one recipe, over seeds, with one quantity matched among them."""
 
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import pydantic
 from pydantic import Field, field_validator, model_validator
@@ -11,10 +11,13 @@ from fusedlm.config.messages import printable, shown
 from fusedlm.config.overrides import apply_override, is_text_key
 from fusedlm.config.reading import parse_yaml, read_text
 from fusedlm.config.recipe import Recipe, parse_recipe
-from fusedlm.config.schema import Config, Length, PathText, Seed, ShortName
+from fusedlm.config.schema import Config, Length, PathText, Seed, ShortName, Text, TypeText
 from fusedlm.config.writing import dump_yaml, inline_yaml
 
-MAX_SEEDS = 1000
+MAX_SEEDS = MAX_OVERRIDES = 1000
+
+Override = Annotated[str, Field(max_length=100_000), TypeText("key=value")]
+VariantOverrides = Annotated[list[Override], Field(max_length=MAX_OVERRIDES)]
 
 PREFIX = "experiment."  # on the command line, of keys that change the experiment; others change the base recipe
 
@@ -31,13 +34,13 @@ class Experiment(Config):
 
     name: ShortName
     """Name of the experiment, and of its folder unless another is given."""
-    description: str = ""
+    description: Text = ""
     """What the experiment is for."""
     base: PathText
     """Path of a recipe; in a file, relative to that file."""
-    overrides: list[str] = Field([], max_length=1000)
+    overrides: list[Override] = Field([], max_length=MAX_OVERRIDES)
     """Overrides of the base recipe, for every variant."""
-    variants: dict[ShortName, list[str]] = Field(min_length=1, max_length=1000)
+    variants: dict[ShortName, VariantOverrides] = Field(min_length=1, max_length=1000)
     """Overrides of the base recipe, by the name of the variant; the first is the baseline."""
     seeds: list[Seed] = Field([0], min_length=1, max_length=MAX_SEEDS)
     """Seeds of the weights and of the order of the text; an integer n means 0 to n - 1."""

@@ -58,8 +58,8 @@ class ModelConfig(Config):
     """Number of blocks."""
     pattern: str = Field(min_length=1, max_length=MAX_LAYERS)
     """Block of each layer: one letter per layer, tiled to n_layers."""
-    blocks: dict[BlockName, BlockConfig] = Field(min_length=1)
-    """Blocks by their letter in the pattern."""
+    blocks: dict[BlockName, BlockConfig] = Field(min_length=1, max_length=64)
+    """Blocks by their letter in the pattern, which is one letter or digit."""
     tie_embeddings: bool = True
     """Whether the language-model head uses the token embedding as its weight."""
     logit_softcap: Scale | None = None

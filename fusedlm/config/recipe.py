@@ -12,7 +12,7 @@ from fusedlm.config.model import ModelConfig
 from fusedlm.config.overrides import apply_override
 from fusedlm.config.reading import parse_yaml, read_text
 from fusedlm.config.runtime import RuntimeConfig
-from fusedlm.config.schema import NEUTRAL, Config, Name
+from fusedlm.config.schema import NEUTRAL, Config, Name, Text
 from fusedlm.config.train import TrainConfig
 from fusedlm.config.writing import dump_yaml
 
@@ -22,7 +22,7 @@ class Recipe(Config):
 
     name: Name
     """Name of the run, and of its folder unless another is given."""
-    description: Annotated[str, NEUTRAL] = ""
+    description: Annotated[Text, NEUTRAL] = ""
     """What the recipe is for."""
     model: ModelConfig
     """The decoder."""
@@ -32,7 +32,7 @@ class Recipe(Config):
     """Budget, optimizer, schedule, validation, checkpoints."""
     runtime: RuntimeConfig = RuntimeConfig()
     """Device, precision and kernels."""
-    sample_prompt: Annotated[str, NEUTRAL] = "The "
+    sample_prompt: Annotated[Text, NEUTRAL] = "The "
     """Prompt of the sample at the end of training."""
 
 

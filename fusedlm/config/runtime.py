@@ -2,7 +2,9 @@
 
 from typing import Annotated, Literal
 
-from fusedlm.config.schema import NEUTRAL, Config
+from pydantic import Field
+
+from fusedlm.config.schema import NEUTRAL, Config, ShortText
 
 
 class RuntimeConfig(Config):
@@ -21,5 +23,5 @@ class RuntimeConfig(Config):
     """What the backward pass recomputes; mixer: save only its input and the output of attention for backward."""
     deterministic: bool = False
     """Operations whose result can differ between runs are errors."""
-    backends: dict[str, str] = {}
+    backends: dict[ShortText, ShortText] = Field({}, max_length=100)
     """Backend by op, as `fusedlm doctor` lists them; other ops use auto."""

@@ -1,7 +1,8 @@
 """The base class of all configuration, and shared types.
 
 Every number has an upper bound: far above what is trained anywhere, and low enough that neither a size nor a product of
-two sizes overflows 64 bits.
+two sizes overflows 64 bits. Every text, list and mapping has one too, so that the recipe of a run is never larger than
+what is read back.
 """
 
 import re
@@ -42,6 +43,8 @@ def _check_path(value: str) -> str:
 _NAME = (AfterValidator(_check_name), TypeText("text of letters, digits, '.', '_' and '-', not beginning with '.'"))
 Name = Annotated[str, Field(min_length=1, max_length=200), *_NAME]
 ShortName = Annotated[str, Field(min_length=1, max_length=60), *_NAME]
+Text = Annotated[str, Field(max_length=10_000)]
+ShortText = Annotated[str, Field(max_length=100)]
 PathText = Annotated[str, Field(min_length=1, max_length=4096), AfterValidator(_check_path), TypeText("path")]
 
 Dim = Annotated[int, Field(gt=0, le=2**20)]  # of a hidden state or a latent

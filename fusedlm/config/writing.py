@@ -5,6 +5,7 @@ import re
 
 import yaml
 
+from fusedlm.config import scalars
 from fusedlm.config.reading import CoreSchema
 
 # Characters that YAML takes for a line break, that it does not allow, or that reorder the text around them.
@@ -12,7 +13,14 @@ _UNSAFE = re.compile("[\x00-\x1f\x7f-\x9f\u061c\u200b-\u200f\u2028-\u202e\u2060-
 
 
 class _Dumper(CoreSchema, yaml.SafeDumper):
-    """Strings with unsafe characters are quoted, and these escaped; mappings that occur twice are written twice."""
+    """Strings with unsafe characters are quoted, and these escaped; mappings that occur twice are written twice.
+
+    What YAML 1.1 would not read as a string is quoted too, such as dates.
+    """
+
+    def resolve(self, kind, value, implicit):
+        tag = super().resolve(kind, value, implicit)
+        return yaml.SafeDumper.resolve(self, kind, value, implicit) if tag == scalars.STR else tag
 
     def analyze_scalar(self, scalar):
         analysis = super().analyze_scalar(scalar)

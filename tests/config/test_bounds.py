@@ -2,12 +2,16 @@
 
 import itertools
 from pathlib import Path
+from types import UnionType
+from typing import Annotated, Literal, Union, get_args, get_origin
 
 import pytest
+from pydantic import AfterValidator
 
-from fusedlm.config import Recipe, parse_recipe
+from fusedlm.config import Recipe, dump_recipe, parse_recipe
 from fusedlm.config.experiment import MAX_SEEDS, Experiment, load_experiment
 from fusedlm.config.keys import members
+from fusedlm.config.model import _check_block_name
 from tests.config.test_recipe import SMALL
 
 
@@ -22,21 +26,24 @@ def _sections(root, found=None):
 
 
 def _constraints(annotation, metadata):
-    """(types, bounds) of the numbers in an annotation, at any depth."""
-    args = getattr(annotation, "__metadata__", None)
-    if args is not None:
-        yield from _constraints(annotation.__origin__, [*metadata, *args])
-    elif annotation in (int, float):
-        flat = [inner for one in metadata for inner in (getattr(one, "metadata", None) or [one])]
+    """(type, whether it is bounded) of the numbers, texts, lists and mappings in an annotation, at any depth."""
+    flat = [inner for one in metadata for inner in (getattr(one, "metadata", None) or [one])]
+    origin, arguments = get_origin(annotation), get_args(annotation)
+    if origin is Annotated:
+        yield from _constraints(arguments[0], [*metadata, *arguments[1:]])
+        return
+    if annotation in (int, float):
         yield annotation, any(hasattr(one, "le") or hasattr(one, "lt") for one in flat)
-    elif annotation is not bool and not isinstance(annotation, type):
-        inner = metadata if str(annotation).endswith("None") else []
-        for argument in getattr(annotation, "__args__", ()):
-            yield from _constraints(argument, inner)
+    elif annotation is str or origin in (list, dict):
+        short = [one.func for one in flat if isinstance(one, AfterValidator)]
+        yield origin or str, any(hasattr(one, "max_length") for one in flat) or _check_block_name in short
+    if origin is not Literal:
+        for argument in arguments:
+            yield from _constraints(argument, metadata if origin in (Union, UnionType) else [])
 
 
 @pytest.mark.parametrize("section", [*_sections(Recipe), Experiment], ids=lambda one: one.__name__)
-def test_every_number_has_an_upper_bound(section):
+def test_every_number_text_and_list_has_an_upper_bound(section):
     for name, field in section.model_fields.items():
         for kind, bounded in _constraints(field.annotation, field.metadata):
             assert bounded, f"{section.__name__}.{name}: {kind.__name__} without an upper bound"
@@ -118,6 +125,43 @@ def test_names_of_blocks_are_one_letter_or_digit(name: str):
         parse_recipe(SMALL, [f"model.blocks={{{quoted}: {block}}}"])
     assert str(caught.value).isprintable()
     assert parse_recipe(SMALL, [f"model.blocks={{é: {block}, '1': {block}}}", "model.pattern=é1"]).model.pattern == "é1"
+
+
+def test_the_largest_recipe_is_read_back():
+    block = "{mixer: {type: cmd_mla, n_heads: 16384, kv_rank: 1048576, head_dim: 65536}, ffn: {type: routed}}"
+    letters = [chr(ord("a") + i) for i in range(26)] + [chr(ord("A") + i) for i in range(26)] + list("0123456789éß")
+    text = "\u202e" * 10_000
+    recipe = parse_recipe(
+        SMALL,
+        [
+            "model.blocks={" + ", ".join(f"'{letter}': {block}" for letter in letters) + "}",
+            f"model.pattern={''.join(letters) * 16}",
+            *(f"description={text}", f"sample_prompt={text}", "data.source={type: text, path: x}"),
+            *(f"data.source.path={text[:4096]}", f"data.source.separator={text}"),
+            "data.validation={type: jsonl, path: x}",
+            *(f"data.validation.path={text[:4096]}", f"data.validation.field={text}"),
+            *("data.tokenizer={type: file, path: x}", f"data.tokenizer.end_of_text={text}", f"data.dir={text[:4096]}"),
+            *(f"runtime.backends.{text[:97]}{i}={text[:100]}" for i in range(100)),
+        ],
+    )
+    assert parse_recipe(dump_recipe(recipe)) == recipe
+
+
+@pytest.mark.parametrize(
+    ("overrides", "named"),
+    [
+        ([f"description={'x' * 10_001}"], "description: got .* at most 10000 characters"),
+        ([f"model.blocks.{chr(0x4E00 + i)}.ffn={{type: relu2}}" for i in range(65)], "model.blocks"),
+        ([f"runtime.backends.x{i}=y" for i in range(101)], "runtime.backends: .* at most 100 items"),
+        ([f"data.dir={'x' * 4097}"], "data.dir: got .* at most 4096 characters"),
+        ([f"model.pattern={'g' * 1025}"], "model.pattern: got .* at most 1024 characters"),
+        (["train.loggers=[" + "wandb, " * 11 + "]"], "train.loggers"),
+    ],
+)
+def test_text_and_lists_are_bounded(overrides: list[str], named: str):
+    with pytest.raises(ValueError, match=named) as caught:
+        parse_recipe(SMALL, overrides)
+    assert len(str(caught.value)) < 400
 
 
 MIXERS = [
