@@ -17,6 +17,7 @@ from fusedlm.cli.data import data
 from fusedlm.cli.doctor import doctor
 from fusedlm.cli.eval import evaluate
 from fusedlm.cli.generate import generate
+from fusedlm.cli.help import explain
 from fusedlm.cli.openmp import bound_spinning
 from fusedlm.cli.plan import plan
 from fusedlm.cli.report import report
@@ -39,6 +40,7 @@ app.add_typer(data, name="data")
 app.command()(report)
 app.command()(plan)
 app.command()(doctor)
+app.command("help")(explain)
 
 
 def _print_version(wanted: bool) -> None:

@@ -1,18 +1,23 @@
 """An experiment: variants of one recipe, over seeds, with one quantity matched among them."""
 
-import json
 from pathlib import Path
 from typing import Annotated, Literal
 
 import pydantic
-import yaml
 from pydantic import Field, field_validator, model_validator
 
-from fusedlm.config.reading import apply_override, describe, parse_yaml, read_text
+from fusedlm.config.errors import describe
+from fusedlm.config.messages import printable, shown
+from fusedlm.config.overrides import apply_override, is_text_key
+from fusedlm.config.reading import parse_yaml, read_text
 from fusedlm.config.recipe import Recipe, parse_recipe
-from fusedlm.config.schema import Config, PositiveInt
+from fusedlm.config.schema import Config, Length, PathText, Seed, ShortName, Text, TypeText
+from fusedlm.config.writing import dump_yaml, inline_yaml
 
-Name = Annotated[str, Field(min_length=1, max_length=60, pattern=r"^[A-Za-z0-9._-]+$")]
+MAX_SEEDS = MAX_OVERRIDES = 1000
+
+Override = Annotated[str, Field(max_length=100_000), TypeText("key=value")]
+VariantOverrides = Annotated[list[Override], Field(max_length=MAX_OVERRIDES)]
 
 PREFIX = "experiment."  # on the command line, of keys that change the experiment; others change the base recipe
 
@@ -27,18 +32,28 @@ class Experiment(Config):
     values.
     """
 
-    name: Name
-    description: str = ""
-    base: str = Field(min_length=1)  # path of a recipe; in a file, relative to that file
-    overrides: list[str] = []  # of the base recipe, for every variant
-    variants: dict[Name, list[str]] = Field(min_length=1)  # overrides by name; the first is the baseline
-    seeds: list[int] = Field([0], min_length=1)  # of weights and data order; an integer n means 0 to n - 1
-    match: Literal["none", "params", "flops", "tokens", "time"] = "none"  # equal to the baseline in all variants
-    # What params and flops are matched by: hidden width of the feed-forwards, model.dim or model.n_layers.
+    name: ShortName
+    """Name of the experiment, and of its folder unless another is given."""
+    description: Text = ""
+    """What the experiment is for."""
+    base: PathText
+    """Path of a recipe; in a file, relative to that file."""
+    overrides: list[Override] = Field([], max_length=MAX_OVERRIDES)
+    """Overrides of the base recipe, for every variant."""
+    variants: dict[ShortName, VariantOverrides] = Field(min_length=1, max_length=1000)
+    """Overrides of the base recipe, by the name of the variant; the first is the baseline."""
+    seeds: list[Seed] = Field([0], min_length=1, max_length=MAX_SEEDS)
+    """Seeds of the weights and of the order of the text; an integer n means 0 to n - 1."""
+    match: Literal["none", "params", "flops", "tokens", "time"] = "none"
+    """The quantity that is made equal to the baseline's in all variants."""
     match_by: Literal["ffn", "width", "depth"] = "ffn"
-    tolerance: float = Field(0.01, gt=0, le=0.1)  # relative, of the match
-    calibration_steps: int = Field(40, ge=10)  # steps that measure the time per step of a variant, for match: time
-    decode_lengths: list[PositiveInt] = [1024, 8192, 65536]  # contexts at which decoding is measured; []: none
+    """What is changed to match params and flops: hidden width of the feed-forwards, model.dim or model.n_layers."""
+    tolerance: float = Field(0.01, gt=0, le=0.1)
+    """Largest relative deviation of the match."""
+    calibration_steps: int = Field(40, ge=10, le=10**6)
+    """Steps that measure the time per step of a variant, for match: time."""
+    decode_lengths: list[Length] = Field([1024, 8192, 65536], max_length=100)
+    """Numbers of tokens after which decoding is measured; []: not measured."""
 
     @field_validator("overrides", mode="before")
     @classmethod
@@ -48,7 +63,12 @@ class Experiment(Config):
     @field_validator("variants", mode="before")
     @classmethod
     def _list_variants(cls, value):
-        return {name: _as_list(entry) for name, entry in value.items()} if isinstance(value, dict) else value
+        if not isinstance(value, dict):
+            return value
+        lower = [str(name).lower() for name in value]
+        if twice := [name for name in value if lower.count(str(name).lower()) > 1]:
+            raise ValueError(f"{twice} differ in case only, and some file systems take them for one folder; rename one")
+        return {name: _as_list(entry) for name, entry in value.items()}
 
     @field_validator("seeds", mode="before")
     @classmethod
@@ -57,12 +77,12 @@ class Experiment(Config):
             return value
         if value < 1:
             raise ValueError(f"got {value}, a number of seeds must be at least 1; or give a list such as [0, 1, 2]")
+        if value > MAX_SEEDS:
+            raise ValueError(f"got {value}, a number of seeds must be at most {MAX_SEEDS}")
         return list(range(value))
 
     @model_validator(mode="after")
     def _check(self):
-        if bad := [seed for seed in self.seeds if seed < 0]:
-            raise ValueError(f"seeds={self.seeds}: {bad[0]} is negative; seeds must be at least 0")
         if len(set(self.seeds)) != len(self.seeds):
             raise ValueError(f"seeds={self.seeds}: a seed is repeated; remove it")
         if sorted(set(self.decode_lengths)) != self.decode_lengths:
@@ -103,7 +123,7 @@ def load_experiment(
 
 def dump_experiment(experiment: Experiment) -> str:
     """The resolved experiment as YAML."""
-    return yaml.safe_dump(experiment.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=120)
+    return dump_yaml(experiment.model_dump(mode="json"))
 
 
 def run_name(variant: str, seed: int) -> str:
@@ -148,9 +168,12 @@ def _variant(path, experiment: Experiment, base: str, name: str) -> Recipe:
 def _as_list(value):
     if value is None:
         return []
-    if isinstance(value, dict):
-        return [f"{key}={json.dumps(entry, ensure_ascii=False, default=str)}" for key, entry in value.items()]
-    return value
+    if not isinstance(value, dict):
+        return value
+    for key, entry in value.items():
+        if entry is not None and not isinstance(entry, str) and is_text_key(key, Recipe):
+            raise ValueError(f"{printable(key)}: got {shown(entry)}, must be text; put it in quotes")
+    return [f"{key}={inline_yaml(entry)}" for key, entry in value.items()]
 
 
 def _check_recipe_override(override: str) -> None:
@@ -159,13 +182,17 @@ def _check_recipe_override(override: str) -> None:
     if key in DECIDED:
         _check_decided(override, "the command line")
     if first in Experiment.model_fields and first not in Recipe.model_fields:
-        raise ValueError(f"override {override!r}: recipes have no such key; the key of the experiment is {PREFIX}{key}")
+        raise ValueError(
+            f"override {shown(override)}: recipes have no such key; the key of the experiment is {PREFIX}{key}"
+        )
 
 
 def _check_decided(override: str, where: str) -> None:
     key = override.partition("=")[0]
     if key in DECIDED:
-        raise ValueError(f"{where}: {override!r} is not allowed, since the experiment sets {key}; use {DECIDED[key]}")
+        raise ValueError(
+            f"{where}: {shown(override)} is not allowed, since the experiment sets {key}; use {DECIDED[key]}"
+        )
 
 
 def _check_reaches(override: str, variants: dict[str, list[str]]) -> None:
@@ -176,6 +203,6 @@ def _check_reaches(override: str, variants: dict[str, list[str]]) -> None:
             other_key = other.partition("=")[0]
             if f"{key}.".startswith(f"{other_key}."):
                 raise ValueError(
-                    f"override {override!r}: does not reach variant {name}, which sets {other_key} itself; use "
+                    f"override {shown(override)}: does not reach variant {name}, which sets {other_key} itself; use "
                     f"{PREFIX}variants.{name}=[...]"
                 )

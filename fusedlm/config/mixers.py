@@ -4,24 +4,36 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from fusedlm.config.schema import Config, PositiveInt
+from fusedlm.config.schema import Config, Dim, HeadCount, HeadDim, Length, RopeDim
 
-RopeBase = Annotated[float, Field(gt=1, allow_inf_nan=False)]
+RopeBase = Annotated[float, Field(gt=1, le=1e12)]
+ConvSize = Annotated[int, Field(gt=0, le=1024)]
+ChunkSize = Annotated[int, Field(gt=0, le=2**16)]
 
 
 class AttentionConfig(Config):
     """Softmax attention with grouped queries (MHA if n_kv_heads equals n_heads)."""
 
     type: Literal["attention"] = "attention"
-    n_heads: PositiveInt
-    n_kv_heads: PositiveInt | None = None  # None: n_heads
-    head_dim: PositiveInt | None = None  # None: dim / n_heads
-    rope_dim: int | None = Field(None, ge=0)  # leading dimensions with rotary embedding; None: all, 0: none
+    """The mixer."""
+    n_heads: HeadCount
+    """Query heads."""
+    n_kv_heads: HeadCount | None = None
+    """Heads of keys and values, each shared by n_heads / n_kv_heads query heads; null: n_heads."""
+    head_dim: HeadDim | None = None
+    """Width of a head; null: dim / n_heads."""
+    rope_dim: RopeDim | None = None
+    """Leading dimensions of a head with rotary embedding; null: all, 0: none."""
     rope_base: RopeBase = 10_000.0
-    qk_norm: bool = True  # RMSNorm on q and k, with a learned gain per query head
-    window: PositiveInt | None = None  # each token attends to itself and the window - 1 tokens before it; None: to all
-    xsa: bool = False  # exclusive self-attention: removes the component along the token's own value from the output
-    value_residual: bool = False  # mixes in the values of the first layer that has this and the same value width
+    """Base of the frequencies of the rotary embedding."""
+    qk_norm: bool = True
+    """RMSNorm on q and k, with a learned gain per query head."""
+    window: Length | None = None
+    """Each token attends to itself and the window - 1 tokens before it; null: to all."""
+    xsa: bool = False
+    """Exclusive self-attention: removes the component along the token's own value from the output."""
+    value_residual: bool = False
+    """Mixes in the values of the first layer that has this and the same value width."""
 
     @model_validator(mode="after")
     def _check(self):
@@ -34,15 +46,25 @@ class MLAConfig(Config):
     """Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434) with decoupled rotary embedding."""
 
     type: Literal["mla"] = "mla"
-    n_heads: PositiveInt
-    head_dim: PositiveInt | None = None  # without the rotary part, and of the value; None: dim / n_heads
-    kv_rank: PositiveInt
-    q_rank: PositiveInt | None = None  # None: queries are projected from the input, without a latent
-    rope_dim: int = Field(32, ge=0)
+    """The mixer."""
+    n_heads: HeadCount
+    """Heads."""
+    head_dim: HeadDim | None = None
+    """Width of a head without the rotary part, and of its value; null: dim / n_heads."""
+    kv_rank: Dim
+    """Width of the latent of keys and values, which the decoding state holds per token."""
+    q_rank: Dim | None = None
+    """Width of the latent of queries; null: queries are projected from the input, without a latent."""
+    rope_dim: RopeDim = 32
+    """Width of the rotary part of queries and keys; 0: none."""
     rope_base: RopeBase = 10_000.0
-    n_kv_groups: PositiveInt | None = None  # groups of heads that share an up-projection; None: n_heads
-    xsa: bool = False  # as in attention
-    value_residual: bool = False  # as in attention, but of the latents of keys and values
+    """Base of the frequencies of the rotary embedding."""
+    n_kv_groups: HeadCount | None = None
+    """Groups of heads that share an up-projection; null: n_heads."""
+    xsa: bool = False
+    """Exclusive self-attention: removes the component along the token's own value from the output."""
+    value_residual: bool = False
+    """Mixes in the latents of keys and values of the first layer that has this and the same width."""
 
     @model_validator(mode="after")
     def _check(self):
@@ -56,8 +78,11 @@ class DiffMLAConfig(MLAConfig):
     share values and rotary parts."""
 
     type: Literal["diff_mla"] = "diff_mla"
-    lambda_form: Literal["static", "token"] = "static"  # one per layer, with head norm; or per token and head, without
-    lambda_init: float | None = Field(None, ge=0, lt=1)  # None: 0.8 - 0.6 exp(-0.3 layer), layers counted from 0
+    """The mixer."""
+    lambda_form: Literal["static", "token"] = "static"
+    """static: one lambda per layer, with head norm; token: one per token and head, without."""
+    lambda_init: float | None = Field(None, ge=0, lt=1)
+    """Initial lambda; null: 0.8 - 0.6 exp(-0.3 layer), layers counted from 0."""
 
     @model_validator(mode="after")
     def _check_lambda(self):
@@ -70,19 +95,28 @@ class CMDMLAConfig(MLAConfig):
     """Common-mode differential attention: one noise head without position, shared by all signal heads."""
 
     type: Literal["cmd_mla"] = "cmd_mla"
-    noise_dim: PositiveInt | None = None  # of the noise head's query and key; None: head_dim
-    lambda_init: float | None = Field(None, ge=0, lt=1)  # None: 0.8 - 0.6 exp(-0.3 layer), layers counted from 0
+    """The mixer."""
+    noise_dim: HeadDim | None = None
+    """Width of the noise head's query and key; null: head_dim."""
+    lambda_init: float | None = Field(None, ge=0, lt=1)
+    """Initial lambda; null: 0.8 - 0.6 exp(-0.3 layer), layers counted from 0."""
 
 
 class GDNConfig(Config):
     """Gated delta net (arXiv 2412.06464)."""
 
     type: Literal["gdn"] = "gdn"
-    n_heads: PositiveInt
-    head_dim: PositiveInt | None = None  # of q and k; None: dim / n_heads
-    value_head_dim: PositiveInt | None = None  # None: head_dim
-    conv_size: PositiveInt = 4  # taps of the causal depthwise convolution on q, k and v
-    chunk_size: PositiveInt = 64  # tokens handled in parallel during training
+    """The mixer."""
+    n_heads: HeadCount
+    """Heads."""
+    head_dim: HeadDim | None = None
+    """Width of q and k of a head; null: dim / n_heads."""
+    value_head_dim: HeadDim | None = None
+    """Width of v of a head; null: head_dim."""
+    conv_size: ConvSize = 4
+    """Taps of the causal depthwise convolution on q, k and v."""
+    chunk_size: ChunkSize = 64
+    """Tokens computed in parallel during training."""
 
 
 class SDLAConfig(Config):
@@ -90,14 +124,23 @@ class SDLAConfig(Config):
     decay, and a working memory that is mixed into the output."""
 
     type: Literal["sdla"] = "sdla"
-    n_heads: PositiveInt
-    head_dim: PositiveInt | None = None  # without the rotary part, and of the value; None: dim / n_heads
-    rank: PositiveInt | None = None  # of the latent of q, k and v; None: dim / 4
-    rope_dim: int = Field(16, ge=0)  # of the rotary part of each stream; 0: none
+    """The mixer."""
+    n_heads: HeadCount
+    """Heads."""
+    head_dim: HeadDim | None = None
+    """Width of a head without the rotary part, and of its value; null: dim / n_heads."""
+    rank: Dim | None = None
+    """Width of the latent of q, k and v; null: dim / 4."""
+    rope_dim: RopeDim = 16
+    """Width of the rotary part of each stream; 0: none."""
     rope_base: RopeBase = 10_000.0
-    lambda_init: float | None = Field(None, ge=0, lt=1)  # None: 0.8 - 0.6 exp(-0.3 layer), layers counted from 0
-    memory: bool = True  # whether it has the working memory
-    chunk_size: PositiveInt = 64  # tokens handled in parallel during training
+    """Base of the frequencies of the rotary embedding."""
+    lambda_init: float | None = Field(None, ge=0, lt=1)
+    """Initial lambda; null: 0.8 - 0.6 exp(-0.3 layer), layers counted from 0."""
+    memory: bool = True
+    """Whether it has the working memory."""
+    chunk_size: ChunkSize = 64
+    """Tokens computed in parallel during training."""
 
     @model_validator(mode="after")
     def _check(self):
@@ -109,12 +152,19 @@ class Mamba2Config(Config):
     """Mamba 2, structured state-space duality (arXiv 2405.21060)."""
 
     type: Literal["mamba2"] = "mamba2"
-    n_heads: PositiveInt
-    head_dim: PositiveInt | None = None  # of the values; None: 2 * dim / n_heads
-    state_dim: PositiveInt = 64  # of B and C, the keys and queries
-    n_groups: PositiveInt = 1  # sets of B and C, each shared by n_heads / n_groups heads
-    conv_size: PositiveInt = 4  # taps of the causal depthwise convolution on x, B and C
-    chunk_size: PositiveInt = 64  # tokens handled in parallel during training
+    """The mixer."""
+    n_heads: HeadCount
+    """Heads."""
+    head_dim: HeadDim | None = None
+    """Width of the values of a head; null: 2 * dim / n_heads."""
+    state_dim: HeadDim = 64
+    """Width of B and C, the keys and queries."""
+    n_groups: HeadCount = 1
+    """Sets of B and C, each shared by n_heads / n_groups heads."""
+    conv_size: ConvSize = 4
+    """Taps of the causal depthwise convolution on x, B and C."""
+    chunk_size: ChunkSize = 64
+    """Tokens computed in parallel during training."""
 
     @model_validator(mode="after")
     def _check(self):

@@ -2,20 +2,36 @@
 
 from typing import Annotated
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
 from fusedlm.config.ffn import FFNConfig
 from fusedlm.config.mixers import AttentionConfig, Mamba2Config, MixerConfig, check_rope_dim
-from fusedlm.config.schema import Config, NonNegativeFloat, PositiveFloat, PositiveInt
+from fusedlm.config.schema import Config, Dim, Epsilon, Length, NonNegativeFloat, PositiveFloat, Scale, TypeText
+
+MAX_LAYERS = 1024
+
+
+def _check_block_name(value: str) -> str:
+    if len(value) != 1 or not value.isalnum():
+        raise ValueError(f"got {value!r}, the name of a block is one letter or digit")
+    return value
+
+
+
+BlockName = Annotated[str, AfterValidator(_check_block_name), TypeText("letter")]
 
 
 class YaRNConfig(Config):
     """YaRN (arXiv 2309.00071): rotary embedding for contexts longer than in training."""
 
-    factor: float = Field(ge=1)  # of the context length
-    trained_length: PositiveInt  # context length before YaRN, in tokens
-    beta_fast: PositiveFloat = 32.0  # frequencies of at least this many turns in trained_length are unchanged
-    beta_slow: NonNegativeFloat = 1.0  # those of at most this many turns are divided by factor
+    factor: float = Field(ge=1, le=1e6)
+    """Factor of the context length."""
+    trained_length: Length
+    """Context length before YaRN, in tokens."""
+    beta_fast: PositiveFloat = 32.0
+    """Frequencies of at least this many turns in trained_length are unchanged."""
+    beta_slow: NonNegativeFloat = 1.0
+    """Frequencies of at most this many turns in trained_length are divided by factor."""
 
     @model_validator(mode="after")
     def _check(self):
@@ -28,24 +44,38 @@ class BlockConfig(Config):
     """Pre-norm residual block: x + mixer(norm(x)), then x + ffn(norm(x))."""
 
     mixer: MixerConfig
+    """The sequence mixer, by its type."""
     ffn: FFNConfig
+    """The feed-forward, by its type."""
 
 
 class ModelConfig(Config):
     """A decoder: token embedding, n_layers blocks by the pattern, norm, language-model head."""
 
-    dim: PositiveInt
-    n_layers: PositiveInt
-    pattern: str = Field(min_length=1)  # one letter per layer, tiled to n_layers
-    blocks: dict[Annotated[str, Field(min_length=1, max_length=1)], BlockConfig] = Field(min_length=1)
+    dim: Dim
+    """Width of the hidden states."""
+    n_layers: int = Field(gt=0, le=MAX_LAYERS)
+    """Number of blocks."""
+    pattern: str = Field(min_length=1, max_length=MAX_LAYERS)
+    """Block of each layer: one letter per layer, tiled to n_layers."""
+    blocks: dict[BlockName, BlockConfig] = Field(min_length=1, max_length=64)
+    """Blocks by their letter in the pattern, which is one letter or digit."""
     tie_embeddings: bool = True
-    logit_softcap: PositiveFloat | None = None  # cap * tanh(logits / cap)
-    norm_eps: PositiveFloat = 1e-6
-    dropout: float = Field(0.0, ge=0, lt=1)  # in training, on each residual branch and on the embedding
-    embedding_std: PositiveFloat | None = None  # None: 0.02, with tied embeddings at most 2 / dim
-    embedding_rms: PositiveFloat | None = 1.0  # of the input of the first block; None: embedding_std
-    yarn: YaRNConfig | None = None  # for every mixer with rotary embedding
-    vocab_multiple: PositiveInt = 64  # the embedding is padded to a multiple of this; padding is never predicted
+    """Whether the language-model head uses the token embedding as its weight."""
+    logit_softcap: Scale | None = None
+    """Logits are cap * tanh(logits / cap); null: not capped."""
+    norm_eps: Epsilon = 1e-6
+    """Added to the mean square in norms."""
+    dropout: float = Field(0.0, ge=0, lt=1)
+    """Dropout in training, on each residual branch and on the embedding."""
+    embedding_std: Scale | None = None
+    """Standard deviation of the initial embedding; null: 0.02, with tied embeddings at most 2 / dim."""
+    embedding_rms: Scale | None = 1.0
+    """Root mean square of the input of the first block; null: embedding_std."""
+    yarn: YaRNConfig | None = None
+    """YaRN, for every mixer with rotary embedding; null: none."""
+    vocab_multiple: int = Field(64, gt=0, le=2**16)
+    """The embedding is padded to a multiple of this; padding is never predicted."""
 
     @model_validator(mode="after")
     def _check(self):

@@ -1,43 +1,113 @@
-"""Shared by recipes and experiments: YAML, `key=value` overrides, and errors of one line with key and value."""
+"""YAML text to a tree of plain values, in bounded time and memory."""
 
-import difflib
-import re
 from pathlib import Path
-from typing import get_origin
 
-import pydantic
 import yaml
+from yaml.nodes import MappingNode, Node, ScalarNode, SequenceNode
 
-from fusedlm.config.keys import members
-from fusedlm.config.schema import Config
+from fusedlm.config import scalars
+from fusedlm.config.messages import printable, shown
 
+MAX_TEXT = 2**20  # bytes of a file, characters of a text; a recipe has some thousand
+MAX_VALUES = 20_000
+MAX_DEPTH = 50
 
-class _Loader(yaml.SafeLoader):
-    """SafeLoader that reads `3e-4` as a number (YAML 1.2; PyYAML follows 1.1) and refuses a key given twice."""
-
-    def construct_mapping(self, node, deep=False):
-        seen = set()
-        for key_node, _ in node.value:
-            key = self.construct_object(key_node, deep=True)
-            if not isinstance(key, str):
-                raise ValueError(f"line {key_node.start_mark.line + 1}: key {key!r} is not a string; put it in quotes")
-            if key in seen:
-                raise ValueError(f"line {key_node.start_mark.line + 1}: key {key!r} is given twice")
-            seen.add(key)
-        return super().construct_mapping(node, deep)
+_MAP, _SEQ = "tag:yaml.org,2002:map", "tag:yaml.org,2002:seq"
 
 
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"),
-    list("-+.0123456789"),
-)
+class CoreSchema:
+    """Makes a PyYAML loader or dumper resolve plain scalars as `fusedlm.config.scalars` does."""
+
+    def resolve(self, kind, value, implicit):
+        if kind is ScalarNode:
+            return scalars.plain_tag(value) if implicit[0] else scalars.STR
+        return _SEQ if kind is SequenceNode else _MAP
+
+
+class _Loader(CoreSchema, yaml.SafeLoader):
+    """Composes nodes, of which `_Builder` makes values."""
+
+    def __init__(self, text: str):
+        super().__init__(text)
+        self._left, self._depth = MAX_VALUES, 0
+
+    def compose_node(self, parent, index):
+        self._left -= 1
+        self._depth += 1
+        if self._left < 0:
+            raise ValueError(f"YAML has more than {MAX_VALUES} values")
+        if self._depth > MAX_DEPTH:
+            raise ValueError(f"YAML is nested too deeply, in more than {MAX_DEPTH} levels")
+        node = super().compose_node(parent, index)
+        self._depth -= 1
+        return node
+
+
+class _Builder:
+    """Values of nodes. An alias is a copy of its anchor, so that changing one does not change the other."""
+
+    def __init__(self):
+        self._values, self._characters = MAX_VALUES, MAX_TEXT
+        self._open: list[Node] = []
+
+    def build(self, node: Node):
+        self._values -= 1
+        self._characters -= len(node.value) if isinstance(node, ScalarNode) else 0
+        if self._values < 0 or self._characters < 0:
+            raise ValueError(f"YAML aliases expand to more than {MAX_VALUES} values or {MAX_TEXT} characters")
+        if isinstance(node, ScalarNode):
+            return _at(node, scalars.value, node.tag, node.value)
+        if node.tag not in (_MAP, _SEQ) or (node.tag == _MAP) != isinstance(node, MappingNode):
+            _fail(node, scalars.unknown_tag(node.tag))
+        if any(node is outer for outer in self._open):
+            _fail(node, "an alias contains itself")
+        if len(self._open) >= MAX_DEPTH:
+            raise ValueError(f"YAML aliases are nested too deeply, in more than {MAX_DEPTH} levels")
+        self._open.append(node)
+        result = self._mapping(node) if isinstance(node, MappingNode) else [self.build(child) for child in node.value]
+        self._open.pop()
+        return result
+
+    def _mapping(self, node: MappingNode) -> dict:
+        """Merged keys (`<<`) come where they are merged; those of the mapping itself win, then those merged first."""
+        own = {}
+        for key_node, child in node.value:
+            key = self._key(key_node)
+            if key in own:
+                _fail(key_node, f"key {shown(key)} is given twice")
+            own[key] = key_node, child
+        result = {}
+        for key, (key_node, child) in own.items():
+            if key_node.tag != scalars.MERGE:
+                result[key] = self.build(child)
+                continue
+            for merged in self._merged(child):
+                result |= {k: v for k, v in merged.items() if k not in result and (k not in own or k == key)}
+        return result
+
+    def _key(self, node: Node) -> str:
+        key = _at(node, scalars.value, node.tag, node.value) if isinstance(node, ScalarNode) else None
+        if not isinstance(key, str):
+            what = shown(key) if isinstance(node, ScalarNode) else "of a list or mapping"
+            _fail(node, f"key {what} is not a string; put it in quotes")
+        return key
+
+    def _merged(self, node: Node) -> list[dict]:
+        found = self.build(node)
+        found = found if isinstance(found, list) else [found]
+        if not all(isinstance(mapping, dict) for mapping in found):
+            _fail(node, "<< merges a mapping, or a list of mappings")
+        return found
 
 
 def read_text(kind: str, path: str | Path) -> str:
     """The text of a UTF-8 file. Raises ValueError with the kind of file (`recipe`), the path and the reason."""
     try:
-        return Path(path).read_text(encoding="utf-8")
+        with open(path, "rb") as file:
+            data = file.read(MAX_TEXT + 1)
+        if len(data) > MAX_TEXT:
+            raise ValueError(f"{kind} {path}: larger than {MAX_TEXT >> 20} MiB; this is not a {kind.split()[-1]}")
+        return data.decode("utf-8")
     except OSError as error:
         raise ValueError(f"{kind} {path}: {error.strerror or error}") from None
     except UnicodeDecodeError as error:
@@ -45,115 +115,35 @@ def read_text(kind: str, path: str | Path) -> str:
 
 
 def parse_yaml(text: str):
-    """The tree of YAML text. Raises ValueError with line and column."""
+    """The tree of YAML text: dicts with string keys, lists, strings, numbers, booleans and None.
+
+    Raises:
+        ValueError: with line and column.
+    """
+    node = compose(text)
+    return None if node is None else _Builder().build(node)
+
+
+def compose(text: str) -> Node | None:
+    """The node of YAML text, before its values are made. Raises ValueError with line and column."""
+    if len(text) > MAX_TEXT:
+        raise ValueError(f"YAML has {len(text)} characters, more than {MAX_TEXT}")
     try:
-        return yaml.load(text, _Loader)
-    except RecursionError:
-        raise ValueError("YAML is nested too deeply") from None
+        loader = _Loader(text)
+        return loader.get_single_node()
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
         problem = getattr(error, "problem", None) or getattr(error, "reason", None) or "cannot be parsed"
-        raise ValueError(f"YAML {where}{problem}") from None
+        raise ValueError(f"YAML {where}{printable(problem)}") from None
 
 
-def apply_override(tree: dict, override: str, root: type[Config]) -> None:
-    """Set `dotted.key=value` in a tree that `root` will validate. The value is read as YAML."""
-    key, equals, value = override.partition("=")
-    parts = key.split(".")
-    if not equals or not all(parts):
-        raise ValueError(f"override {override!r}: must have the form key.path=value, such as train.steps=100")
-    for depth, part in enumerate(parts[:-1]):
-        if tree.get(part) is None:
-            # A missing section has the default type if that type has the key.
-            default = _default_at(parts[: depth + 1], root)
-            tree[part] = {"type": default.type} if {"type", parts[depth + 1]} <= _field_names(default) else {}
-        tree = tree[part]
-        if not isinstance(tree, dict):
-            above = ".".join(parts[: depth + 1])
-            raise ValueError(f"override {override!r}: {above} is a value, not a section")
+def _at(node: Node, function, *arguments):
     try:
-        tree[parts[-1]] = parse_yaml(value)
+        return function(*arguments)
     except ValueError as error:
-        raise ValueError(f"override {override!r}: {error}") from None
+        _fail(node, str(error))
 
 
-def _default_at(parts: list[str], root: type[Config]):
-    """The default of a dotted key; None if it has none."""
-    fields = [c.model_fields[parts[-1]] for c in _walk(tuple(parts[:-1]), root)[0] if parts[-1] in c.model_fields]
-    return fields[0].default if len(fields) == 1 else None
-
-
-def _field_names(value) -> set[str]:
-    return set(type(value).model_fields) if isinstance(value, Config) else set()
-
-
-def describe(error: pydantic.ValidationError, root: type[Config]) -> str:
-    """The first error in one line: the dotted key, the value, the problem, and the nearest known name."""
-    errors = error.errors(include_url=False)
-    # First the unknown keys: a misspelt key also causes an error about a missing one.
-    first = next((e for e in errors if e["type"] == "extra_forbidden"), errors[0])
-    location = _readable(first["loc"], root)
-    value = first.get("input")
-    kind = first["type"]
-    if kind == "extra_forbidden":
-        return f"{location}: unknown key{_hint(first['loc'], root)}"
-    if kind == "missing":
-        return f"{location}: required, but missing"
-    if kind == "value_error":
-        message = str(first["ctx"]["error"])
-        return f"{location}: {message}" if location else message
-    if kind == "union_tag_invalid":
-        context = first["ctx"]
-        return f"{location}.type: {context['tag']!r} is not one of {context['expected_tags']}"
-    if kind == "union_tag_not_found":
-        types = [c.model_fields["type"].default for c in _walk(first["loc"], root)[0]]
-        return f"{location}.type: required, but missing; one of {', '.join(map(repr, types))}"
-    message = first["msg"][0].lower() + first["msg"][1:]
-    if isinstance(value, dict | list):
-        value = type(value).__name__
-    return f"{location}: got {value!r}, {message}"
-
-
-def _hint(location: tuple, root: type[Config]) -> str:
-    """A suggestion for an unknown key: a key of the same name in another section, or a similar one in the same."""
-    name, known = str(location[-1]), _keys_at(location[:-1], root)
-    elsewhere = [key for key in _dotted_keys(root) if key.rpartition(".")[2] == name]
-    if len(elsewhere) == 1:
-        return f"; did you mean {elsewhere[0]}?"
-    nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-    return f"; did you mean {nearest[0]!r}?" if nearest else f"; known: {', '.join(known)}"
-
-
-def _dotted_keys(root: type[Config]) -> set[str]:
-    """All dotted keys, except those inside dictionaries of sections."""
-    found = set()
-    for name, field in root.model_fields.items():
-        found.add(name)
-        if get_origin(field.annotation) is not dict:
-            found |= {f"{name}.{key}" for member in members(field.annotation) for key in _dotted_keys(member)}
-    return found
-
-
-def _walk(location: tuple, root: type[Config]) -> tuple[list[type[Config]], list[str]]:
-    """The classes at a pydantic location, and its parts without the discriminator tags that pydantic inserts."""
-    classes, readable = [root], []
-    for part in location:
-        fields = [c.model_fields[part] for c in classes if part in c.model_fields]
-        if fields:
-            classes = [member for field in fields for member in members(field.annotation)]
-        else:
-            tagged = [c for c in classes if "type" in c.model_fields and c.model_fields["type"].default == part]
-            if tagged:
-                classes = tagged
-                continue
-        readable.append(str(part))
-    return classes, readable
-
-
-def _readable(location: tuple, root: type[Config]) -> str:
-    return ".".join(_walk(location, root)[1])
-
-
-def _keys_at(location: tuple, root: type[Config]) -> list[str]:
-    return sorted({name for c in _walk(location, root)[0] for name in c.model_fields})
+def _fail(node: Node, problem: str):
+    raise ValueError(f"line {node.start_mark.line + 1}: {problem}") from None

@@ -4,26 +4,36 @@ from pathlib import Path
 from typing import Annotated
 
 import pydantic
-import yaml
 
 from fusedlm.config.data import DataConfig
+from fusedlm.config.errors import describe
+from fusedlm.config.messages import shown
 from fusedlm.config.model import ModelConfig
-from fusedlm.config.reading import apply_override, describe, parse_yaml, read_text
+from fusedlm.config.overrides import apply_override
+from fusedlm.config.reading import parse_yaml, read_text
 from fusedlm.config.runtime import RuntimeConfig
-from fusedlm.config.schema import NEUTRAL, Config
+from fusedlm.config.schema import NEUTRAL, Config, Name, Text
 from fusedlm.config.train import TrainConfig
+from fusedlm.config.writing import dump_yaml
 
 
 class Recipe(Config):
     """Everything that defines a run."""
 
-    name: str = pydantic.Field(min_length=1, pattern=r"^[A-Za-z0-9._-]+$")
-    description: Annotated[str, NEUTRAL] = ""
+    name: Name
+    """Name of the run, and of its folder unless another is given."""
+    description: Annotated[Text, NEUTRAL] = ""
+    """What the recipe is for."""
     model: ModelConfig
+    """The decoder."""
     data: DataConfig = DataConfig()
+    """The text, its split, its tokenizer, its shards."""
     train: TrainConfig
+    """Budget, optimizer, schedule, validation, checkpoints."""
     runtime: RuntimeConfig = RuntimeConfig()
-    sample_prompt: Annotated[str, NEUTRAL] = "The "  # of the sample at the end of training
+    """Device, precision and kernels."""
+    sample_prompt: Annotated[Text, NEUTRAL] = "The "
+    """Prompt of the sample at the end of training."""
 
 
 def load_recipe(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Recipe:
@@ -31,7 +41,8 @@ def load_recipe(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -
 
     Args:
         path: a YAML file.
-        overrides: `dotted.key=value`, the value read as YAML (`model.dim=256`, `train.ema=null`), applied in order.
+        overrides: `dotted.key=value`, applied in order. A value of a text key is the text as it stands, any other is
+            read as YAML (`sample_prompt=a: b`, `model.dim=256`, `train.ema=null`).
 
     Raises:
         ValueError: the file cannot be read or is not a valid recipe; one line with the key, the value and the fix.
@@ -66,10 +77,10 @@ def with_overrides(recipe: Recipe, overrides: list[str] | tuple[str, ...], secti
         return recipe
     for override in overrides:
         if not override.startswith(f"{section}."):
-            raise ValueError(f"override {override!r}: only keys of section {section} can be changed here")
+            raise ValueError(f"override {shown(override)}: only keys of section {section} can be changed here")
     return parse_recipe(dump_recipe(recipe), overrides)
 
 
 def dump_recipe(recipe: Recipe) -> str:
     """The resolved recipe as YAML; `parse_recipe` reads it back to an equal object."""
-    return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=120)
+    return dump_yaml(recipe.model_dump(mode="json"))

@@ -2,17 +2,26 @@
 
 from typing import Annotated, Literal
 
-from fusedlm.config.schema import NEUTRAL, Config
+from pydantic import Field
+
+from fusedlm.config.schema import NEUTRAL, Config, ShortText
 
 
 class RuntimeConfig(Config):
-    """Keys that change rounding must stay the same when a run is resumed on the same kind of device."""
+    """Device, precision and kernels. Keys that change rounding must stay the same when a run is resumed on the same
+    kind of device."""
 
     device: Annotated[Literal["auto", "cpu", "cuda"], NEUTRAL] = "auto"
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of autocast; auto: bfloat16 on GPUs, float32 on CPUs
-    compile: bool = False  # torch.compile, one full graph per block; changes rounding
-    cuda_graph: bool = False  # one launch per micro-batch, for models whose kernels take less time than their launches
-    # mixer: save only its input and the output of attention for backward, and recompute the rest
+    """Where to run; auto: the GPU if there is one."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Type of autocast; auto: bfloat16 on GPUs, float32 on CPUs."""
+    compile: bool = False
+    """torch.compile, one full graph per block; changes rounding."""
+    cuda_graph: bool = False
+    """One launch per micro-batch, for models whose kernels take less time than their launches."""
     recompute: Annotated[Literal["none", "mixer"], NEUTRAL] = "none"
-    deterministic: bool = False  # operations whose result can differ between runs are errors
-    backends: dict[str, str] = {}  # by op, as `fusedlm doctor` lists them; other ops use auto
+    """What the backward pass recomputes; mixer: save only its input and the output of attention for backward."""
+    deterministic: bool = False
+    """Operations whose result can differ between runs are errors."""
+    backends: dict[ShortText, ShortText] = Field({}, max_length=100)
+    """Backend by op, as `fusedlm doctor` lists them; other ops use auto."""

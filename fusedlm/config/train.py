@@ -7,23 +7,37 @@ from pydantic import Field, model_validator
 from fusedlm.config.schema import (
     NEUTRAL,
     Config,
+    Count,
+    CountOrZero,
+    Epsilon,
     Fraction,
+    Length,
     NonNegativeFloat,
-    NonNegativeInt,
     PositiveFloat,
-    PositiveInt,
+    Seed,
+    Tokens,
 )
+
+MAX_STEP_TOKENS = 2**30
+
+LearningRate = Annotated[float, Field(gt=0, le=1e4)]
 
 
 class AdamWConfig(Config):
     """AdamW (arXiv 1711.05101). Weight decay applies to hidden matrices and routers."""
 
     type: Literal["adamw"] = "adamw"
-    lr: PositiveFloat = 1e-3
+    """The optimizer."""
+    lr: LearningRate = 1e-3
+    """Learning rate at the peak of the schedule."""
     beta1: float = Field(0.9, ge=0, lt=1)
+    """Decay of the mean of gradients."""
     beta2: float = Field(0.95, ge=0, lt=1)
-    eps: PositiveFloat = 1e-8
+    """Decay of the mean of squared gradients."""
+    eps: Epsilon = 1e-8
+    """Added to the root of the mean of squared gradients."""
     weight_decay: NonNegativeFloat = 0.1
+    """Weight decay, times the learning rate."""
 
 
 class SGDConfig(Config):
@@ -31,10 +45,15 @@ class SGDConfig(Config):
     gradient."""
 
     type: Literal["sgd"] = "sgd"
-    lr: PositiveFloat = 0.1
+    """The optimizer."""
+    lr: LearningRate = 0.1
+    """Learning rate at the peak of the schedule."""
     momentum: float = Field(0.9, ge=0, lt=1)
+    """Decay of the sum of gradients; 0: no momentum."""
     nesterov: bool = False
+    """Nesterov's momentum."""
     weight_decay: NonNegativeFloat = 0.0
+    """Factor of the weights that are added to the gradient."""
 
     @model_validator(mode="after")
     def _check(self):
@@ -47,9 +66,13 @@ class WSDConfig(Config):
     """Warm-up, stable, decay. Warm-up and decay are fractions of all steps; linear decay to `final` times the peak."""
 
     type: Literal["wsd"] = "wsd"
+    """The schedule of the learning rate."""
     warmup: Fraction = 0.01
+    """Fraction of all steps with linear warm-up."""
     decay: Fraction = 0.15
+    """Fraction of all steps with decay, at the end."""
     final: Fraction = 0.1
+    """Learning rate of the last step, as a fraction of the peak."""
 
     @model_validator(mode="after")
     def _check(self):
@@ -62,8 +85,11 @@ class CosineConfig(Config):
     """Linear warm-up over a fraction of all steps, then half a cosine to `final` times the peak."""
 
     type: Literal["cosine"] = "cosine"
+    """The schedule of the learning rate."""
     warmup: Fraction = 0.01
+    """Fraction of all steps with linear warm-up."""
     final: Fraction = 0.1
+    """Learning rate of the last step, as a fraction of the peak."""
 
 
 OptimizerConfig = Annotated[AdamWConfig | SGDConfig, Field(discriminator="type")]
@@ -71,27 +97,45 @@ ScheduleConfig = Annotated[WSDConfig | CosineConfig, Field(discriminator="type")
 
 
 class TrainConfig(Config):
-    steps: PositiveInt  # optimizer steps
-    seq_len: PositiveInt
-    batch_size: PositiveInt  # sequences per optimizer step
-    micro_batch_size: Annotated[PositiveInt | None, NEUTRAL] = None  # sequences per forward pass; None: batch_size
-    seed: NonNegativeInt = 0
+    """Budget, optimizer, schedule, validation, checkpoints."""
+
+    steps: Count
+    """Optimizer steps."""
+    seq_len: Length
+    """Tokens per sequence."""
+    batch_size: int = Field(gt=0, le=2**24)
+    """Sequences per optimizer step."""
+    micro_batch_size: Annotated[int | None, Field(gt=0, le=2**24), NEUTRAL] = None
+    """Sequences per forward pass; null: batch_size."""
+    seed: Seed = 0
+    """Seed of the weights and of the order of the text."""
     optimizer: OptimizerConfig = AdamWConfig()
+    """The optimizer, by its type."""
     schedule: ScheduleConfig = WSDConfig()
-    grad_clip: PositiveFloat | None = 1.0  # largest norm of all gradients; None: no clipping
-    ema: float | None = Field(None, gt=0, lt=1)  # decay of an exponential moving average of the weights
-    # The run stops after this many skipped steps in a row (loss or gradient not finite).
-    max_bad_steps: Annotated[PositiveInt, NEUTRAL] = 8
-    eval_every: Annotated[NonNegativeInt, NEUTRAL] = 100  # steps between validations; 0: only at the end
-    # Held-out tokens per validation; None: all.
-    eval_tokens: Annotated[PositiveInt | None, NEUTRAL] = None
-    checkpoint_every: Annotated[NonNegativeInt, NEUTRAL] = 100  # steps between checkpoints; 0: only at the end
-    # Number of newest checkpoints to keep, in addition to the best by validation.
-    keep_checkpoints: Annotated[PositiveInt, NEUTRAL] = 2
-    loggers: Annotated[list[Literal["tensorboard", "wandb"]], NEUTRAL] = []
+    """The schedule of the learning rate, by its type."""
+    grad_clip: PositiveFloat | None = 1.0
+    """Largest norm of all gradients; null: no clipping."""
+    ema: float | None = Field(None, gt=0, lt=1)
+    """Decay of an exponential moving average of the weights; null: no average."""
+    max_bad_steps: Annotated[Count, NEUTRAL] = 8
+    """The run stops after this many skipped steps in a row (loss or gradient not finite)."""
+    eval_every: Annotated[CountOrZero, NEUTRAL] = 100
+    """Steps between validations; 0: only at the end."""
+    eval_tokens: Annotated[Tokens | None, NEUTRAL] = None
+    """Held-out tokens per validation; null: all."""
+    checkpoint_every: Annotated[CountOrZero, NEUTRAL] = 100
+    """Steps between checkpoints; 0: only at the end."""
+    keep_checkpoints: Annotated[Count, NEUTRAL] = 2
+    """Number of newest checkpoints to keep, in addition to the best by validation."""
+    loggers: Annotated[list[Literal["tensorboard", "wandb"]], Field(max_length=10), NEUTRAL] = []
+    """Where the metrics go, in addition to metrics.jsonl."""
 
     @model_validator(mode="after")
     def _check(self):
+        if self.batch_size * self.seq_len > MAX_STEP_TOKENS:
+            raise ValueError(
+                f"batch_size={self.batch_size}, seq_len={self.seq_len}: a step has at most {MAX_STEP_TOKENS} tokens"
+            )
         micro = self.micro_batch_size
         if micro is not None and self.batch_size % micro:
             raise ValueError(f"micro_batch_size={micro} does not divide batch_size={self.batch_size}")

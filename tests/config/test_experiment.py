@@ -90,7 +90,7 @@ BAD_OVERRIDES = {
     "experiment.seeds=0": "a number of seeds must be at least 1",
     "experiment.seeds=[]": "seeds",
     "experiment.seeds=[1, 1]": "seeds=[1, 1]: a seed is repeated",
-    "experiment.seeds=[-1]": "-1 is negative",
+    "experiment.seeds=[-1]": "seeds.0: got -1",
     "experiment.seeds=two": "seeds: got 'two'",
     "experiment.match=size": "match: got 'size'",
     "experiment.match_by=heads": "match_by: got 'heads'",

@@ -74,14 +74,10 @@ def test_resolved_recipe_names_every_key(path: Path):
         ("train.optimizer={type: sgd, momentum: 0.5}", "train.optimizer.momentum", 0.5),
         ("train.optimizer.type=sgd", "train.optimizer.lr", 0.1),
         ("sample_prompt=a = b", "sample_prompt", "a = b"),
-        ("description=", "description", None),
+        ("description=", "description", ""),
     ],
 )
 def test_overrides(override: str, path: str, value):
-    if value is None and path == "description":
-        with pytest.raises(ValueError, match="description: got None"):
-            parse_recipe(SMALL, [override])
-        return
     node = parse_recipe(SMALL, [override])
     for part in path.split("."):
         node = node[part] if isinstance(node, dict) else getattr(node, part)
@@ -135,7 +131,7 @@ def test_recipes_are_immutable():
         ("train.compile=true", ["train.compile: unknown key; did you mean runtime.compile?"]),
         ("train.device=cpu", ["train.device: unknown key; did you mean runtime.device?"]),
         ("model.impl.attention=flash", ["model.impl: unknown key"]),
-        ("runtime.backends.attention=1", ["runtime.backends.attention", "1", "string"]),
+        ("runtime.backends={attention: 1}", ["runtime.backends.attention", "1", "string"]),
         ("model.blocks.g.mixer.type=mamba", ["model.blocks.g.mixer.type", "'mamba'", "'gdn'"]),
         ("model.blocks.g.mixer={n_heads: 2}", ["model.blocks.g.mixer.type: required"]),
         ("model.dim=0", ["model.dim", "0", "greater than 0"]),
@@ -195,8 +191,8 @@ def test_bad_override_is_one_line_that_names_it(override: str, expected: list[st
         (SMALL.replace("train:", "trian:"), "trian: unknown key; did you mean 'train'?"),
         ("1: x\n", "key 1 is not a string"),
         ("? [a, b]\n: c\n", "is not a string"),
-        ("x: !!python/object/apply:os.system [ls]\n", "could not determine a constructor"),
-        ("x: &a [*a]\n", "x: unknown key"),
+        ("x: !!python/object/apply:os.system [ls]\n", "line 1: tag '!!python/object/apply:os.system' is not supported"),
+        ("x: &a [*a]\n", "line 1: an alias contains itself"),
         ("x: *nowhere\n", "undefined alias"),
         ("[" * 5000, "nested too deeply"),
         ("name: \x00", "special characters are not allowed"),
