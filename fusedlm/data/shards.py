@@ -19,6 +19,7 @@ from pathlib import Path
 
 import numpy as np
 
+from fusedlm.data.lossless import refuse_lossy
 from fusedlm.data.meter import Meter, ReportProgress, silent
 from fusedlm.data.tokenizer import Tokenizer, load_tokenizer
 
@@ -143,10 +144,12 @@ def open_prepared(directory: str | Path, *, verify: bool = True, progress: Repor
         progress: called as progress("verifying", bytes done, total).
 
     Raises:
-        ValueError: the folder is missing, incomplete or damaged; names the file and what to do.
+        ValueError: the folder is missing, incomplete or damaged, or its tokenizer loses held-out text; names the file
+            and what to do.
     """
     directory = Path(directory)
     manifest = _read_manifest(directory)
+    refuse_lossy(manifest, directory)
     for name, entry in manifest["files"].items():
         try:
             size = (directory / name).stat().st_size
