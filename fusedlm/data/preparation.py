@@ -50,7 +50,7 @@ def prepare(config: DataConfig, progress: ReportProgress | None = None) -> Prepa
     corpus = _Corpus(config, report)
     stamps = corpus.stamps()
     fingerprint = _fingerprint(config, corpus, report)
-    target = Path(config.dir, f"{_name(config)}-{fingerprint[:12]}").absolute()
+    target = Path(config.dir, f"{_name(config)}-{fingerprint[:12]}").expanduser().absolute()
     if target.exists():
         return open_prepared(target, progress=report)
     target.parent.mkdir(parents=True, exist_ok=True)

@@ -20,6 +20,7 @@ from pathlib import Path
 import numpy as np
 
 from fusedlm.data.lossless import refuse_lossy
+from fusedlm.data.mapping import map_array, map_npy
 from fusedlm.data.meter import Meter, ReportProgress, silent
 from fusedlm.data.tokenizer import Tokenizer, load_tokenizer
 
@@ -218,9 +219,9 @@ def _open_split(directory: Path, manifest: dict, split: str) -> TokenShards:
     for entry in manifest["splits"][split]["shards"]:
         path = directory / f"{entry['name']}.bin"
         try:
-            tokens = np.memmap(path, dtype, mode="r")
-            offsets = np.load(directory / f"{entry['name']}.offsets.npy", mmap_mode="r")
-            n_bytes = np.load(directory / f"{entry['name']}.bytes.npy", mmap_mode="r")
+            tokens = map_array(path, dtype)
+            offsets = map_npy(directory / f"{entry['name']}.offsets.npy")
+            n_bytes = map_npy(directory / f"{entry['name']}.bytes.npy")
             agree = (len(tokens), len(n_bytes), int(offsets[-1])) == (
                 entry["tokens"],
                 entry["documents"],

@@ -6,10 +6,8 @@ ordinary characters.
 
 import hashlib
 import json
-import logging
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
-from functools import cache
 from itertools import repeat
 from pathlib import Path
 
@@ -19,9 +17,8 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from fusedlm.data.byte_level import byte_table, keeps_text
 from fusedlm.data.lossless import change
+from fusedlm.data.notes import warn_once
 from fusedlm.data.pretokens import SPLIT, cuts_at_line_ends, pieces
-
-_log = logging.getLogger(__name__)
 
 END_OF_TEXT = "<|endoftext|>"
 _META_FILE = "tokenizer.meta.json"
@@ -134,14 +131,14 @@ class SubwordTokenizer(Tokenizer):
         model.encode_special_tokens = True
         if dropout := (spec.get("model") or {}).get("dropout"):
             model.model.dropout = None
-            _say(f"the tokenizer's dropout of {dropout:g} is switched off, so that a text always has the same tokens")
+            warn_once(f"the tokenizer's dropout of {dropout:g} is switched off: a text always gets the same tokens")
         self._model, self._content, self._end_of_text = model, content, end_of_text
         vocabulary = model.get_vocab(with_added_tokens=True)
         self._ids = _checked_ids(vocabulary)
         self.vocab_size = int(self._ids[-1]) + 1  # ids can have gaps
         for token in spec.get("added_tokens", ()):
             if (used := vocabulary.get(token["content"])) not in (None, token["id"]):
-                _say(f"the tokenizer's file gives {token['content']!r} the id {token['id']}; it is read as {used}")
+                warn_once(f"the tokenizer's file gives {token['content']!r} the id {token['id']}; it is read as {used}")
         self.eot_id = eot_id
         self.fingerprint = hashlib.sha256(json.dumps([content, end_of_text]).encode()).hexdigest()
         self.keeps_text = keeps_text(spec, vocabulary)
@@ -277,9 +274,3 @@ def _checked_ids(vocabulary: dict[str, int]) -> np.ndarray:
             f"the tokens {names[0]!r} and {names[1]!r} get the same id {shared[0]}; number the vocabulary without gaps"
         )
     return ids
-
-
-@cache
-def _say(message: str) -> None:
-    """Warn once per process: a tokenizer is loaded several times."""
-    _log.warning(message)
