@@ -13,15 +13,14 @@ def documents_of(path: Path | None, recipe, tokenizer, progress):
 
 def _file_documents(path: Path, tokenizer):
     """(documents, number of text tokens) of a file, as one document."""
+    from fusedlm.data.text_files import read_text_file
     from fusedlm.evaluate import text_documents
 
+    path = path.expanduser()
     try:
-        text = path.read_bytes().decode("utf-8")  # read_text would translate line ends
-        documents = text_documents(text, tokenizer)
-    except UnicodeDecodeError as error:
-        raise ValueError(f"--text {path}: not UTF-8 text (byte {error.start})") from None
+        documents = text_documents(read_text_file(path), tokenizer)
     except ValueError as error:
-        raise ValueError(f"--text {path}: {error}") from None
+        raise ValueError(f"--text {path}: {str(error).removeprefix(f'{path}: ')}") from None
     return documents, sum(len(tokens) - 1 for tokens, _ in documents)
 
 

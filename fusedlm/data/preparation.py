@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from fusedlm.config.data import BPETokenizerConfig, DataConfig, FileTokenizerConfig
+from fusedlm.data.lossless import LossCheck
 from fusedlm.data.meter import Meter, ReportProgress, silent
 from fusedlm.data.shards import (
     FORMAT_VERSION,
@@ -49,7 +50,7 @@ def prepare(config: DataConfig, progress: ReportProgress | None = None) -> Prepa
     corpus = _Corpus(config, report)
     stamps = corpus.stamps()
     fingerprint = _fingerprint(config, corpus, report)
-    target = Path(config.dir, f"{_name(config)}-{fingerprint[:12]}").absolute()
+    target = Path(config.dir, f"{_name(config)}-{fingerprint[:12]}").expanduser().absolute()
     if target.exists():
         return open_prepared(target, progress=report)
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -152,7 +153,8 @@ def _write(directory: Path, config: DataConfig, corpus: _Corpus, fingerprint: st
         split: ShardWriter(directory, split, dtype=dtype, eot_id=tokenizer.eot_id, shard_tokens=config.shard_tokens)
         for split in (TRAIN, VALIDATION)
     }
-    lossy = 0
+    loss = LossCheck(tokenizer)
+    held_out_source = (corpus.validation or corpus.source).name
     for batch in _batches(corpus.parts("tokenizing")):
         encoded = tokenizer.encode_batch([text for _, text in batch])
         for (split, text), ids in zip(batch, encoded, strict=True):
@@ -163,8 +165,11 @@ def _write(directory: Path, config: DataConfig, corpus: _Corpus, fingerprint: st
                     "which would end documents early; set another tokenizer.end_of_text"
                 )
             if split == VALIDATION:
-                lossy += tokenizer.decode_bytes(ids.tolist()) != raw
+                loss.held_out(ids, raw, held_out_source)
+            else:
+                loss.training(ids, raw)
             writers[split].add(ids, len(raw))
+    loss.warn(corpus.source.name)
     checksums = {name: sha256_file(directory / name) for name in tokenizer.save(directory)}
     for writer in writers.values():
         writer.close()
@@ -178,8 +183,7 @@ def _write(directory: Path, config: DataConfig, corpus: _Corpus, fingerprint: st
             "vocab_size": tokenizer.vocab_size,
             "eot_id": tokenizer.eot_id,
             "fingerprint": tokenizer.fingerprint,
-            "lossless": lossy == 0,
-            "lossy_validation_documents": lossy,
+            "lossy_training_documents": loss.lossy,
         },
         "dtype": dtype,
         "splits": {split: writer.summary() for split, writer in writers.items()},

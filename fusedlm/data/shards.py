@@ -19,6 +19,8 @@ from pathlib import Path
 
 import numpy as np
 
+from fusedlm.data.lossless import refuse_lossy
+from fusedlm.data.mapping import map_array, map_npy
 from fusedlm.data.meter import Meter, ReportProgress, silent
 from fusedlm.data.tokenizer import Tokenizer, load_tokenizer
 
@@ -143,10 +145,12 @@ def open_prepared(directory: str | Path, *, verify: bool = True, progress: Repor
         progress: called as progress("verifying", bytes done, total).
 
     Raises:
-        ValueError: the folder is missing, incomplete or damaged; names the file and what to do.
+        ValueError: the folder is missing, incomplete or damaged, or its tokenizer loses held-out text; names the file
+            and what to do.
     """
     directory = Path(directory)
     manifest = _read_manifest(directory)
+    refuse_lossy(manifest, directory)
     for name, entry in manifest["files"].items():
         try:
             size = (directory / name).stat().st_size
@@ -215,9 +219,9 @@ def _open_split(directory: Path, manifest: dict, split: str) -> TokenShards:
     for entry in manifest["splits"][split]["shards"]:
         path = directory / f"{entry['name']}.bin"
         try:
-            tokens = np.memmap(path, dtype, mode="r")
-            offsets = np.load(directory / f"{entry['name']}.offsets.npy", mmap_mode="r")
-            n_bytes = np.load(directory / f"{entry['name']}.bytes.npy", mmap_mode="r")
+            tokens = map_array(path, dtype)
+            offsets = map_npy(directory / f"{entry['name']}.offsets.npy")
+            n_bytes = map_npy(directory / f"{entry['name']}.bytes.npy")
             agree = (len(tokens), len(n_bytes), int(offsets[-1])) == (
                 entry["tokens"],
                 entry["documents"],

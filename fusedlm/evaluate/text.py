@@ -20,11 +20,8 @@ def text_documents(text: str, tokenizer) -> list[tuple[np.ndarray, int]]:
     except UnicodeEncodeError as error:
         raise ValueError(f"the text is not valid Unicode: lone surrogate at character {error.start}") from None
     ids = tokenizer.encode(text)
-    decoded = tokenizer.decode_bytes(ids)
-    if decoded != raw:
-        same = (a == b for a, b in zip(decoded, raw, strict=False))
-        at = next((i for i, equal in enumerate(same) if not equal), min(len(decoded), len(raw)))
+    if found := tokenizer.change(ids, text):
         raise ValueError(
-            f"the tokenizer changes this text (first at byte {at}); bits per byte need a lossless tokenizer"
+            f"the tokenizer changes this text at {found}; bits per byte need a tokenizer that keeps every byte"
         )
     return [(np.array([tokenizer.eot_id, *ids], dtype=np.int64), len(raw))]

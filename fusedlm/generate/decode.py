@@ -28,7 +28,8 @@ def generate(
 
     One prefill reads end-of-text, which starts every training document, and the prompt; after it, one token per step.
     Generation ends at end-of-text (not part of the text) or after max_tokens. Tokens are drawn on the CPU from one
-    seeded generator: a seed gives the same text on every device whose logits agree.
+    seeded generator: a seed gives the same text on every device whose logits agree. Ids that the
+    tokenizer has no token for are never drawn.
 
     Args:
         model: a decoder on `device`; in eval mode while text is generated.
@@ -43,7 +44,8 @@ def generate(
         next token, and a character that is never completed becomes U+FFFD.
 
     Raises:
-        ValueError: at the call, a value is out of range; while iterating, the model's logits are not finite.
+        ValueError: at the call, a value is out of range, or the tokenizer has ids that the model has not; while
+            iterating, the model's logits are not finite.
     """
     check_sampling(temperature, top_k, top_p)
     if max_tokens < 1:
@@ -55,6 +57,11 @@ def generate(
     except UnicodeEncodeError as error:
         raise ValueError(f"the prompt is not valid Unicode: lone surrogate at character {error.start}") from None
     ids = [tokenizer.eot_id, *tokenizer.encode(prompt)]
+    if max(ids) >= model.vocab_size:
+        raise ValueError(
+            f"the prompt has token id {max(ids)}, which is not in the model's vocabulary of {model.vocab_size}; "
+            "use the tokenizer that the model was trained with"
+        )
     generator = torch.Generator().manual_seed(seed)
     choice = (temperature, top_k, top_p, generator)
     return _stream(model, tokenizer, ids, max_tokens, choice, torch.device(device), dtype)
@@ -69,9 +76,9 @@ def _stream(model, tokenizer, ids, max_tokens, choice, device, dtype) -> Iterato
         # The last token is not fed back, hence the -1.
         reserved = len(ids) + max_tokens - 1
         state = model.init_state(1, max_tokens=reserved if reserved <= _RESERVED_TOKENS else None)
+        unused = torch.from_numpy(tokenizer.unused_ids(model.vocab_size)).to(device)
         for _ in range(max_tokens):
-            # A model's vocabulary can have more ids than the tokenizer.
-            logits = _last_logits(model, ids, state, device, dtype)[: tokenizer.vocab_size]
+            logits = _last_logits(model, ids, state, device, dtype).index_fill(0, unused, -torch.inf)
             token = sample(next_token_probabilities(logits, temperature, top_k, top_p), generator)
             if token == tokenizer.eot_id:
                 break

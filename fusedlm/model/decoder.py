@@ -56,7 +56,7 @@ class Decoder(Module):
             embedding_std = min(0.02, 2 / dim) if tie_embeddings else 0.02
         self.embedding_scale = 1.0 if embedding_rms is None else embedding_rms / embedding_std
         n_rows = -(-vocab_size // vocab_multiple) * vocab_multiple
-        self.embedding = Embedding(n_rows, dim, embedding_std)
+        self.embedding = Embedding(vocab_size, n_rows, dim, embedding_std)
         self.dropout = torch.nn.Dropout(dropout)
         self.layer_names = [pattern[i % len(pattern)] for i in range(n_layers)]
         value_sources: set = set()
@@ -117,7 +117,7 @@ class Decoder(Module):
             batch_weight: factor on losses that are means over the sequences of this call.
 
         Raises:
-            ValueError: shapes that do not match, or a state without room.
+            ValueError: shapes that do not match, a state without room, or on the CPU an id outside of the vocabulary.
         """
         n_new = self._check(tokens, documents, state, lengths)
         context = self._context(tokens, documents, state, n_new, select)

@@ -3,12 +3,13 @@
 import torch
 import torch.nn.functional as F
 
+from fusedlm.nn.ids import check_ids
 from fusedlm.nn.linear import product_dtype
 from fusedlm.nn.module import Constant, Module, OpUse, Role
 from fusedlm.nn.norm import RMSNorm
 from fusedlm.ops import linear_softcap_cross_entropy
 from fusedlm.ops.common import runs_fused
-from fusedlm.ops.cross_entropy.reference import softcap
+from fusedlm.ops.cross_entropy.reference import IGNORE_INDEX, softcap
 
 _OP = "linear_softcap_cross_entropy"
 _LOGITS = 2**25  # most logits at a time without gradients: 128 MiB in float32
@@ -58,10 +59,14 @@ class LMHead(Module):
         Returns:
             Without targets (..., vocab_size) float32 or better. With them the weighted sum (), and (N,) nll in nats, 0
             where the target is -100, without a gradient. A fused backend never holds all logits.
+
+        Raises:
+            ValueError: on the CPU, a target is neither in [0, vocab_size) nor -100.
         """
         x = self.norm(hidden_ND)
         if targets_N is None:
             return softcap(F.linear(x, self.weight), self.cap)[..., : self.vocab_size]
+        check_ids("targets", targets_N, self.vocab_size, ignored=IGNORE_INDEX)
         x = x.to(product_dtype(x))
         if torch.is_grad_enabled() or runs_fused(_OP, self.backend(_OP), x):  # a fused one never holds all logits
             return self._loss(x, targets_N, token_weight)

@@ -1,6 +1,7 @@
 """Opening a prepared folder names the file that was changed, and what to do."""
 
 import json
+import resource
 from pathlib import Path
 
 import pytest
@@ -78,3 +79,21 @@ def test_preparing_again_refuses_damaged_shards(config, folder):
 def test_a_missing_folder_is_named(tmp_path):
     with pytest.raises(ValueError, match="no such folder; run `fusedlm data prepare` first"):
         open_prepared(tmp_path / "none")
+
+
+def test_more_shards_than_a_process_may_open_files(config):
+    text = Path(config.source.path)
+    text.write_text("\n--\n".join(f"Document {i}" for i in range(150)))
+    directory = prepare(config.model_copy(update={"shard_tokens": 1})).directory
+    opened = len(list(Path("/proc/self/fd").iterdir()))
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (opened + 20, limits[1]))
+    try:
+        prepared = open_prepared(directory)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    assert len(prepared.train.shards) > 80
+    assert sum(len(tokens) for tokens, _ in prepared.train.documents()) == prepared.train.n_tokens
+    assert len(list(Path("/proc/self/fd").iterdir())) == opened
+    with pytest.raises(ValueError, match="read-only"):
+        prepared.train.shards[0].tokens[0] = 1

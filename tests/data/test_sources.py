@@ -3,10 +3,10 @@
 import gzip
 import json
 import lzma
+import os
+import threading
 from pathlib import Path
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 import zstandard
 
@@ -87,13 +87,6 @@ def test_jsonl(tmp_path):
     assert texts(JSONLSource(path=str(tmp_path))) == ["one\n", "ü 😀", "three"]
 
 
-def test_parquet_over_row_groups(tmp_path):
-    table = pa.table({"id": range(5), "body": [f"document {i}" for i in range(5)]})
-    pq.write_table(table, tmp_path / "a.parquet", row_group_size=2)
-    pq.write_table(pa.table({"body": pa.array(["x", "x"]).dictionary_encode()}), tmp_path / "b.parquet")
-    assert texts(ParquetSource(path=str(tmp_path), column="body")) == [f"document {i}" for i in range(5)] + ["x", "x"]
-
-
 def test_missing_files_are_named(tmp_path):
     assert error(TextSource(path=f"{tmp_path}/no.txt")) == f"{tmp_path}/no.txt: no such file or directory"
     assert error(TextSource(path=f"{tmp_path}/*.txt")) == f"{tmp_path}/*.txt: no file matches"
@@ -124,7 +117,7 @@ def test_bytes_that_are_not_text_are_located(tmp_path, separator):
         (b"one\n--\ntwo \xff\n", "byte 11 (0xff) is not UTF-8"),
         ("one\n--\nü".encode()[:-1], "byte 7 (0xc3) is not UTF-8"),
         (b"one\n--\nt\0wo", "byte 8 is NUL"),
-        ("text".encode("utf-16"), "byte"),
+        ("text".encode("utf-16"), "UTF-16 (byte-order mark ff fe); convert it to UTF-8"),
     ):
         path.write_bytes(content)
         assert error(TextSource(path=str(path), separator=separator)).startswith(f"{path}: {at}")
@@ -145,6 +138,7 @@ def test_bytes_that_are_not_text_are_located(tmp_path, separator):
         ('{"text": 1}', "field 'text' is int, not text"),
         ('{"text": null}', "field 'text' is NoneType, not text"),
         (r'{"text": "ab\ud800"}', "a lone surrogate at character 2"),
+        (r'{"text": "ab\u0000"}', "field 'text': character 2 is NUL, which is not text; convert the file or remove it"),
     ],
 )
 def test_bad_json_lines_are_located(tmp_path, line, message):
@@ -160,22 +154,93 @@ def test_json_lines_that_are_not_utf8_are_located(tmp_path):
     assert error(JSONLSource(path=str(path))).startswith(f"{path}: byte 24 (0xff) is not UTF-8")
 
 
-def test_damaged_parquet_and_missing_columns_are_named(tmp_path):
-    path = tmp_path / "a.parquet"
-    pq.write_table(pa.table({"text": ["a"] * 100, "id": range(100), "raw": [b"x"] * 100}), path)
-    assert "no column 'body'; columns here: 'text', 'id', 'raw'" in error(ParquetSource(path=str(path), column="body"))
-    assert "column 'id' is int64, not text" in error(ParquetSource(path=str(path), column="id"))
-    assert "column 'raw' is binary, not text" in error(ParquetSource(path=str(path), column="raw"))
-    content = path.read_bytes()
-    for damaged in (content[: len(content) // 2], b"", b"plain text, and no Parquet at all"):
-        path.write_bytes(damaged)
-        assert error(ParquetSource(path=str(path))).startswith(f"{path}: truncated or damaged Parquet file")
+def test_nested_fields_are_named_with_dots(tmp_path):
+    lines = [
+        {"meta": {"text": "nested"}},
+        {"meta.text": "with a dot", "meta": {"text": "not this"}},
+        {"meta": {"text": "and again", "other": 1}, "text": "not this"},
+    ]
+    path = tmp_path / "a.jsonl"
+    path.write_text("\n".join(map(json.dumps, lines)))
+    assert texts(JSONLSource(path=str(path), field="meta.text")) == ["nested", "with a dot", "and again"]
+    path.write_text(json.dumps({"a.b": {"c": {"d.e": "deep"}}, "a": {"b": 1}}))
+    assert texts(JSONLSource(path=str(path), field="a.b.c.d.e")) == ["deep"]
+    for line in ({"meta": {"txt": "x"}}, {"meta": "x"}, {"meta": None}, {"meta": [{"text": "x"}]}):
+        path.write_text(json.dumps(line))
+        message = error(JSONLSource(path=str(path), field="meta.text"))
+        assert message == f"{path}:1: no field 'meta.text'; fields here: 'meta'"
 
 
-def test_parquet_cells_that_are_not_text_are_located(tmp_path):
-    path = tmp_path / "a.parquet"
-    pq.write_table(pa.table({"text": ["a", None]}), path)
-    assert error(ParquetSource(path=str(path))) == f"{path}, row 1: column 'text' is null, not text"
-    cells = pa.Array.from_buffers(pa.string(), 1, pa.array([b"ab\xff"]).buffers())
-    pq.write_table(pa.table({"text": cells}), path)
-    assert error(ParquetSource(path=str(path))) == f"{path}, row 0: column 'text': byte 2 is not UTF-8"
+@pytest.mark.parametrize("suffix", COMPRESS)
+def test_members_with_padding_are_read_and_damaged_ones_are_not_lost(tmp_path, suffix):
+    path = tmp_path / f"a.txt{suffix}"
+    one, two = (COMPRESS[suffix](text) for text in (b"one ", b"two"))
+    path.write_bytes(one + COMPRESS[suffix](b"") + two + b"\0" * 5000 + one + b"\0" * 512)
+    assert texts(TextSource(path=str(path))) == ["one twoone "]
+    for damaged in (two[: len(two) // 2], two[:3], b"\xff" + two[1:], b"garbage"):
+        path.write_bytes(one + damaged)
+        assert error(TextSource(path=str(path))).startswith(f"{path}: truncated or damaged {suffix} file (")
+
+
+@pytest.mark.parametrize("suffix", COMPRESS)
+def test_compressed_files_of_many_chunks(tmp_path, suffix):
+    text = "".join(f"{i * i % 977} " for i in range(60_000)) + "x" * 3_000_000
+    path = tmp_path / f"A.TXT{suffix.upper()}"
+    path.write_bytes(COMPRESS[suffix](text.encode()))
+    assert texts(TextSource(path=str(path))) == [text]
+
+
+def test_zst_with_a_long_window_and_skippable_frames(tmp_path):
+    parameters = zstandard.ZstdCompressionParameters.from_level(1, window_log=28, enable_ldm=True)
+    stream = zstandard.ZstdCompressor(compression_params=parameters).compressobj()
+    frame = stream.compress(b"far " * 1000) + stream.flush()
+    assert zstandard.get_frame_parameters(frame).window_size == 2**28
+    skippable = (0x184D2A50).to_bytes(4, "little") + (5).to_bytes(4, "little") + b"notes"
+    path = tmp_path / "a.txt.zst"
+    path.write_bytes(skippable + frame + skippable + frame)
+    assert texts(TextSource(path=str(path))) == ["far " * 2000]
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be", "utf-32"])
+@pytest.mark.parametrize("separator", [None, "--"])
+def test_utf16_is_named(tmp_path, encoding, separator):
+    path = tmp_path / "a.txt"
+    path.write_bytes("Some text\n--\nand more".encode(encoding))
+    message = error(TextSource(path=str(path), separator=separator))
+    name = encoding.upper().replace("-LE", "LE").replace("-BE", "BE")
+    assert message.startswith(f"{path}: ") and name in message and f"iconv -f {name} -t UTF-8" in message
+    assert name in error(JSONLSource(path=str(path)))
+
+
+def test_the_byte_order_mark_of_json_lines_is_dropped(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b'\xef\xbb\xbf{"text": "a"}\n{"text": "\xef\xbb\xbfb"}\n')
+    assert texts(JSONLSource(path=str(path))) == ["a", "\ufeffb"]
+
+
+def through_pipe(path: Path, content: bytes) -> threading.Thread:
+    os.mkfifo(path)
+    writer = threading.Thread(target=path.write_bytes, args=(content,))
+    writer.start()
+    return writer
+
+
+def test_a_pipe_is_read_once_and_can_be_streamed_twice(tmp_path):
+    path = tmp_path / "pipe.txt.gz"
+    writer = through_pipe(path, gzip.compress(b"one\n--\n" + b"two" * 100_000))
+    source = open_source(TextSource(path=str(path), separator="--"))
+    writer.join()
+    [copy] = source.files
+    for _ in range(2):
+        documents = list(source.documents())
+        assert [document.text for document in documents] == ["one", "two" * 100_000]
+        assert documents[1].place == f"{path}:3"
+    del source
+    assert not copy.exists()
+
+
+def test_errors_in_a_pipe_name_the_pipe(tmp_path):
+    path = tmp_path / "pipe"
+    writer = through_pipe(path, b"ab\xff")
+    assert error(TextSource(path=str(path))) == f"{path}: byte 2 (0xff) is not UTF-8; convert the file or remove it"
+    writer.join()

@@ -12,6 +12,7 @@ from tokenizers import decoders, models, pre_tokenizers
 
 from fusedlm.config.data import SotuSource
 from fusedlm.data import load_tokenizer
+from fusedlm.data.pretokens import LONGEST, SPLIT, UNLIMITED
 from fusedlm.data.sources import open_source
 from fusedlm.data.tokenizer import END_OF_TEXT, ByteTokenizer, SubwordTokenizer, read_tokenizer_file, train_bpe
 
@@ -102,8 +103,9 @@ def test_training_is_the_same_in_another_process(bpe):
 
 def test_long_documents_in_pieces_give_the_tokens_of_the_full_text(bpe, speeches, monkeypatch):
     texts = ["\n".join(speeches[:2]), "a\n" * 500, "a\n\n\nb .\nC '\nd 12\n34\t\nx" * 50, "-" * 5000, "é\n" * 3000]
+    texts += [f"{'-' * n}\n{'x' * n}\n{' ' * n}\nA{' ' * n}.\nB" for n in (255, 256, 257, 511, 512, 513)]
     full = [bpe.encode(text) for text in texts]
-    monkeypatch.setattr("fusedlm.data.tokenizer._PIECE_CHARACTERS", 40)
+    monkeypatch.setattr("fusedlm.data.pretokens._PIECE_CHARACTERS", 40)
     monkeypatch.setattr("fusedlm.data.tokenizer._GROUP_CHARACTERS", 100)
     assert [bpe.encode(text) for text in texts] == full
     assert [ids.tolist() for ids in bpe.encode_batch(texts)] == full
@@ -183,6 +185,80 @@ def test_the_vocabulary_covers_the_largest_id(tmp_path):
     tokenizer = read_tokenizer_file(path, "</s>")
     assert (tokenizer.vocab_size, tokenizer.eot_id) == (8, 3)
     assert tokenizer.encode("a b") == [7, 0]
+    assert tokenizer.unused_ids(10).tolist() == [1, 2, 4, 5, 6, 8, 9]
+    assert ByteTokenizer().unused_ids(257).tolist() == [] and ByteTokenizer().unused_ids(259).tolist() == [257, 258]
+
+
+def test_ids_that_are_shared_or_huge_are_refused(tmp_path):
+    # The library gives an added token the number of entries as its id.
+    path = write_word_tokenizer(tmp_path / "tokenizer.json", {"<unk>": 0, "a": 7, "b": 3})
+    spec = json.loads(path.read_text())
+    token = {"content": "</s>", "id": 8, "special": True}
+    token |= dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    path.write_text(json.dumps(spec | {"added_tokens": [token]}))
+    with pytest.raises(ValueError, match=r"tokenizer\.json: the tokens '(b|</s>)' and .* get the same id 3; number"):
+        read_tokenizer_file(path, "</s>")
+    write_word_tokenizer(path, {"<unk>": 0, "a": 2**24, "</s>": 1})
+    with pytest.raises(ValueError, match="id 16777216 is too large"):
+        read_tokenizer_file(path, "</s>")
+
+
+def test_an_id_that_the_library_renumbers_is_said(tmp_path, caplog):
+    path = write_word_tokenizer(tmp_path / "tokenizer.json", {"<unk>": 0, "a": 1})
+    token = {"content": "</s>", "id": 40, "special": True}
+    token |= dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"added_tokens": [token]}))
+    assert read_tokenizer_file(path, "</s>").vocab_size == 3
+    assert [record.getMessage() for record in caplog.records] == [
+        "the tokenizer's file gives '</s>' the id 40; it is read as 2"
+    ]
+
+
+ORDINARY = [
+    "if (x):\n" + " " * 80 + "return -1  # " + "-" * 100 + "\r\n\r\n\n",
+    "a\u3000b\t\t\n  \n x\n\n",
+    "don't I'LL 12345 \u00fc!?\n\n",
+]
+
+
+def test_the_limit_of_pretokens_changes_nothing_in_ordinary_text(speeches):
+    split, unlimited = (pre_tokenizers.Split(tokenizers.Regex(regex), "isolated") for regex in (SPLIT, UNLIMITED))
+    for text in [*NASTY[:-1], *ORDINARY, *speeches, "x" * LONGEST, " " * LONGEST, "\n" * LONGEST]:
+        assert split.pre_tokenize_str(text) == unlimited.pre_tokenize_str(text)
+
+
+RUNS = {
+    "spaces": " ",
+    "dashes": "-",
+    "line ends": "\n",
+    "CJK": "\u6f22\u5b57\u4eee\u540d",
+    "DNA": "ACGTTGCAAC",
+    "mixed": "\u00fc\u6f22 \n--",
+}
+
+
+@pytest.mark.parametrize("run", RUNS)
+def test_pretokens_of_a_run_without_a_break_are_bounded(run):
+    text = (RUNS[run] * 20_000)[:20_000] + "end"
+    split = pre_tokenizers.Split(tokenizers.Regex(SPLIT), "isolated")
+    cut = split.pre_tokenize_str(text)
+    assert max(len(piece) for piece, _ in cut) <= 2 * LONGEST + 1
+    assert "".join(piece for piece, _ in cut) == text
+    trained = train_bpe([text], 300)
+    assert trained.decode(trained.encode(text)) == text
+
+
+def test_a_tokenizer_trained_without_the_limit_loads_and_encodes_as_before(bpe, speeches, tmp_path):
+    bpe.save(tmp_path)
+    spec = json.loads((tmp_path / "tokenizer.json").read_text())
+    spec["pre_tokenizer"]["pretokenizers"][0]["pattern"]["Regex"] = UNLIMITED
+    old = SubwordTokenizer(json.dumps(spec), END_OF_TEXT)
+    assert old._can_cut and old.keeps_text
+    plain = tokenizers.Tokenizer.from_str(json.dumps(spec))
+    plain.encode_special_tokens = True
+    for text in [*NASTY, "ab" * 2000, " " * 1000 + "x"]:
+        assert old.encode(text) == plain.encode(text).ids
+    assert old.encode(speeches[0]) == bpe.encode(speeches[0])
 
 
 def test_padding_and_truncation_of_a_file_are_off(tmp_path):

@@ -1,5 +1,6 @@
 """A model with a state whose next-token logits are known in closed form, and a byte tokenizer."""
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -21,6 +22,7 @@ class History(nn.Module):
 
     def __init__(self):
         super().__init__()
+        self.vocab_size = 320
         generator = torch.Generator().manual_seed(0)
         self.last = torch.randn(320, 320, generator=generator)
         self.seen = torch.randn(11, 320, generator=generator)
@@ -71,6 +73,9 @@ class Bytes:
 
     def decode_bytes(self, ids):
         return bytes(i for i in ids if i != EOT)
+
+    def unused_ids(self, limit):
+        return np.arange(self.vocab_size, limit)
 
 
 @pytest.fixture

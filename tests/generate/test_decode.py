@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 
@@ -124,3 +125,18 @@ def test_logits_that_are_not_finite_are_an_error(model, tokenizer):
     model.last[:] = math.nan
     with pytest.raises(ValueError, match="not finite"):
         list(generate(model, tokenizer, "x", **CPU))
+
+
+@pytest.mark.parametrize("options", [{"temperature": 0}, {"temperature": 5.0}, {"top_k": 3}, {"top_p": 0.9}])
+def test_ids_without_a_token_are_never_drawn(model, tokenizer, options):
+    gaps = [ord("A"), ord("z"), *range(257, 320)]
+    model.last[:, gaps] = 1e6
+    tokenizer.unused_ids = lambda limit: np.array(gaps)
+    text = "".join(generate(model, tokenizer, "once", max_tokens=40, **options, **CPU))
+    assert text and not set(text) & {"A", "z"} and not any(id_ in gaps for fed in model.fed[1:] for id_ in fed)
+
+
+def test_a_prompt_outside_of_the_models_vocabulary_is_refused(model, tokenizer):
+    model.vocab_size = 100
+    with pytest.raises(ValueError, match="id 256, which is not in the model's vocabulary of 100"):
+        generate(model, tokenizer, "x", **CPU)
