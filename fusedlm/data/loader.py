@@ -246,11 +246,13 @@ class Loader:
         host = torch.empty(shape, dtype=torch.int64, pin_memory=self._copies is not None)
         rows = host.numpy()
         for row, (i, start) in enumerate(zip(*self._order.locate(np.arange(first, first + self._rows)), strict=True)):
-            window = self._rings[i].read(int(start), self._seq_len + 1)
+            ring = self._rings[i]
+            window = ring.read(int(start), self._seq_len + 1)
             rows[0, row], rows[1, row] = window[:-1], window[1:]
             if self._document_mask:
                 rows[2, row] = 0
-                rows[2, row, self._rings[i].boundaries(int(start), self._seq_len)] = 1
+                rows[2, row, ring.boundaries(int(start), self._seq_len)] = 1
+                rows[2, row, 0] = 0  # documents of a row are numbered from 0
         if self._document_mask:
             np.cumsum(rows[2], axis=1, out=rows[2])
         return host

@@ -1,7 +1,5 @@
 """Shards as rings of tokens: windows wrap around, so that every token can be in one."""
 
-from collections.abc import Iterator
-
 import numpy as np
 
 from fusedlm.data.shards import Shard
@@ -26,24 +24,24 @@ class Ring:
         return pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
 
     def boundaries(self, start: int, length: int) -> np.ndarray:
-        """Positions in 1..length-1 of the window from `start` at which a document starts."""
+        """Positions in 0..length-1 of the window from `start` at which a document starts."""
         found = []
         for shard, low, high, position in self._spans(start, length):
-            first, last = np.searchsorted(shard.offsets, [low, high])
-            found.append(shard.offsets[first:last] - low + position)
-        positions = np.concatenate(found)
-        return positions[positions > 0]
+            first, last = shard.offsets.searchsorted((low, high))
+            found.append(shard.offsets[first:last] + (position - low))
+        return found[0] if len(found) == 1 else np.concatenate(found)
 
-    def _spans(self, start: int, length: int) -> Iterator[tuple[Shard, int, int, int]]:
-        """Yields the parts of a window: a shard, first token and end in it, and position of the part in the window."""
-        number, position = int(np.searchsorted(self._starts, start, side="right")) - 1, 0
+    def _spans(self, start: int, length: int) -> list[tuple[Shard, int, int, int]]:
+        """The parts of a window: a shard, first token and end in it, and position of the part in the window."""
+        number = int(self._starts.searchsorted(start, side="right")) - 1 if len(self._shards) > 1 else 0
+        spans, position, low = [], 0, start - int(self._starts[number])
         while position < length:
             shard = self._shards[number]
-            low = start + position - int(self._starts[number]) if position == 0 else 0
             high = min(len(shard.tokens), low + length - position)
-            yield shard, low, high, position
+            spans.append((shard, low, high, position))
             position += high - low
-            number = (number + 1) % len(self._shards)
+            number, low = (number + 1) % len(self._shards), 0
+        return spans
 
 
 def rings(shards: list[Shard], seq_len: int) -> list[Ring]:

@@ -43,9 +43,12 @@ class TokenFile:
             return np.empty(0, self._dtype)
         ids = np.empty(stop - start, self._dtype)
         try:
-            with open(self.path, "rb", buffering=0) as file:
-                self._check_unchanged(file.fileno())
-                read = _read_into(file.fileno(), memoryview(ids).cast("B"), start * self._dtype.itemsize)
+            descriptor = os.open(self.path, os.O_RDONLY)  # several times as fast as `open`
+            try:
+                self._check_unchanged(descriptor)
+                read = _read_into(descriptor, memoryview(ids).cast("B"), start * self._dtype.itemsize)
+            finally:
+                os.close(descriptor)
         except FileNotFoundError:
             raise self._damaged("is missing: it was removed while in use") from None
         except OSError as error:
