@@ -77,6 +77,7 @@ def stretch(model, recipe, factor: float | None) -> None:
 class LoadedRun:
     """A model with all that a command needs beside it; their types are not imported for --help."""
 
+    run: Path  # its folder
     model: Any  # Decoder
     tokenizer: Any  # Tokenizer
     recipe: Any  # Recipe, with the overrides
@@ -85,8 +86,19 @@ class LoadedRun:
     step: int  # of the checkpoint
 
 
-def load_run(run: Path, *, checkpoint: str, weights: str, device: str, overrides: list[str] | None) -> LoadedRun:
+def load_run(
+    run: Path,
+    *,
+    checkpoint: str,
+    weights: str,
+    device: str,
+    overrides: list[str] | None,
+    data: Path | None = None,
+) -> LoadedRun:
     """A trained model by the options of the command line.
+
+    Args:
+        data: folder of the prepared text, instead of the recipe's data.dir.
 
     Raises:
         ValueError: as `fusedlm.runs.load`.
@@ -97,7 +109,9 @@ def load_run(run: Path, *, checkpoint: str, weights: str, device: str, overrides
     where = resolve_device(device)
     step = choose_checkpoint(run, checkpoint_name(checkpoint))
     model, tokenizer, recipe = load(run, checkpoint=step, weights=weights, device=where, overrides=overrides or [])
-    return LoadedRun(model, tokenizer, recipe, where, resolve_dtype(recipe.runtime.dtype, where), step)
+    if data is not None:
+        recipe = recipe.model_copy(update={"data": recipe.data.model_copy(update={"dir": str(data)})})
+    return LoadedRun(run, model, tokenizer, recipe, where, resolve_dtype(recipe.runtime.dtype, where), step)
 
 
 def checkpoint_name(text: str) -> str | int:

@@ -18,11 +18,12 @@ def prepare(recipe: RecipeArgument, overrides: OverridesArgument = None) -> None
     """Read, split and tokenize the text of RECIPE into shards. Text that is already prepared is only verified."""
     from fusedlm.config import load_recipe
     from fusedlm.data import prepare
+    from fusedlm.data.summary import text_facts
 
-    config = load_recipe(recipe, overrides or []).data
+    loaded = load_recipe(recipe, overrides or [])
     with progress_bars(plain=True) as progress:
-        prepared = prepare(config, progress)
-    for name, shards in (("training", prepared.train), ("validation", prepared.validation)):
-        print(f"{name}: {shards.n_documents:,} documents, {shards.n_bytes:,} bytes, {shards.n_tokens:,} tokens")
+        prepared = prepare(loaded.data, progress)
+    for name, fact in text_facts(prepared, loaded).items():
+        print(f"{name}: {fact}")
     print(f"vocabulary: {prepared.tokenizer.vocab_size:,}")
     print(prepared.directory)

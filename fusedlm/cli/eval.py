@@ -36,7 +36,15 @@ from fusedlm.cli.text import documents_of
 
 TextOption = Annotated[
     Path | None,
-    typer.Option(help="Text file to score as one document (default: validation text of the run).", show_default=False),
+    typer.Option(help="Text file to score as one document (default: what the run held out).", show_default=False),
+]
+DataOption = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="FOLDER",
+        help="Folder with the prepared text of the run (default: data.dir of its recipe).",
+        show_default=False,
+    ),
 ]
 WindowOption = Annotated[
     int | None,
@@ -62,6 +70,7 @@ def evaluate(
     run: RunArgument,
     overrides: RuntimeArgument = None,
     text: TextOption = None,
+    data: DataOption = None,
     window: WindowOption = None,
     stride: StrideOption = None,
     yarn: YaRNOption = None,
@@ -81,7 +90,7 @@ def evaluate(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object only.")] = False,
 ) -> None:
     """Score validation text with the model of RUN, each token once, and print bits per byte; or run a probe."""
-    options = {"text": text, "window": window, "stride": stride, "yarn": yarn, "steps": steps, "lr": lr}
+    options = {"text": text, "data": data, "window": window, "stride": stride, "yarn": yarn, "steps": steps, "lr": lr}
     options |= {"samples": samples, "seed": seed, "pairs": pairs, "lengths": lengths, "depths": depths}
     options = check_options(probe, options | {"factors": factors, "out": out})
     if probe is not None:
@@ -89,19 +98,22 @@ def evaluate(
         return
     from fusedlm.evaluate import default_stride, score_documents
 
-    loaded = load_run(run, checkpoint=checkpoint, weights=weights, device=device, overrides=overrides)
+    if text is not None and data is not None:
+        raise ValueError(f"--text {text} and --data {data}: give only one of them")
+    loaded = load_run(run, checkpoint=checkpoint, weights=weights, device=device, overrides=overrides, data=data)
     stretch(loaded.model, loaded.recipe, yarn)
     if window is None:
         window = loaded.recipe.train.seq_len
     if window and stride is None:
         stride = default_stride(window)
     with progress_bars() as progress:
-        documents, n_tokens = documents_of(text, loaded.recipe, loaded.tokenizer, progress)
+        documents, n_tokens, longest = documents_of(text, loaded, progress)
         score = score_documents(
             loaded.model,
             documents,
             window=window or None,
             stride=stride,
+            longest=longest,
             device=loaded.device,
             dtype=loaded.dtype,
             progress=lambda done: progress("scoring", done, n_tokens),

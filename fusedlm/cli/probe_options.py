@@ -76,10 +76,10 @@ OutOption = Annotated[
 ]
 
 _TAKES = {
-    None: ("text", "window", "stride", "yarn"),
+    None: ("text", "data", "window", "stride", "yarn"),
     "mqar": ("pairs", "steps", "lr", "samples", "seed", "out"),
-    "needle": ("text", "lengths", "depths", "steps", "lr", "samples", "seed", "yarn", "out"),
-    "extend": ("text", "factors", "samples", "out"),
+    "needle": ("text", "data", "lengths", "depths", "steps", "lr", "samples", "seed", "yarn", "out"),
+    "extend": ("text", "data", "factors", "samples", "out"),
 }
 
 

@@ -20,13 +20,14 @@ class Target:
     device: str
     overrides: list[str]  # of the recipe's runtime
 
-    def load(self):
+    def load(self, data: Path | None):
         return load_run(
             self.run,
             checkpoint=self.checkpoint,
             weights=self.weights,
             device=self.device,
             overrides=self.overrides,
+            data=data,
         )
 
 
@@ -104,17 +105,17 @@ def _needle(target: Target, options: dict):
         if name in options:
             options[name] = tuple(_split(f"--{name}", options[name]))
     text, yarn = options.pop("text", None), options.pop("yarn", None)
-    loaded = target.load()
+    loaded = target.load(options.pop("data", None))
     model, tokenizer, recipe = loaded.model, loaded.tokenizer, loaded.recipe
     where = {"device": loaded.device, "dtype": loaded.dtype}
     train = recipe.train
     with progress_bars() as progress:
-        documents, _ = documents_of(text, recipe, tokenizer, progress)
+        documents, *_ = documents_of(text, loaded, progress)
         finetuning = None
         if steps:
             optimizer = train.optimizer if lr is None else train.optimizer.model_copy(update={"lr": _rate(lr)})
             seed = options.get("seed", 0)
-            shards = prepared_text(recipe, tokenizer, progress).train
+            shards = prepared_text(loaded, progress).train
             texts = training_texts(shards, seq_len=train.seq_len, eot_id=tokenizer.eot_id, seed=seed)
             model, losses = finetune(
                 model,
@@ -156,11 +157,11 @@ def _extend(target: Target, options: dict):
     if "factors" in options:
         options["factors"] = tuple(_split("--factors", options["factors"]))
     text = options.pop("text", None)
-    loaded = target.load()
+    loaded = target.load(options.pop("data", None))
     where = {"device": loaded.device, "dtype": loaded.dtype}
     trained = loaded.recipe.train.seq_len
     with progress_bars() as progress:
-        documents, _ = documents_of(text, loaded.recipe, loaded.tokenizer, progress)
+        documents, *_ = documents_of(text, loaded, progress)
         options = {"trained_length": trained, "progress": progress} | options
         result = probe_extend(loaded.model, documents, loaded.tokenizer, **options, **where)
     result["text"] = text and str(text)

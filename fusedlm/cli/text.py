@@ -3,12 +3,13 @@
 from pathlib import Path
 
 
-def documents_of(path: Path | None, recipe, tokenizer, progress):
-    """(documents, number of text tokens) of a file, or of the validation text of a run."""
+def documents_of(path: Path | None, loaded, progress):
+    """(documents, number of text tokens, text tokens of the longest) of a file, or of what a run held out."""
     if path is not None:
-        return _file_documents(path, tokenizer)
-    shards = prepared_text(recipe, tokenizer, progress).validation
-    return shards.documents(), shards.n_tokens - shards.n_documents
+        documents, n_tokens = _file_documents(path, loaded.tokenizer)
+        return documents, n_tokens, n_tokens
+    shards = prepared_text(loaded, progress).validation
+    return shards.documents(), shards.n_tokens - shards.n_documents, shards.longest
 
 
 def _file_documents(path: Path, tokenizer):
@@ -24,14 +25,23 @@ def _file_documents(path: Path, tokenizer):
     return documents, sum(len(tokens) - 1 for tokens, _ in documents)
 
 
-def prepared_text(recipe, tokenizer, progress):
-    """The prepared text of a run; prepared again if it is missing."""
-    from fusedlm.data import prepare
+def prepared_text(loaded, progress):
+    """The text that the run of a `LoadedRun` was trained with, by its fingerprint.
 
-    prepared = prepare(recipe.data, progress)
-    if prepared.tokenizer.fingerprint != tokenizer.fingerprint:
+    Raises:
+        ValueError: it is gone, has changed or is damaged.
+    """
+    from fusedlm.runs.checkpoint import Checkpoints
+    from fusedlm.runs.folder import CHECKPOINTS
+    from fusedlm.runs.state import read_state
+    from fusedlm.runs.text import open_text
+
+    fingerprint = read_state(Checkpoints(loaded.run / CHECKPOINTS), loaded.step).data
+    remedy = "name the folder of the prepared text with --data FOLDER, or give other text to score with --text FILE"
+    prepared = open_text(loaded.recipe, fingerprint, loaded.run, remedy=remedy, progress=progress)
+    if prepared.tokenizer.fingerprint != loaded.tokenizer.fingerprint:
         raise ValueError(
-            f"{prepared.directory}: not the tokenizer of the run, so the text has changed since training; "
-            "give the text to score with --text"
+            f"{loaded.run}: its tokenizer is not the one of its text in {prepared.directory}; restore the tokenizer "
+            "of the run, or give the text to score with --text FILE"
         )
     return prepared

@@ -20,6 +20,7 @@ from fusedlm.data.vocabulary import planned_vocab_size
 from fusedlm.model.precision import resolve_device, resolve_dtype
 from fusedlm.runs.hardware import device_name
 from fusedlm.runs.signals import StopSignal
+from fusedlm.runs.text import open_text
 from fusedlm.train.display import Display
 from fusedlm.train.loggers import check_loggers
 
@@ -100,11 +101,17 @@ def _open(
     """Prepare the text, once per data section, and check the experiment against its folder. Gives vocabulary sizes."""
     display = Display(console)
     prepared, found = {}, {}
+    saved = folder.saved_identity()["variants"] if folder.holds_experiment() else {}
     try:
         for name, recipe in recipes.items():
             key = recipe.data.model_dump_json()
             if key not in prepared:
-                data = prepare(recipe.data, display.preparing)
+                if name in saved:
+                    remedy = "restore the text or name another folder with --out"
+                    text, where = saved[name]["text"], folder.path
+                    data = open_text(recipe, text, where, remedy=remedy, progress=display.preparing)
+                else:
+                    data = prepare(recipe.data, display.preparing)
                 prepared[key] = {"text": data.manifest["fingerprint"], "vocab_size": data.tokenizer.vocab_size}
             found[name] = prepared[key]
     finally:
@@ -176,7 +183,7 @@ class _Grid:
 
     def _calibrate(self, name: str, recipe: Recipe) -> float:
         steps = self.experiment.calibration_steps
-        changes = {"steps": steps, "eval_every": 0, "eval_tokens": 1, "checkpoint_every": 0, "loggers": []}
+        changes = {"steps": steps, "eval_every": 0, "eval_tokens": 64, "checkpoint_every": 0, "loggers": []}
         short = recipe.model_copy(update={"train": recipe.train.model_copy(update=changes)})
         target = self.folder.path / "calibration" / name
         shutil.rmtree(target, ignore_errors=True)
@@ -198,7 +205,8 @@ class _Grid:
             }
         )
         self.display.begin(name, recipe.train.steps)
-        record = self._run_in_process(name, train_run, recipe, self.folder.run(variant.name, seed))
+        text = self.folder.saved_identity()["variants"][variant.name]["text"]
+        record = self._run_in_process(name, train_run, recipe, self.folder.run(variant.name, seed), text)
         if record["outcome"] == "stopped":
             raise Stopped
         self.folder.write_record(variant.name, seed, record)

@@ -76,6 +76,10 @@ class ExperimentFolder:
         write_atomic(self.path / EXPERIMENT, dump_experiment(experiment))
         write_atomic(self.path / IDENTITY, json.dumps(identity, indent=1) + "\n")
 
+    def holds_experiment(self) -> bool:
+        """Whether an experiment was started here."""
+        return (self.path / IDENTITY).exists()
+
     def saved_identity(self) -> dict:
         """The identity that `write_header` saved. Raises ValueError if there is none."""
         saved = _read(self.path / IDENTITY)

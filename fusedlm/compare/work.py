@@ -8,13 +8,13 @@ import numpy as np
 from fusedlm.compare.decoding import measure_decoding
 from fusedlm.compare.process import Report
 from fusedlm.config import Recipe
-from fusedlm.data import prepare
 from fusedlm.evaluate import score_documents
 from fusedlm.model import build_model
 from fusedlm.model.precision import resolve_device, resolve_dtype
 from fusedlm.runs.backends import use_backends
 from fusedlm.runs.load import load
 from fusedlm.runs.metrics import read_metrics
+from fusedlm.runs.text import open_text
 from fusedlm.train import TrainingDiverged, train
 from fusedlm.train.display import Display
 
@@ -53,24 +53,27 @@ class _Relay(Display):
         self._report("validation", record)
 
 
-def train_run(recipe: Recipe, run_dir: Path, report: Report) -> dict:
+def train_run(recipe: Recipe, run_dir: Path, text: str, report: Report) -> dict:
     """Train, or resume an interrupted run, and score all validation text.
+
+    Args:
+        text: fingerprint of the prepared text, the same for all runs of an experiment even if the source changes.
 
     Returns:
         "outcome": finished, diverged or stopped; "message"; "final": the score of a finished run on all validation
         text, with keys as in metrics.jsonl.
     """
     try:
-        result = train(recipe, run_dir, resume=True, display=_Relay(report), strict_backends=False)
+        result = train(recipe, run_dir, resume=True, display=_Relay(report), text=text, strict_backends=False)
     except TrainingDiverged as error:
         return {"outcome": "diverged", "message": str(error), "final": None}
     if result.stopped_by_signal:
         return {"outcome": "stopped", "message": "", "final": None}
-    return {"outcome": "finished", "message": "", "final": _final_score(recipe, run_dir)}
+    return {"outcome": "finished", "message": "", "final": _final_score(recipe, run_dir, text)}
 
 
-def _final_score(recipe: Recipe, run_dir: Path) -> dict:
-    shards = prepare(recipe.data).validation
+def _final_score(recipe: Recipe, run_dir: Path, text: str) -> dict:
+    shards = open_text(recipe, text, run_dir, remedy="restore the text").validation
     records, _ = read_metrics(run_dir / "metrics.jsonl")
     last = [record for record in records if "val_bpb" in record][-1]
     if last["val_tokens"] == shards.n_tokens - shards.n_documents:
@@ -82,6 +85,7 @@ def _final_score(recipe: Recipe, run_dir: Path) -> dict:
         shards.documents(),
         window=recipe.train.seq_len,
         stride=recipe.train.seq_len,
+        longest=shards.longest,
         device=device,
         dtype=resolve_dtype(recipe.runtime.dtype, device),
     )

@@ -1,9 +1,10 @@
 """Batches of packed tokens whose order is a function of (seed, sample counter) alone.
 
-An epoch cuts every shard, as a ring of n tokens, into n // seq_len windows from a random phase on, and visits each
-window of all shards once, in pseudo-random order. Seed and epoch give phase and order; sample i of the run is sample
-i % windows of epoch i // windows. Any sample is located in constant time: resuming at any counter is immediate, and
-the samples of a global batch do not depend on the number of ranks.
+An epoch cuts every ring of n tokens into n // seq_len windows from a random phase on, and visits each window of all
+rings once, in pseudo-random order. A ring is a shard, or several that are too short for a window (`fusedlm.data.ring`).
+Seed and epoch give phase and order; sample i of the run is sample i % windows of epoch i // windows. Any sample is
+located in constant time: resuming at any counter is immediate, and the samples of a global batch do not depend on the
+number of ranks.
 """
 
 import hashlib
@@ -15,6 +16,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from fusedlm.data.ring import rings
 from fusedlm.data.shards import TokenShards
 
 _ROUNDS = 8
@@ -71,10 +73,10 @@ class Permutation:
 
 
 class WindowOrder:
-    """Where each sample lies in the shards.
+    """Where each sample lies in the rings.
 
     Args:
-        lengths: tokens of each shard.
+        lengths: tokens of each ring.
         seq_len: tokens per window; one more is read as the last target.
         seed: of phases and order.
     """
@@ -87,18 +89,18 @@ class WindowOrder:
         self._epoch: tuple[int, Permutation, np.ndarray] | None = None
 
     def locate(self, samples: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Index of the shard and of the first token in it (int64 each), of int64 samples."""
-        shards, starts = np.empty_like(samples), np.empty_like(samples)
+        """Index of the ring and of the first token in it (int64 each), of int64 samples."""
+        rings, starts = np.empty_like(samples), np.empty_like(samples)
         epochs = samples // self.windows
         for epoch in np.unique(epochs):
             chosen = epochs == epoch
             permutation, phases = self._draw(int(epoch))
             window = permutation(samples[chosen] % self.windows)
-            shard = np.searchsorted(self._ends, window, side="right")
-            in_shard = window - np.concatenate([[0], self._ends])[shard]
-            lengths = np.asarray(self._lengths, dtype=np.int64)[shard]
-            shards[chosen], starts[chosen] = shard, (phases[shard] + in_shard * self._seq_len) % lengths
-        return shards, starts
+            ring = np.searchsorted(self._ends, window, side="right")
+            in_ring = window - np.concatenate([[0], self._ends])[ring]
+            lengths = np.asarray(self._lengths, dtype=np.int64)[ring]
+            rings[chosen], starts[chosen] = ring, (phases[ring] + in_ring * self._seq_len) % lengths
+        return rings, starts
 
     def _draw(self, epoch: int) -> tuple[Permutation, np.ndarray]:
         if self._epoch is None or self._epoch[0] != epoch:
@@ -160,16 +162,13 @@ class Loader:
             raise ValueError(f"batch_size={batch_size} is not a multiple of the {world_size} ranks that share it")
         if not 0 <= rank < world_size:
             raise ValueError(f"rank={rank} is not in 0..{world_size - 1}")
-        lengths = [len(shard.tokens) for shard in shards.shards]
-        self._order = WindowOrder(lengths, seq_len, seed)
-        self.windows = self._order.windows
-        if not self.windows:
-            longest = max(lengths, default=0)
+        if shards.n_tokens < seq_len:
             raise ValueError(
-                f"seq_len={seq_len} is longer than the text: {shards.n_tokens} tokens, {longest} in the longest shard; "
-                f"lower seq_len{', or raise data.shard_tokens' if shards.n_tokens >= seq_len else ' or add text'}"
+                f"seq_len={seq_len} is longer than the text: {shards.n_tokens} tokens; lower seq_len or add text"
             )
-        self._shards = shards.shards
+        self._rings = rings(shards.shards, seq_len)
+        self._order = WindowOrder([len(ring) for ring in self._rings], seq_len, seed)
+        self.windows = self._order.windows
         self._seq_len, self._batch_size, self._document_mask = seq_len, batch_size, document_mask
         self._rank, self._rows = rank, batch_size // world_size
         self._device = torch.device(device)
@@ -247,12 +246,13 @@ class Loader:
         host = torch.empty(shape, dtype=torch.int64, pin_memory=self._copies is not None)
         rows = host.numpy()
         for row, (i, start) in enumerate(zip(*self._order.locate(np.arange(first, first + self._rows)), strict=True)):
-            shard = self._shards[i]
-            window = _ring(shard.tokens, start, self._seq_len + 1)
+            ring = self._rings[i]
+            window = ring.read(int(start), self._seq_len + 1)
             rows[0, row], rows[1, row] = window[:-1], window[1:]
             if self._document_mask:
                 rows[2, row] = 0
-                rows[2, row, _boundaries(shard.offsets, start, self._seq_len)] = 1
+                rows[2, row, ring.boundaries(int(start), self._seq_len)] = 1
+                rows[2, row, 0] = 0  # documents of a row are numbered from 0
         if self._document_mask:
             np.cumsum(rows[2], axis=1, out=rows[2])
         return host
@@ -266,26 +266,6 @@ class Loader:
             copied = torch.cuda.Event()
             copied.record(self._copies)
         return data, copied
-
-
-def _ring(tokens: np.ndarray, start: int, length: int) -> np.ndarray:
-    """`length` tokens from `start`, wrapping to 0 after the last; length is at most len(tokens) + 1."""
-    window = tokens[start : start + length]
-    if len(window) < length:
-        window = np.concatenate([window, tokens[: length - len(window)]])
-    return window
-
-
-def _boundaries(offsets: np.ndarray, start: int, length: int) -> np.ndarray:
-    """Positions in 1..length-1 of the window from `start` at which a document starts; one starts at token 0 of the
-    ring."""
-    n = int(offsets[-1])
-    low, high = np.searchsorted(offsets, [start + 1, start + length])
-    inside = offsets[low:high] - start
-    if start + length <= n:
-        return inside
-    wrapped = offsets[: np.searchsorted(offsets, start + length - n)] + (n - start)
-    return np.concatenate([inside, wrapped])
 
 
 def _mix(values: np.ndarray) -> np.ndarray:

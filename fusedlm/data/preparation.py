@@ -9,39 +9,44 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from fusedlm.config.data import BPETokenizerConfig, DataConfig, FileTokenizerConfig
+from fusedlm.data.lookup import find_prepared
 from fusedlm.data.lossless import LossCheck
+from fusedlm.data.manifest import FORMAT_VERSION, folder_name, write_manifest
 from fusedlm.data.meter import Meter, ReportProgress, silent
-from fusedlm.data.shards import (
-    FORMAT_VERSION,
-    PreparedData,
-    ShardWriter,
-    open_prepared,
-    sha256_file,
-    write_manifest,
-)
+from fusedlm.data.shards import PreparedData, ShardWriter, open_prepared
 from fusedlm.data.sources import Source, open_source
 from fusedlm.data.split import TRAIN, VALIDATION, content_digest, split_document
 from fusedlm.data.staging import exclusive, remove_leftovers, staged
+from fusedlm.data.token_file import sha256_file
 from fusedlm.data.tokenizer import ByteTokenizer, Tokenizer, read_tokenizer_file, train_bpe
 
 _BATCH_CHARACTERS = 1 << 22
 
 
-def prepare(config: DataConfig, progress: ReportProgress | None = None) -> PreparedData:
+class ChangedText(ValueError):
+    """The source does not hold the text that was asked for."""
+
+
+def prepare(
+    config: DataConfig, progress: ReportProgress | None = None, *, fingerprint: str | None = None
+) -> PreparedData:
     """Prepare the data of a recipe, or open what an earlier call prepared.
 
-    The folder is `config.dir`/<source>-<fingerprint>. The fingerprint covers the settings except `dir` and
-    `document_mask`, and the content of the source's files, not their paths; each call therefore reads the source once
-    to hash it (about 1.8 GB/s per core where the processor has SHA instructions). The folder appears complete or not
-    at all, and a second preparation at the same time waits for the first. Text is streamed: memory holds the largest
+    The folder is `config.dir`/<source>-<fingerprint>, or any other in `config.dir` whose manifest has the fingerprint.
+    The fingerprint covers the settings except `dir` and `document_mask`, and the content of the source's files, not
+    their paths; each call therefore reads the source once to hash it (about 1.8 GB/s per core where the processor has
+    SHA instructions). The folder appears complete or not at all, and a second preparation at the same time waits for
+    the first. Text is streamed: memory holds the largest
     document, a few batches of tokens, and 8 bytes per document of each split; training a BPE tokenizer also counts
     every distinct word.
 
     Args:
         progress: called as progress(stage, done, total or None) with bytes done; stages are "hashing", "waiting for
             another preparation", "training tokenizer", "tokenizing" and "verifying".
+        fingerprint: that the text must have; None: any.
 
     Raises:
+        ChangedText: the text has another fingerprint; nothing was written. A ValueError.
         ValueError: there is no text, a file is malformed, the split leaves nothing to train on or nothing to hold
             out, or the folder prepared earlier is damaged.
         OSError: the disk is full, or a folder cannot be written.
@@ -49,10 +54,16 @@ def prepare(config: DataConfig, progress: ReportProgress | None = None) -> Prepa
     report = progress or silent
     corpus = _Corpus(config, report)
     stamps = corpus.stamps()
-    fingerprint = _fingerprint(config, corpus, report)
-    target = Path(config.dir, f"{_name(config)}-{fingerprint[:12]}").expanduser().absolute()
-    if target.exists():
-        return open_prepared(target, progress=report)
+    found = _fingerprint(config, corpus, report)
+    if fingerprint not in (None, found):
+        raise ChangedText(
+            f"{corpus.source.name}: the text has changed (fingerprint {fingerprint[:12]} then, {found[:12]} now)"
+        )
+    fingerprint = found
+    target = Path(config.dir, folder_name(_name(config), fingerprint)).expanduser().absolute()
+    existing = find_prepared(fingerprint, [target.parent])
+    if existing is not None or target.exists():
+        return open_prepared(existing or target, fingerprint=fingerprint, progress=report)
     target.parent.mkdir(parents=True, exist_ok=True)
     with exclusive(target, lambda: report("waiting for another preparation", 0, None)):
         remove_leftovers(target)
@@ -61,7 +72,13 @@ def prepare(config: DataConfig, progress: ReportProgress | None = None) -> Prepa
                 _write(temporary, config, corpus, fingerprint)
                 if corpus.stamps() != stamps:
                     raise ValueError(f"{corpus.source.name}: a file changed during preparation; prepare again")
-    return open_prepared(target, verify=False)
+    return open_prepared(target, fingerprint=fingerprint, verify=False)
+
+
+def paths(config: DataConfig) -> list[str | None]:
+    """Where the text is read from: the keys of a data section that are no part of the fingerprint's settings, since
+    the content of the files is."""
+    return [getattr(part, "path", None) for part in (config.source, config.validation, config.tokenizer)]
 
 
 class _Corpus:

@@ -1,4 +1,4 @@
-"""Token shards on disk: written once, verified on opening, memory-mapped.
+"""Token shards on disk: written once, verified on opening, read in pieces.
 
 A prepared folder holds, for each shard of a split (`train`, `validation`),
 
@@ -11,29 +11,26 @@ document lies in one shard, as [end-of-text, its tokens...].
 """
 
 import hashlib
-import json
+import stat
 from array import array
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from fusedlm.data.lossless import refuse_lossy
-from fusedlm.data.mapping import map_array, map_npy
+from fusedlm.data.manifest import SPLITS, DamagedData, damaged, read_manifest, remedy, shard_files
 from fusedlm.data.meter import Meter, ReportProgress, silent
+from fusedlm.data.token_file import TokenFile, sha256_file
 from fusedlm.data.tokenizer import Tokenizer, load_tokenizer
 
-FORMAT = "fusedlm prepared data"
-FORMAT_VERSION = 1
-MANIFEST = "manifest.json"
-SPLITS = ("train", "validation")
-_CHUNK_BYTES = 1 << 20
+_CHUNK_TOKENS = 1 << 20
 
 
 @dataclass(frozen=True)
 class Shard:
-    tokens: np.ndarray  # (n_tokens,) uint16 or uint32, memory-mapped
+    tokens: TokenFile | np.ndarray  # (n_tokens,) uint16 or uint32; slices are arrays
     offsets: np.ndarray  # (n_documents + 1,) int64; the first is 0, the last n_tokens
     n_bytes: np.ndarray  # (n_documents,) int64
 
@@ -44,6 +41,7 @@ class TokenShards:
     Attributes:
         n_tokens: tokens of all documents, including one end-of-text each.
         n_documents, n_bytes: documents, and UTF-8 bytes of their text.
+        longest: text tokens of the longest document.
     """
 
     def __init__(self, shards: list[Shard]):
@@ -51,12 +49,21 @@ class TokenShards:
         self.n_tokens = sum(len(shard.tokens) for shard in shards)
         self.n_documents = sum(len(shard.n_bytes) for shard in shards)
         self.n_bytes = sum(int(shard.n_bytes.sum()) for shard in shards)
+        self.longest = max((int(np.diff(shard.offsets).max()) - 1 for shard in shards), default=0)
 
     def documents(self) -> Iterator[tuple[np.ndarray, int]]:
         """Yields each document in order: int64 tokens, end-of-text first, and the number of bytes of its text."""
         for shard in self.shards:
-            for i, n_bytes in enumerate(shard.n_bytes.tolist()):
-                yield shard.tokens[shard.offsets[i] : shard.offsets[i + 1]].astype(np.int64), n_bytes
+            first, n = 0, len(shard.n_bytes)
+            while first < n:
+                # As many documents as one chunk holds: a read per document would be slow for short ones.
+                start = int(shard.offsets[first])
+                last = max(first + 1, int(np.searchsorted(shard.offsets, start + _CHUNK_TOKENS, side="right")) - 1)
+                tokens = shard.tokens[start : int(shard.offsets[last])]
+                for i in range(first, last):
+                    low, high = shard.offsets[i] - start, shard.offsets[i + 1] - start
+                    yield tokens[low:high].astype(np.int64), int(shard.n_bytes[i])
+                first = last
 
 
 @dataclass(frozen=True)
@@ -122,122 +129,111 @@ class ShardWriter:
         self.shards.append({"name": self._name} | counts)
 
 
-def write_manifest(directory: Path, manifest: dict, checksums: dict[str, str]) -> None:
-    """Write manifest.json: `manifest`, the size and sha256 of the named files, and a checksum of both."""
-    files = {
-        name: {"bytes": (directory / name).stat().st_size, "sha256": checksum}
-        for name, checksum in sorted(checksums.items())
-    }
-    content = {"format": FORMAT, "version": FORMAT_VERSION} | manifest | {"files": files}
-    content["checksum"] = _manifest_checksum(content)
-    text = json.dumps(content, indent=1, ensure_ascii=False) + "\n"
-    (directory / MANIFEST).write_text(text, encoding="utf-8")
-
-
-def open_prepared(directory: str | Path, *, verify: bool = True, progress: ReportProgress = silent) -> PreparedData:
+def open_prepared(
+    directory: str | Path,
+    *,
+    fingerprint: str | None = None,
+    verify: bool = True,
+    progress: ReportProgress = silent,
+) -> PreparedData:
     """Open a prepared folder.
 
-    Sizes, the manifest's checksum and the tokenizer's fingerprint are always checked.
+    Sizes, the manifest's checksum, the tokenizer's fingerprint and where documents start are always checked.
 
     Args:
-        verify: also check the sha256 of every file, which reads all of them (about 1.8 GB/s per core where the
-            processor has SHA instructions: a second per 10^9 uint16 tokens).
+        fingerprint: of the text that the folder must hold; None: any.
+        verify: also check the sha256 of every file and every token id, which reads all of them (about 0.9 GB/s per
+            core where the processor has SHA instructions: two seconds per 10^9 uint16 tokens).
         progress: called as progress("verifying", bytes done, total).
 
     Raises:
-        ValueError: the folder is missing, incomplete or damaged, or its tokenizer loses held-out text; names the file
-            and what to do.
+        ValueError: the folder is missing, or holds another text, or its tokenizer loses held-out text.
+        DamagedData: it is incomplete or damaged; names the file and what to do. A ValueError.
     """
     directory = Path(directory)
-    manifest = _read_manifest(directory)
+    manifest = read_manifest(directory)
+    if fingerprint is not None and manifest["fingerprint"] != fingerprint:
+        raise ValueError(
+            f"{directory} holds another text (fingerprint {manifest['fingerprint'][:12]}) than the one that was asked "
+            f"for ({fingerprint[:12]}); folders were renamed or swapped: give each the name with its own fingerprint"
+        )
     refuse_lossy(manifest, directory)
-    for name, entry in manifest["files"].items():
-        try:
-            size = (directory / name).stat().st_size
-        except FileNotFoundError:
-            raise _damaged(directory / name, "is missing") from None
-        if size != entry["bytes"]:
-            raise _damaged(directory / name, f"has {size} bytes instead of {entry['bytes']}")
+    _check_files(directory, manifest["files"])
     if verify:
         _verify(directory, manifest["files"], progress)
     try:
         tokenizer = load_tokenizer(directory)
     except ValueError as error:
-        raise ValueError(f"{error}; {_remedy(directory)}") from None
-    if tokenizer.fingerprint != manifest["tokenizer"]["fingerprint"]:
-        raise _damaged(directory / "tokenizer.meta.json", "is not the tokenizer that the shards were written with")
-    train, validation = (_open_split(directory, manifest, split) for split in SPLITS)
+        raise DamagedData(f"{error}; {remedy(directory)}") from None
+    saved = manifest["tokenizer"]
+    found = (tokenizer.fingerprint, tokenizer.vocab_size, tokenizer.eot_id)
+    if found != (saved["fingerprint"], saved["vocab_size"], saved["eot_id"]):
+        raise damaged(directory, "tokenizer.meta.json", "is not the tokenizer that the shards were written with")
+    train, validation = (_open_split(directory, manifest, split, verify) for split in SPLITS)
     return PreparedData(directory, manifest, tokenizer, train, validation)
 
 
-def sha256_file(path: Path, advance: Callable[[int], None] | None = None) -> str:
-    """sha256 (hex) of a file; `advance` is called with the number of bytes of each read."""
-    digest = hashlib.sha256()
-    with open(path, "rb", buffering=0) as file:
-        while chunk := file.read(_CHUNK_BYTES):
-            digest.update(chunk)
-            if advance is not None:
-                advance(len(chunk))
-    return digest.hexdigest()
-
-
-def _read_manifest(directory: Path) -> dict:
-    path = directory / MANIFEST
-    if not directory.is_dir():
-        raise ValueError(f"{directory}: no such folder; run `fusedlm data prepare` first")
-    try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise _damaged(path, "is missing") from None
-    except (ValueError, RecursionError):
-        raise _damaged(path, "is not JSON") from None
-    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
-        raise _damaged(path, f"is not a manifest of {FORMAT}")
-    if manifest.get("version") != FORMAT_VERSION:
-        raise _damaged(path, f"has format version {manifest.get('version')!r}; this fusedlm reads {FORMAT_VERSION}")
-    if manifest.get("checksum") != _manifest_checksum(manifest):
-        raise _damaged(path, "does not match its own checksum")
-    return manifest
-
-
-def _manifest_checksum(manifest: dict) -> str:
-    rest = {key: value for key, value in manifest.items() if key != "checksum"}
-    return hashlib.sha256(json.dumps(rest, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+def _check_files(directory: Path, files: dict) -> None:
+    for name, entry in files.items():
+        try:
+            status = (directory / name).stat()
+        except FileNotFoundError:
+            raise damaged(directory, name, "is missing") from None
+        if not stat.S_ISREG(status.st_mode):
+            raise damaged(directory, name, "is not a file")
+        if status.st_size != entry["bytes"]:
+            raise damaged(directory, name, f"has {status.st_size} bytes instead of {entry['bytes']}")
 
 
 def _verify(directory: Path, files: dict, progress: ReportProgress) -> None:
     meter = Meter(progress, "verifying", sum(entry["bytes"] for entry in files.values()))
     for name, entry in files.items():
         if sha256_file(directory / name, meter.advance) != entry["sha256"]:
-            raise _damaged(directory / name, "does not match its sha256")
+            raise damaged(directory, name, "does not match its sha256")
     meter.finish()
 
 
-def _open_split(directory: Path, manifest: dict, split: str) -> TokenShards:
-    dtype = np.dtype(manifest["dtype"])
+def _open_split(directory: Path, manifest: dict, split: str, verify: bool) -> TokenShards:
     shards = []
     for entry in manifest["splits"][split]["shards"]:
-        path = directory / f"{entry['name']}.bin"
-        try:
-            tokens = map_array(path, dtype)
-            offsets = map_npy(directory / f"{entry['name']}.offsets.npy")
-            n_bytes = map_npy(directory / f"{entry['name']}.bytes.npy")
-            agree = (len(tokens), len(n_bytes), int(offsets[-1])) == (
-                entry["tokens"],
-                entry["documents"],
-                entry["tokens"],
-            )
-        except (ValueError, IndexError):
-            agree = False
-        if not agree:
-            raise _damaged(path, "or its offsets differ from the manifest")
+        tokens_file, offsets_file, bytes_file = shard_files(entry["name"])
+        offsets = _read_integers(directory, offsets_file, entry["documents"] + 1)
+        if offsets[0] != 0 or offsets[-1] != entry["tokens"] or (np.diff(offsets) < 1).any():
+            raise damaged(directory, offsets_file, f"does not divide {entry['tokens']} tokens into documents")
+        n_bytes = _read_integers(directory, bytes_file, entry["documents"])
+        if n_bytes.min() < 0 or n_bytes.sum() != entry["bytes"]:
+            raise damaged(directory, bytes_file, f"does not add up to {entry['bytes']} bytes of text")
+        tokens = TokenFile(
+            directory / tokens_file,
+            manifest["dtype"],
+            entry["tokens"],
+            manifest["tokenizer"]["vocab_size"],
+            manifest["files"][tokens_file]["sha256"],
+        )
+        if verify:
+            _check_documents(directory, tokens_file, tokens, offsets, manifest["tokenizer"]["eot_id"])
         shards.append(Shard(tokens, offsets, n_bytes))
     return TokenShards(shards)
 
 
-def _remedy(directory: Path) -> str:
-    return f"delete the folder {directory} and prepare again"
+def _check_documents(directory: Path, name: str, tokens: TokenFile, offsets: np.ndarray, eot_id: int) -> None:
+    """Check that every id is in the vocabulary, and that end-of-text is where documents start and nowhere else."""
+    for start in range(0, len(tokens), _CHUNK_TOKENS):
+        stop = start + _CHUNK_TOKENS
+        low, high = np.searchsorted(offsets, [start, min(stop, len(tokens))])
+        if not np.array_equal(np.flatnonzero(tokens[start:stop] == eot_id) + start, offsets[low:high]):
+            raise damaged(directory, name, "does not have its end-of-text ids where its documents start")
 
 
-def _damaged(path: Path, what: str) -> ValueError:
-    return ValueError(f"{path} {what}; {_remedy(path.parent)}")
+def _read_integers(directory: Path, name: str, count: int) -> np.ndarray:
+    """The int64 array of one dimension that `np.save` wrote. The header is compared, never evaluated."""
+    with open(directory / name, "rb") as file:
+        start = file.read(10)
+        header = file.read(int.from_bytes(start[8:], "little"))
+        expected = f"{{'descr': '<i8', 'fortran_order': False, 'shape': ({count},), }}"
+        if start[:8] != b"\x93NUMPY\x01\x00" or header.strip() != expected.encode():
+            raise damaged(directory, name, f"does not hold {count} integers of 64 bits")
+        values = np.fromfile(file, "<i8", count)
+    if len(values) != count:
+        raise damaged(directory, name, f"holds {len(values)} instead of {count} integers")
+    return values

@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from fusedlm.data.manifest import PREPARED_NAME
 from fusedlm.files import sync
 
 
@@ -55,13 +56,21 @@ def remove_leftovers(target: Path) -> None:
     for temporary in target.parent.glob(".*.tmp"):
         owner = temporary.with_name(temporary.name[1 : -len(".tmp")])
         if owner == target:
-            shutil.rmtree(temporary)
+            _remove(temporary)
             continue
-        if not _lock_path(owner).exists():
+        # The directory is the user's: only names that a preparation gives, with the lock that it leaves, are its own.
+        if not PREPARED_NAME.search(owner.name) or not _lock_path(owner).exists():
             continue
-        with open(_lock_path(owner), "a") as lock, contextlib.suppress(BlockingIOError):
+        with open(_lock_path(owner), "a") as lock, contextlib.suppress(OSError):
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            shutil.rmtree(temporary, ignore_errors=True)
+            _remove(temporary)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink()
 
 
 def _temporary_path(target: Path) -> Path:

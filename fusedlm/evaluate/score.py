@@ -2,7 +2,7 @@
 
 import itertools
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TypeVar
 
@@ -45,7 +45,7 @@ def score_documents(
     window: int | None,
     stride: int | None = None,
     batch_tokens: int | None = None,
-    max_tokens: int | None = None,
+    longest: int | None = None,
     device: torch.device | str,
     dtype: torch.dtype,
     progress: Callable[[int], None] | None = None,
@@ -64,7 +64,8 @@ def score_documents(
         stride: tokens from the start of one window to the next; None: `default_stride(window)`.
         batch_tokens: most tokens per batch of windows, padding included (at least one window). None: 65536 on CUDA
             devices, 4096 elsewhere, where allocating larger batches takes longer than it saves.
-        max_tokens: read full documents, in order, until they hold this many text tokens; None: all.
+        longest: at least the number of text tokens of every document; no window is padded beyond it. None: counted if
+            `documents` is a sequence, otherwise unknown.
         device, dtype: device of the model, dtype of autocast.
         progress: called with the number of tokens scored so far, by this process.
         world: the processes that share the batches of windows; all call this with the same documents and get the same
@@ -77,11 +78,15 @@ def score_documents(
     device = torch.device(device)
     if batch_tokens is None:
         batch_tokens = 65536 if device.type == "cuda" else 4096
-    stride = _check(window, stride, batch_tokens, max_tokens)
+    stride = _check(window, stride, batch_tokens)
     world = world or World()
     if window is None and world.size > 1:
         raise ValueError(f"{world.size} processes share windows, not full documents; give a window")
-    source = _Documents(documents, max_tokens, model.vocab_size)
+    if longest is None and isinstance(documents, Sequence):
+        longest = max((np.size(tokens) - 1 for tokens, _ in documents), default=0)
+    if window is not None and longest is not None:
+        window = min(window, max(1, longest))  # one window reads the full document either way
+    source = _Documents(documents, model.vocab_size, longest)
     sums, scored = [], 0
     metrics: dict[str, torch.Tensor] = {}
     was_training = model.training
@@ -119,12 +124,10 @@ def default_stride(window: int) -> int:
     return max(1, window // 2)
 
 
-def _check(window: int | None, stride: int | None, batch_tokens: int, max_tokens: int | None) -> int | None:
+def _check(window: int | None, stride: int | None, batch_tokens: int) -> int | None:
     """Returns the stride."""
     if batch_tokens < 1:
         raise ValueError(f"batch_tokens={batch_tokens} must be at least 1")
-    if max_tokens is not None and max_tokens < 1:
-        raise ValueError(f"max_tokens={max_tokens} must be at least 1, or None for all")
     if window is None:
         if stride is not None:
             raise ValueError(f"stride={stride} needs a window; without one, full documents are scored")
@@ -139,11 +142,11 @@ def _check(window: int | None, stride: int | None, batch_tokens: int, max_tokens
 
 
 class _Documents:
-    """Documents in order up to the budget, counted as they are read."""
+    """Documents in order, checked and counted as they are read."""
 
-    def __init__(self, documents: Iterable[tuple[np.ndarray, int]], max_tokens: int | None, vocab_size: int):
-        self._source, self._max_tokens, self._vocab_size = documents, max_tokens, vocab_size
-        self.tokens = self.bytes = self.documents = 0
+    def __init__(self, documents: Iterable[tuple[np.ndarray, int]], vocab_size: int, longest: int | None):
+        self._source, self._vocab_size, self._longest = documents, vocab_size, longest
+        self.bytes = self.documents = 0
 
     def __iter__(self) -> Iterator[tuple[int, np.ndarray]]:
         for tokens, n_bytes in self._source:
@@ -159,12 +162,12 @@ class _Documents:
                     f"document {self.documents}: token id {low if low < 0 else high} is not in the model's "
                     f"vocabulary of {self._vocab_size}; the text was prepared with another tokenizer"
                 )
+            n = len(tokens) - 1
+            if self._longest is not None and n > self._longest:
+                raise ValueError(f"document {self.documents}: it has {n} tokens, more than longest={self._longest}")
             self.documents += 1
-            self.tokens += len(tokens) - 1
             self.bytes += int(n_bytes)
             yield self.documents - 1, tokens
-            if self._max_tokens is not None and self.tokens >= self._max_tokens:
-                return
 
 
 def stream_nll(

@@ -99,6 +99,8 @@ class RunFolder:
         write_atomic(self.path / ENVIRONMENT, json.dumps(environment, indent=2) + "\n")
 
 
+# What the files hold is compared when the text is opened, not where they are.
+_PATHS = ("data.source.path", "data.validation.path", "data.tokenizer.path")
 # Neutral keys that change the order of sums. They may change on resume: the out-of-memory error advises it.
 _ROUNDING = ("train.micro_batch_size", "runtime.recompute")
 
@@ -106,8 +108,8 @@ _ROUNDING = ("train.micro_batch_size", "runtime.recompute")
 def check_resumable(saved: Recipe, given: Recipe, same_device: bool = True) -> list[str]:
     """Check that a run of recipe `saved` may resume with `given`.
 
-    Keys must be equal, except those marked neutral, `train.steps`, which may increase, and on another kind of device
-    the section `runtime`, since rounding differs there anyway.
+    Keys must be equal, except those marked neutral, `train.steps`, which may increase, the paths of the text, and on
+    another kind of device the section `runtime`, since rounding differs there anyway.
 
     Returns:
         A sentence for each difference that changes the schedule or the rounding.
@@ -124,6 +126,8 @@ def check_resumable(saved: Recipe, given: Recipe, same_device: bool = True) -> l
             notes.append(f"{change}; the schedule is recomputed for {now} steps")
         elif key in _ROUNDING or (key.startswith("runtime.") and not same_device):
             notes.append(f"{change}; losses may differ by rounding")
+        elif key in _PATHS:
+            notes.append(f"{change}; the content is compared")
         elif not is_neutral(key, Recipe):
             raise ValueError(
                 f"{key} is {_shown(before)} in the run to resume and {_shown(now)} now; "

@@ -23,6 +23,7 @@ def train(
     resume: bool = False,
     console: Console | None = None,
     display: Display | None = None,
+    text: str | None = None,
     strict_backends: bool = True,
 ) -> TrainResult:
     """Train a recipe into a run folder. Prepares the text first.
@@ -36,6 +37,8 @@ def train(
         run_dir: RUN/, with recipe.yaml, environment.json, the tokenizer, metrics.jsonl and checkpoints/.
         console: shows the progress; None: not shown.
         display: shows the progress, instead of the default one on `console`.
+        text: fingerprint of the prepared text to train on, for runs that must share it; None: that of the run to
+            resume, or of what the source holds now.
         strict_backends: whether a backend of `runtime.backends` that cannot run here is an error. If not, a warning
             names it and "auto" is used.
 
@@ -56,7 +59,7 @@ def train(
             for note in folder.check_recipe(recipe, resume, device.type):
                 display.note(note)
             checkpoint = _intact_checkpoint(folder.checkpoints, folder.path, display)
-            options = {"strict_backends": strict_backends, "world": world}
+            options = {"text": text, "strict_backends": strict_backends, "world": world}
             return Trainer(recipe, folder, device, dtype, display, checkpoint, **options).run()
     finally:
         display.close()

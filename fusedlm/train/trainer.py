@@ -8,20 +8,24 @@ from pathlib import Path
 
 import torch
 
-from fusedlm.config import Recipe
-from fusedlm.data import Loader, prepare
+from fusedlm.config import Recipe, load_recipe
+from fusedlm.data import Loader, PreparedData, prepare
+from fusedlm.data.manifest import DamagedData
+from fusedlm.data.preparation import ChangedText, paths
+from fusedlm.data.summary import text_facts
 from fusedlm.distributed import World
-from fusedlm.evaluate import score_documents
+from fusedlm.evaluate import first_tokens, score_documents
 from fusedlm.model import build_model
 from fusedlm.model.accounting import count_parameters, training_flops_per_token
 from fusedlm.model.precision import autocast
 from fusedlm.optim import ExponentialMovingAverage, build_optimizer, schedule_scale
 from fusedlm.runs.backends import use_backends
-from fusedlm.runs.folder import RunFolder
+from fusedlm.runs.folder import RECIPE, RunFolder
 from fusedlm.runs.hardware import device_name, environment, peak_flops, peak_memory_bytes
 from fusedlm.runs.metrics import MetricsFile
 from fusedlm.runs.signals import StopSignal
-from fusedlm.runs.state import TrainState, restore_state, save_state
+from fusedlm.runs.state import TrainState, read_state, restore_state, save_state
+from fusedlm.runs.text import open_text
 from fusedlm.train.cuda_graph import CapturedBackward
 from fusedlm.train.display import Display
 from fusedlm.train.loggers import open_loggers
@@ -52,7 +56,7 @@ class Trainer:
         folder: the locked run folder.
         device, dtype: where the model runs, and the dtype of autocast.
         checkpoint: step of a verified checkpoint to resume from; None: start from the beginning.
-        strict_backends: as `fusedlm.train.train` takes it.
+        text, strict_backends: as `fusedlm.train.train` takes them.
         world: the processes of the run.
 
     Raises:
@@ -68,12 +72,13 @@ class Trainer:
         display: Display,
         checkpoint: int | None,
         *,
+        text: str | None,
         strict_backends: bool,
         world: World,
     ):
         self.recipe, self.settings, self.runtime, self.folder = recipe, recipe.train, recipe.runtime, folder
         self.device, self.dtype, self.display, self.world = device, dtype, display, world
-        self.data = prepare(recipe.data, display.preparing)
+        self.data = self._open_text(text, checkpoint)
         torch.manual_seed(self.settings.seed)
         vocab_size = self.data.tokenizer.vocab_size
         self.model = build_model(recipe.model, vocab_size=vocab_size, device=device, seed=self.settings.seed)
@@ -95,16 +100,32 @@ class Trainer:
         self._slowdown = Slowdown() if device.type == "cpu" else None
         self._flops_per_token = training_flops_per_token(self.model, self.settings.seq_len)
 
+    def _open_text(self, text: str | None, checkpoint: int | None) -> PreparedData:
+        """The text of the checkpoint, or that with the fingerprint `text`, or what the source holds now."""
+        config, report = self.recipe.data, self.display.preparing
+        if checkpoint is not None:
+            saved = read_state(self.folder.checkpoints, checkpoint).data
+            if text not in (None, saved):
+                raise ValueError(
+                    f"run folder {self.folder.path} holds a run on other text (fingerprint {saved[:12]}) than the "
+                    f"{text[:12]} that was asked for; name another folder with --out"
+                )
+            text = saved
+        if text is None:
+            return prepare(config, report)
+        remedy = "restore the text or start a new run with --out"
+        if checkpoint is not None and paths(load_recipe(self.folder.path / RECIPE).data) != paths(config):
+            # The user named other files: they must hold the text, even if it is prepared already.
+            try:
+                return prepare(config, report, fingerprint=text)
+            except ChangedText as error:
+                raise ValueError(f"{error}; {remedy}") from None
+        return open_text(self.recipe, text, self.folder.path, remedy=remedy, progress=report)
+
     def _restore(self, checkpoint: int) -> None:
-        fingerprint = self.state.data
         self.state = restore_state(
             self.folder.checkpoints, checkpoint, self.model, self.optimizer, self.ema, self.device
         )
-        if self.state.data != fingerprint:
-            raise ValueError(
-                f"the text has changed since the run to resume began (fingerprint {self.state.data[:12]} then, "
-                f"{fingerprint[:12]} now); restore the text or start a new run with --out"
-            )
         if self.state.best_step not in self.folder.checkpoints.steps():
             self.state.best_step = self.state.best_val_bpb = None
         self._saved = replace(self.state)
@@ -149,7 +170,10 @@ class Trainer:
             if self.world.is_main:
                 self._open_records(stack)
             loader = stack.enter_context(self._open_loader())
-            self._loop(loader, stop)
+            try:
+                self._loop(loader, stop)
+            except DamagedData as error:
+                raise DamagedData(f"{error}; {self._rescue()}") from None
         return TrainResult(
             run_dir=self.folder.path,
             step=self.state.step,
@@ -263,13 +287,22 @@ class Trainer:
             return None
         return tokens_per_second * self._flops_per_token / (self._peak_flops * self.world.size)
 
-    def _divergence(self) -> str:
+    def _rescue(self) -> str:
+        """Save after the text failed, unless other processes would have to take part; what to resume from."""
+        if self.world.size == 1 and self.state.step > 0 and self.state != self._saved:
+            self._save()
+        return self._last_checkpoint()
+
+    def _last_checkpoint(self) -> str:
         checkpoints = self.folder.checkpoints
         steps = checkpoints.steps()
-        last = f"the last checkpoint is {checkpoints.path(steps[-1])}" if steps else "no checkpoint was written"
+        return f"the last checkpoint is {checkpoints.path(steps[-1])}" if steps else "no checkpoint was written"
+
+    def _divergence(self) -> str:
         return (
             f"loss or gradient norm was not finite in {self.state.skipped_in_row} steps in a row, "
-            f"up to step {self.state.step}; {last}; lower train.optimizer.lr={self.settings.optimizer.lr}"
+            f"up to step {self.state.step}; {self._last_checkpoint()}; "
+            f"lower train.optimizer.lr={self.settings.optimizer.lr}"
         )
 
     def _validation_is_due(self) -> bool:
@@ -310,12 +343,12 @@ class Trainer:
 
         return score_documents(
             self.model,
-            self.data.validation.documents(),
+            first_tokens(self.data.validation.documents(), self.settings.eval_tokens, self.data.tokenizer),
             window=self.settings.seq_len,
             stride=self.settings.seq_len,
             # Fits in memory, as it does in training together with the activations saved for backward.
             batch_tokens=self.micro_batch_size * self.settings.seq_len,
-            max_tokens=self.settings.eval_tokens,
+            longest=self.data.validation.longest,
             device=self.device,
             dtype=self.dtype,
             progress=interrupt,
@@ -368,7 +401,7 @@ class Trainer:
             "run": f"{self.folder.path}" + (f", resuming from step {start}" if start else ""),
             "device": f"{self.device.type} ({device_name(self.device)}), {str(self.dtype).removeprefix('torch.')}",
             "parameters": f"{count.total:,} (embedding {count.embedding:,})",
-            "training text": f"{self.data.train.n_tokens:,} tokens, {self.data.train.n_documents:,} documents",
+            **text_facts(self.data, self.recipe),
             "tokens per step": f"{self.tokens_per_step:,} ({self.settings.batch_size} x {self.settings.seq_len})",
             "steps": f"{steps:,} ({steps * self.tokens_per_step:,} tokens)",
         }

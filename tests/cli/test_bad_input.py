@@ -13,6 +13,8 @@ import pytest
 import torch
 import zstandard
 
+from fusedlm.data.tokenizer import train_bpe
+
 RUN = "runs/small"
 NO_CUDA = pytest.mark.skipif(torch.cuda.is_available(), reason="CUDA is there")
 
@@ -260,13 +262,50 @@ def _():
     return ["generate", RUN, "--prompt", "a"]
 
 
-@case("text-changed-since", "--text")
+@case("text-changed-since", "the text has changed")
 def _():
-    run_recipe = Path(RUN, "recipe.yaml")
-    run_recipe.write_text(run_recipe.read_text().replace("type: bytes", "{type: bpe, vocab_size: 270}".strip("{}")))
-    resolved = run_recipe.read_text().replace("type: bpe, vocab_size: 270", "type: bpe\n    vocab_size: 270")
-    run_recipe.write_text(resolved)
+    shutil.rmtree("prepared")
+    cut_in_half(Path("text.txt"))
     return ["eval", RUN]
+
+
+@case("text-gone", "give other text to score with --text FILE")
+def _():
+    shutil.rmtree("prepared")
+    Path("text.txt").unlink()
+    return ["eval", RUN]
+
+
+@case("text-gone-for-a-probe", "--text FILE")
+def _():
+    shutil.rmtree("prepared")
+    Path("text.txt").unlink()
+    return ["eval", RUN, "--probe", "extend"]
+
+
+@case("text-changed-before-resuming", "restore the text or start a new run")
+def _():
+    shutil.rmtree("prepared")
+    cut_in_half(Path("text.txt"))
+    return ["train", "small.yaml", "train.steps=3", "--resume"]
+
+
+@case("other-text-named-on-resuming", "the text has changed")
+def _():
+    Path("other.txt").write_text(Path("text.txt").read_text()[:-40])
+    return ["train", "small.yaml", "train.steps=3", "data.source.path=other.txt", "--resume"]
+
+
+@case("run-tokenizer-of-another-run", "its tokenizer is not the one of its text")
+def _():
+    tokenizer = train_bpe(["the text"], 257)
+    tokenizer.save(RUN)
+    return ["eval", RUN]
+
+
+@case("text-and-data", "give only one of them")
+def _():
+    return ["eval", RUN, "--text", "text.txt", "--data", "prepared"]
 
 
 # Values on the command line

@@ -1,5 +1,6 @@
 """The loader: order, coverage, resuming, ranks, document numbers, and its thread."""
 
+import hashlib
 import itertools
 import threading
 
@@ -9,6 +10,7 @@ import torch
 
 from fusedlm.data import Loader
 from fusedlm.data.loader import Permutation, WindowOrder
+from fusedlm.data.ring import rings
 from fusedlm.data.shards import Shard, TokenShards
 
 EOT = 0
@@ -80,16 +82,53 @@ def test_windows_of_all_shards_are_shuffled():
 
 
 def test_each_epoch_covers_every_window_once():
-    order = WindowOrder([59, 63, 3], seq_len=8, seed=5)
+    order = WindowOrder([59, 63], seq_len=8, seed=5)
     assert order.windows == 7 + 7
     for epoch in range(3):
-        shard_numbers, starts = order.locate(np.arange(14) + 14 * epoch)
+        ring_numbers, starts = order.locate(np.arange(14) + 14 * epoch)
         for i, length in ((0, 59), (1, 63)):
-            inside = np.sort(starts[shard_numbers == i])
+            inside = np.sort(starts[ring_numbers == i])
             assert len(inside) == 7 and inside.max() < length
             covered = np.concatenate([np.arange(start, start + 8) % length for start in inside])
             assert len(set(covered.tolist())) == 56
-        assert 2 not in shard_numbers
+
+
+@pytest.mark.parametrize(
+    ("lengths", "joined"),
+    [
+        ([8, 9, 8], [[0], [1], [2]]),
+        ([8, 7, 9, 1], [[0], [2], [1, 3]]),
+        ([3, 20, 2, 9], [[1], [3, 0, 2]]),
+        ([1] * 20, [list(range(20))]),
+    ],
+    ids=["long", "short ones together", "a few tokens", "short alone"],
+)
+def test_shards_that_are_too_short_for_a_window_are_joined(lengths, joined):
+    shards = [shard([length], 100 * i) for i, length in enumerate(lengths)]
+    found = rings(shards, 8)
+    expected = [np.concatenate([shards[i].tokens for i in ring]).tolist() for ring in joined]
+    assert [ring.read(0, len(ring)).tolist() for ring in found] == expected
+
+
+@pytest.mark.parametrize(("lengths", "seq_len"), [([[3, 2]] * 9, 40), ([[50], [2, 5], [30]], 8), ([[3, 1], [90]], 16)])
+def test_every_token_of_short_shards_is_trained_on(lengths, seq_len):
+    shards = TokenShards([shard(part, 100 * i + 1) for i, part in enumerate(lengths)])
+    batches = draw(shards, 80, seq_len=seq_len)
+    ids = np.concatenate([part.tokens for part in shards.shards])
+    assert set(rows(batches, "targets").flatten().tolist()) == set(ids.tolist())
+    tokens, documents = rows(batches), rows(batches, "documents")
+    starts = (tokens == EOT).long()
+    starts[:, 0] = 0
+    assert torch.equal(documents, starts.cumsum(1))
+
+
+def test_the_order_of_long_shards_is_the_one_that_runs_were_trained_with():
+    shards = TokenShards([shard([5, 20, 7, 33]), shard([41, 2, 30], 1000)])
+    digest = hashlib.sha256()
+    for batch in draw(shards, 40, seq_len=16):
+        for field in ("tokens", "targets", "documents"):
+            digest.update(getattr(batch, field).numpy().tobytes())
+    assert digest.hexdigest() == "a802f6b9ebbcecd70302e3681443dc59e8bb4a576a7ef7a0d811b166de307369"
 
 
 def test_every_epoch_and_every_seed_has_its_own_phase_and_order():
@@ -107,8 +146,8 @@ def test_targets_follow_their_tokens_around_the_ring(shards):
     tokens, targets = rows(batches), rows(batches, "targets")
     assert torch.equal(tokens[:, 1:], targets[:, :-1])
     after = {}
-    for part in shards.shards:
-        ring = part.tokens.astype(np.int64)
+    first, *others = (part.tokens.astype(np.int64) for part in shards.shards)
+    for ring in (first, np.concatenate(others)):  # the last shard is too short for a window
         after |= {int(a): int(b) for a, b in zip(ring, np.roll(ring, -1), strict=True) if a != EOT}
     for token, target in zip(tokens.flatten().tolist(), targets.flatten().tolist(), strict=True):
         assert token == EOT or after[token] == target
@@ -170,14 +209,7 @@ def test_a_window_as_long_as_its_shard_wraps_around():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (
-            {"seq_len": 100},
-            "seq_len=100 is longer than the text: 125 tokens, 63 in the longest shard; lower seq_len, or raise",
-        ),
-        (
-            {"seq_len": 126},
-            "seq_len=126 is longer than the text: 125 tokens, 63 in the longest shard; lower seq_len or add",
-        ),
+        ({"seq_len": 126}, "seq_len=126 is longer than the text: 125 tokens; lower seq_len or add text"),
         ({"batch_size": 4, "world_size": 3}, "batch_size=4 is not a multiple of the 3 ranks"),
         ({"rank": 2, "world_size": 2}, "rank=2 is not in 0..1"),
         ({"seq_len": 0}, "seq_len=0 must be at least 1"),

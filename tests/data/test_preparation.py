@@ -298,7 +298,7 @@ def test_a_folder_that_cannot_be_created_is_an_os_error(corpus):
         "fusedlm.data.shards.ShardWriter.add",
         "fusedlm.data.shards.ShardWriter._finish",
         "fusedlm.data.tokenizer.Tokenizer.save",
-        "fusedlm.data.shards._manifest_checksum",
+        "fusedlm.data.manifest._checksum",
         "fusedlm.data.staging.sync",
         "fusedlm.data.staging.os.rename",
     ],
@@ -336,12 +336,14 @@ def test_leftovers_of_a_killed_preparation_are_removed(corpus, point):
     assert subprocess.run(command, env=environment).returncode == -signal.SIGKILL
     leftovers = list(folder.glob(".*.tmp"))
     assert len(leftovers) == 1 and not list(folder.glob("corpus-*"))
-    # Leftovers of other settings too.
+    # Leftovers of other settings too, but nothing of the user.
     other = folder / f".other-{'0' * 12}.tmp"
-    other.mkdir()
-    (folder / f".other-{'0' * 12}.lock").touch()
+    mine = folder / ".mine.tmp"
+    for path in (other, mine):
+        path.mkdir()
+        path.with_suffix(".lock").touch()
     prepared = prepare(config(corpus))
-    assert prepared.train.n_documents > 0 and not list(folder.glob(".*.tmp"))
+    assert prepared.train.n_documents > 0 and list(folder.glob(".*.tmp")) == [mine]
 
 
 def test_preparations_at_the_same_time_do_the_work_once(corpus, monkeypatch):

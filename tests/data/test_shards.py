@@ -31,7 +31,7 @@ def error(folder: Path, **options) -> str:
     with pytest.raises(ValueError) as caught:
         open_prepared(folder, **options)
     message = str(caught.value)
-    assert "\n" not in message and message.endswith(f"delete the folder {folder} and prepare again")
+    assert "\n" not in message and message.endswith(f"move the folder {folder} to another place and prepare again")
     return message
 
 
@@ -72,7 +72,7 @@ def test_other_manifests_are_refused(folder):
 def test_preparing_again_refuses_damaged_shards(config, folder):
     shard = next(folder.glob("train-*.bin"))
     shard.write_bytes(shard.read_bytes()[:-2] + b"\0\0")
-    with pytest.raises(ValueError, match=r"train-00000\.bin does not match its sha256; delete the folder"):
+    with pytest.raises(ValueError, match=r"train-00000\.bin does not match its sha256; move the folder"):
         prepare(config)
 
 

@@ -89,20 +89,20 @@ def test_sums_are_in_float64(model):
     assert score.nll == pytest.approx(200_000 * math.log(7), rel=1e-7)
 
 
-def test_the_budget_is_met_by_full_documents_in_order(model, documents):
-    score = score_documents(model, documents, window=None, max_tokens=41, **CPU)
-    assert (score.tokens, score.documents) == (41, 2)
-    score = score_documents(model, documents, window=16, max_tokens=42, **CPU)
-    assert (score.tokens, score.documents, score.bytes) == (48, 4, 96)
-    assert score_documents(model, documents[1:], window=None, max_tokens=1, **CPU).tokens == 40
+@pytest.mark.parametrize("window", [8, 33, 10**8])
+def test_no_window_is_padded_beyond_the_longest_document(model, documents, window):
+    expected = score_documents(model, documents, window=min(window, 100), stride=1, **CPU)
+    for source, longest in ((documents, None), (iter(documents), 100)):
+        model.shapes.clear()
+        score = score_documents(model, source, window=window, stride=1, longest=longest, batch_tokens=400, **CPU)
+        assert max(width for _, width in model.shapes) <= min(window, 100)
+        assert score.nll == pytest.approx(expected.nll, rel=1e-12) and score.tokens == 191
+    assert len(model.shapes) < 191
 
 
-def test_documents_after_the_budget_are_not_read(model, documents):
-    def stream():
-        yield documents[1]
-        raise AssertionError("read past the budget")
-
-    assert score_documents(model, stream(), window=8, max_tokens=40, **CPU).documents == 1
+def test_a_document_longer_than_stated_is_refused(model, documents):
+    with pytest.raises(ValueError, match="document 7: it has 100 tokens, more than longest=99"):
+        score_documents(model, iter(documents), window=8, longest=99, **CPU)
 
 
 def test_the_model_keeps_its_mode(model, documents):
@@ -138,7 +138,6 @@ def test_units():
         ({"window": 0}, "window=0"),
         ({"window": -3}, "window=-3"),
         ({"window": 8, "batch_tokens": 0}, "batch_tokens=0"),
-        ({"window": 8, "max_tokens": 0}, "max_tokens=0"),
     ],
 )
 def test_impossible_arguments_are_named(model, documents, arguments, word):

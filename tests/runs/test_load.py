@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from fusedlm.data import open_prepared
-from fusedlm.evaluate import score_documents
+from fusedlm.evaluate import first_tokens, score_documents
 from fusedlm.runs.checkpoint import Checkpoints
 from fusedlm.runs.load import load
 from fusedlm.train import train
@@ -28,11 +28,10 @@ def test_the_loaded_model_scores_as_the_trained_one(trained):
         data = open_prepared(next((run.parent / "prepared").glob("text-*")))
         score = score_documents(
             model,
-            data.validation.documents(),
+            first_tokens(data.validation.documents(), 100, tokenizer),
             window=16,
             stride=16,
             batch_tokens=32,
-            max_tokens=100,
             device="cpu",
             dtype=torch.float32,
         )

@@ -219,15 +219,6 @@ def test_another_recipe_is_refused_by_its_first_different_key(copied, trained, o
     assert (run / "metrics.jsonl").read_bytes() == before
 
 
-def test_changed_text_is_refused(tmp_path):
-    recipe = tiny_recipe(tmp_path, "train.steps=2")
-    train(recipe, tmp_path / "run")
-    with (tmp_path / "text.txt").open("a") as file:
-        file.write("\n---\nmore words")
-    with pytest.raises(ValueError, match="the text has changed since the run to resume began"):
-        train(recipe, tmp_path / "run", resume=True)
-
-
 def test_environment_json_is_rewritten_only_if_steps_are_computed(copied):
     recipe, run = copied
     (run / "environment.json").write_text('{"device": "cpu", "device_name": "of the first machine"}')
