@@ -15,6 +15,8 @@ import numpy as np
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
+from fusedlm.files import write_atomic
+
 END_OF_TEXT = "<|endoftext|>"
 _META_FILE = "tokenizer.meta.json"
 _MODEL_FILE = "tokenizer.json"
@@ -66,7 +68,7 @@ class Tokenizer(ABC):
         """Write the tokenizer into an existing directory; returns the names of the files written."""
         files = self._files()
         for name, content in files.items():
-            Path(directory, name).write_text(content, encoding="utf-8", newline="")
+            write_atomic(Path(directory, name), content)
         return list(files)
 
 

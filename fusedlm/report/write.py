@@ -51,7 +51,7 @@ def write_report(run_dir: Path) -> Path:
     folder = run_dir / "plots"
     folder.mkdir(exist_ok=True)
     for plot in plots:
-        (folder / f"{plot.name}.png").write_bytes(plot.png)
+        write_atomic(folder / f"{plot.name}.png", plot.png)
     path = run_dir / "report.html"
     write_atomic(path, render(page))
     return path
