@@ -92,12 +92,12 @@ def load_run(run: Path, *, checkpoint: str, weights: str, device: str, overrides
         ValueError: as `fusedlm.runs.load`.
     """
     from fusedlm.model.precision import resolve_device, resolve_dtype
-    from fusedlm.runs import choose_checkpoint, load
+    from fusedlm.runs import load_checkpoint
 
-    where = resolve_device(device)
-    step = choose_checkpoint(run, checkpoint_name(checkpoint))
-    model, tokenizer, recipe = load(run, checkpoint=step, weights=weights, device=where, overrides=overrides or [])
-    return LoadedRun(model, tokenizer, recipe, where, resolve_dtype(recipe.runtime.dtype, where), step)
+    where, wanted = resolve_device(device), checkpoint_name(checkpoint)
+    loaded = load_checkpoint(run, checkpoint=wanted, weights=weights, device=where, overrides=overrides or [])
+    dtype = resolve_dtype(loaded.recipe.runtime.dtype, where)
+    return LoadedRun(loaded.model, loaded.tokenizer, loaded.recipe, where, dtype, loaded.step)
 
 
 def checkpoint_name(text: str) -> str | int:

@@ -21,6 +21,7 @@ from fusedlm.runs.folder import RunFolder
 from fusedlm.runs.hardware import device_name, environment, peak_flops, peak_memory_bytes
 from fusedlm.runs.metrics import MetricsFile
 from fusedlm.runs.signals import StopSignal
+from fusedlm.runs.start import Start
 from fusedlm.runs.state import TrainState, restore_state, save_state
 from fusedlm.train.cuda_graph import CapturedBackward
 from fusedlm.train.display import Display
@@ -50,7 +51,7 @@ class Trainer:
     Args:
         folder: the locked run folder.
         device, dtype: where the model runs, and the dtype of autocast.
-        checkpoint: step of a verified checkpoint to resume from; None: start from the beginning.
+        start: the run, and the verified checkpoint to resume from.
         strict_backends: as `fusedlm.train.train` takes it.
         world: the processes of the run.
 
@@ -65,7 +66,7 @@ class Trainer:
         device: torch.device,
         dtype: torch.dtype,
         display: Display,
-        checkpoint: int | None,
+        start: Start,
         *,
         strict_backends: bool,
         world: World,
@@ -79,10 +80,13 @@ class Trainer:
         self.backends = use_backends(self.model, self.runtime, device, dtype, strict=strict_backends)
         self.optimizer = build_optimizer(self.model, self.settings.optimizer, device)
         self.ema = ExponentialMovingAverage(self.model, self.settings.ema) if self.settings.ema is not None else None
-        self.state = TrainState(data=self.data.manifest["fingerprint"])
+        self.identity = start.identity
+        self.state = TrainState(
+            data=self.data.manifest["fingerprint"], run=start.run, tokenizer=self.data.tokenizer.fingerprint
+        )
         self._saved: TrainState | None = None
-        if checkpoint is not None:
-            self._restore(checkpoint)
+        if start.state is not None:
+            self._restore(start.state.step)
         if self.runtime.recompute == "mixer":
             self.model.recompute_mixers()
         if self.runtime.compile:
@@ -94,7 +98,7 @@ class Trainer:
         self._flops_per_token = training_flops_per_token(self.model, self.settings.seq_len)
 
     def _restore(self, checkpoint: int) -> None:
-        fingerprint = self.state.data
+        fingerprint, run, tokenizer = self.state.data, self.state.run, self.state.tokenizer
         self.state = restore_state(
             self.folder.checkpoints, checkpoint, self.model, self.optimizer, self.ema, self.device
         )
@@ -103,6 +107,12 @@ class Trainer:
                 f"the text has changed since the run to resume began (fingerprint {self.state.data[:12]} then, "
                 f"{fingerprint[:12]} now); restore the text or start a new run with --out"
             )
+        if self.state.tokenizer not in (None, tokenizer):
+            raise ValueError(
+                f"the tokenizer has changed since the run to resume began (fingerprint {self.state.tokenizer[:12]} "
+                f"then, {tokenizer[:12]} now), so its prepared text has other tokens; start a new run with --out"
+            )
+        self.state.run, self.state.tokenizer = run, tokenizer  # missing in checkpoints of earlier versions
         if self.state.best_step not in self.folder.checkpoints.steps():
             self.state.best_step = self.state.best_val_bpb = None
         self._saved = replace(self.state)
@@ -129,16 +139,8 @@ class Trainer:
     def run(self) -> TrainResult:
         """Train to the last step or to the first signal; see `fusedlm.train.train`."""
         self._announce()
-        # A finished run keeps the record of the machine and the recipe that its steps were computed with.
-        if self.world.is_main and self.state.step < self.settings.steps:
-            self.folder.write_environment(
-                environment(self.device, self.dtype)
-                | {
-                    "parameters": asdict(count_parameters(self.model)),
-                    "backends": {op: selection.backend for op, selection in self.backends.items()},
-                }
-            )
-            self.folder.write_header(self.recipe, self.data.tokenizer)
+        if self.world.is_main:
+            self._write_header()
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
         with contextlib.ExitStack() as stack:
@@ -155,11 +157,28 @@ class Trainer:
             stopped_by_signal=stop.received is not None,
         )
 
+    def _write_header(self) -> None:
+        tokenizer, run = self.data.tokenizer, self.state.run
+        # A finished run keeps the record of the machine and the recipe that its steps were computed with.
+        if self.state.step >= self.settings.steps:
+            self.folder.complete_header(tokenizer, self.identity, run)
+            return
+        described = environment(self.device, self.dtype) | {
+            "parameters": asdict(count_parameters(self.model)),
+            "backends": {op: selection.backend for op, selection in self.backends.items()},
+        }
+        self.folder.write_header(self.recipe, tokenizer, described, run)
+
     def _open_records(self, stack: contextlib.ExitStack) -> None:
         self._metrics = MetricsFile(self.folder.metrics, after_step=self.state.step)
         stack.callback(self._metrics.close)
         for number in self._metrics.damaged_lines:
             self.display.note(f"warning: line {number} of {self._metrics.path} is damaged and was removed")
+        problems = self._metrics.problems
+        if not problems and self.state.metrics not in (None, self._metrics.check):
+            problems = [f"its records up to step {self.state.step} are not those that the checkpoint was written after"]
+        for problem in problems:
+            self.display.note(f"warning: {self._metrics.path}: {problem}")
         self._loggers = open_loggers(self.recipe, self.folder.path, self.state.step)
         for logger in self._loggers:
             stack.callback(logger.close)
@@ -331,6 +350,7 @@ class Trainer:
             state.best_step, state.best_val_bpb = state.step, state.val_bpb
         if self._metrics is not None:
             self._metrics.sync()
+            state.metrics = self._metrics.check
         checkpoints = self.folder.checkpoints
         parts = (self.recipe, self.model, self.optimizer, self.ema, self.device)
         save_state(checkpoints, state, *parts, world=self.world)

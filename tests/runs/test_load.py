@@ -10,6 +10,7 @@ from fusedlm.evaluate import score_documents
 from fusedlm.runs.checkpoint import Checkpoints
 from fusedlm.runs.load import load
 from fusedlm.train import train
+from tests.runs.edits import edit_recipe
 from tests.train.runs import records, tiny_recipe
 
 
@@ -127,15 +128,13 @@ def test_folders_without_a_run_are_named(copied, tmp_path):
 
 
 def test_averaged_weights_of_a_run_without_them_are_refused(copied):
-    text = (copied / "recipe.yaml").read_text()
-    (copied / "recipe.yaml").write_text(text.replace("ema: 0.9", "ema: null"))
+    edit_recipe(copied, lambda text: text.replace("ema: 0.9", "ema: null"))
     with pytest.raises(ValueError, match="has no averaged weights"):
         load(copied, weights="ema")
 
 
 def test_a_checkpoint_of_another_model_is_refused(copied):
-    text = (copied / "recipe.yaml").read_text()
-    (copied / "recipe.yaml").write_text(text.replace("hidden: 32", "hidden: 64"))
+    edit_recipe(copied, lambda text: text.replace("hidden: 32", "hidden: 64"))
     with pytest.raises(
         ValueError, match=r"step-00000012: .* has shape \(32, 16\), in the model of the recipe \(64, 16\)"
     ):
