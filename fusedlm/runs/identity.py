@@ -45,7 +45,10 @@ def read_identity(run_dir: Path) -> Identity | None:
     path = run_dir / IDENTITY
     try:
         record = unseal(json.loads(path.read_bytes()), IDENTITY)
-        return Identity(str(record["run"]), dict(record["files"]))
+        files = dict(record["files"])
+        if any(Path(name).name != name for name in files):
+            raise ValueError
+        return Identity(str(record["run"]), files)
     except FileNotFoundError:
         return None
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):

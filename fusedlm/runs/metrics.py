@@ -45,11 +45,12 @@ def read_metrics(path: Path) -> tuple[list[dict], list[int]]:
     return found.records, found.damaged
 
 
-def audit_metrics(path: Path, up_to_step: int | None = None) -> Audit:
+def audit_metrics(path: Path, up_to_step: int | None = None, up_to_check: str | None = None) -> Audit:
     """Read a metrics file, and check that its lines are the ones that were written, with a record of every step.
 
     Args:
-        up_to_step: ignore later records, and miss the steps up to it; None: read all.
+        up_to_step, up_to_check: the position of a checkpoint, whose records are read and must be there; the check is
+            None in checkpoints of earlier versions. None, None: read all.
     """
     try:
         content = path.read_bytes().split(b"\n")[:-1]
@@ -66,7 +67,7 @@ def audit_metrics(path: Path, up_to_step: int | None = None) -> Audit:
         except (ValueError, KeyError, TypeError, RecursionError):
             audit.damaged.append(number)
             continue
-        if up_to_step is not None and record["step"] > up_to_step:
+        if up_to_step is not None and (record["step"] > up_to_step or audit.check == up_to_check):
             continue
         # After a line that was changed, the next one is compared with the check that it was written after.
         audit.check = expected if found is None else str(found)
@@ -81,6 +82,8 @@ def audit_metrics(path: Path, up_to_step: int | None = None) -> Audit:
             audit.problems.append(problem)
     if up_to_step is not None and step < up_to_step:
         audit.problems.append(_missing(step, up_to_step + 1))
+    elif up_to_check is not None and audit.check != up_to_check and not audit.problems:
+        audit.problems.append(f"the records up to step {up_to_step} are not those of its checkpoint")
     return audit
 
 
@@ -108,13 +111,13 @@ class MetricsFile:
         check: stands for all records so far.
     """
 
-    def __init__(self, path: Path, after_step: int):
-        """Open for appending after the records of `after_step`; later records are removed.
+    def __init__(self, path: Path, after_step: int, after_check: str | None = None):
+        """Open for appending after the records of a checkpoint (`audit_metrics`); later records are removed.
 
         A run that resumes from the checkpoint of that step then ends with the file of an uninterrupted run.
         """
         self.path = path
-        audit = audit_metrics(path, after_step)
+        audit = audit_metrics(path, after_step, after_check)
         self.damaged_lines, self.problems, self.check = audit.damaged, audit.problems, audit.check
         write_atomic(path, b"".join(line + b"\n" for line in audit.raw))
         self._file = path.open("a", encoding="utf-8")

@@ -1,13 +1,17 @@
 """The recipe of a run: that of a checkpoint, which has a checksum, and how RUN/recipe.yaml differs from it."""
 
+import logging
 from pathlib import Path
 
 from fusedlm.config import Recipe, load_recipe, parse_recipe
 from fusedlm.config.keys import differences
 from fusedlm.runs.checkpoint import Checkpoints
-from fusedlm.runs.folder import RECIPE, shown
+from fusedlm.runs.choose import known_identity, newest_intact
+from fusedlm.runs.folder import CHECKPOINTS, RECIPE, require_run, shown
 from fusedlm.runs.identity import Identity
-from fusedlm.runs.state import TrainState
+from fusedlm.runs.state import STATE, TrainState
+
+_log = logging.getLogger(__name__)
 
 
 def checkpoint_recipe(checkpoints: Checkpoints, step: int) -> Recipe:
@@ -17,6 +21,24 @@ def checkpoint_recipe(checkpoints: Checkpoints, step: int) -> Recipe:
         return parse_recipe(text)
     except ValueError as error:
         raise ValueError(f"recipe {checkpoints.path(step) / RECIPE}: {error}") from None
+
+
+def run_recipe(run_dir: Path) -> Recipe:
+    """The recipe of a run, from its newest intact checkpoint; RUN/recipe.yaml if there is none yet. Warns of a change.
+
+    Raises:
+        ValueError: the folder holds no run, or its recipe is not valid.
+        OSError: the system cannot read a file.
+    """
+    require_run(run_dir)
+    checkpoints, identity = Checkpoints(run_dir / CHECKPOINTS), known_identity(run_dir)
+    state = newest_intact(checkpoints, identity and identity.run, only=(STATE, RECIPE)).state
+    if state is None:
+        return load_recipe(run_dir / RECIPE)
+    recipe = checkpoint_recipe(checkpoints, state.step)
+    if change := recipe_change(run_dir, identity, state, recipe):
+        _log.warning("%s", change)
+    return recipe
 
 
 def recipe_change(run_dir: Path, identity: Identity | None, state: TrainState, recipe: Recipe) -> str | None:

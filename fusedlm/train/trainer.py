@@ -170,14 +170,11 @@ class Trainer:
         self.folder.write_header(self.recipe, tokenizer, described, run)
 
     def _open_records(self, stack: contextlib.ExitStack) -> None:
-        self._metrics = MetricsFile(self.folder.metrics, after_step=self.state.step)
+        self._metrics = MetricsFile(self.folder.metrics, self.state.step, self.state.metrics)
         stack.callback(self._metrics.close)
         for number in self._metrics.damaged_lines:
             self.display.note(f"warning: line {number} of {self._metrics.path} is damaged and was removed")
-        problems = self._metrics.problems
-        if not problems and self.state.metrics not in (None, self._metrics.check):
-            problems = [f"its records up to step {self.state.step} are not those that the checkpoint was written after"]
-        for problem in problems:
+        for problem in self._metrics.problems:
             self.display.note(f"warning: {self._metrics.path}: {problem}")
         self._loggers = open_loggers(self.recipe, self.folder.path, self.state.step)
         for logger in self._loggers:

@@ -13,6 +13,8 @@ import pytest
 import torch
 import zstandard
 
+from tests.runs.edits import edit_recipe
+
 RUN = "runs/small"
 NO_CUDA = pytest.mark.skipif(torch.cuda.is_available(), reason="CUDA is there")
 
@@ -244,7 +246,8 @@ def _():
 @case("run-recipe-damaged", "recipe.yaml")
 def _():
     cut_in_half(Path(RUN, "recipe.yaml"))
-    return ["eval", RUN]
+    shutil.rmtree(Path(RUN, "checkpoints"))
+    return ["train", "small.yaml", "--resume"]
 
 
 @case("run-recipe-missing", "recipe.yaml")
@@ -262,10 +265,7 @@ def _():
 
 @case("text-changed-since", "--text")
 def _():
-    run_recipe = Path(RUN, "recipe.yaml")
-    run_recipe.write_text(run_recipe.read_text().replace("type: bytes", "{type: bpe, vocab_size: 270}".strip("{}")))
-    resolved = run_recipe.read_text().replace("type: bpe, vocab_size: 270", "type: bpe\n    vocab_size: 270")
-    run_recipe.write_text(resolved)
+    edit_recipe(Path(RUN), lambda text: text.replace("type: bytes", "type: bpe\n    vocab_size: 270"))
     return ["eval", RUN]
 
 
@@ -373,7 +373,7 @@ def test_full_disk(command, largest: int, workspace: Path, fusedlm):
     after = snapshot(workspace)
     lost = {name for name in before if after.get(name) != before[name]}
     # Resuming removes the records of steps that it recomputes, and writes the environment.
-    assert lost <= {f"{RUN}/metrics.jsonl", f"{RUN}/environment.json"}
+    assert lost <= {f"{RUN}/metrics.jsonl", f"{RUN}/environment.json", f"{RUN}/run.json"}
     assert fusedlm("eval", RUN).code == 0
 
 
