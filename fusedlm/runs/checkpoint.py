@@ -7,7 +7,7 @@ import re
 import shutil
 import stat
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
@@ -35,7 +35,8 @@ def write_safetensors(folder: Path, stem: str, tensors: dict[str, torch.Tensor],
     path.touch()
     mode = stat.S_IMODE(path.stat().st_mode)
     save_file(contiguous, path)  # replaces the file by one that only its owner can read
-    path.chmod(mode)
+    with suppress(PermissionError):  # a file system without modes
+        path.chmod(mode)
 
 
 class DamagedCheckpoint(ValueError):

@@ -35,6 +35,8 @@ def check_run(run_dir: Path) -> list[str]:
         found = Found(None, [])
     problems += [f"{damage.kind.capitalize()} checkpoint: {damage}." for _, damage in found.refused]
     state = found.state
+    if state is not None and state.run is not None and not (run_dir / IDENTITY).exists():
+        problems.append(f"{IDENTITY} is missing.")
     audit = audit_metrics(run_dir / METRICS)
     metrics = [f"line {number} is not a record" for number in audit.damaged] + audit.problems
     if state is not None:

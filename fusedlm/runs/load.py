@@ -125,7 +125,7 @@ def _read(run_dir: Path, wanted: Literal["last", "best"] | int, weights: str, ov
             if weights == "ema":
                 # Buffers are not averaged; they come from the model's file.
                 tensors |= checkpoints.read_tensors(state.step, EMA)
-            if identity is None and state.run is not None:
+            if state.run is not None and not (run_dir / IDENTITY).exists():
                 _log.warning("%s: missing; fusedlm train --resume writes it again", run_dir / IDENTITY)
             if change := recipe_change(run_dir, identity, state, saved):
                 _log.warning("%s", change)

@@ -19,14 +19,14 @@ def edit_checkpoint(run: Path, step: int, name: str, edit: Callable[[str], str])
     checkpoints._seal(folder, {})
 
 
-def edit_state(run: Path, step: int, **changes) -> None:
-    """Change fields of state.json; a value `...` removes the field."""
+def edit_state(run_dir: Path, at: int, **changes) -> None:
+    """Change fields of state.json in the checkpoint of step `at`; a value `...` removes the field."""
 
     def edit(text: str) -> str:
         state = json.loads(text) | changes
         return json.dumps({key: value for key, value in state.items() if value is not ...}, indent=2) + "\n"
 
-    edit_checkpoint(run, step, "state.json", edit)
+    edit_checkpoint(run_dir, at, "state.json", edit)
 
 
 def edit_header(run: Path, name: str, edit: Callable[[str], str]) -> None:
