@@ -84,6 +84,7 @@ class LoadedRun:
     device: Any  # torch.device
     dtype: Any  # torch.dtype, of autocast
     step: int  # of the checkpoint
+    text: str  # fingerprint of the prepared text that it was trained with
 
 
 def load_run(
@@ -104,14 +105,15 @@ def load_run(
         ValueError: as `fusedlm.runs.load`.
     """
     from fusedlm.model.precision import resolve_device, resolve_dtype
-    from fusedlm.runs import choose_checkpoint, load
+    from fusedlm.runs import load_checkpoint
 
-    where = resolve_device(device)
-    step = choose_checkpoint(run, checkpoint_name(checkpoint))
-    model, tokenizer, recipe = load(run, checkpoint=step, weights=weights, device=where, overrides=overrides or [])
+    where, wanted = resolve_device(device), checkpoint_name(checkpoint)
+    loaded = load_checkpoint(run, checkpoint=wanted, weights=weights, device=where, overrides=overrides or [])
+    recipe = loaded.recipe
     if data is not None:
         recipe = recipe.model_copy(update={"data": recipe.data.model_copy(update={"dir": str(data)})})
-    return LoadedRun(run, model, tokenizer, recipe, where, resolve_dtype(recipe.runtime.dtype, where), step)
+    dtype = resolve_dtype(recipe.runtime.dtype, where)
+    return LoadedRun(run, loaded.model, loaded.tokenizer, recipe, where, dtype, loaded.step, loaded.text)
 
 
 def checkpoint_name(text: str) -> str | int:

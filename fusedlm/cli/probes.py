@@ -69,12 +69,13 @@ def _mqar(target: Target, options: dict):
     from fusedlm.probes import Recall, probe_mqar
     from fusedlm.probes.plots import recall_plot
     from fusedlm.runs.backends import use_backends
+    from fusedlm.runs.recipe import run_recipe
 
     if target.checkpoint != "last" or target.weights != "model":
         raise ValueError("--probe mqar trains a new model of the recipe; it takes no --checkpoint and no --weights")
     pairs = options.pop("pairs", None)
     task = Recall() if pairs is None else Recall(pairs=tuple(map(_integer, _split("--pairs", pairs))))
-    recipe = load_recipe(target.run if target.run.is_file() else target.run / "recipe.yaml")
+    recipe = load_recipe(target.run) if target.run.is_file() else run_recipe(target.run)
     recipe = with_overrides(recipe, target.overrides, "runtime")
     for override in target.overrides:
         if not override.startswith(("runtime.dtype=", "runtime.backends")):

@@ -31,14 +31,10 @@ def prepared_text(loaded, progress):
     Raises:
         ValueError: it is gone, has changed or is damaged.
     """
-    from fusedlm.runs.checkpoint import Checkpoints
-    from fusedlm.runs.folder import CHECKPOINTS
-    from fusedlm.runs.state import read_state
     from fusedlm.runs.text import open_text
 
-    fingerprint = read_state(Checkpoints(loaded.run / CHECKPOINTS), loaded.step).data
     remedy = "name the folder of the prepared text with --data FOLDER, or give other text to score with --text FILE"
-    prepared = open_text(loaded.recipe, fingerprint, loaded.run, remedy=remedy, progress=progress)
+    prepared = open_text(loaded.recipe, loaded.text, loaded.run, remedy=remedy, progress=progress)
     if prepared.tokenizer.fingerprint != loaded.tokenizer.fingerprint:
         raise ValueError(
             f"{loaded.run}: its tokenizer is not the one of its text in {prepared.directory}; restore the tokenizer "

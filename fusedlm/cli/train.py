@@ -54,6 +54,7 @@ def train(
 
 def _print_sample(run: Path, device: str) -> None:
     """Continue the recipe's prompt on stdout, and write the text to sample.txt for the report."""
+    from fusedlm.files import write_atomic
     from fusedlm.generate import generate
     from fusedlm.model.precision import resolve_device, resolve_dtype
     from fusedlm.runs import load
@@ -74,4 +75,4 @@ def _print_sample(run: Path, device: str) -> None:
         sample += piece
         show(piece)
     print("\n")
-    (run / "sample.txt").write_text(sample + "\n", encoding="utf-8")
+    write_atomic(run / "sample.txt", sample + "\n")

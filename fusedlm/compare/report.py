@@ -37,7 +37,7 @@ def write_report(results: Results, out: Path) -> Path:
     folder = out / "plots"
     folder.mkdir(exist_ok=True)
     for plot in plots:
-        (folder / f"{plot.name}.png").write_bytes(plot.png)
+        write_atomic(folder / f"{plot.name}.png", plot.png)
     write_atomic(out / "results.json", json.dumps(results.as_json(), indent=1) + "\n")
     write_atomic(out / "results.csv", results.as_csv())
     experiment = results.experiment

@@ -19,6 +19,7 @@ from fusedlm.data.byte_level import byte_table, keeps_text
 from fusedlm.data.lossless import change
 from fusedlm.data.notes import warn_once
 from fusedlm.data.pretokens import SPLIT, cuts_at_line_ends, pieces
+from fusedlm.files import write_atomic
 
 END_OF_TEXT = "<|endoftext|>"
 _META_FILE = "tokenizer.meta.json"
@@ -75,7 +76,7 @@ class Tokenizer(ABC):
         """Write the tokenizer into an existing directory; returns the names of the files written."""
         files = self._files()
         for name, content in files.items():
-            Path(directory, name).write_text(content, encoding="utf-8", newline="")
+            write_atomic(Path(directory, name), content)
         return list(files)
 
 

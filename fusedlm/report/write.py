@@ -13,6 +13,7 @@ from fusedlm.report.history import History, median, read_history
 from fusedlm.report.page import Page, render
 from fusedlm.report.plots import draw_plots
 from fusedlm.report.units import count, duration, memory, percent
+from fusedlm.runs.integrity import check_run
 
 
 def write_report(run_dir: Path) -> Path:
@@ -39,7 +40,7 @@ def write_report(run_dir: Path) -> Path:
         description=description,
         key_figures=_key_figures(history, environment),
         plots=plots,
-        notes=_notes(history),
+        notes=_notes(history) + check_run(run_dir),
         validation_head=head,
         validation=rows,
         best_row=_best(history),
@@ -51,7 +52,7 @@ def write_report(run_dir: Path) -> Path:
     folder = run_dir / "plots"
     folder.mkdir(exist_ok=True)
     for plot in plots:
-        (folder / f"{plot.name}.png").write_bytes(plot.png)
+        write_atomic(folder / f"{plot.name}.png", plot.png)
     path = run_dir / "report.html"
     write_atomic(path, render(page))
     return path

@@ -5,7 +5,9 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable
+import stat
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
@@ -17,7 +19,8 @@ from fusedlm.files import sync
 
 MANIFEST = "manifest.json"
 _FORMAT = 1
-_NAME = re.compile(r"^step-(\d{8,})$")
+_NAME = re.compile(r"(step-([0-9]{8,}))(?:\.(tmp|replaced|(?:damaged|foreign)(?:-[0-9]+)?))?")
+_FILE_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]*")
 
 # (folder, file stem, tensors by name, world): every process calls it, and it writes this process's part of the tensors.
 Writer = Callable[[Path, str, dict[str, torch.Tensor], World], None]
@@ -28,11 +31,31 @@ def write_safetensors(folder: Path, stem: str, tensors: dict[str, torch.Tensor],
     if not world.is_main:
         return
     contiguous = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
-    save_file(contiguous, folder / f"{stem}.safetensors")
+    path = folder / f"{stem}.safetensors"
+    path.touch()
+    mode = stat.S_IMODE(path.stat().st_mode)
+    save_file(contiguous, path)  # replaces the file by one that only its owner can read
+    with suppress(PermissionError):  # a file system without modes
+        path.chmod(mode)
 
 
 class DamagedCheckpoint(ValueError):
-    """A checkpoint whose content is not what was written; the message names the file and the damage."""
+    """A checkpoint whose content is not what was written; the message names the file and the damage.
+
+    kind: "damaged", for messages and for the name that it is set aside under.
+    """
+
+    kind = "damaged"
+
+
+class ForeignCheckpoint(DamagedCheckpoint):
+    """A checkpoint that is intact, but of another run or another step than its place says."""
+
+    kind = "foreign"
+
+
+class RemovedCheckpoint(OSError):
+    """A checkpoint that was there and is not any more: the run that is training removed it."""
 
 
 class Checkpoints:
@@ -50,16 +73,30 @@ class Checkpoints:
 
     def steps(self) -> list[int]:
         """Steps that have a checkpoint, intact or not, ascending."""
-        if not self.directory.is_dir():
-            return []
-        found = (_NAME.match(entry.name) for entry in self.directory.iterdir() if entry.is_dir())
-        return sorted(int(match[1]) for match in found if match)
+        return sorted(step for entry, step, kind in self._entries() if not kind and entry.is_dir())
 
     def set_aside_names(self) -> list[str]:
-        """Names of damaged checkpoints that an earlier resume set aside."""
-        if not self.directory.is_dir():
+        """Names of the checkpoints that an earlier resume set aside."""
+        kinds = (DamagedCheckpoint.kind, ForeignCheckpoint.kind)
+        return sorted(entry.name for entry, _, kind in self._entries() if kind in kinds)
+
+    def _entries(self) -> list[tuple[os.DirEntry, int, str]]:
+        """(entry, step, "" or "tmp", "damaged" ...) of what this class named; all else in the folder is the user's.
+
+        Raises:
+            OSError: the folder cannot be listed.
+        """
+        try:
+            entries = list(os.scandir(self.directory))
+        except (FileNotFoundError, NotADirectoryError):
             return []
-        return sorted(entry.name for entry in self.directory.iterdir() if ".damaged" in entry.name)
+        found = []
+        for entry in entries:
+            match = _NAME.fullmatch(entry.name)
+            # step-000000061 would be read as the step of step-00000061.
+            if match and match[1] == self.path(int(match[2])).name:
+                found.append((entry, int(match[2]), (match[3] or "").partition("-")[0]))
+        return found
 
     def save(
         self,
@@ -88,6 +125,7 @@ class Checkpoints:
         try:
             if world.is_main:
                 self.directory.mkdir(parents=True, exist_ok=True)
+                _make_way(temporary)
                 temporary.mkdir()
             world.barrier()
             for stem, table in tensors.items():
@@ -96,11 +134,14 @@ class Checkpoints:
             if world.is_main:
                 self._seal(temporary, texts)
                 replaced = final.with_name(final.name + ".replaced")
-                if final.exists():
+                _make_way(replaced)
+                if final.is_dir():
                     os.rename(final, replaced)
+                else:
+                    _make_way(final)
                 os.rename(temporary, final)
                 sync(self.directory)
-                shutil.rmtree(replaced, ignore_errors=True)
+                _remove(replaced)
             world.barrier()
         except (OSError, SafetensorError) as error:
             shutil.rmtree(temporary, ignore_errors=True)
@@ -127,15 +168,17 @@ class Checkpoints:
 
         Raises:
             DamagedCheckpoint: the manifest is missing or is not what was written.
+            RemovedCheckpoint: there is no such checkpoint any more.
+            OSError: the system cannot read it, which says nothing about its content.
         """
         path = self.path(step) / MANIFEST
+        with self._reading(step, path):
+            content = path.read_bytes()
         try:
-            text = path.read_text(encoding="utf-8")
+            text = content.decode("utf-8")
             files = dict(json.loads(text)["files"])
             # The manifest has no checksum; it must be, byte for byte, what its content serialises to.
-            intact = text == _manifest_text(files)
-        except OSError as error:
-            raise DamagedCheckpoint(f"{path}: {error.strerror or error}") from None
+            intact = text == _manifest_text(files) and all(map(_FILE_NAME.fullmatch, files))
         except (ValueError, KeyError, TypeError, RecursionError):
             intact = False
         if not intact:
@@ -147,50 +190,81 @@ class Checkpoints:
 
         Raises:
             DamagedCheckpoint: a file is missing, truncated, changed, or not in the manifest.
+            RemovedCheckpoint, OSError: as `files`.
         """
         files = self.files(step)
         for name in only if only is not None else files:
             path = self.path(step) / name
             if name not in files:
                 raise DamagedCheckpoint(f"{path}: not in the manifest")
-            try:
+            with self._reading(step, path):
                 found = {"sha256": _sha256(path), "bytes": path.stat().st_size}
-            except OSError as error:
-                raise DamagedCheckpoint(f"{path}: {error.strerror or error}") from None
             if found != files[name]:
                 raise DamagedCheckpoint(f"{path}: its {found['bytes']} bytes are not the ones that were written")
 
     def read_tensors(self, step: int, stem: str) -> dict[str, torch.Tensor]:
-        """The tensors of one file by name, on the CPU. `verify` first."""
-        return load_file(self.path(step) / f"{stem}.safetensors")
+        """The tensors of one file by name, on the CPU. `verify` first; errors as there."""
+        path = self.path(step) / f"{stem}.safetensors"
+        try:
+            with self._reading(step, path):
+                return load_file(path)
+        except SafetensorError as error:
+            raise DamagedCheckpoint(f"{path}: {' '.join(str(error).split())}") from None
+
+    def read_text(self, step: int, name: str) -> str:
+        """The text of one file. `verify` first; errors as there."""
+        path = self.path(step) / name
+        with self._reading(step, path):
+            content = path.read_bytes()
+        try:
+            return content.decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise DamagedCheckpoint(f"{path}: byte {error.start} is not UTF-8") from None
 
     def read_json(self, step: int, name: str) -> dict:
-        """The object in one JSON file. `verify` first."""
-        return json.loads((self.path(step) / name).read_text(encoding="utf-8"))
+        """The object in one JSON file. `verify` first; errors as there."""
+        text = self.read_text(step, name)
+        try:
+            found = json.loads(text)
+        except (ValueError, RecursionError):
+            found = None
+        if not isinstance(found, dict):
+            raise DamagedCheckpoint(f"{self.path(step) / name}: not a JSON object")
+        return found
 
-    def set_aside(self, step: int) -> Path:
-        """Rename a damaged checkpoint, so that it is kept but not read."""
+    @contextmanager
+    def _reading(self, step: int, path: Path) -> Iterator[None]:
+        """Tells damage from errors of the system, which name the file, and from a checkpoint that was removed."""
+        try:
+            if path.exists() and not path.is_file():  # opening a pipe would wait
+                raise DamagedCheckpoint(f"{path}: not a file")
+            yield
+        except FileNotFoundError as error:
+            # A checkpoint is renamed before it is removed, so that it is complete or absent.
+            if not self.path(step).is_dir():
+                raise RemovedCheckpoint(f"checkpoint {self.path(step)} was removed while it was read") from None
+            raise DamagedCheckpoint(f"{path}: {error.strerror or error}") from None
+        except OSError as error:
+            if error.errno is None:
+                raise OSError(f"{path}: {error}") from None
+            raise OSError(error.errno, error.strerror, str(path)) from None
+
+    def set_aside(self, step: int, kind: str = DamagedCheckpoint.kind) -> Path:
+        """Rename a damaged or foreign checkpoint, so that it is kept but not read."""
         source = self.path(step)
-        target = source.with_name(source.name + ".damaged")
-        number = 2
-        while target.exists():
-            target = source.with_name(f"{source.name}.damaged-{number}")
-            number += 1
+        target = _free_name(source, kind)
         os.rename(source, target)
         sync(self.directory)
         return target
 
     def clean(self) -> None:
-        """Remove the leftovers of an interrupted `save`."""
-        if not self.directory.is_dir():
-            return
-        for replaced in self.directory.glob("step-*.replaced"):
-            final = replaced.with_suffix("")
-            if not final.exists():
-                os.rename(replaced, final)
-        for pattern in ("step-*.tmp", "step-*.replaced"):
-            for leftover in self.directory.glob(pattern):
-                shutil.rmtree(leftover)
+        """Remove the leftovers of an interrupted `save` or `prune`."""
+        for entry, step, kind in self._entries():
+            if kind == "replaced" and entry.is_dir() and not os.path.lexists(self.path(step)):
+                os.rename(entry.path, self.path(step))
+        for entry, _, kind in self._entries():
+            if kind in ("tmp", "replaced") and entry.is_dir(follow_symlinks=False):
+                shutil.rmtree(entry.path)
 
     def prune(self, keep: int, best: int | None) -> None:
         """Remove all but the newest `keep` checkpoints and the one of step `best`."""
@@ -198,8 +272,34 @@ class Checkpoints:
             if step != best:
                 # Renamed first: an interrupted removal must not look like a damaged checkpoint.
                 doomed = self.path(step).with_name(self.path(step).name + ".tmp")
+                _make_way(doomed)
                 os.rename(self.path(step), doomed)
-                shutil.rmtree(doomed)
+                _remove(doomed)
+
+
+def _remove(path: Path) -> None:
+    """Remove a checkpoint, or the link to one that the user has put on another disk."""
+    if path.is_symlink():
+        path.unlink()
+    elif path.is_dir():
+        shutil.rmtree(path)
+
+
+def _make_way(path: Path) -> None:
+    """Remove a leftover folder of this name; anything else is not ours, and is renamed."""
+    if path.is_symlink() or path.is_file():
+        os.rename(path, _free_name(path, "kept"))
+    elif path.is_dir():
+        shutil.rmtree(path)
+
+
+def _free_name(path: Path, suffix: str) -> Path:
+    target = path.with_name(f"{path.name}.{suffix}")
+    number = 2
+    while os.path.lexists(target):
+        target = path.with_name(f"{path.name}.{suffix}-{number}")
+        number += 1
+    return target
 
 
 def _manifest_text(files: dict) -> str:

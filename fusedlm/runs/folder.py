@@ -9,9 +9,16 @@ from fusedlm.config.keys import ABSENT, differences, is_neutral
 from fusedlm.distributed import World
 from fusedlm.files import write_atomic
 from fusedlm.runs.checkpoint import Checkpoints
+from fusedlm.runs.identity import Identity, write_identity
 
 RECIPE, ENVIRONMENT, METRICS = "recipe.yaml", "environment.json", "metrics.jsonl"
 CHECKPOINTS, LOCK = "checkpoints", ".lock"
+
+
+def require_run(run_dir: Path) -> None:
+    """Raises ValueError if the folder holds no run."""
+    if not (run_dir / RECIPE).is_file():
+        raise ValueError(f"{run_dir} holds no run; train one with: fusedlm train RECIPE --out {run_dir}")
 
 
 class RunFolder:
@@ -57,46 +64,72 @@ class RunFolder:
         """Whether a run was started here."""
         return any((self.path / name).exists() for name in (RECIPE, METRICS, CHECKPOINTS))
 
-    def check_recipe(self, recipe: Recipe, resume: bool, device: str) -> list[str]:
-        """Check that this recipe may train here.
-
-        Args:
-            device: the type of the device, "cpu" or "cuda".
-
-        Returns:
-            A sentence for each change to the run that the user should see.
+    def check_resume(self, resume: bool) -> None:
+        """Check that a run may train here.
 
         Raises:
-            ValueError: the folder holds a run and `resume` is not set, or that run has another recipe.
+            ValueError: the folder holds a run and `resume` is not set, or a run without its recipe.
         """
         if not self.holds_run():
-            return []
+            return
         if not resume:
             raise ValueError(
                 f"run folder {self.path} already holds a run; resume it with --resume or name another with --out"
             )
         if not (self.path / RECIPE).exists():
             raise ValueError(f"run folder {self.path} holds a run without {RECIPE}; name another folder with --out")
-        previous = self._previous_device() or device  # if unknown, the stricter rule applies
-        notes = check_resumable(load_recipe(self.path / RECIPE), recipe, same_device=previous == device)
+
+    def check_recipe(self, recipe: Recipe, device: str, saved: Recipe | None, identity: Identity | None) -> list[str]:
+        """Check that the run of this folder, if it holds one, may resume with this recipe.
+
+        Args:
+            device: the type of the device, "cpu" or "cuda".
+            saved: the recipe of the checkpoint to resume from; None: there is none, and that of the folder counts.
+            identity: of the run, if known.
+
+        Returns:
+            A sentence for each change to the run that the user should see.
+
+        Raises:
+            ValueError: the run has another recipe.
+        """
+        if not self.holds_run():
+            return []
+        previous = self._previous_device(identity) or device  # if unknown, the stricter rule applies
+        notes = check_resumable(saved or load_recipe(self.path / RECIPE), recipe, same_device=previous == device)
         if previous != device:
             notes.insert(0, f"the run was on {previous} and is now on {device}; losses may differ by rounding")
         return notes
 
-    def _previous_device(self) -> str | None:
+    def _previous_device(self, identity: Identity | None) -> str | None:
+        path = self.path / ENVIRONMENT
+        if identity is not None and not identity.wrote(path):
+            return None
         try:
-            return json.loads((self.path / ENVIRONMENT).read_text(encoding="utf-8")).get("device")
-        except (OSError, ValueError, AttributeError):
+            return json.loads(path.read_text(encoding="utf-8")).get("device")
+        except (OSError, ValueError, AttributeError, RecursionError):
             return None
 
-    def write_header(self, recipe: Recipe, tokenizer) -> None:
-        """Write what `load` needs besides a checkpoint. The recipe comes last: with it, the folder holds a run."""
-        tokenizer.save(self.path)
-        write_atomic(self.path / RECIPE, dump_recipe(recipe))
+    def write_header(self, recipe: Recipe, tokenizer, environment: dict, run: str) -> None:
+        """Write what `load` needs besides a checkpoint, and record the machine and software that compute the following
+        steps. The recipe comes last: with it, the folder holds a run.
 
-    def write_environment(self, environment: dict) -> None:
-        """Record the machine and software that compute the following steps."""
+        Args:
+            run: id of the run.
+        """
         write_atomic(self.path / ENVIRONMENT, json.dumps(environment, indent=2) + "\n")
+        names = [ENVIRONMENT, *tokenizer.save(self.path)]
+        text = dump_recipe(recipe)
+        contents = {name: (self.path / name).read_bytes() for name in names} | {RECIPE: text.encode()}
+        write_identity(self.path, run, contents)
+        write_atomic(self.path / RECIPE, text)
+
+    def complete_header(self, tokenizer, identity: Identity | None, run: str) -> None:
+        """Restore the tokenizer of a finished run, and write run.json if it is missing or damaged."""
+        names = tokenizer.save(self.path)
+        if identity is None:
+            present = [name for name in (ENVIRONMENT, RECIPE, *names) if (self.path / name).is_file()]
+            write_identity(self.path, run, {name: (self.path / name).read_bytes() for name in present})
 
 
 # What the files hold is compared when the text is opened, not where they are.
@@ -119,7 +152,7 @@ def check_resumable(saved: Recipe, given: Recipe, same_device: bool = True) -> l
     """
     notes = []
     for key, before, now in differences(saved.model_dump(mode="json"), given.model_dump(mode="json")):
-        change = f"{key} was {_shown(before)} and is now {_shown(now)}"
+        change = f"{key} was {shown(before)} and is now {shown(now)}"
         if key == "train.steps":
             if now < before:
                 raise ValueError(f"train.steps={now}: the run to resume has {before} steps; give at least {before}")
@@ -130,11 +163,12 @@ def check_resumable(saved: Recipe, given: Recipe, same_device: bool = True) -> l
             notes.append(f"{change}; the content is compared")
         elif not is_neutral(key, Recipe):
             raise ValueError(
-                f"{key} is {_shown(before)} in the run to resume and {_shown(now)} now; "
+                f"{key} is {shown(before)} in the run to resume and {shown(now)} now; "
                 "give the same value or start a new run with --out"
             )
     return notes
 
 
-def _shown(value) -> str:
+def shown(value) -> str:
+    """A value of a recipe, for messages."""
     return "absent" if value is ABSENT else json.dumps(value, ensure_ascii=False)

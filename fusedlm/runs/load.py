@@ -2,23 +2,30 @@
 
 import logging
 from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 import torch
 
-from fusedlm.config import Recipe, load_recipe
+from fusedlm.config import Recipe
 from fusedlm.config.recipe import with_overrides
 from fusedlm.data import load_tokenizer
 from fusedlm.data.tokenizer import Tokenizer
 from fusedlm.model import Decoder, build_model
 from fusedlm.model.precision import resolve_device, resolve_dtype
 from fusedlm.runs.backends import use_backends
-from fusedlm.runs.checkpoint import Checkpoints, DamagedCheckpoint
-from fusedlm.runs.folder import CHECKPOINTS, RECIPE
-from fusedlm.runs.state import EMA, MODEL, STATE, load_model_tensors, read_state
+from fusedlm.runs.checkpoint import Checkpoints, RemovedCheckpoint
+from fusedlm.runs.choose import choose, known_identity
+from fusedlm.runs.folder import CHECKPOINTS, require_run
+from fusedlm.runs.identity import IDENTITY
+from fusedlm.runs.recipe import checkpoint_recipe, recipe_change
+from fusedlm.runs.state import EMA, MODEL, TrainState, load_model_tensors
 
 _log = logging.getLogger(__name__)
+
+_ATTEMPTS = 10
 
 
 def load(
@@ -29,11 +36,13 @@ def load(
     device: str | torch.device = "auto",
     overrides: Sequence[str] = (),
 ) -> tuple[Decoder, Tokenizer, Recipe]:
-    """The model of a run, in eval mode. Needs nothing outside the run folder.
+    """The model of a run, in eval mode. Needs nothing outside the run folder. A run that is training can be loaded.
+
+    The recipe is that of the checkpoint; a warning says where RUN/recipe.yaml was changed.
 
     Args:
-        checkpoint: "last" (a damaged one is skipped with a warning), "best" (lowest validation bits per byte among the
-            checkpoints) or a step.
+        checkpoint: "last" (a damaged or foreign one is skipped with a warning), "best" (lowest validation
+            bits per byte among the checkpoints) or a step.
         weights: "model", or "ema" for the moving average.
         device: auto, cpu or cuda; need not be the one of training.
         overrides: `key=value` that replace the run's own `runtime.dtype` and `runtime.backends`, such as
@@ -44,30 +53,85 @@ def load(
         The decoder, with float32 parameters; the tokenizer; and the recipe with the overrides.
 
     Raises:
-        ValueError: the folder holds no run, the checkpoint does not exist or is damaged, it has no averaged weights, or
-            an override is not valid.
+        ValueError: the folder holds no run, the checkpoint does not exist, is damaged or of another run or step, it has
+            no averaged weights, the tokenizer is not the run's, or an override is not valid.
+        OSError: the system cannot read a file.
     """
+    loaded = load_checkpoint(run_dir, checkpoint=checkpoint, weights=weights, device=device, overrides=overrides)
+    return loaded.model, loaded.tokenizer, loaded.recipe
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """What `load` gives, the step of the checkpoint that was read, and the fingerprint of its prepared text."""
+
+    model: Decoder
+    tokenizer: Tokenizer
+    recipe: Recipe
+    step: int
+    text: str
+
+
+def load_checkpoint(
+    run_dir: str | Path,
+    *,
+    checkpoint: Literal["last", "best"] | int = "last",
+    weights: Literal["model", "ema"] = "model",
+    device: str | torch.device = "auto",
+    overrides: Sequence[str] = (),
+) -> Loaded:
+    """As `load`."""
     run_dir = Path(run_dir)
     if weights not in ("model", "ema"):
         raise ValueError(f"weights={weights!r}: must be model or ema")
-    _require_run(run_dir)
-    recipe = with_overrides(load_recipe(run_dir / RECIPE), list(overrides), "runtime")
-    _check_overrides(overrides)
-    if weights == "ema" and recipe.train.ema is None:
-        raise ValueError(f"run {run_dir} has no averaged weights; train with train.ema, or use weights model")
+    require_run(run_dir)
     target = resolve_device(device)
-    checkpoints = Checkpoints(run_dir / CHECKPOINTS)
-    step = choose_checkpoint(run_dir, checkpoint)
+    content = _read(run_dir, checkpoint, weights, overrides)
+    recipe, state = content.recipe, content.state
     tokenizer = load_tokenizer(run_dir)
+    if state.tokenizer not in (None, tokenizer.fingerprint):
+        raise ValueError(
+            f"{run_dir}: its tokenizer is not the one that the run was trained with; "
+            f"restore it with: fusedlm train RECIPE --out {run_dir} --resume"
+        )
     model = build_model(recipe.model, vocab_size=tokenizer.vocab_size, device="meta").to_empty(device=target)
-    tensors = checkpoints.read_tensors(step, MODEL)
-    if weights == "ema":
-        # Buffers are not averaged; they come from the model's file.
-        tensors |= checkpoints.read_tensors(step, EMA)
-    load_model_tensors(model, tensors, str(checkpoints.path(step)))
+    load_model_tensors(model, content.tensors, content.source)
     requested = any(override.startswith("runtime.backends") for override in overrides)
     use_backends(model, recipe.runtime, target, resolve_dtype(recipe.runtime.dtype, target), strict=requested)
-    return model.eval(), tokenizer, recipe
+    return Loaded(model.eval(), tokenizer, recipe, state.step, state.data)
+
+
+@dataclass(frozen=True)
+class _Content:
+    """What is read from one checkpoint: tensors (on the CPU) by name; source names the checkpoint in errors."""
+
+    state: TrainState
+    recipe: Recipe
+    tensors: dict[str, torch.Tensor]
+    source: str
+
+
+def _read(run_dir: Path, wanted: Literal["last", "best"] | int, weights: str, overrides: Sequence[str]) -> _Content:
+    """Read a checkpoint. If a run that is training removes it meanwhile, the choice is made again."""
+    checkpoints, identity = Checkpoints(run_dir / CHECKPOINTS), known_identity(run_dir)
+    for _ in range(_ATTEMPTS):
+        with suppress(RemovedCheckpoint):
+            state = choose(run_dir, wanted, identity and identity.run)
+            saved = checkpoint_recipe(checkpoints, state.step)
+            recipe = with_overrides(saved, list(overrides), "runtime")
+            _check_overrides(overrides)
+            if weights == "ema" and recipe.train.ema is None:
+                raise ValueError(f"run {run_dir} has no averaged weights; train with train.ema, or use weights model")
+            tensors = checkpoints.read_tensors(state.step, MODEL)
+            if weights == "ema":
+                # Buffers are not averaged; they come from the model's file.
+                tensors |= checkpoints.read_tensors(state.step, EMA)
+            if state.run is not None and not (run_dir / IDENTITY).exists():
+                _log.warning("%s: missing; fusedlm train --resume writes it again", run_dir / IDENTITY)
+            if change := recipe_change(run_dir, identity, state, saved):
+                _log.warning("%s", change)
+            return _Content(state, recipe, tensors, str(checkpoints.path(state.step)))
+    raise RemovedCheckpoint(f"run {run_dir} removes its checkpoints faster than they can be read; try again")
 
 
 def _check_overrides(overrides: Sequence[str]) -> None:
@@ -80,52 +144,3 @@ def _check_overrides(overrides: Sequence[str]) -> None:
             raise ValueError(
                 f"override {override!r}: {key} is for training; a trained run takes runtime.dtype and runtime.backends"
             )
-
-
-def _require_run(run_dir: Path) -> None:
-    if not (run_dir / RECIPE).is_file():
-        raise ValueError(f"{run_dir} holds no run; train one with: fusedlm train RECIPE --out {run_dir}")
-
-
-def choose_checkpoint(run_dir: str | Path, wanted: Literal["last", "best"] | int) -> int:
-    """The step that `load` reads for this argument, its files verified. Raises as `load`."""
-    run_dir = Path(run_dir)
-    _require_run(run_dir)
-    checkpoints = Checkpoints(run_dir / CHECKPOINTS)
-    steps = checkpoints.steps()
-    if not steps:
-        raise ValueError(f"run {run_dir} has no checkpoint yet; resume it with: fusedlm train --resume")
-    if wanted == "last":
-        return _newest_intact(checkpoints, run_dir)
-    if wanted == "best":
-        best = read_state(checkpoints, _newest_intact(checkpoints, run_dir)).best_step
-        if best not in steps:
-            raise ValueError(f"run {run_dir} has no validated checkpoint yet; use checkpoint last")
-        wanted = best
-    if isinstance(wanted, bool) or not isinstance(wanted, int) or wanted not in steps:
-        raise ValueError(
-            f"run {run_dir} has no checkpoint {wanted!r}; it has last, best and {', '.join(map(str, steps))}"
-        )
-    _verify(checkpoints, wanted)
-    return wanted
-
-
-def _newest_intact(checkpoints: Checkpoints, run_dir: Path) -> int:
-    damages = []
-    for step in reversed(checkpoints.steps()):
-        try:
-            _verify(checkpoints, step)
-        except DamagedCheckpoint as damage:
-            damages.append(damage)
-        else:
-            for damage in damages:
-                _log.warning("damaged checkpoint: %s; using the one before it", damage)
-            return step
-    raise ValueError(f"run {run_dir} has no intact checkpoint: {'; '.join(map(str, damages))}")
-
-
-def _verify(checkpoints: Checkpoints, step: int) -> None:
-    """Check the files that `load` reads, without the optimizer state, which is larger than the model."""
-    files = checkpoints.files(step)
-    wanted = [f"{MODEL}.safetensors", f"{EMA}.safetensors", STATE]
-    checkpoints.verify(step, only=tuple(name for name in wanted if name in files))

@@ -1,15 +1,17 @@
 """The content of a checkpoint: collected from the live objects, and restored into them."""
 
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 
+import pydantic
 import torch
 from torch import nn
 
 from fusedlm.config import Recipe, dump_recipe
 from fusedlm.distributed import World
 from fusedlm.optim import ExponentialMovingAverage, load_optimizer_tensors, optimizer_tensors
-from fusedlm.runs.checkpoint import Checkpoints, Writer, write_safetensors
+from fusedlm.runs.checkpoint import Checkpoints, DamagedCheckpoint, ForeignCheckpoint, Writer, write_safetensors
 
 MODEL, OPTIMIZER, EMA, RNG, STATE, RECIPE = "model", "optimizer", "ema", "rng", "state.json", "recipe.yaml"
 
@@ -28,7 +30,13 @@ class TrainState:
     val_bpb: float | None = None  # its bits per byte
     best_step: int | None = None  # of the checkpoint with the lowest validation bits per byte
     best_val_bpb: float | None = None
+    run: str | None = None  # id of the run; this and the following are None in checkpoints of earlier versions
+    tokenizer: str | None = None  # fingerprint
+    metrics: str | None = None  # digest of the records up to this step (`fusedlm.runs.metrics`)
 
+
+_ADDED = {"run", "tokenizer", "metrics"}
+_STATE = pydantic.TypeAdapter(TrainState)
 
 def model_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
     """Parameters and persistent buffers by name: the live tensors, a shared tensor once, under its first name."""
@@ -107,12 +115,46 @@ def read_state(checkpoints: Checkpoints, step: int) -> TrainState:
     """state.json of a verified checkpoint.
 
     Raises:
+        ForeignCheckpoint: it is the state of another step.
+        DamagedCheckpoint: a field has a value that is never written.
         ValueError: it was written by another version, whose state has other fields.
     """
     saved = checkpoints.read_json(step, STATE)
+    path = checkpoints.path(step) / STATE
     known = {field.name for field in fields(TrainState)}
-    if saved.keys() != known:
-        name = sorted(saved.keys() ^ known)[0]
+    if wrong := (saved.keys() ^ known) - (_ADDED - saved.keys()):
+        name = sorted(wrong)[0]
         where = "missing" if name in known else "unknown to this version"
-        raise ValueError(f"{checkpoints.path(step) / STATE}: field {name!r} is {where}; start a new run with --out")
-    return TrainState(**saved)
+        raise ValueError(f"{path}: field {name!r} is {where}; start a new run with --out")
+    try:
+        state = _STATE.validate_json(json.dumps(saved), strict=True)
+    except pydantic.ValidationError as error:
+        (name, *_), value = error.errors()[0]["loc"], error.errors()[0]["input"]
+        raise DamagedCheckpoint(f"{path}: {name}={value!r} is never written") from None
+    if state.step != step:
+        raise ForeignCheckpoint(f"{checkpoints.path(step)} holds step {state.step}; rename it to its step")
+    return state
+
+
+def examine(
+    checkpoints: Checkpoints, step: int, run: str | None = None, only: Sequence[str] | None = None
+) -> TrainState:
+    """The state of a checkpoint, after checking that its files are intact and that it is of this step and run.
+
+    Args:
+        run: id of the run; None: unknown, not checked. Checkpoints of earlier versions have no id, and fit any run.
+        only: the files to check, those that the checkpoint has; None: all.
+
+    Raises:
+        DamagedCheckpoint, ForeignCheckpoint, RemovedCheckpoint, OSError, ValueError: as `Checkpoints.verify` and
+            `read_state`.
+    """
+    files = checkpoints.files(step)
+    checkpoints.verify(step, None if only is None else tuple(name for name in only if name in files))
+    for name in (f"{MODEL}.safetensors", STATE, RECIPE):
+        if name not in files:
+            raise DamagedCheckpoint(f"{checkpoints.path(step) / name}: not in the manifest")
+    state = read_state(checkpoints, step)
+    if run is not None and state.run not in (None, run):
+        raise ForeignCheckpoint(f"{checkpoints.path(step)} is of another run ({state.run[:12]}, this is {run[:12]})")
+    return state

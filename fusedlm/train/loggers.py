@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Protocol
 
 from fusedlm.config import Recipe
+from fusedlm.files import write_atomic
 
 _PACKAGES = {"tensorboard": "tensorboard", "wandb": "wandb"}
 
@@ -42,7 +43,7 @@ class WandbLogger:
 
         id_file = run_dir / "wandb-id.txt"
         if not id_file.exists():
-            id_file.write_text(uuid.uuid4().hex, encoding="utf-8")
+            write_atomic(id_file, uuid.uuid4().hex)
         self._run = wandb.init(
             project="fusedlm",
             name=recipe.name,

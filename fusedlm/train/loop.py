@@ -8,9 +8,9 @@ from fusedlm.config import Recipe
 from fusedlm.distributed import World
 from fusedlm.model.precision import resolve_device, resolve_dtype
 from fusedlm.ops.common import check_backends
-from fusedlm.runs.checkpoint import Checkpoints, DamagedCheckpoint
 from fusedlm.runs.folder import RunFolder
 from fusedlm.runs.hardware import numerics
+from fusedlm.runs.start import find_start, set_aside
 from fusedlm.train.display import Display
 from fusedlm.train.loggers import check_loggers
 from fusedlm.train.trainer import Trainer, TrainResult
@@ -46,7 +46,7 @@ def train(
         ValueError: the folder holds a run and `resume` is not set, or is in use, or its run has another recipe or text,
             or no intact checkpoint; a logger's package is missing; the recipe does not fit the data or the device.
         TrainingDiverged: loss or gradient norm was not finite in `train.max_bad_steps` steps in a row. A ValueError.
-        OSError: the disk is full or the folder cannot be written; earlier checkpoints stay valid.
+        OSError: the disk is full, the folder cannot be written, or a file cannot be read; checkpoints stay valid.
     """
     check_loggers(recipe.train.loggers)
     check_backends(recipe.runtime.backends, "runtime.backends")
@@ -56,34 +56,12 @@ def train(
     display = display or Display(console if world.is_main else None)
     try:
         with RunFolder(Path(run_dir), world) as folder, numerics(device, dtype, recipe.runtime.deterministic):
-            for note in folder.check_recipe(recipe, resume, device.type):
+            folder.check_resume(resume)
+            start = find_start(folder)
+            for note in [*start.notes, *folder.check_recipe(recipe, device.type, start.recipe, start.identity)]:
                 display.note(note)
-            checkpoint = _intact_checkpoint(folder.checkpoints, folder.path, display)
+            set_aside(folder, start, display.note)
             options = {"text": text, "strict_backends": strict_backends, "world": world}
-            return Trainer(recipe, folder, device, dtype, display, checkpoint, **options).run()
+            return Trainer(recipe, folder, device, dtype, display, start, **options).run()
     finally:
         display.close()
-
-
-def _intact_checkpoint(checkpoints: Checkpoints, run_dir: Path, display: Display) -> int | None:
-    """Step of the newest intact checkpoint; None if none was written. Sets newer, damaged ones aside with a note.
-
-    Raises:
-        ValueError: there are checkpoints, and all are damaged.
-    """
-    checkpoints.clean()
-    for step in reversed(checkpoints.steps()):
-        try:
-            checkpoints.verify(step)
-        except DamagedCheckpoint as damage:
-            kept = checkpoints.set_aside(step)
-            display.note(f"warning: damaged checkpoint: {damage}; kept as {kept.name}, using the one before it")
-        else:
-            return step
-    damaged = checkpoints.set_aside_names()
-    if damaged:
-        raise ValueError(
-            f"run {run_dir} has no intact checkpoint (damaged: {', '.join(damaged)}); "
-            "start a new run in another folder with --out"
-        )
-    return None

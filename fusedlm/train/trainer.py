@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from fusedlm.config import Recipe, load_recipe
+from fusedlm.config import Recipe
 from fusedlm.data import Loader, PreparedData, prepare
 from fusedlm.data.manifest import DamagedData
 from fusedlm.data.preparation import ChangedText, paths
@@ -20,11 +20,12 @@ from fusedlm.model.accounting import count_parameters, training_flops_per_token
 from fusedlm.model.precision import autocast
 from fusedlm.optim import ExponentialMovingAverage, build_optimizer, schedule_scale
 from fusedlm.runs.backends import use_backends
-from fusedlm.runs.folder import RECIPE, RunFolder
+from fusedlm.runs.folder import RunFolder
 from fusedlm.runs.hardware import device_name, environment, peak_flops, peak_memory_bytes
 from fusedlm.runs.metrics import MetricsFile
 from fusedlm.runs.signals import StopSignal
-from fusedlm.runs.state import TrainState, read_state, restore_state, save_state
+from fusedlm.runs.start import Start
+from fusedlm.runs.state import TrainState, restore_state, save_state
 from fusedlm.runs.text import open_text
 from fusedlm.train.cuda_graph import CapturedBackward
 from fusedlm.train.display import Display
@@ -55,7 +56,7 @@ class Trainer:
     Args:
         folder: the locked run folder.
         device, dtype: where the model runs, and the dtype of autocast.
-        checkpoint: step of a verified checkpoint to resume from; None: start from the beginning.
+        start: the run, and the verified checkpoint to resume from.
         text, strict_backends: as `fusedlm.train.train` takes them.
         world: the processes of the run.
 
@@ -70,7 +71,7 @@ class Trainer:
         device: torch.device,
         dtype: torch.dtype,
         display: Display,
-        checkpoint: int | None,
+        start: Start,
         *,
         text: str | None,
         strict_backends: bool,
@@ -78,17 +79,20 @@ class Trainer:
     ):
         self.recipe, self.settings, self.runtime, self.folder = recipe, recipe.train, recipe.runtime, folder
         self.device, self.dtype, self.display, self.world = device, dtype, display, world
-        self.data = self._open_text(text, checkpoint)
+        self.data = self._open_text(text, start)
         torch.manual_seed(self.settings.seed)
         vocab_size = self.data.tokenizer.vocab_size
         self.model = build_model(recipe.model, vocab_size=vocab_size, device=device, seed=self.settings.seed)
         self.backends = use_backends(self.model, self.runtime, device, dtype, strict=strict_backends)
         self.optimizer = build_optimizer(self.model, self.settings.optimizer, device)
         self.ema = ExponentialMovingAverage(self.model, self.settings.ema) if self.settings.ema is not None else None
-        self.state = TrainState(data=self.data.manifest["fingerprint"])
+        self.identity = start.identity
+        self.state = TrainState(
+            data=self.data.manifest["fingerprint"], run=start.run, tokenizer=self.data.tokenizer.fingerprint
+        )
         self._saved: TrainState | None = None
-        if checkpoint is not None:
-            self._restore(checkpoint)
+        if start.state is not None:
+            self._restore(start.state.step)
         if self.runtime.recompute == "mixer":
             self.model.recompute_mixers()
         if self.runtime.compile:
@@ -100,11 +104,11 @@ class Trainer:
         self._slowdown = Slowdown() if device.type == "cpu" else None
         self._flops_per_token = training_flops_per_token(self.model, self.settings.seq_len)
 
-    def _open_text(self, text: str | None, checkpoint: int | None) -> PreparedData:
+    def _open_text(self, text: str | None, start: Start) -> PreparedData:
         """The text of the checkpoint, or that with the fingerprint `text`, or what the source holds now."""
         config, report = self.recipe.data, self.display.preparing
-        if checkpoint is not None:
-            saved = read_state(self.folder.checkpoints, checkpoint).data
+        if start.state is not None:
+            saved = start.state.data
             if text not in (None, saved):
                 raise ValueError(
                     f"run folder {self.folder.path} holds a run on other text (fingerprint {saved[:12]}) than the "
@@ -114,7 +118,7 @@ class Trainer:
         if text is None:
             return prepare(config, report)
         remedy = "restore the text or start a new run with --out"
-        if checkpoint is not None and paths(load_recipe(self.folder.path / RECIPE).data) != paths(config):
+        if start.recipe is not None and paths(start.recipe.data) != paths(config):
             # The user named other files: they must hold the text, even if it is prepared already.
             try:
                 return prepare(config, report, fingerprint=text)
@@ -123,9 +127,17 @@ class Trainer:
         return open_text(self.recipe, text, self.folder.path, remedy=remedy, progress=report)
 
     def _restore(self, checkpoint: int) -> None:
+        tokenizer = self.state.tokenizer
+        run = self.state.run
         self.state = restore_state(
             self.folder.checkpoints, checkpoint, self.model, self.optimizer, self.ema, self.device
         )
+        if self.state.tokenizer not in (None, tokenizer):
+            raise ValueError(
+                f"the tokenizer has changed since the run to resume began (fingerprint {self.state.tokenizer[:12]} "
+                f"then, {tokenizer[:12]} now), so its prepared text has other tokens; start a new run with --out"
+            )
+        self.state.run, self.state.tokenizer = run, tokenizer  # missing in checkpoints of earlier versions
         if self.state.best_step not in self.folder.checkpoints.steps():
             self.state.best_step = self.state.best_val_bpb = None
         self._saved = replace(self.state)
@@ -152,16 +164,8 @@ class Trainer:
     def run(self) -> TrainResult:
         """Train to the last step or to the first signal; see `fusedlm.train.train`."""
         self._announce()
-        # A finished run keeps the record of the machine and the recipe that its steps were computed with.
-        if self.world.is_main and self.state.step < self.settings.steps:
-            self.folder.write_environment(
-                environment(self.device, self.dtype)
-                | {
-                    "parameters": asdict(count_parameters(self.model)),
-                    "backends": {op: selection.backend for op, selection in self.backends.items()},
-                }
-            )
-            self.folder.write_header(self.recipe, self.data.tokenizer)
+        if self.world.is_main:
+            self._write_header()
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
         with contextlib.ExitStack() as stack:
@@ -181,11 +185,25 @@ class Trainer:
             stopped_by_signal=stop.received is not None,
         )
 
+    def _write_header(self) -> None:
+        tokenizer, run = self.data.tokenizer, self.state.run
+        # A finished run keeps the record of the machine and the recipe that its steps were computed with.
+        if self.state.step >= self.settings.steps:
+            self.folder.complete_header(tokenizer, self.identity, run)
+            return
+        described = environment(self.device, self.dtype) | {
+            "parameters": asdict(count_parameters(self.model)),
+            "backends": {op: selection.backend for op, selection in self.backends.items()},
+        }
+        self.folder.write_header(self.recipe, tokenizer, described, run)
+
     def _open_records(self, stack: contextlib.ExitStack) -> None:
-        self._metrics = MetricsFile(self.folder.metrics, after_step=self.state.step)
+        self._metrics = MetricsFile(self.folder.metrics, self.state.step, self.state.metrics)
         stack.callback(self._metrics.close)
         for number in self._metrics.damaged_lines:
             self.display.note(f"warning: line {number} of {self._metrics.path} is damaged and was removed")
+        for problem in self._metrics.problems:
+            self.display.note(f"warning: {self._metrics.path}: {problem}")
         self._loggers = open_loggers(self.recipe, self.folder.path, self.state.step)
         for logger in self._loggers:
             stack.callback(logger.close)
@@ -368,6 +386,7 @@ class Trainer:
             state.best_step, state.best_val_bpb = state.step, state.val_bpb
         if self._metrics is not None:
             self._metrics.sync()
+            state.metrics = self._metrics.check
         checkpoints = self.folder.checkpoints
         parts = (self.recipe, self.model, self.optimizer, self.ema, self.device)
         save_state(checkpoints, state, *parts, world=self.world)

@@ -246,7 +246,8 @@ def _():
 @case("run-recipe-damaged", "recipe.yaml")
 def _():
     cut_in_half(Path(RUN, "recipe.yaml"))
-    return ["eval", RUN]
+    shutil.rmtree(Path(RUN, "checkpoints"))
+    return ["train", "small.yaml", "--resume"]
 
 
 @case("run-recipe-missing", "recipe.yaml")
@@ -412,7 +413,7 @@ def test_full_disk(command, largest: int, workspace: Path, fusedlm):
     after = snapshot(workspace)
     lost = {name for name in before if after.get(name) != before[name]}
     # Resuming removes the records of steps that it recomputes, and writes the environment.
-    assert lost <= {f"{RUN}/metrics.jsonl", f"{RUN}/environment.json"}
+    assert lost <= {f"{RUN}/metrics.jsonl", f"{RUN}/environment.json", f"{RUN}/run.json"}
     assert fusedlm("eval", RUN).code == 0
 
 

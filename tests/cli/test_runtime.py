@@ -7,13 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
-import yaml
 
 from fusedlm.data import prepare
 from fusedlm.evaluate import score_documents
 from fusedlm.model import Decoder
 from fusedlm.ops.common.dispatch import recorded
 from fusedlm.runs import load
+from tests.runs.edits import edit_recipe
 
 RUN = "runs/small"
 CUDNN = "runtime.backends.attention=cudnn"
@@ -98,10 +98,7 @@ def test_the_backend_of_the_override_runs(workspace: Path, fusedlm, command):
 @pytest.fixture
 def trained_with_cudnn(workspace: Path) -> Path:
     """A finished run whose recipe names a backend that the CPU does not have."""
-    path = Path(RUN, "recipe.yaml")
-    recipe = yaml.safe_load(path.read_text())
-    recipe["runtime"]["backends"] = {"attention": "cudnn"}
-    path.write_text(yaml.safe_dump(recipe))
+    edit_recipe(Path(RUN), lambda text: text.replace("backends: {}", "backends: {attention: cudnn}"))
     Path("pair.yaml").write_text(EXPERIMENT)
     return workspace
 

@@ -8,7 +8,7 @@ import torch
 
 from fusedlm.cli import main
 from fusedlm.cli.plan import make_plan
-from fusedlm.config import dump_recipe, load_recipe
+from fusedlm.config import dump_recipe, parse_recipe
 from fusedlm.config.runtime import RuntimeConfig
 from fusedlm.ops.common import OPS, Backend
 from fusedlm.ops.common.dispatch import forget, recorded
@@ -16,6 +16,7 @@ from fusedlm.runs import load
 from fusedlm.runs.backends import use_backends
 from fusedlm.testing import part_model
 from fusedlm.train import train
+from tests.runs.edits import edit_header, edit_recipe
 from tests.train.runs import SHORT, losses, tiny_recipe
 
 CPU, FLOAT = torch.device("cpu"), torch.float32
@@ -101,10 +102,8 @@ def gpu_run(tmp_path_factory):
     folder = tmp_path_factory.mktemp("gpu")
     recipe = tiny_recipe(folder, *SHORT)
     train(recipe, folder / "run")
-    path = folder / "run/recipe.yaml"
-    path.write_text(dump_recipe(load_recipe(path, [CUDNN])))
-    environment = json.loads((folder / "run/environment.json").read_text())
-    (folder / "run/environment.json").write_text(json.dumps(environment | {"device": "cuda"}))
+    edit_recipe(folder / "run", lambda text: dump_recipe(parse_recipe(text, [CUDNN])))
+    edit_header(folder / "run", "environment.json", lambda text: json.dumps(json.loads(text) | {"device": "cuda"}))
     return folder / "run"
 
 

@@ -1,5 +1,8 @@
 """Checkpoint folders: content, damage, atomicity, pruning, and several processes that write one."""
 
+import errno
+import hashlib
+import io
 import os
 import resource
 import shutil
@@ -10,7 +13,7 @@ import torch
 
 from fusedlm.distributed import World
 from fusedlm.runs import checkpoint as checkpoint_module
-from fusedlm.runs.checkpoint import Checkpoints, DamagedCheckpoint
+from fusedlm.runs.checkpoint import Checkpoints, DamagedCheckpoint, RemovedCheckpoint
 
 TENSORS = {
     "model": {"weight": torch.arange(6.0).reshape(2, 3), "scale": torch.tensor(2.0)},
@@ -245,3 +248,146 @@ def test_the_default_writer_writes_full_tensors_once(checkpoints, tmp_path):
     (checkpoints.directory / "step-00000003.tmp").mkdir(parents=True)
     checkpoints.save(3, TENSORS, TEXTS, world=_Rank(1, 2, tmp_path))
     assert list((checkpoints.directory / "step-00000003.tmp").iterdir()) == []
+
+
+def test_files_follow_the_umask(checkpoints):
+    before = os.umask(0o027)
+    try:
+        path = checkpoints.save(1, TENSORS, TEXTS)
+    finally:
+        os.umask(before)
+    assert {oct(entry.stat().st_mode & 0o777) for entry in path.iterdir()} == {"0o640"}
+    assert oct(path.stat().st_mode & 0o777) == "0o750"
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.EACCES, errno.EMFILE, errno.ENOMEM, errno.ESTALE])
+@pytest.mark.parametrize("name", ["manifest.json", "state.json"])
+def test_an_error_of_the_system_is_no_damage(checkpoints, monkeypatch, number, name):
+    path = checkpoints.save(1, TENSORS, TEXTS) / name
+    opened = io.open
+
+    def fail(file, *arguments, **options):
+        if file == path:
+            raise OSError(number, os.strerror(number))
+        return opened(file, *arguments, **options)
+
+    monkeypatch.setattr(io, "open", fail)
+    with pytest.raises(OSError) as caught:
+        checkpoints.verify(1)
+    assert (caught.value.errno, caught.value.filename) == (number, str(path))
+    monkeypatch.undo()
+    checkpoints.verify(1)
+
+
+def test_a_checkpoint_that_is_gone_is_no_damage(checkpoints):
+    checkpoints.save(1, TENSORS, TEXTS)
+    shutil.rmtree(checkpoints.path(1))
+    for read in (checkpoints.files, checkpoints.verify, lambda step: checkpoints.read_tensors(step, "model")):
+        with pytest.raises(RemovedCheckpoint, match="step-00000001 was removed while it was read"):
+            read(1)
+
+
+def test_a_pipe_in_place_of_a_file_is_damage(checkpoints):
+    for name in ("state.json", "manifest.json"):
+        path = checkpoints.save(1, TENSORS, TEXTS) / name
+        path.unlink()
+        os.mkfifo(path)
+        with pytest.raises(DamagedCheckpoint, match=f"{name}: not a file"):
+            checkpoints.verify(1)
+
+
+@pytest.mark.parametrize("name", ["../outside", "/etc/hostname", "..", "", ".hidden", "a/b", "a\0"])
+def test_a_manifest_names_files_of_its_folder_only(checkpoints, name):
+    path = checkpoints.save(1, TENSORS, TEXTS)
+    (checkpoints.directory / "outside").write_text("")
+    table = checkpoints.files(1)
+    table[name] = {"sha256": hashlib.sha256(b"").hexdigest(), "bytes": 0}
+    (path / "manifest.json").write_text(checkpoint_module._manifest_text(table))
+    with pytest.raises(DamagedCheckpoint, match="manifest.json: not the manifest that was written"):
+        checkpoints.verify(1)
+
+
+def test_tensors_that_are_no_safetensors_are_damage(checkpoints):
+    path = checkpoints.save(1, TENSORS, {"state.json": "[1]"})
+    (path / "model.safetensors").write_bytes(b"\x08" + bytes(20))
+    with pytest.raises(DamagedCheckpoint, match="model.safetensors: "):
+        checkpoints.read_tensors(1, "model")
+    with pytest.raises(DamagedCheckpoint, match="state.json: not a JSON object"):
+        checkpoints.read_json(1, "state.json")
+
+
+OF_THE_USER = ["step-best.tmp", "step-7.tmp", "step-000000061", "step-00000061x", "step-000000007.tmp", "notes.damaged"]
+OF_THE_USER += ["step-0000001٣", "step-00000005-copy", "step-00000005.tmp-2", "step-00000005.replaced.old"]
+
+
+@pytest.mark.parametrize("kind", ["folder", "file"])
+def test_names_that_this_class_does_not_make_are_the_users(checkpoints, kind):
+    checkpoints.save(1, TENSORS, TEXTS)
+    for name in OF_THE_USER:
+        path = checkpoints.directory / name
+        if kind == "folder":
+            path.mkdir()
+            path = path / "content"
+        path.write_text("of the user")
+    before = {path: path.read_bytes() for path in checkpoints.directory.rglob("*") if path.is_file()}
+    checkpoints.clean()
+    assert checkpoints.steps() == [1] and checkpoints.set_aside_names() == []
+    checkpoints.prune(keep=1, best=None)
+    assert {path: path.read_bytes() for path in checkpoints.directory.rglob("*") if path.is_file()} == before
+
+
+@pytest.mark.parametrize("kind", ["file", "link"])
+@pytest.mark.parametrize("name", ["step-00000002", "step-00000002.tmp", "step-00000002.replaced"])
+def test_a_file_at_a_name_of_ours_is_kept_and_blocks_nothing(checkpoints, tmp_path, name, kind):
+    checkpoints.save(1, TENSORS, TEXTS)
+    (tmp_path / "precious").write_text("of the user")
+    path = checkpoints.directory / name
+    if kind == "link":
+        path.symlink_to(tmp_path / "precious")
+    else:
+        path.write_text("of the user")
+    checkpoints.clean()
+    assert checkpoints.steps() == [1]
+    checkpoints.save(2, TENSORS, TEXTS)
+    checkpoints.save(2, TENSORS, TEXTS)
+    checkpoints.verify(2)
+    kept = checkpoints.directory / f"{name}.kept"
+    assert kept.read_text() == (tmp_path / "precious").read_text() == "of the user"
+    checkpoints.prune(keep=1, best=None)
+    assert sorted(entry.name for entry in checkpoints.directory.iterdir()) == ["step-00000002", kept.name]
+
+
+def test_a_checkpoint_on_another_disk_is_read_and_its_link_pruned(checkpoints, tmp_path):
+    for step in (1, 2):
+        checkpoints.save(step, TENSORS, TEXTS)
+    moved = checkpoints.path(1).rename(tmp_path / "moved")
+    checkpoints.path(1).symlink_to(moved)
+    checkpoints.verify(1)
+    assert checkpoints.steps() == [1, 2]
+    checkpoints.prune(keep=1, best=None)
+    assert [entry.name for entry in checkpoints.directory.iterdir()] == ["step-00000002"]
+    assert (moved / "state.json").exists()
+
+
+def test_a_folder_that_cannot_be_listed_is_an_error(checkpoints, monkeypatch):
+    """Not a run without checkpoints, which would start over."""
+    checkpoints.save(1, TENSORS, TEXTS)
+
+    def fail(path):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(os, "scandir", fail)
+    for read in (checkpoints.steps, checkpoints.set_aside_names, checkpoints.clean):
+        with pytest.raises(PermissionError):
+            read()
+
+
+def test_a_foreign_checkpoint_is_set_aside_under_its_kind(checkpoints):
+    for kind in ("foreign", "damaged", "foreign"):
+        checkpoints.save(1, TENSORS, TEXTS)
+        checkpoints.set_aside(1, kind)
+    assert checkpoints.set_aside_names() == [
+        "step-00000001.damaged",
+        "step-00000001.foreign",
+        "step-00000001.foreign-2",
+    ]

@@ -4,9 +4,11 @@ import json
 
 import pytest
 
-from fusedlm.config import dump_recipe, parse_recipe
+from fusedlm.config import dump_recipe, load_recipe, parse_recipe
+from fusedlm.data.tokenizer import ByteTokenizer
 from fusedlm.distributed import World
 from fusedlm.runs.folder import RunFolder, check_resumable
+from fusedlm.runs.identity import changed_files, new_run_id, read_identity, write_identity
 from tests.train.runs import tiny_recipe
 
 
@@ -108,15 +110,15 @@ def begun(recipe, tmp_path):
     folder = RunFolder(tmp_path / "run")
     folder.path.mkdir()
     (folder.path / "recipe.yaml").write_text(dump_recipe(recipe))
-    folder.write_environment({"device": "cuda"})
+    (folder.path / "environment.json").write_text('{"device": "cuda"}')
     return folder
 
 
 def test_the_device_of_the_run_is_that_of_environment_json(begun, recipe):
     other = changed(recipe, "runtime.compile=true")
     with pytest.raises(ValueError, match="runtime.compile is false in the run to resume"):
-        begun.check_recipe(other, resume=True, device="cuda")
-    notes = begun.check_recipe(other, resume=True, device="cpu")
+        begun.check_recipe(other, "cuda", None, None)
+    notes = begun.check_recipe(other, "cpu", None, None)
     assert notes == [
         "the run was on cuda and is now on cpu; losses may differ by rounding",
         "runtime.compile was false and is now true; losses may differ by rounding",
@@ -129,25 +131,72 @@ def test_an_unknown_device_counts_as_the_same(begun, recipe, environment):
         (begun.path / "environment.json").unlink()
     else:
         (begun.path / "environment.json").write_text(environment)
-    assert begun.check_recipe(recipe, resume=True, device="cpu") == []
+    assert begun.check_recipe(recipe, "cpu", None, None) == []
     with pytest.raises(ValueError, match="runtime.compile"):
-        begun.check_recipe(changed(recipe, "runtime.compile=true"), resume=True, device="cpu")
+        begun.check_recipe(changed(recipe, "runtime.compile=true"), "cpu", None, None)
 
 
-def test_a_run_is_not_overwritten_without_resume(begun, recipe):
+def test_a_run_is_not_overwritten_without_resume(begun):
     with pytest.raises(ValueError, match="already holds a run; resume it with --resume or name another with --out"):
-        begun.check_recipe(recipe, resume=False, device="cuda")
+        begun.check_resume(resume=False)
 
 
-def test_a_run_without_its_recipe_is_refused(begun, recipe):
+def test_a_run_without_its_recipe_is_refused(begun):
     (begun.path / "recipe.yaml").unlink()
     assert not begun.holds_run()
     begun.metrics.write_text("")
     with pytest.raises(ValueError, match="holds a run without recipe.yaml; name another folder with --out"):
-        begun.check_recipe(recipe, resume=True, device="cuda")
+        begun.check_resume(resume=True)
 
 
-def test_the_environment_is_written_as_json(begun):
-    begun.write_environment({"device": "cpu", "backends": {"a.attention": "sdpa"}})
-    text = (begun.path / "environment.json").read_text()
+def test_an_environment_that_was_changed_is_not_trusted(begun, recipe):
+    other = changed(recipe, "runtime.compile=true")
+    write_identity(begun.path, "0" * 32, {"environment.json": b'{"device": "cuda"}'})
+    assert len(begun.check_recipe(other, "cpu", None, read_identity(begun.path))) == 2
+    (begun.path / "environment.json").write_text('{"device": "cudb"}')
+    with pytest.raises(ValueError, match="runtime.compile is false in the run to resume"):
+        begun.check_recipe(other, "cpu", None, read_identity(begun.path))
+
+
+def test_the_recipe_of_the_checkpoint_counts(begun, recipe):
+    saved = changed(recipe, "train.seed=3")
+    with pytest.raises(ValueError, match="train.seed is 3 in the run to resume and 0 now"):
+        begun.check_recipe(recipe, "cuda", saved, None)
+    assert begun.check_recipe(saved, "cuda", saved, None) == []
+
+
+def test_the_header_is_written_and_bound_by_its_checksums(tmp_path, recipe):
+    with RunFolder(tmp_path / "run") as folder:
+        folder.write_header(recipe, ByteTokenizer(), {"device": "cpu", "backends": {"a.attention": "sdpa"}}, "f" * 32)
+    text = (folder.path / "environment.json").read_text()
     assert json.loads(text) == {"device": "cpu", "backends": {"a.attention": "sdpa"}} and text.endswith("}\n")
+    assert load_recipe(folder.path / "recipe.yaml") == recipe
+    identity = read_identity(folder.path)
+    assert identity.run == "f" * 32
+    assert sorted(identity.files) == ["environment.json", "recipe.yaml", "tokenizer.meta.json"]
+    assert changed_files(folder.path, identity) == []
+    (folder.path / "environment.json").write_text("{}")
+    (folder.path / "recipe.yaml").unlink()
+    assert changed_files(folder.path, identity) == ["environment.json", "recipe.yaml"]
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{}", '{"run": "a", "files": {}}', "[" * 100_000, "\0"])
+def test_a_damaged_run_json_is_named(tmp_path, content):
+    (tmp_path / "run.json").write_text(content)
+    with pytest.raises(ValueError, match="run.json: not what was written; fusedlm train --resume writes it again"):
+        read_identity(tmp_path)
+
+
+def test_every_flipped_bit_of_run_json_shows(tmp_path):
+    write_identity(tmp_path, new_run_id(), {"recipe.yaml": b"name: a"})
+    content = (tmp_path / "run.json").read_bytes()
+    expected = read_identity(tmp_path)
+    for position in range(len(content)):
+        changed = bytearray(content)
+        changed[position] ^= 1 << position % 8
+        (tmp_path / "run.json").write_bytes(changed)
+        try:
+            # White space between values may change.
+            assert read_identity(tmp_path) == expected and content[position : position + 1].isspace()
+        except ValueError as error:
+            assert "run.json: not what was written" in str(error)

@@ -9,9 +9,18 @@ import torch
 from fusedlm.config.train import AdamWConfig
 from fusedlm.distributed import World
 from fusedlm.optim import ExponentialMovingAverage, build_optimizer, optimizer_tensors
-from fusedlm.runs.checkpoint import Checkpoints, write_safetensors
-from fusedlm.runs.state import TrainState, load_model_tensors, model_tensors, read_state, restore_state, save_state
+from fusedlm.runs.checkpoint import Checkpoints, DamagedCheckpoint, ForeignCheckpoint, write_safetensors
+from fusedlm.runs.state import (
+    TrainState,
+    examine,
+    load_model_tensors,
+    model_tensors,
+    read_state,
+    restore_state,
+    save_state,
+)
 from fusedlm.testing import part_model
+from tests.runs.edits import edit_state
 from tests.train.runs import tiny_recipe
 
 CPU = torch.device("cpu")
@@ -105,3 +114,49 @@ def test_the_state_of_another_version_is_refused(tmp_path, name, problem):
     checkpoints.save(1, {}, {"state.json": json.dumps(fields)})
     with pytest.raises(ValueError, match=f"state.json: field '{name}' is {problem}; start a new run with --out"):
         read_state(checkpoints, 1)
+
+
+@pytest.fixture
+def saved(tmp_path):
+    """A checkpoint of step 2."""
+    checkpoints = Checkpoints(tmp_path / "checkpoints")
+    state = TrainState(data="abc", step=2, val_bpb=float("inf"), run="a" * 32, tokenizer="b", metrics="c")
+    save_state(checkpoints, state, tiny_recipe(tmp_path), *parts(0), CPU, world=World())
+    return checkpoints, state
+
+
+def test_a_checkpoint_of_this_run_is_accepted(saved):
+    checkpoints, state = saved
+    assert examine(checkpoints, 2) == examine(checkpoints, 2, "a" * 32) == state
+    with pytest.raises(ForeignCheckpoint, match=r"-00000002 is of another run \(aaaaaaaaaaaa, this is bbbbbbbbbbbb\)"):
+        examine(checkpoints, 2, "b" * 32)
+    edit_state(checkpoints.directory.parent, 2, run=..., tokenizer=..., metrics=...)
+    earlier = examine(checkpoints, 2, "b" * 32)
+    assert (earlier.run, earlier.tokenizer, earlier.metrics) == (None, None, None)
+
+
+def test_a_checkpoint_under_another_name_is_foreign(saved):
+    checkpoints, _ = saved
+    checkpoints.path(2).rename(checkpoints.path(3))
+    with pytest.raises(ForeignCheckpoint, match="step-00000003 holds step 2; rename it to its step"):
+        examine(checkpoints, 3)
+
+
+@pytest.mark.parametrize(
+    "change", [{"step": "2"}, {"step": None}, {"data": 1}, {"val_bpb": []}, {"best_step": 1.5}, {"run": {}}]
+)
+def test_values_that_are_never_written_are_damage(saved, change):
+    checkpoints, _ = saved
+    edit_state(checkpoints.directory.parent, 2, **change)
+    with pytest.raises(DamagedCheckpoint, match=f"state.json: {next(iter(change))}=.* is never written"):
+        examine(checkpoints, 2)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "state.json", "recipe.yaml"])
+def test_a_checkpoint_without_a_file_that_every_one_has_is_damaged(saved, name):
+    checkpoints, _ = saved
+    (checkpoints.path(2) / name).unlink()
+    (checkpoints.path(2) / "manifest.json").unlink()
+    checkpoints._seal(checkpoints.path(2), {})
+    with pytest.raises(DamagedCheckpoint, match=f"{name}: not in the manifest"):
+        examine(checkpoints, 2)

@@ -1,3 +1,5 @@
+import shutil
+
 import pytest
 
 from fusedlm.train import train
@@ -11,3 +13,10 @@ def trained(tmp_path_factory):
     recipe = tiny_recipe(folder)
     train(recipe, folder / "run")
     return recipe, folder / "run"
+
+
+@pytest.fixture
+def copied(trained, tmp_path):
+    """A copy of the finished run."""
+    recipe, run = trained
+    return recipe, shutil.copytree(run, tmp_path / "run")

@@ -1,9 +1,13 @@
-"""A run that trains in a second: its recipe, its text, and the records of its metrics."""
+"""A run that trains in a second: its recipe, its text, the records of its metrics, and what two runs have in common."""
 
+import io
 import random
 from pathlib import Path
 
+from rich.console import Console
+
 from fusedlm.config import Recipe, parse_recipe
+from fusedlm.runs.checkpoint import Checkpoints
 from fusedlm.runs.metrics import read_metrics
 from fusedlm.train import train
 
@@ -72,3 +76,30 @@ def short_losses(folder: Path, *overrides: str) -> list[float]:
     found = losses(folder / "run")
     assert len(found) == 3
     return found
+
+
+def assert_same_run(run, other):
+    """Metrics, final weights, optimizer, averages and random numbers agree to the last bit."""
+    assert records(run) == records(other)
+    one, two = Checkpoints(run / "checkpoints"), Checkpoints(other / "checkpoints")
+    last = one.steps()[-1]
+    assert two.steps()[-1] == last
+    for name in ("model", "optimizer", "ema", "rng"):
+        assert one.files(last)[f"{name}.safetensors"] == two.files(last)[f"{name}.safetensors"], name
+    states = [checkpoints.read_json(last, "state.json") for checkpoints in (one, two)]
+    for state in states:
+        assert len(state.pop("run")) == 32 and len(state.pop("metrics")) == 16  # of timings too
+    assert states[0] == states[1]
+
+
+def snapshot(run):
+    """Content, inode and time of every file: a file that is written again with the same content differs."""
+    files = [path for path in sorted(run.rglob("*")) if path.is_file() and path.name != ".lock"]
+    return {path: (path.read_bytes(), path.stat().st_ino, path.stat().st_mtime_ns) for path in files}
+
+
+def resume(recipe, run):
+    """Resume; the output."""
+    output = io.StringIO()
+    train(recipe, run, resume=True, console=Console(file=output, width=200))
+    return output.getvalue()

@@ -1,6 +1,5 @@
 """A run that was stopped anywhere and resumed is an uninterrupted run, bit for bit."""
 
-import io
 import json
 import os
 import random
@@ -8,32 +7,15 @@ import shutil
 import signal
 
 import pytest
-from rich.console import Console
 
 from fusedlm.config import dump_recipe, load_recipe
 from fusedlm.runs.checkpoint import Checkpoints
+from fusedlm.runs.integrity import check_run
 from fusedlm.train import train, trainer
 from tests.optim.test_optimizer import Odd
+from tests.runs.edits import edit_header
 from tests.train.children import training_child, wait_for
-from tests.train.runs import checkpoint_names, losses, records, tiny_recipe
-
-
-@pytest.fixture
-def copied(trained, tmp_path):
-    """A copy of the finished run."""
-    recipe, run = trained
-    return recipe, shutil.copytree(run, tmp_path / "run")
-
-
-def assert_same_run(run, other):
-    """Metrics, final weights, optimizer, averages and random numbers agree to the last bit."""
-    assert records(run) == records(other)
-    one, two = Checkpoints(run / "checkpoints"), Checkpoints(other / "checkpoints")
-    last = one.steps()[-1]
-    assert two.steps()[-1] == last
-    for name in ("model", "optimizer", "ema", "rng"):
-        assert one.files(last)[f"{name}.safetensors"] == two.files(last)[f"{name}.safetensors"], name
-    assert one.files(last)["state.json"] == two.files(last)["state.json"]
+from tests.train.runs import assert_same_run, checkpoint_names, losses, records, resume, snapshot, tiny_recipe
 
 
 def test_a_run_killed_at_random_steps_and_in_checkpoints_resumes_bit_for_bit(trained, tmp_path):
@@ -107,17 +89,10 @@ def test_a_validation_that_a_signal_interrupted_is_repeated_on_resume(trained, t
 
 def test_resuming_a_finished_run_changes_no_file(copied):
     recipe, run = copied
-    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    before = snapshot(run)
     result = train(recipe, run, resume=True)
     assert result.step == 12 and result.val_bpb is not None
-    assert {path: path.read_bytes() for path in before} == before
-
-
-def resume(recipe, run):
-    """Resume; the output."""
-    output = io.StringIO()
-    train(recipe, run, resume=True, console=Console(file=output, width=200))
-    return output.getvalue()
+    assert snapshot(run) == before
 
 
 @pytest.mark.parametrize(
@@ -250,8 +225,7 @@ def test_runtime_may_change_on_another_kind_of_device_alone(copied, trained):
     other = tiny_recipe(trained[1].parent, "runtime.dtype=bfloat16")
     with pytest.raises(ValueError, match='runtime.dtype is "auto" in the run to resume and "bfloat16" now; give the'):
         train(other, run, resume=True)
-    environment = json.loads((run / "environment.json").read_text())
-    (run / "environment.json").write_text(json.dumps(environment | {"device": "cuda"}))
+    edit_header(run, "environment.json", lambda text: json.dumps(json.loads(text) | {"device": "cuda"}))
     output = resume(other, run)
     assert "the run was on cuda and is now on cpu; losses may differ by rounding" in output
     assert losses(run)[:8] == losses(trained[1])[:8] and losses(run)[8:] != losses(trained[1])[8:]
@@ -295,3 +269,4 @@ def test_damaged_lines_of_the_metrics_are_removed(copied, trained):
     (run / "metrics.jsonl").write_text("".join(["{broken\n", *lines, '{"step": 13, "lo']))
     assert f"line 1 of {run / 'metrics.jsonl'} is damaged" in resume(recipe, run)
     assert_same_run(run, trained[1])
+    assert check_run(run) == []
