@@ -1,6 +1,6 @@
 """Bits per byte of documents under a model: bytes counted exactly, each token scored once."""
 
-from fusedlm.evaluate.score import Score, default_stride, score_documents, stream_nll
+from fusedlm.evaluate.score import NotFinite, Score, default_stride, score_documents, stream_nll
 from fusedlm.evaluate.text import text_documents
 
-__all__ = ["Score", "default_stride", "score_documents", "stream_nll", "text_documents"]
+__all__ = ["NotFinite", "Score", "default_stride", "score_documents", "stream_nll", "text_documents"]
