@@ -1,5 +1,6 @@
 """fusedlm compare: matched variants of a recipe over seeds, with measurements and verdicts."""
 
+import os
 import shlex
 from pathlib import Path
 from typing import Annotated
@@ -67,6 +68,12 @@ def compare(
         print(f"stopped; finished runs are kept; resume with: {again}")
     elif outcome.report is None:
         print(f"{folder}: no run is finished yet; there is nothing to report")
+    if outcome.failed:
+        rest = f" (and {len(outcome.failed) - 1} more)" if len(outcome.failed) > 1 else ""
+        raise ValueError(
+            f"run {outcome.failed[0]}{rest}; the other runs are finished and reported, and the same command tries "
+            "failed ones again"
+        )
 
 
 def _print_plan(config, variants: dict) -> None:
@@ -104,19 +111,33 @@ def _print_results(results) -> None:
 
 
 def _print_table(title: str, head: tuple[str, ...], rows: list[tuple[str, ...]]) -> None:
-    from rich import box
+    """One table, or on a narrow terminal several of the same rows. In a file, lines have any length."""
     from rich.console import Console
-    from rich.markup import escape
     from rich.measure import Measurement
+
+    from fusedlm.compare.tables import split_columns
+
+    console = Console()
+    bounded = console.is_terminal or "COLUMNS" in os.environ
+    for n, part in enumerate(split_columns(head, rows, console.width if bounded else None)):
+        table = _table("" if n else title, *part)
+        if not bounded:
+            unbounded = console.options.update(max_width=1000)
+            console.width = max(console.width, Measurement.get(console, unbounded, table).maximum)
+        console.print(table)
+
+
+def _table(title: str, head: tuple[str, ...], rows: list[tuple[str, ...]]):
+    from rich import box
+    from rich.markup import escape
     from rich.table import Table
 
-    table = Table(title=escape(title), title_justify="left", box=box.SIMPLE)
+    table = Table(title=escape(title) or None, title_justify="left", box=box.SIMPLE)
     for index, name in enumerate(head):
-        table.add_column(escape(name), justify="left" if index == 0 else "right")
+        # Only words of the head and long names of variants are wrapped.
+        least = 0 if index == 0 else max((len(row[index]) for row in rows), default=0)
+        align = "left" if index == 0 else "right"
+        table.add_column(escape(name), justify=align, min_width=least, overflow="fold")
     for row in rows:
         table.add_row(*map(escape, row))
-    console = Console()
-    if not console.is_terminal:  # do not wrap lines in a file
-        unbounded = console.options.update(max_width=1000)
-        console.width = max(console.width, Measurement.get(console, unbounded, table).maximum)
-    console.print(table)
+    return table

@@ -58,7 +58,8 @@ def run_probe(probe: str, target: Target, options: dict, *, as_json: bool) -> No
         return
     console = Console()
     for table in tables:
-        console.print(table, highlight=False)
+        # Sentences are wrapped at words on a terminal, and one line in a file.
+        console.print(table, highlight=False, soft_wrap=isinstance(table, str) and not console.is_terminal)
     print(f"{out / probe}.json, {out / probe}.png")
 
 
@@ -154,6 +155,7 @@ def _needle(target: Target, options: dict):
 def _extend(target: Target, options: dict):
     from fusedlm.probes import probe_extend
     from fusedlm.probes.plots import extend_plot
+    from fusedlm.probes.usable import describe_usable, usable_context
 
     if "factors" in options:
         options["factors"] = tuple(_split("--factors", options["factors"]))
@@ -165,10 +167,10 @@ def _extend(target: Target, options: dict):
         documents, *_ = documents_of(text, loaded, progress)
         options = {"trained_length": trained, "progress": progress} | options
         result = probe_extend(loaded.model, documents, loaded.tokenizer, **options, **where)
-    result["text"] = text and str(text)
+    result |= {"usable": usable_context(result), "text": text and str(text)}
     record = _record("extend", target, result, **where) | {"checkpoint": loaded.step, "weights": target.weights}
     multiple = result["max_multiple"]
-    shown = [_by_position(result)]
+    shown = [describe_usable(result), _by_position(result)]
     if result["curves"][0]["at_4x"] is not None:
         shown.append(_on_the_same_text(result))
     if not result["rope"]:

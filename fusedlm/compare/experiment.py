@@ -6,7 +6,8 @@ from pathlib import Path
 
 from rich.console import Console
 
-from fusedlm.compare.folder import ExperimentFolder, identify
+from fusedlm.compare.folder import ExperimentFolder
+from fusedlm.compare.identity import identify
 from fusedlm.compare.matching import Variant, match_variants
 from fusedlm.compare.process import Stopped, run_in_process
 from fusedlm.compare.progress import GridDisplay
@@ -29,7 +30,8 @@ from fusedlm.train.loggers import check_loggers
 class Outcome:
     results: Results | None  # None: stopped before the sizes were known
     stopped: bool  # by a signal; running the experiment again resumes it
-    report: Path | None  # None: no run is finished yet
+    report: Path | None  # None: no run has ended yet
+    failed: tuple[str, ...] = ()  # "NAME: reason" of each run that failed in this call
 
 
 def plan_experiment(
@@ -54,7 +56,9 @@ def run_experiment(
     """Start or resume an experiment, and write OUT/report.html, results.csv and results.json.
 
     Each run has its own process. On the first SIGINT or SIGTERM the current run saves and stops; the next call resumes
-    it and does not repeat finished runs. A run that diverges is recorded as diverged.
+    it and does not repeat finished runs. How one run ends does not stop the others: one that diverges is recorded as
+    diverged, which is a result; one that fails (its process is killed, memory is too small, the recipe does not fit) is
+    recorded as failed, and tried again by the next call.
 
     Args:
         experiment, recipes: from `load_experiment`.
@@ -63,9 +67,9 @@ def run_experiment(
         train: False: only report finished runs.
 
     Raises:
-        ValueError: the folder holds another experiment or is in use, a match is impossible, variants have different
-            validation text, or a run fails.
-        OSError: a folder cannot be written.
+        ValueError: the folder holds another experiment, is damaged or in use, a match is impossible, variants have
+            different validation text, or the steps of the baseline cannot be timed.
+        OSError: a folder cannot be written, in a run too; finished runs are kept.
     """
     for recipe in recipes.values():
         check_loggers(recipe.train.loggers)
@@ -81,8 +85,8 @@ def run_experiment(
         if variants is None:
             return Outcome(None, True, None)
         results = collect(experiment, variants, folder)
-        report = write_report(results, folder.path) if results.histories else None
-        return Outcome(results, grid.stopped, report)
+        report = write_report(results, folder.path) if results.has_ended else None
+        return Outcome(results, grid.stopped, report, tuple(grid.failed))
 
 
 def _check_same_text(recipes: dict[str, Recipe]) -> None:
@@ -120,9 +124,17 @@ def _open(
     device = resolve_device(runtime.device)
     dtype = str(resolve_dtype(runtime.dtype, device)).removeprefix("torch.")
     identity = identify(experiment, recipes, found, device_name(device), dtype)
+    vocab_sizes = {name: entry["vocab_size"] for name, entry in found.items()}
+    match_variants(experiment, recipes, vocab_sizes)  # an impossible match leaves nothing that another would not fit
     folder.check(identity)
-    folder.write_header(experiment, identity)
-    return {name: entry["vocab_size"] for name, entry in found.items()}
+    _show_notes(folder, console)
+    folder.write_header(experiment)
+    return vocab_sizes
+
+
+def _show_notes(folder: ExperimentFolder, console: Console | None) -> None:
+    for note in folder.notes:
+        GridDisplay(console).note(note)
 
 
 def _reopen(
@@ -134,6 +146,7 @@ def _reopen(
     if new := [name for name in recipes if name not in known]:
         raise ValueError(f"experiment folder {folder.path} has no variant {new[0]} yet; run it without --report-only")
     folder.check(identify(experiment, recipes, known, saved["device"], saved["dtype"]))
+    _show_notes(folder, console)
     return {name: known[name]["vocab_size"] for name in recipes}
 
 
@@ -141,6 +154,8 @@ class _Grid:
     def __init__(self, experiment: Experiment, folder: ExperimentFolder, display: GridDisplay, stop: StopSignal):
         self.experiment, self.folder, self.display, self.stop = experiment, folder, display, stop
         self.stopped = False
+        self.failed: list[str] = []
+        self._untimed: dict[str, str] = {}  # variants whose steps could not be timed, and why
 
     def run(self, recipes: dict[str, Recipe], vocab_sizes: dict[str, int]) -> dict[str, Variant] | None:
         """None: stopped while timing steps."""
@@ -150,7 +165,8 @@ class _Grid:
             return None
         # Seeds outside, variants inside: an interrupted grid has the same seeds of all variants.
         runs = [(variant, seed) for seed in self.experiment.seeds for variant in variants.values()]
-        left = [run for run in runs if self.folder.record(run[0].name, run[1]) is None]
+        records = [self.folder.record(variant.name, seed) for variant, seed in runs]
+        left = [run for run, record in zip(runs, records, strict=True) if _is_left(record)]
         all_steps = [variant.recipe.train.steps for variant, _ in runs]
         done = sum(all_steps) - sum(variant.recipe.train.steps for variant, _ in left)
         self.display.open(all_steps, done, len(runs) - len(left))
@@ -173,22 +189,31 @@ class _Grid:
         for name, recipe in recipes.items():
             if name not in step_seconds:
                 if not timing:
-                    raise ValueError(
-                        f"experiment folder {self.folder.path}: steps of variant {name} are not timed yet; "
-                        "run it without --report-only"
-                    )
-                step_seconds[name] = self._calibrate(name, recipe)
+                    if name == next(iter(recipes)):
+                        raise ValueError(
+                            f"experiment folder {self.folder.path}: steps of {name}, the baseline, are not timed yet; "
+                            "run it without --report-only"
+                        )
+                    continue
+                try:
+                    step_seconds[name] = self._calibrate(name, recipe)
+                except (ValueError, RuntimeError) as error:
+                    if name == next(iter(recipes)):
+                        raise ValueError(f"timing of {name}, the baseline: {_reason(error)}") from None
+                    self._untimed[name] = f"its steps could not be timed: {_reason(error)}"
+                    continue
                 self.folder.write_calibration(step_seconds)
         return match_variants(self.experiment, recipes, vocab_sizes, step_seconds)
 
     def _calibrate(self, name: str, recipe: Recipe) -> float:
         steps = self.experiment.calibration_steps
         changes = {"steps": steps, "eval_every": 0, "eval_tokens": 64, "checkpoint_every": 0, "loggers": []}
+        changes["max_bad_steps"] = steps + 1  # a step takes as long when its loss is not finite
         short = recipe.model_copy(update={"train": recipe.train.model_copy(update=changes)})
         target = self.folder.path / "calibration" / name
         shutil.rmtree(target, ignore_errors=True)
         self.display.note(f"timing {steps} steps of {name}")
-        seconds = self._run_in_process(f"timing of {name}", calibrate, short, target)
+        seconds = self._run_in_process(calibrate, short, target)
         if seconds is None:
             raise Stopped
         shutil.rmtree(target)
@@ -205,17 +230,35 @@ class _Grid:
             }
         )
         self.display.begin(name, recipe.train.steps)
-        text = self.folder.saved_identity()["variants"][variant.name]["text"]
-        record = self._run_in_process(name, train_run, recipe, self.folder.run(variant.name, seed), text)
+        record = self._attempt(variant, recipe, seed)
         if record["outcome"] == "stopped":
             raise Stopped
+        if record["outcome"] == "system":
+            raise OSError(f"{name}: {record['message']}; finished runs are kept")
         self.folder.write_record(variant.name, seed, record)
         final = record["final"]
+        if record["outcome"] == "failed":
+            self.failed.append(f"{name}: {record['message']}")
         self.display.end(
             f"validation {final['val_nll_per_token']:.4f} nats per token, {final['val_bpb']:.4f} bits per byte"
             if final
-            else f"diverged: {record['message']}"
+            else f"diverged at step {record['step']}: {record['message']}"
+            if record["outcome"] == "diverged"
+            else f"failed: {record['message']}"
         )
+
+    def _attempt(self, variant: Variant, recipe: Recipe, seed: int) -> dict:
+        """The record of a run, however its process ends. Raises Stopped."""
+        failed = {"outcome": "failed", "final": None}
+        if variant.name in self._untimed:
+            return failed | {"message": self._untimed[variant.name]}
+        text = self.folder.saved_identity()["variants"][variant.name]["text"]
+        try:
+            return self._run_in_process(train_run, recipe, self.folder.run(variant.name, seed), text)
+        except ValueError as error:
+            return failed | {"message": _reason(error)}
+        except RuntimeError as error:  # a defect, or an error of a library such as CUDA
+            return failed | {"message": _reason(error), "traceback": str(error)}
 
     def _measure(self, variant: Variant) -> None:
         lengths = self.experiment.decode_lengths
@@ -224,20 +267,41 @@ class _Grid:
         if not left:
             return
         records = {seed: self.folder.record(variant.name, seed) for seed in self.experiment.seeds}
-        seed = next((seed for seed, record in records.items() if record["outcome"] == "finished"), None)
+        seed = next((seed for seed, record in records.items() if record and record["outcome"] == "finished"), None)
         run = None if seed is None else self.folder.run(variant.name, seed)
-        self.display.note(
-            f"{variant.name}: measuring decoding after {', '.join(f'{length:,}' for length in left)} tokens"
-        )
-        found = self._run_in_process(
-            f"decoding of {variant.name}", measure, variant.recipe, run, variant.vocab_size, left
-        )
-        self.folder.write_decoding(variant.name, known | {str(length): value for length, value in found.items()})
+        self.display.note(f"{variant.name}: measuring decoding after {_lengths(left)} tokens")
+        found = {}
 
-    def _run_in_process(self, name: str, work, *arguments):
+        def keep(kind: str, content) -> None:
+            if kind == "decoded":
+                length, pair = content
+                found[str(length)] = pair
+            else:
+                self.display.report(kind, content)
+
+        try:
+            self._run_in_process(measure, variant.recipe, run, variant.vocab_size, left, report=keep)
+        except (ValueError, RuntimeError) as error:
+            missing = _lengths(length for length in left if str(length) not in found)
+            self.display.note(f"{variant.name}: decoding after {missing} tokens is not measured: {_reason(error)}")
+        finally:
+            if found:
+                self.folder.write_decoding(variant.name, known | found)
+
+    def _run_in_process(self, work, *arguments, report=None):
         if self.stop.received is not None:
             raise Stopped
-        try:
-            return run_in_process(work, *arguments, report=self.display.report, stop=self.stop)
-        except ValueError as error:
-            raise ValueError(f"{name}: {error}; finished runs are kept") from None
+        return run_in_process(work, *arguments, report=report or self.display.report, stop=self.stop)
+
+
+def _is_left(record: dict | None) -> bool:
+    return record is None or record["outcome"] == "failed"
+
+
+def _reason(error: Exception) -> str:
+    """The last line of an error, which for a traceback is the exception itself."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[-1]
+
+
+def _lengths(lengths) -> str:
+    return ", ".join(f"{length:,}" for length in lengths)

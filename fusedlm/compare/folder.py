@@ -1,25 +1,45 @@
-"""The folder of an experiment: its files, and whether an experiment can be resumed in it."""
+"""The folder of an experiment: its files, each bound to what it belongs to, and whether it can be resumed."""
 
 import fcntl
+import hashlib
 import json
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 
-from fusedlm.config import Recipe
-from fusedlm.config.experiment import DECIDED, Experiment, dump_experiment, run_name
-from fusedlm.config.keys import ABSENT, is_neutral
+from fusedlm.compare.checks import (
+    check_calibration,
+    check_decoding,
+    check_identity,
+    check_record,
+    read_json,
+    shown,
+)
+from fusedlm.compare.identity import difference, merged, variant_digest
+from fusedlm.config.experiment import Experiment, dump_experiment, run_name
 from fusedlm.files import write_atomic
-from fusedlm.runs.folder import ENVIRONMENT
+from fusedlm.runs.folder import ENVIRONMENT, METRICS
 from fusedlm.runs.folder import RECIPE as RUN_RECIPE
+from fusedlm.runs.seal import seal, unseal
 
 EXPERIMENT, IDENTITY, CALIBRATION = "experiment.yaml", "identity.json", "calibration.json"
 RUNS, RECORDS, DECODING = "runs", "records", "decoding"
+_CHECKSUM = "sha256"
+_AGAIN = "remove it to compute its content again"
 
 
 class ExperimentFolder:
     """OUT/, locked for one process, as a context.
 
-    runs/VARIANT-seedN are run folders, as `fusedlm train` writes them; records/ has one file per finished run, and
-    decoding/ one per variant. What is recorded is not computed again.
+    runs/VARIANT-seedN are run folders, as `fusedlm train` writes them; records/ has one file per run that has ended,
+    and decoding/ one per variant. What is recorded is not computed again, except that failed runs are tried again.
+    Every file that is read back is {"about", "content", "sha256"}: it must be what was written, and about the variant,
+    seed and experiment that it is read for. Files of versions without checksums are accepted once: `notes` says so,
+    and from then on identity.json has the sha256 of each.
+
+    Attributes:
+        identity: in force, after `check`.
+        notes: sentences for the user, after `check`.
 
     Raises:
         ValueError: on entering, another process has locked the folder, or it is a file.
@@ -27,7 +47,10 @@ class ExperimentFolder:
 
     def __init__(self, path: Path):
         self.path = path
+        self.identity: dict = {}
+        self.notes: list[str] = []
         self._lock = None
+        self._legacy: dict[str, str] = {}  # accepted files without a checksum, and the sha256 of each
 
     def __enter__(self) -> "ExperimentFolder":
         try:
@@ -53,143 +76,212 @@ class ExperimentFolder:
         return self.path / RUNS / run_name(variant, seed)
 
     def check(self, identity: dict) -> None:
-        """Check that an experiment can start or resume here: seeds and variants may be added, nothing else may differ.
+        """Check that an experiment can start or resume here: seeds and variants may be added, nothing else may differ
+        once a run has started.
 
         Args:
             identity: from `identify`.
 
         Raises:
-            ValueError: the folder holds another experiment; names the first key that differs.
+            ValueError: the folder holds another experiment; names the first key that differs. Or its identity is
+                damaged or missing.
         """
-        saved = _read(self.path / IDENTITY)
-        if saved is not None:
-            difference = _difference(saved, identity)
-            if difference is not None:
-                key, before, now = difference
-                raise ValueError(
-                    f"experiment folder {self.path} holds another experiment: {key} is {_shown(before)} there and "
-                    f"{_shown(now)} now; name another folder with --out"
-                )
+        saved = self._read_identity()
+        if saved is None:
+            self.identity = identity
+            return
+        saved = self._started(saved, identity)
+        different = difference(saved, identity)
+        if different is None:
+            self.identity = merged(saved, identity)
+            return
+        if self._has_runs():
+            key, before, now = different
+            raise ValueError(
+                f"experiment folder {self.path} holds another experiment: {key} is {shown(before)} there and "
+                f"{shown(now)} now; name another folder with --out"
+            )
+        (self.path / CALIBRATION).unlink(missing_ok=True)
+        shutil.rmtree(self.path / DECODING, ignore_errors=True)
+        self.identity = identity
 
-    def write_header(self, experiment: Experiment, identity: dict) -> None:
+    def write_header(self, experiment: Experiment) -> None:
         """Save the experiment and its identity."""
+        content = self.identity | ({"unsealed": self._legacy} if self._legacy else {})
         write_atomic(self.path / EXPERIMENT, dump_experiment(experiment))
-        write_atomic(self.path / IDENTITY, json.dumps(identity, indent=1) + "\n")
+        write_atomic(self.path / IDENTITY, json.dumps(seal(content, "identity of an experiment"), indent=1) + "\n")
 
     def holds_experiment(self) -> bool:
         """Whether an experiment was started here."""
         return (self.path / IDENTITY).exists()
 
     def saved_identity(self) -> dict:
-        """The identity that `write_header` saved. Raises ValueError if there is none."""
-        saved = _read(self.path / IDENTITY)
+        """The identity that `write_header` saved. Raises ValueError if there is none, or it is damaged."""
+        saved = self._read_identity()
         if saved is None:
             raise ValueError(f"experiment folder {self.path} holds no experiment yet; run it without --report-only")
         return saved
 
     def record(self, variant: str, seed: int) -> dict | None:
-        """The record of a run that has ended; None: it has not."""
-        return _read(self._record_path(variant, seed))
+        """The record of a run that has ended; None: it has not.
+
+        Raises:
+            ValueError: the record is damaged or of another run, or the files of the run have changed since it ended.
+        """
+        path = self._record_path(variant, seed)
+        record = self._read(path, self._about("record", variant, seed), check_record)
+        if record is None:
+            return None
+        for name, digest in record.get("files", {}).items():
+            file = self.run(variant, seed) / name
+            if not file.is_file():
+                raise ValueError(
+                    f"{file}: missing, although {path.name} says that the run has ended; restore it, or remove {path} "
+                    f"and {file.parent} to train the run again"
+                )
+            if _digest(file) != digest:
+                raise ValueError(
+                    f"{file}: changed since the run ended (the checksum in {path.name} differs); restore it, or remove "
+                    f"{path} and {file.parent} to train the run again"
+                )
+        return record
 
     def write_record(self, variant: str, seed: int, record: dict) -> None:
-        self._write(self._record_path(variant, seed), record)
+        """Save how a run ended. Unless it failed, with checksums of the run's metrics and environment."""
+        files = {}
+        if record["outcome"] != "failed":
+            paths = [self.run(variant, seed) / name for name in (METRICS, ENVIRONMENT)]
+            files = {path.name: _digest(path) for path in paths if path.is_file()}
+        path = self._record_path(variant, seed)
+        self._write(path, self._about("record", variant, seed), record | {"files": files})
 
     def environment(self, variant: str, seed: int) -> dict:
         """The environment of a run."""
-        return _read(self.run(variant, seed) / ENVIRONMENT) or {}
+        return read_json(self.run(variant, seed) / ENVIRONMENT, "remove it") or {}
 
     def decoding(self, variant: str) -> dict | None:
-        return _read(self.path / DECODING / f"{variant}.json")
+        """length (text) -> (bytes, tokens per second), or None if the device has too little memory."""
+        return self._read(self._decoding_path(variant), self._about("decoding", variant), check_decoding)
 
     def write_decoding(self, variant: str, measured: dict) -> None:
-        self._write(self.path / DECODING / f"{variant}.json", measured)
+        self._write(self._decoding_path(variant), self._about("decoding", variant), measured)
 
     def calibration(self) -> dict[str, float]:
         """Measured seconds per step, by variant."""
-        return _read(self.path / CALIBRATION) or {}
+        path = self.path / CALIBRATION
+        found = self._read(path, {"kind": "calibration"}, check_calibration) or {}
+        for name, entry in found.items():
+            known = name in self.identity["variants"]
+            if isinstance(entry, dict) and known and entry["of"] != variant_digest(self.identity, name):
+                raise ValueError(f"{path}: {name} was timed for another experiment; {_AGAIN}")
+        return {name: entry["seconds"] if isinstance(entry, dict) else entry for name, entry in found.items()}
 
     def write_calibration(self, step_seconds: dict[str, float]) -> None:
-        self._write(self.path / CALIBRATION, step_seconds)
+        entries = {
+            name: {"seconds": seconds, "of": variant_digest(self.identity, name)}
+            for name, seconds in step_seconds.items()
+            if name in self.identity["variants"]
+        }
+        self._write(self.path / CALIBRATION, {"kind": "calibration"}, entries)
+
+    def _about(self, kind: str, variant: str, seed: int | None = None) -> dict:
+        about = {"kind": kind, "variant": variant, "experiment": variant_digest(self.identity, variant)}
+        return about if seed is None else about | {"seed": seed}
 
     def _record_path(self, variant: str, seed: int) -> Path:
         return self.path / RECORDS / f"{run_name(variant, seed)}.json"
 
-    @staticmethod
-    def _write(path: Path, content: dict) -> None:
+    def _decoding_path(self, variant: str) -> Path:
+        return self.path / DECODING / f"{variant}.json"
+
+    def _started(self, saved: dict, now: dict) -> dict:
+        """A saved identity without the variants and seeds that have no run and are not in the experiment any more."""
+        seeds, names = saved["seeds"], list(saved["variants"])
+
+        def kept(variant: str, seed: int) -> bool:
+            return self.run(variant, seed).exists() or self._record_path(variant, seed).exists()
+
+        left = {
+            name: leaves
+            for name, leaves in saved["variants"].items()
+            if name in now["variants"] or any(kept(name, seed) for seed in seeds)
+        }
+        return saved | {
+            "seeds": [seed for seed in seeds if seed in now["seeds"] or any(kept(name, seed) for name in names)],
+            "variants": left,
+        }
+
+    def _has_runs(self) -> bool:
+        return any(any((self.path / name).glob("*")) for name in (RUNS, RECORDS))
+
+    def _read_identity(self) -> dict | None:
+        path = self.path / IDENTITY
+        fix = "restore it, or name another folder with --out"
+        saved = read_json(path, fix)
+        if saved is None:
+            if self._has_runs():
+                raise ValueError(f"experiment folder {self.path} holds runs but no {IDENTITY}; {fix}")
+            return None
+        if _CHECKSUM not in saved:
+            self._legacy = self._unsealed_files()
+            if self._legacy:
+                self.notes = [
+                    f"experiment folder {self.path} is of a version without checksums: {len(self._legacy)} files are "
+                    "accepted as they are"
+                ]
+        try:
+            saved = unseal(saved, "identity of an experiment", required=False)
+            check_identity(saved)
+        except ValueError as error:
+            raise ValueError(f"{path}: damaged: {error}; {fix}") from None
+        self._legacy = saved.pop("unsealed", self._legacy)
+        return saved
+
+    def _unsealed_files(self) -> dict[str, str]:
+        paths = [self.path / CALIBRATION, *(self.path / RECORDS).glob("*"), *(self.path / DECODING).glob("*")]
+        return {
+            str(path.relative_to(self.path)): _digest(path)
+            for path in paths
+            if path.suffix == ".json" and _CHECKSUM not in (read_json(path, _AGAIN) or {_CHECKSUM: ""})
+        }
+
+    def _read(self, path: Path, about: dict, check: Callable[[dict], None]) -> dict | None:
+        tree = read_json(path, _AGAIN)
+        if tree is None:
+            return None
+        try:
+            if _CHECKSUM in tree:
+                tree = unseal(tree, "content")
+                if different := _other(tree.get("about"), about):
+                    raise ValueError(different)
+                content = tree.get("content")
+            elif self._legacy.get(str(path.relative_to(self.path))) == _digest(path):
+                content = tree
+            else:
+                raise ValueError("it has no checksum, and is not as it was accepted from a version without")
+            if not isinstance(content, dict):
+                raise ValueError("its content is not a JSON object")
+            check(content)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}; {_AGAIN}") from None
+        return content
+
+    def _write(self, path: Path, about: dict, content: dict) -> None:
         path.parent.mkdir(exist_ok=True)
-        write_atomic(path, json.dumps(content, indent=1) + "\n")
+        write_atomic(path, json.dumps(seal({"about": about, "content": content}, "content"), indent=1) + "\n")
 
 
-def identify(
-    experiment: Experiment, recipes: dict[str, Recipe], data: dict[str, dict], device: str, dtype: str
-) -> dict:
-    """Everything that the results and the cost of the runs depend on.
-
-    Args:
-        recipes: of the variants, before matching.
-        data: by variant, the fingerprint of its prepared text and its vocabulary size.
-        device: name of the processor.
-    """
-    matching = experiment.model_dump(include={"match", "match_by", "tolerance"})
-    if experiment.match == "time":
-        matching["calibration_steps"] = experiment.calibration_steps
-    return {
-        "experiment": {"name": experiment.name, "baseline": next(iter(recipes))} | matching,
-        "device": device,
-        "dtype": dtype,
-        "seeds": experiment.seeds,
-        "variants": {name: _leaves(recipe.model_dump(mode="json")) | data[name] for name, recipe in recipes.items()},
-    }
-
-
-def _leaves(tree: dict, prefix: str = "") -> dict:
-    """Values by dotted key, without neutral keys and those that the experiment sets."""
-    leaves = {}
-    for key, value in tree.items():
-        name = f"{prefix}{key}"
-        if name in DECIDED or is_neutral(name, Recipe):
-            continue
-        if isinstance(value, dict):
-            leaves |= _leaves(value, f"{name}.")
-        else:
-            leaves[name] = value
-    return leaves
-
-
-def _difference(saved: dict, now: dict) -> tuple[str, object, object] | None:
-    """The first key that differs and must not, with both values."""
-    for section in ("experiment", "device", "dtype"):
-        before, after = saved.get(section, ABSENT), now[section]
-        pairs = [(section, before, after)]
-        if isinstance(before, dict):
-            pairs = [(key, before.get(key, ABSENT), after.get(key, ABSENT)) for key in before | after]
-        for key, b, a in pairs:
-            if b != a:
-                return key, b, a
-    if gone := [seed for seed in saved["seeds"] if seed not in now["seeds"]]:
-        return f"seed {gone[0]}", "run", ABSENT
-    for name, before in saved["variants"].items():
-        after = now["variants"].get(name)
-        if after is None:
-            return f"variant {name}", "run", ABSENT
-        for key in [*before, *(key for key in after if key not in before)]:
-            b, a = before.get(key, ABSENT), after.get(key, ABSENT)
-            if b != a:
-                return f"{key} of variant {name}", b, a
+def _other(found, about: dict) -> str | None:
+    """What a file belongs to instead of what it is read for; None: to that."""
+    if not isinstance(found, dict):
+        return "it does not say what it belongs to"
+    for key, value in about.items():
+        if found.get(key) != value:
+            what = f"{key} {found.get(key)}, not {value}" if key != "experiment" else "another experiment"
+            return f"it belongs to {what}"
     return None
 
 
-def _shown(value) -> str:
-    return "absent" if value is ABSENT else json.dumps(value, ensure_ascii=False)
-
-
-def _read(path: Path) -> dict | None:
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return None
-    except (ValueError, RecursionError):
-        raise ValueError(f"{path}: damaged, not JSON; remove it to compute its content again") from None
-    if not isinstance(found, dict):
-        raise ValueError(f"{path}: damaged, not a JSON object; remove it to compute its content again")
-    return found
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

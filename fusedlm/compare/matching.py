@@ -65,7 +65,7 @@ def match_variants(
 
     Args:
         vocab_sizes: by variant.
-        step_seconds: measured seconds per step by variant, for `match: time`. None: not measured yet; steps are kept.
+        step_seconds: measured seconds per step by variant, for `match: time`; a variant without keeps its steps.
 
     Raises:
         ValueError: no size or number of steps is within the tolerance; names the nearest.
@@ -79,7 +79,7 @@ def match_variants(
             variant = _match_size(variant, first, experiment)
         elif experiment.match == "tokens":
             variant = _match_steps(variant, first, experiment, first.tokens / tokens_per_step(recipe))
-        elif experiment.match == "time" and step_seconds is not None:
+        elif experiment.match == "time" and name in (step_seconds or {}):
             steps = first.recipe.train.steps * step_seconds[baseline] / step_seconds[name]
             variant = _match_steps(variant, first, experiment, steps)
         variants[name] = variant

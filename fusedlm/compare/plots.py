@@ -65,7 +65,7 @@ def _final(results: Results) -> Plot | None:
             results.summary(names[0], column).mean, color=MUTED, linewidth=0.8, linestyle=(0, (4, 3)), zorder=0
         )
     axes.yaxis.set_major_locator(FixedLocator(range(len(names))))
-    axes.set_yticklabels(names)
+    axes.set_yticklabels([results.label(name) for name in names])
     axes.set_ylim(len(names) - 0.5, -0.5)
     span = max(dots) - min(dots) or 0.02 * abs(dots[0]) or 1.0
     axes.set_xlim(min(dots) - 0.6 * span, max(dots) + 0.6 * span)
@@ -73,7 +73,7 @@ def _final(results: Results) -> Plot | None:
     caption = "All validation text at the end of training: seeds (dots) and mean (bar); dashed: mean of the baseline."
     if intervals:
         caption += " The band is the 95% interval of the mean; it can extend beyond the edge."
-    return Plot("final", f"Final {what}", caption, png(figure), wide=True)
+    return Plot("final", f"Final {what}", _complete(results, caption), png(figure), wide=True)
 
 
 def _validation(results: Results) -> Plot | None:
@@ -116,7 +116,7 @@ def _difference(results: Results) -> Plot | None:
     caption = "Difference at the same seed and number of tokens; below zero is better than the baseline."
     if len(at_base) > 1:
         caption += " Line: mean over seeds; band: lowest to highest."
-    return Plot("difference", title, caption, png(figure), wide=True)
+    return Plot("difference", title, _complete(results, caption), png(figure), wide=True)
 
 
 def _training(results: Results) -> Plot | None:
@@ -148,8 +148,8 @@ def _flops(results: Results) -> Plot | None:
     _limit(axes, curves)
     axes.set_xlabel("Training FLOPs (of matrix products)")
     axes.set_ylabel(f"{_capital(what)} ({unit})")
-    caption = "The same validations against training FLOPs, computed from the shapes of the recipe."
-    return Plot("flops", "Loss against training FLOPs", caption + _overflow(curves), png(figure), wide=True)
+    caption = "The same validations against training FLOPs, computed from the shapes of the recipe." + _overflow(curves)
+    return Plot("flops", "Loss against training FLOPs", _complete(results, caption), png(figure), wide=True)
 
 
 def _cost(results: Results) -> Plot | None:
@@ -159,7 +159,7 @@ def _cost(results: Results) -> Plot | None:
     figure = canvas((FULL[0], 1.1 + 0.3 * len(names)))
     left, right = figure.subplots(1, 2, sharey=True)
     rates = {name: results.summary(name, "tokens_per_second").mean for name in names}
-    peaks = {name: max(results.values(name, "peak_memory_bytes").values()) for name in names}
+    peaks = {name: max(results.values(name, "peak_memory_bytes").values(), default=0) for name in names}
     power, word = power_of(max(rates.values()))
     size, memory_name = memory_unit(max(peaks.values()))
     for axes, values, scale, label, written in (
@@ -175,12 +175,13 @@ def _cost(results: Results) -> Plot | None:
         axes.set_ylim(len(names) - 0.5, -0.5)
         axes.yaxis.set_major_locator(FixedLocator(range(len(names))))
         axes.set_xlabel(label)
-    left.set_yticklabels(names)
+    left.set_yticklabels([results.label(name) for name in names])
     right.tick_params(labelleft=False)
     caption = (
         "Left: median over steps without warm-up, mean over seeds. Right: highest of any seed; that of tensors on the "
         "GPU, of the full process on the CPU."
     )
+    caption = _complete(results, caption)
     return Plot("cost", "Training throughput and memory", caption, png(figure), wide=True)
 
 
@@ -249,7 +250,7 @@ def _lines(results: Results, curves: dict, name: str, title: str, label: str, do
     caption = "Line: mean over seeds; band: lowest to highest." if n_seeds > 1 else "One seed."
     if name == "training" and (most := max(len(x) for x, *_ in curves.values())) >= 20:
         caption += f" Smoothed on both sides with a half-life of {_count(half_life(most), 'step')}."
-    return Plot(name, title, caption + _overflow(curves), png(figure), wide=True)
+    return Plot(name, title, _complete(results, caption + _overflow(curves)), png(figure), wide=True)
 
 
 def _with_legend(results: Results, names) -> tuple[Figure, Axes]:
@@ -258,7 +259,7 @@ def _with_legend(results: Results, names) -> tuple[Figure, Axes]:
     axes = figure.subplots()
     plain_axes(axes)
     for name in names:
-        axes.plot([], [], label=name, linewidth=1.8, **_look(results, name))
+        axes.plot([], [], label=results.label(name), linewidth=1.8, **_look(results, name))
     axes.legend(
         loc="center left",
         bbox_to_anchor=(1.01, 0.5),
@@ -277,6 +278,11 @@ def _band(axes: Axes, results: Results, name: str, x, mean, low, high, dots: boo
         axes.fill_between(x, low, high, color=look["color"], alpha=0.18, linewidth=0)
     marker = {"marker": "o", "markersize": 3.5} if dots else {}
     axes.plot(*thin(x, mean), linewidth=1.5, **look, **marker)
+
+
+def _complete(results: Results, caption: str) -> str:
+    """A caption that says which runs the curves and means are without."""
+    return " ".join(filter(None, (caption, results.left_out())))
 
 
 def _limit(axes: Axes, curves: dict) -> None:

@@ -17,7 +17,7 @@ from fusedlm.report.history import History, median, read_history
 ROW = (
     "variant",
     "seed",
-    "outcome",  # finished, diverged or not run
+    "outcome",  # finished, diverged, failed or not run
     "steps",
     "tokens",
     "val_loss",  # nats per token on all validation text, at the end
@@ -26,7 +26,7 @@ ROW = (
     "best_val_bpb",
     "best_val_step",
     "train_loss",  # of the last step
-    "train_loss_last_10",  # mean of the last ten steps
+    "train_loss_last_10",  # mean of the last ten steps, without skipped ones
     "tokens_per_second",  # median without warm-up
     "step_seconds",
     "training_seconds",  # of all steps, with warm-up, without validations
@@ -46,7 +46,7 @@ class Results:
     experiment: Experiment
     variants: dict[str, Variant]
     rows: list[dict]  # one per run, keys as in ROW
-    histories: dict[tuple[str, int], History]  # of runs that have started
+    histories: dict[tuple[str, int], History]  # of runs that have finished or diverged
     decoding: dict[str, dict | None]  # variant -> length (text) -> (bytes, tokens per second), or None
     environments: list[dict]  # distinct environments of runs, each with its number of "runs"
     dates: tuple[str, ...]  # distinct days on which runs ended
@@ -73,20 +73,48 @@ class Results:
     def summary(self, variant: str, column: str):
         return summarise(list(self.values(variant, column).values()))
 
+    @property
+    def has_ended(self) -> bool:
+        """Whether any run has, in any way."""
+        return any(row["outcome"] != "not run" for row in self.rows)
+
+    def label(self, variant: str) -> str:
+        """The name of a variant; if its means are not over all seeds, with the number of seeds that they are over."""
+        n, n_all = len(self.of(variant)), len(self.of(variant, None))
+        return variant if n == n_all else f"{variant} ({n} of {n_all} seeds)"
+
+    def lost(self, variant: str) -> str:
+        """How runs of a variant ended without a loss: "wide diverged on seeds 0 (step 40) and 1 (step 60)"."""
+        diverged, failed = self.of(variant, "diverged"), self.of(variant, "failed")
+        parts = []
+        if diverged:
+            where = _listed([f"{row['seed']} (step {row['steps']:,})" for row in diverged])
+            parts.append(f"diverged on seed{'s' * (len(diverged) > 1)} {where}")
+        if failed:
+            parts.append(f"failed on seed{'s' * (len(failed) > 1)} {_listed([str(row['seed']) for row in failed])}")
+        return f"{variant} {' and '.join(parts)}" if parts else ""
+
+    def left_out(self) -> str:
+        """The runs that are in no mean and no curve, as a sentence; empty if there are none."""
+        lost = "; ".join(filter(None, map(self.lost, self.variants)))
+        return f"Left out: {lost}." if lost else ""
+
     def verdict(self, variant: str, metric: tuple[str, str, str] | None = None) -> Verdict:
         column, what, unit = metric or self.metric
         own, other = self.values(variant, column), self.values(self.baseline, column)
-        return judge(variant, self.baseline, own, other, what, unit)
+        lost = ", ".join(filter(None, (self.lost(variant), self.lost(self.baseline))))
+        return judge(variant, self.baseline, own, other, what, unit, lost)
 
     def verdicts(self) -> list[str]:
-        """A sentence for each variant but the first, and one for unfinished runs."""
+        """A sentence for each variant but the first, and some for diverged, failed and unfinished runs."""
         sentences = [self.verdict(name).sentence for name in self.variants if name != self.baseline]
         for name in self.variants:
-            if diverged := [row["seed"] for row in self.of(name, "diverged")]:
-                seeds = ", ".join(map(str, diverged))
-                sentences.append(
-                    f"{name} diverged on seed{'s' * (len(diverged) > 1)} {seeds}; diverged runs are in no mean"
-                )
+            if self.of(name, "diverged"):
+                sentences.append(f"{self.lost(name)}; diverged runs are in no mean")
+            for row in self.of(name, "failed"):
+                sentences.append(f"{name} failed on seed {row['seed']}: {row['message']}")
+        if any(row["outcome"] == "failed" for row in self.rows):
+            sentences.append("failed runs are in no mean; running the experiment again tries them again")
         missing = sum(row["outcome"] == "not run" for row in self.rows)
         if missing:
             sentences.append(f"{missing} of {len(self.rows)} runs are not finished yet")
@@ -154,11 +182,12 @@ def collect(experiment: Experiment, variants: dict[str, Variant], folder: Experi
         for seed in experiment.seeds:
             record = folder.record(name, seed)
             history = None
-            if record is not None:
+            if record is not None and record["outcome"] != "failed":
                 history = histories[name, seed] = read_history(folder.run(name, seed))
                 environment = folder.environment(name, seed)
                 environment.pop("parameters", None)
-                dates.add(environment.pop("date", "")[:10])
+                environment.pop("data", None)
+                dates.add(str(environment.pop("date", ""))[:10])
                 backends[name] = environment.pop("backends", {})
                 _count_environment(environments, environment)
             rows.append(_row(variant, seed, record, history))
@@ -179,20 +208,23 @@ def _row(variant: Variant, seed: int, record: dict | None, history: History | No
     row = dict.fromkeys(ROW) | {"variant": variant.name, "seed": seed, "outcome": "not run"}
     if record is None:
         return row
+    row |= {"outcome": record["outcome"], "message": record["message"]}
+    if history is None:
+        return row
     steps, validation = history.steps, history.validation
     settled = slice(len(steps["step"]) // _WARM_UP, None)
+    last = steps["loss"][-_LAST:]
+    memory = steps["peak_memory_bytes"]
     row |= {
-        "outcome": record["outcome"],
         "steps": int(steps["step"][-1]),
         "tokens": int(steps["tokens"][-1]),
         "train_loss": _finite(steps["loss"][-1]),
-        "train_loss_last_10": _finite(np.mean(steps["loss"][-_LAST:])),
+        "train_loss_last_10": _finite(np.mean(last[np.isfinite(last)])) if np.isfinite(last).any() else None,
         "tokens_per_second": median(steps["tokens_per_second"][settled]),
         "step_seconds": median(steps["step_seconds"][settled]),
         "training_seconds": _finite(np.nansum(steps["step_seconds"])),
-        "peak_memory_bytes": int(np.nanmax(steps["peak_memory_bytes"])),
+        "peak_memory_bytes": int(np.nanmax(memory)) if np.isfinite(memory).any() else None,
         "skipped_steps": len(history.skipped),
-        "message": record["message"],
     }
     if record["final"] is not None:
         row |= {"val_loss": record["final"]["val_nll_per_token"], "val_bpb": record["final"]["val_bpb"]}
@@ -207,6 +239,10 @@ def _row(variant: Variant, seed: int, record: dict | None, history: History | No
             "best_val_step": int(validation["step"][best]),
         }
     return row
+
+
+def _listed(items: list[str]) -> str:
+    return " and ".join(filter(None, (", ".join(items[:-1]), items[-1])))
 
 
 def _finite(value: float) -> float | None:

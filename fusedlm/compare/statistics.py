@@ -40,32 +40,43 @@ def summarise(values: Sequence[float]) -> Summary:
     return Summary(n, mean, std, mean - half, mean + half)
 
 
-def judge(variant: str, baseline: str, own: dict[int, float], other: dict[int, float], what: str, unit: str) -> Verdict:
+def judge(
+    variant: str,
+    baseline: str,
+    own: dict[int, float],
+    other: dict[int, float],
+    what: str,
+    unit: str,
+    lost: str = "",
+) -> Verdict:
     """Compare two variants seed by seed.
 
     Args:
         own, other: seed -> value of the variant and of the baseline, for finished runs.
         what, unit: of the value, for the sentence: "validation loss", "nats per token".
+        lost: which runs ended without a value, and how; the sentence says it before any difference of the others.
     """
     seeds = sorted(own.keys() & other.keys())
     difference = summarise([own[seed] - other[seed] for seed in seeds])
-    pair = f"{variant} against {baseline}: {what}"
+    pair = f"{variant} against {baseline}:"
     if not seeds:
-        return Verdict(difference, "no verdict", f"{pair}: no seed is finished in both: no verdict")
+        return Verdict(difference, "no verdict", f"{pair} {lost or 'no seed is finished in both'}: no verdict")
+    if lost:
+        both = f"the {len(seeds)} seeds" if len(seeds) > 1 else "the one seed"
+        pair += f" {lost}; on {both} that both finished:"
     mean = difference.mean
     if len(seeds) == 1:
         side = "the same" if mean == 0 else f"{'lower' if mean < 0 else 'higher'} by {abs(mean):.4f} {unit}"
-        return Verdict(difference, "no verdict", f"{pair} {side} on seed {seeds[0]}; one seed: no verdict")
+        return Verdict(difference, "no verdict", f"{pair} {what} {side} on seed {seeds[0]}; one seed: no verdict")
     low, high = difference.low, difference.high
     paired = f"{len(seeds)} paired seeds"
     if low <= 0 <= high:
         interval = f"{mean:+.4f} {unit}, 95% interval {low:+.4f} to {high:+.4f}, {paired}"
-        sentence = f"{variant} against {baseline}: no difference shown in {what} ({interval})"
-        return Verdict(difference, "no difference shown", sentence)
+        return Verdict(difference, "no difference shown", f"{pair} no difference shown in {what} ({interval})")
     outcome = "lower" if mean < 0 else "higher"
     near, far = sorted((abs(low), abs(high)))
     interval = f"95% interval {near:.4f} to {far:.4f}, {paired}"
-    return Verdict(difference, outcome, f"{pair} {outcome} by {abs(mean):.4f} {unit} ({interval})")
+    return Verdict(difference, outcome, f"{pair} {what} {outcome} by {abs(mean):.4f} {unit} ({interval})")
 
 
 def t_cdf(t: float, df: int) -> float:

@@ -8,6 +8,7 @@ from fusedlm.report.units import count, duration, memory, percent, size
 Table = tuple[tuple[str, ...], list[tuple[str, ...]]]  # head, rows
 
 _NONE = "–"
+_PADDING, _MARGIN = 3, 2  # characters of the terminal's tables: of a column with its border, and of the outer border
 
 
 def loss_table(results: Results) -> Table:
@@ -29,7 +30,7 @@ def loss_table(results: Results) -> Table:
             (
                 name,
                 str(loss.n) if loss.n == n_all else f"{loss.n} of {n_all}",
-                _with_std(loss),
+                _loss(results, name, loss),
                 _interval(loss),
                 _with_std(bpb),
                 _value(results.summary(name, "best_val_loss").mean),
@@ -81,7 +82,7 @@ def cost_table(results: Results) -> Table:
         peaks = results.values(name, "peak_memory_bytes")
         rows.append(
             (
-                name,
+                results.label(name),
                 count(rate.mean),
                 count(rate.std),
                 _NONE if step is None else f"{1000 * step:.4g} ms",
@@ -130,10 +131,10 @@ def summary_table(results: Results) -> Table:
     for name, variant in results.variants.items():
         peaks = results.values(name, "peak_memory_bytes")
         row = (
-            name,
+            results.label(name),
             count(variant.account.parameters),
             count(variant.account.flops_per_token),
-            _with_std(results.summary(name, column)),
+            _loss(results, name, results.summary(name, column)),
             _with_std(results.summary(name, "val_bpb")),
             count(results.summary(name, "tokens_per_second").mean),
             memory(max(peaks.values()) if peaks else None),
@@ -145,6 +146,35 @@ def summary_table(results: Results) -> Table:
     if column == "val_bpb":
         return head[:4] + head[5:], [row[:4] + row[5:] for row in rows]
     return head, rows
+
+
+def split_columns(head: tuple[str, ...], rows: list[tuple[str, ...]], width: int | None) -> list[Table]:
+    """Tables of the same rows that each fit a width in characters, with the first column in every one.
+
+    Cells are not wrapped; heads are, at spaces, and the first column is at most a third of the width.
+    """
+    if width is None:
+        return [(head, rows)]
+    widths = [
+        _PADDING + max(max(map(len, name.split())), *(len(row[i]) for row in rows)) for i, name in enumerate(head)
+    ]
+    first = min(widths[0], width // 3)
+    parts, used = [[0]], first
+    for column in range(1, len(head)):
+        if len(parts[-1]) > 1 and used + widths[column] > width - _MARGIN:
+            parts.append([0])
+            used = first
+        parts[-1].append(column)
+        used += widths[column]
+    return [(tuple(head[i] for i in part), [tuple(row[i] for i in part) for row in rows]) for part in parts]
+
+
+def _loss(results: Results, name: str, found: Summary) -> str:
+    """Mean and standard deviation, or how the runs ended without one."""
+    if found.n == 0:
+        outcomes = {row["outcome"] for row in results.of(name, None)}
+        return next((outcome for outcome in ("diverged", "failed") if outcome in outcomes), _NONE)
+    return _with_std(found)
 
 
 def _value(value: float | None) -> str:

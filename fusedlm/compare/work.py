@@ -4,14 +4,16 @@ import time
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from fusedlm.compare.decoding import measure_decoding
 from fusedlm.compare.process import Report
 from fusedlm.config import Recipe
-from fusedlm.evaluate import score_documents
+from fusedlm.evaluate import NotFinite, score_documents
 from fusedlm.model import build_model
 from fusedlm.model.precision import resolve_device, resolve_dtype
 from fusedlm.runs.backends import use_backends
+from fusedlm.runs.folder import METRICS
 from fusedlm.runs.load import load
 from fusedlm.runs.metrics import read_metrics
 from fusedlm.runs.text import open_text
@@ -60,23 +62,39 @@ def train_run(recipe: Recipe, run_dir: Path, text: str, report: Report) -> dict:
         text: fingerprint of the prepared text, the same for all runs of an experiment even if the source changes.
 
     Returns:
-        "outcome": finished, diverged or stopped; "message"; "final": the score of a finished run on all validation
-        text, with keys as in metrics.jsonl.
+        "outcome": finished, diverged (a loss, or the likelihood of validation text, is not finite), failed (this run
+        cannot be made: the recipe does not fit, or memory is too small), stopped, or system (a fault that other runs
+        would meet too, such as a full disk); "message"; "step": the last one, of a diverged run; "final": the score of
+        a finished run on all validation text, with keys as in metrics.jsonl.
     """
     try:
         result = train(recipe, run_dir, resume=True, display=_Relay(report), text=text, strict_backends=False)
-    except TrainingDiverged as error:
-        return {"outcome": "diverged", "message": str(error), "final": None}
-    if result.stopped_by_signal:
-        return {"outcome": "stopped", "message": "", "final": None}
-    return {"outcome": "finished", "message": "", "final": _final_score(recipe, run_dir, text)}
+        if result.stopped_by_signal:
+            return _ended("stopped")
+        return _ended("finished", final=_final_score(recipe, run_dir, text))
+    except (TrainingDiverged, NotFinite) as error:
+        return _ended("diverged", str(error), step=_last_step(run_dir))
+    except OSError as error:
+        return _ended("system", str(error))
+    except (ValueError, MemoryError, torch.OutOfMemoryError) as error:
+        return _ended("failed", str(error) or "out of memory")
+
+
+def _ended(outcome: str, message: str = "", *, final: dict | None = None, **more) -> dict:
+    return {"outcome": outcome, "message": message.strip().split("\n")[0], "final": final} | more
+
+
+def _last_step(run_dir: Path) -> int:
+    """Of the recorded training steps: a validation that is not finite leaves no record."""
+    records, _ = read_metrics(run_dir / METRICS)
+    return max((record["step"] for record in records if "loss" in record), default=0)
 
 
 def _final_score(recipe: Recipe, run_dir: Path, text: str) -> dict:
     shards = open_text(recipe, text, run_dir, remedy="restore the text").validation
-    records, _ = read_metrics(run_dir / "metrics.jsonl")
-    last = [record for record in records if "val_bpb" in record][-1]
-    if last["val_tokens"] == shards.n_tokens - shards.n_documents:
+    records, _ = read_metrics(run_dir / METRICS)
+    last = next((record for record in reversed(records) if "val_bpb" in record), {})
+    if last.get("val_tokens") == shards.n_tokens - shards.n_documents:
         return {key: last[key] for key in ("val_bpb", "val_nll_per_token", "val_tokens", "val_bytes")}
     device = resolve_device(recipe.runtime.device)
     model, _, _ = load(run_dir, device=device)
@@ -101,21 +119,23 @@ def calibrate(recipe: Recipe, folder: Path, report: Report) -> float | None:
     """Seconds per step: the lower quartile after the first quarter of the steps, which compile and warm up. Other load
     on the machine only makes steps slower. None: stopped.
 
-    The run is as short as `recipe` says and is used for nothing else.
+    The run is as short as `recipe` says and is used for nothing else. Whether its losses are finite does not matter.
     """
-    result = train(recipe, folder, resume=True, display=_Relay(report), strict_backends=False)
-    if result.stopped_by_signal:
-        return None
-    records, _ = read_metrics(folder / "metrics.jsonl")
+    try:
+        if train(recipe, folder, resume=True, display=_Relay(report), strict_backends=False).stopped_by_signal:
+            return None
+    except NotFinite:
+        report("note", "the loss is not finite while steps are timed")
+    records, _ = read_metrics(folder / METRICS)
     seconds = [record["step_seconds"] for record in records if "step_seconds" in record]
     return float(np.quantile(seconds[len(seconds) // 4 :], 0.25))
 
 
-def measure(recipe: Recipe, run_dir: Path | None, vocab_size: int, lengths: list[int], report: Report) -> dict:
+def measure(recipe: Recipe, run_dir: Path | None, vocab_size: int, lengths: list[int], report: Report) -> None:
     """Measure decoding with the weights of a run; None: untrained weights, since no run of the variant has finished.
 
-    Returns:
-        length -> (bytes of state, tokens per second), or None if out of memory.
+    Reports ("decoded", (length, (bytes of state, tokens per second) or None if out of memory)) after each length, so
+    that a length at which the process is killed costs no other.
     """
     device = resolve_device(recipe.runtime.device)
     dtype = resolve_dtype(recipe.runtime.dtype, device)
@@ -124,4 +144,5 @@ def measure(recipe: Recipe, run_dir: Path | None, vocab_size: int, lengths: list
     else:
         model = build_model(recipe.model, vocab_size=vocab_size, device=device)
         use_backends(model, recipe.runtime, device, dtype, strict=False)
-    return measure_decoding(model, lengths, device, dtype)
+    for length in lengths:
+        report("decoded", (length, measure_decoding(model, [length], device, dtype)[length]))

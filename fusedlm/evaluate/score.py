@@ -19,6 +19,10 @@ _CHUNK = 2048  # most tokens per call with a state
 _SCORES = 2**22  # most pairs of a query and a key per call: attention holds a mask or scores of them, for every head
 
 
+class NotFinite(ValueError):
+    """The likelihood of a document is not finite."""
+
+
 @dataclass(frozen=True)
 class Score:
     nll: float  # nats, over all scored tokens
@@ -72,8 +76,8 @@ def score_documents(
             score. None: this process alone.
 
     Raises:
-        ValueError: a value is out of range, several processes are to score full documents, there is no text to score,
-            or the likelihood is not finite.
+        NotFinite: the likelihood is not finite. A ValueError.
+        ValueError: a value is out of range, several processes are to score full documents, or there is no text.
     """
     device = torch.device(device)
     if batch_tokens is None:
@@ -256,7 +260,7 @@ def _own(items: Iterator[T], world: World) -> Iterator[tuple[T, bool]]:
 
 def _check_finite(nll: float, document: int) -> None:
     if not math.isfinite(nll):
-        raise ValueError(
+        raise NotFinite(
             f"document {document}: the likelihood is not finite ({nll}); the weights are damaged or diverged, "
             "or values overflow in this precision (try float32)"
         )

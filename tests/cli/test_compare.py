@@ -64,6 +64,16 @@ def test_an_experiment_runs_reports_and_is_not_repeated(experiment: Path, fusedl
     assert "2 of 4 runs are not finished yet" in more.out
 
 
+def test_a_run_that_fails_is_one_line_after_the_report(experiment: Path, fusedlm):
+    """The second variant's sequences are longer than the text."""
+    Path("pair.yaml").write_text(EXPERIMENT.replace("[model.pattern=g]", "[train.seq_len=1000000]"))
+    outcome = fusedlm("compare", "pair.yaml", "experiment.match=none", "experiment.seeds=1")
+    assert outcome.code == 2 and outcome.err.startswith("error: run delta-seed0: "), outcome
+    assert outcome.err.count("\n") == 1 and "the same command tries failed ones again" in outcome.err
+    assert outcome.out.splitlines()[-1] == "runs/pair/report.html"
+    assert "delta failed on seed 0: " in outcome.out and "delta against latent: delta failed on seed 0" in outcome.out
+
+
 def test_a_signal_stops_with_0_and_the_command_to_resume_is_printed(experiment: Path, fusedlm):
     arguments = ["compare", "pair.yaml", "train.steps=100000", "train.checkpoint_every=0", "--out", "runs/a b"]
     code = "import sys; from fusedlm.cli import main; sys.exit(main(sys.argv[1:]))"
@@ -93,7 +103,8 @@ def edited(old: str, new: str):
 
 def another_folder():
     folder = Path("runs/pair")
-    folder.mkdir()
+    (folder / "records").mkdir(parents=True)
+    (folder / "records/x-seed0.json").write_text("{}")
     identity = {"experiment": {"name": "other"}, "device": "x", "dtype": "float32", "seeds": [], "variants": {}}
     (folder / "identity.json").write_text(json.dumps(identity))
     return []

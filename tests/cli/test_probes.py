@@ -6,6 +6,8 @@ from pathlib import Path
 import pytest
 import yaml
 
+from fusedlm.probes.usable import describe_usable
+
 RUN = "runs/small"
 LONG = " ".join(f"Sentence {i} speaks of {i * i % 97} ships and of nothing else." for i in range(60))
 
@@ -72,6 +74,8 @@ def test_extend_with_and_without_rope(workspace: Path, long_text: str, without_r
     record = written("extend")
     assert [curve["yarn"] for curve in record["curves"]] == [None, 2, 4]
     assert record["max_multiple"] == 8 and record["windows"] == 5
+    first = outcome.out.splitlines()[0]
+    assert first == describe_usable(record) and f"{record['usable']['as_it_is']:,} tokens (" in first
     assert "YaRN 4" in outcome.out and f"{record['curves'][2]['bpb'][-1]:.4f}" in outcome.out
     rows = [line.split() for line in outcome.out[outcome.out.index("on the same text") :].splitlines()]
     plain, _, stretched = record["curves"]

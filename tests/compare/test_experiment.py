@@ -1,6 +1,5 @@
 """The grid: what is run, what is not run again, what is refused."""
 
-import json
 import os
 import shutil
 import signal
@@ -10,7 +9,6 @@ import pytest
 from fusedlm.compare import plan_experiment, run_experiment
 from fusedlm.config import load_recipe
 from fusedlm.config.experiment import load_experiment
-from fusedlm.train import TrainingDiverged
 from tests.train.runs import losses, records
 
 ALL = ["latent-seed0", "softmax-seed0", "latent-seed1", "softmax-seed1"]
@@ -90,6 +88,7 @@ def test_a_changed_experiment_is_refused(finished, experiment_file, in_process, 
     out = tmp_path / "out"
     out.mkdir()
     shutil.copy(finished[1] / "identity.json", out)
+    shutil.copytree(finished[1] / "records", out / "records")
     with pytest.raises(ValueError) as caught:
         run_experiment(*load_experiment(experiment_file, overrides), out)
     text = str(caught.value)
@@ -97,14 +96,33 @@ def test_a_changed_experiment_is_refused(finished, experiment_file, in_process, 
     assert in_process.calls == []
 
 
-def test_changed_text_is_refused(finished, experiment_file, in_process, tmp_path):
+def test_an_experiment_without_runs_may_be_changed(finished, experiment_file, in_process, tmp_path):
+    """A match that is impossible, or a stop before the first run, leaves nothing that blocks the next try."""
     out = tmp_path / "out"
     out.mkdir()
-    identity = json.loads((finished[1] / "identity.json").read_text())
-    identity["variants"]["softmax"]["text"] = "another"
-    (out / "identity.json").write_text(json.dumps(identity))
-    with pytest.raises(ValueError, match='text of variant softmax is "another" there'):
-        run_experiment(*load_experiment(experiment_file), out)
+    shutil.copy(finished[1] / "identity.json", out)
+    with pytest.raises(ValueError, match="cannot be met within"):
+        run_experiment(*load_experiment(experiment_file, ["experiment.match_by=depth"]), tmp_path / "new")
+    assert not (tmp_path / "new/identity.json").exists()
+    overrides = ["experiment.match=none", "experiment.seeds=1", "train.steps=1", "experiment.decode_lengths=[]"]
+    overrides.append("experiment.variants={softmax: [model.pattern=a]}")
+    outcome = run_experiment(*load_experiment(experiment_file, overrides), out)
+    assert [row["outcome"] for row in outcome.results.rows] == ["finished"]
+
+
+def test_changed_text_is_refused(finished, experiment_file, in_process, monkeypatch, tmp_path):
+    from fusedlm.compare import experiment
+
+    shutil.copytree(finished[1], tmp_path / "out")
+    with monkeypatch.context() as patch:
+        real = experiment.identify
+
+        def identify(config, recipes, data, device, dtype):
+            return real(config, recipes, data | {"softmax": data["softmax"] | {"text": "another"}}, device, dtype)
+
+        patch.setattr(experiment, "identify", identify)
+        with pytest.raises(ValueError, match='text of variant softmax is "[0-9a-f]+" there and "another" now'):
+            run_experiment(*load_experiment(experiment_file), tmp_path / "out")
 
 
 def test_seeds_and_variants_may_be_added(finished, experiment_file, in_process, tmp_path):
@@ -115,43 +133,6 @@ def test_seeds_and_variants_may_be_added(finished, experiment_file, in_process, 
     assert in_process.trained() == ["gdn-seed0", "gdn-seed1", "latent-seed7", "softmax-seed7", "gdn-seed7"]
     assert [name for name, _ in in_process.calls].count("measure") == 1
     assert outcome.results.summary("gdn", "val_loss").n == 3
-
-
-def test_a_run_that_diverges_is_recorded_and_the_grid_continues(experiment_file, in_process, monkeypatch, tmp_path):
-    from fusedlm.compare import work
-
-    def train(recipe, run_dir, **options):
-        result = real_train(recipe, run_dir, **options)
-        if run_dir.name == "softmax-seed0":
-            raise TrainingDiverged("loss was not finite")
-        return result
-
-    real_train = work.train
-    monkeypatch.setattr(work, "train", train)
-    loaded = load_experiment(experiment_file, ["experiment.decode_lengths=[]"])
-    outcome = run_experiment(*loaded, tmp_path / "out")
-    assert [row["outcome"] for row in outcome.results.rows] == ["finished", "finished", "diverged", "finished"]
-    row = outcome.results.of("softmax", "diverged")[0]
-    assert row["message"] == "loss was not finite" and row["val_loss"] is None
-    assert outcome.results.summary("softmax", "val_loss").n == 1
-    assert outcome.results.verdicts()[0].endswith("one seed: no verdict")
-    assert "softmax diverged on seed 0; diverged runs are in no mean" in outcome.results.verdicts()
-    in_process.calls.clear()
-    run_experiment(*loaded, tmp_path / "out")
-    assert in_process.calls == []
-
-
-def test_an_error_of_a_run_names_it_and_keeps_the_rest(experiment_file, in_process, tmp_path):
-    def fail(name, arguments, report):
-        if arguments[1].name == "softmax-seed0":
-            raise ValueError("the GPU's memory does not hold it")
-
-    in_process.before = fail
-    loaded = load_experiment(experiment_file)
-    with pytest.raises(ValueError, match="^softmax-seed0: the GPU's memory does not hold it; finished runs are kept"):
-        run_experiment(*loaded, tmp_path / "out")
-    outcome = run_experiment(*loaded, tmp_path / "out", train=False)
-    assert [row["outcome"] for row in outcome.results.rows] == ["finished", "not run", "not run", "not run"]
 
 
 def test_time_is_measured_once_and_sets_the_steps(experiment_file, in_process, monkeypatch, tmp_path):
@@ -193,10 +174,9 @@ def test_reporting_changes_nothing_of_the_experiment(finished, experiment_file, 
 
 def test_reporting_needs_neither_the_text_nor_the_device(finished, experiment_file, in_process, monkeypatch, tmp_path):
     shutil.copytree(finished[1], tmp_path / "out")
-    identity = json.loads((tmp_path / "out/identity.json").read_text()) | {"device": "another GPU"}
-    (tmp_path / "out/identity.json").write_text(json.dumps(identity))
+    monkeypatch.setattr("fusedlm.compare.experiment.device_name", lambda device: "another GPU")
     loaded = load_experiment(experiment_file)
-    with pytest.raises(ValueError, match='device is "another GPU" there'):
+    with pytest.raises(ValueError, match='device is ".+" there and "another GPU" now'):
         run_experiment(*loaded, tmp_path / "out")
     monkeypatch.delattr("fusedlm.compare.experiment.prepare")
     outcome = run_experiment(*loaded, tmp_path / "out", train=False)
