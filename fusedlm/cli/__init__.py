@@ -18,6 +18,7 @@ from fusedlm.cli.doctor import doctor
 from fusedlm.cli.eval import evaluate
 from fusedlm.cli.generate import generate
 from fusedlm.cli.plan import plan
+from fusedlm.cli.recipes import recipes
 from fusedlm.cli.report import report
 from fusedlm.cli.train import train
 
@@ -26,7 +27,6 @@ INTERRUPTED = 130  # 128 + SIGINT
 PIPE_CLOSED = 1  # as typer exits when it finds the pipe closed
 
 app = typer.Typer(
-    add_completion=False,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
@@ -35,6 +35,7 @@ app.command("eval")(evaluate)
 app.command()(generate)
 app.command()(compare)
 app.add_typer(data, name="data")
+app.add_typer(recipes, name="recipes")
 app.command()(report)
 app.command()(plan)
 app.command()(doctor)

@@ -76,6 +76,7 @@ class FileTokenizerConfig(Config):
     type: Literal["file"] = "file"
     path: str = Field(min_length=1)
     end_of_text: str = "<|endoftext|>"
+    vocab_size: PositiveInt | None = None  # of the file; lets `fusedlm plan` do without it, and training checks it
 
 
 TokenizerConfig = Annotated[
