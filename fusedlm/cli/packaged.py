@@ -5,8 +5,7 @@ from pathlib import Path
 
 import typer
 
-import fusedlm
-
+PACKAGE = Path(__file__).parents[1]
 EXPERIMENTS = "experiments"
 
 
@@ -16,11 +15,10 @@ def recipes_folder() -> Path:
     Raises:
         ValueError: there is none; the package was installed by other means than a wheel or a clone.
     """
-    package = Path(fusedlm.__file__).parent
-    for folder in (package / "recipes", package.parent / "recipes"):
+    for folder in (PACKAGE / "recipes", PACKAGE.parent / "recipes"):
         if (folder / "demo.yaml").is_file():
             return folder
-    raise ValueError(f"{package}: this installation has no recipes; name the file of a recipe")
+    raise ValueError(f"{PACKAGE}: this installation has no recipes; name the file of a recipe")
 
 
 def packaged_names(kind: str) -> list[str]:

@@ -109,7 +109,7 @@ def test_an_installed_package_has_its_recipes_inside(empty: Path, fusedlm, monke
     included = config["tool"]["hatch"]["build"]["targets"]["wheel"]["force-include"]
     assert included == {"recipes": "fusedlm/recipes"}
     shutil.copytree(REPOSITORY / "recipes", empty / "site/fusedlm/recipes")
-    monkeypatch.setattr(package, "__file__", str(empty / "site/fusedlm/__init__.py"))
+    monkeypatch.setattr("fusedlm.cli.packaged.PACKAGE", empty / "site/fusedlm")
     assert fusedlm("compare", "ultra-cpu", "--dry-run").code == 0
     shutil.rmtree(empty / "site/fusedlm/recipes")
     assert "has no recipes" in fusedlm("train", "demo").err
