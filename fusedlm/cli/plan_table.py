@@ -102,8 +102,8 @@ def _sentences(estimate: dict) -> list[str]:
         sentences.append("The tokenizer file does not exist; the vocabulary is of the size that the recipe states.")
     if estimate["state_dtype"] == "float32":
         sentences.append("The peak is that of bfloat16; float32 has a lower one and takes longer.")
-    note = "Activations are estimated from shapes, for compiled training with fused kernels; peaks on a GPU differed by "
-    note += "up to 13%."
+    note = "Activations are estimated from shapes, for compiled training with fused kernels; peaks on a GPU differed "
+    note += "by up to 13%."
     if not estimate["compile"]:
         note += " This recipe is not compiled (runtime.compile=false) and takes more, by a third or more."
     return [*sentences, note]
