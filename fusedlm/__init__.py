@@ -9,6 +9,7 @@ _EXPORTS = {
     "load_recipe": "fusedlm.config",
     "build_model": "fusedlm.model",
     "load": "fusedlm.runs",
+    "generate": "fusedlm.generation",
 }
 __all__ = ["__version__", *_EXPORTS]
 

@@ -18,7 +18,7 @@ LAYERS = [
     ["probes"],
     ["report"],
     ["train"],
-    ["runs", "evaluate", "generate"],
+    ["runs", "evaluate", "generation"],
     ["data", "model", "optim"],
     ["nn"],
     ["files", "distributed", "", "ops"],
@@ -69,7 +69,7 @@ def find_imports(repository: Path) -> list[Import]:
     found = []
     for path in sorted((repository / ROOT).rglob("*.py")):
         parts = path.relative_to(repository).with_suffix("").parts
-        importer = parts[1] if len(parts) > 2 else ROOT if parts[1] == "__init__" else parts[1]
+        importer = parts[1] if len(parts) > 2 else ROOT if parts[1] in ("__init__", "__main__") else parts[1]
         package = parts[:-1]  # what a relative import starts from
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             for imported in _imported_packages(node, package):

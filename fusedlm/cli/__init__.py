@@ -20,6 +20,7 @@ from fusedlm.cli.generate import generate
 from fusedlm.cli.help import explain
 from fusedlm.cli.openmp import bound_spinning
 from fusedlm.cli.plan import plan
+from fusedlm.cli.recipes import recipes
 from fusedlm.cli.report import report
 from fusedlm.cli.train import train
 
@@ -28,7 +29,6 @@ INTERRUPTED = 130  # 128 + SIGINT
 PIPE_CLOSED = 1  # as typer exits when it finds the pipe closed
 
 app = typer.Typer(
-    add_completion=False,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
@@ -37,6 +37,7 @@ app.command("eval")(evaluate)
 app.command()(generate)
 app.command()(compare)
 app.add_typer(data, name="data")
+app.add_typer(recipes, name="recipes")
 app.command()(report)
 app.command()(plan)
 app.command()(doctor)

@@ -10,7 +10,18 @@ from typing import Annotated, Any
 
 import typer
 
-RecipeArgument = Annotated[Path, typer.Argument(metavar="RECIPE", help="Recipe (YAML file).", show_default=False)]
+from fusedlm.cli.packaged import complete_recipe, find_recipe
+
+RecipeArgument = Annotated[
+    Path,
+    typer.Argument(
+        metavar="RECIPE",
+        help="Recipe: a YAML file, or the name of a packaged one (fusedlm recipes).",
+        parser=find_recipe,
+        autocompletion=complete_recipe,
+        show_default=False,
+    ),
+]
 OverridesArgument = Annotated[
     list[str] | None,
     typer.Argument(metavar="KEY=VALUE", help="Overrides of the recipe, such as train.steps=100.", show_default=False),
@@ -26,7 +37,7 @@ RuntimeArgument = Annotated[
 RunArgument = Annotated[Path, typer.Argument(metavar="RUN", help="Run folder.", show_default=False)]
 CheckpointOption = Annotated[str, typer.Option(metavar="last|best|STEP", help="Checkpoint to load.")]
 WeightsOption = Annotated[str, typer.Option(metavar="model|ema", help="Weights, or their moving average.")]
-DeviceOption = Annotated[str, typer.Option(metavar="auto|cpu|cuda", help="Device.")]
+DeviceOption = Annotated[str, typer.Option(metavar="auto|cpu|cuda|cuda:N", help="Device.")]
 ReportProgress = Callable[[str, int, int | None], None]  # (stage, done, total or None)
 
 

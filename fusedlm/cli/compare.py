@@ -8,9 +8,17 @@ from typing import Annotated
 import typer
 
 from fusedlm.cli.common import integer
+from fusedlm.cli.packaged import complete_experiment, find_experiment
 
 ExperimentArgument = Annotated[
-    Path, typer.Argument(metavar="EXPERIMENT", help="Experiment (YAML file).", show_default=False)
+    Path,
+    typer.Argument(
+        metavar="EXPERIMENT",
+        help="Experiment: a YAML file, or the name of a packaged one (fusedlm recipes).",
+        parser=find_experiment,
+        autocompletion=complete_experiment,
+        show_default=False,
+    ),
 ]
 OverridesArgument = Annotated[
     list[str] | None,

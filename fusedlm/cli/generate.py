@@ -1,5 +1,7 @@
-"""fusedlm generate: text from a trained model, printed as it is generated."""
+"""fusedlm generate: text from a trained model; one prompt as it is generated, or a file of prompts."""
 
+import json
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -21,8 +23,20 @@ from fusedlm.cli.common import (
 
 def generate(
     run: RunArgument,
-    prompt: Annotated[str, typer.Option(help="Text to continue.", show_default=False)],
     overrides: RuntimeArgument = None,
+    prompt: Annotated[str | None, typer.Option(help="Text to continue.", show_default=False)] = None,
+    prompts: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="Prompts to continue: one per line, or in FILE.jsonl strings or objects with the key prompt. Prints a "
+            "JSON object with prompt and text for each, in order.",
+            show_default=False,
+        ),
+    ] = None,
+    batch_size: Annotated[
+        int, typer.Option(parser=integer, metavar="N", help="Most prompts of --prompts decoded together.")
+    ] = 16,
     max_tokens: Annotated[int, typer.Option(parser=integer, metavar="N", help="Most tokens to generate.")] = 128,
     temperature: Annotated[
         float, typer.Option(parser=number, metavar="T", help="0 takes the most likely token.")
@@ -46,24 +60,63 @@ def generate(
     weights: WeightsOption = "model",
     device: DeviceOption = "auto",
 ) -> None:
-    """Continue a prompt with the model of RUN, until end of text or --max-tokens."""
-    from fusedlm.generate import generate
+    """Continue a prompt, or a file of prompts, with the model of RUN, until end of text or --max-tokens."""
+    from fusedlm.generation import generate
 
+    if (prompt is None) == (prompts is None):
+        raise ValueError("give either --prompt TEXT or --prompts FILE")
+    texts = None if prompts is None else read_prompts(prompts)
     loaded = load_run(run, checkpoint=checkpoint, weights=weights, device=device, overrides=overrides)
     stretch(loaded.model, loaded.recipe, yarn)
-    pieces = generate(
-        loaded.model,
-        loaded.tokenizer,
-        prompt,
-        max_tokens=max_tokens,
-        temperature=temperature,
-        top_k=top_k,
-        top_p=top_p,
-        seed=seed,
-        device=loaded.device,
-        dtype=loaded.dtype,
-    )
-    show(prompt)
-    for piece in pieces:
-        show(piece)
-    print()
+    options = {
+        "max_tokens": max_tokens,
+        "temperature": temperature,
+        "top_k": top_k,
+        "top_p": top_p,
+        "dtype": loaded.dtype,
+    }
+    if texts is None:
+        pieces = generate(loaded.model, loaded.tokenizer, prompt, seed=seed, stream=True, **options)
+        show(prompt)
+        for piece in pieces:
+            show(piece)
+        print()
+        return
+    # Results appear after every few batches, among which prompts are sorted by length.
+    n = 8 * max(batch_size, 1)
+    for first in range(0, len(texts), n):
+        some = texts[first : first + n]
+        wrapped = seed + first if seed + first < 2**64 else seed + first - 2**64
+        found = generate(loaded.model, loaded.tokenizer, some, seed=wrapped, batch_size=batch_size, **options)
+        for one, text in zip(some, found, strict=True):
+            print(json.dumps({"prompt": one, "text": text}), flush=True)
+
+
+def read_prompts(path: Path) -> list[str]:
+    """The prompts of a file: its lines, or in .jsonl the strings or the key `prompt` of its objects. An empty line of
+    text is an empty prompt.
+
+    Raises:
+        ValueError: the file cannot be read, has no prompt, or a line is not one; names the line.
+    """
+    try:
+        content = path.read_bytes().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"--prompts {path}: not UTF-8 text (byte {error.start})") from None
+    lines = [line.removesuffix("\r") for line in content.removesuffix("\n").split("\n")] if content else []
+    if not lines:
+        raise ValueError(f"--prompts {path}: holds no prompt; write one per line")
+    if path.suffix != ".jsonl":
+        return lines
+    return [_json_prompt(line, f"--prompts {path}: line {number}") for number, line in enumerate(lines, 1)]
+
+
+def _json_prompt(line: str, where: str) -> str:
+    try:
+        value = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{where}: not JSON ({error})") from None
+    prompt = value.get("prompt") if isinstance(value, dict) else value
+    if not isinstance(prompt, str):
+        raise ValueError(f'{where}: must be a string, or an object such as {{"prompt": "Once"}}')
+    return prompt

@@ -1,23 +1,36 @@
 """fusedlm plan: the cost of a recipe."""
 
 import json
+import math
 from typing import Annotated
 
 import typer
 
 from fusedlm.cli.common import OverridesArgument, RecipeArgument, integer, number
+from fusedlm.cli.gpus import GPUS, USABLE, find_gpu
+from fusedlm.cli.plan_table import print_plan
 
-H100_BF16_FLOPS = 989e12  # dense bfloat16, NVIDIA's data sheet
 _LENGTHS = (1024, 8192, 65536)
+DEFAULT_GPU = "h100"
+
+__all__ = ["make_plan", "plan", "print_plan"]
 
 
 def plan(
     recipe: RecipeArgument,
     overrides: OverridesArgument = None,
+    gpu: Annotated[str, typer.Option(metavar="NAME", help=f"GPU to train on: {', '.join(GPUS)}.")] = DEFAULT_GPU,
+    price: Annotated[
+        float | None,
+        typer.Option(parser=number, metavar="P", help="Price of that GPU per hour.", show_default=False),
+    ] = None,
     mfu: Annotated[float, typer.Option(parser=number, metavar="M", help="Model-FLOPs utilisation to assume.")] = 0.45,
     device_flops: Annotated[
-        float, typer.Option(parser=number, metavar="F", help="Peak FLOP/s of the device (default: H100, bfloat16).")
-    ] = H100_BF16_FLOPS,
+        float | None,
+        typer.Option(
+            parser=number, metavar="F", help="Peak FLOP/s (default: bfloat16 of the GPU).", show_default=False
+        ),
+    ] = None,
     vocab_size: Annotated[
         int | None,
         typer.Option(
@@ -29,11 +42,11 @@ def plan(
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")] = False,
 ) -> None:
-    """Print parameters, training FLOPs, memory, decoding state and training time of RECIPE, without training."""
+    """Print parameters, training FLOPs, memory, time, cost and decoding state of RECIPE, without training."""
     from fusedlm.config import load_recipe
 
     config = load_recipe(recipe, overrides or [])
-    estimate = make_plan(config, mfu=mfu, device_flops=device_flops, vocab_size=vocab_size)
+    estimate = make_plan(config, mfu=mfu, device_flops=device_flops, vocab_size=vocab_size, gpu=gpu, price=price)
     if as_json:
         print(json.dumps(estimate))
     else:
@@ -41,27 +54,48 @@ def plan(
 
 
 def make_plan(
-    recipe, *, mfu: float = 0.45, device_flops: float = H100_BF16_FLOPS, vocab_size: int | None = None
+    recipe,
+    *,
+    mfu: float = 0.45,
+    device_flops: float | None = None,
+    vocab_size: int | None = None,
+    gpu: str = DEFAULT_GPU,
+    price: float | None = None,
 ) -> dict:
-    """The cost of a recipe in parameters, FLOPs, bytes, tokens and seconds.
+    """The cost of a recipe in parameters, FLOPs, bytes, tokens, seconds and money.
+
+    Memory is that of training on a GPU: weights, gradients, optimizer and average in float32, the weights' copies in
+    the dtype of activations, and the estimate of `fusedlm.model.memory` for a micro-batch.
+
+    Args:
+        device_flops: peak FLOP/s; None: that of the GPU.
+        vocab_size: None: that of the recipe's tokenizer.
+        gpu: a name of `fusedlm.cli.gpus`.
+        price: of the GPU per hour; None: cost is null.
 
     Raises:
-        ValueError: a value is out of range, or the recipe's tokenizer file cannot be read.
+        ValueError: a value is out of range, or the recipe's tokenizer file cannot be read and it states no size.
     """
     import torch
 
-    from fusedlm.data.vocabulary import planned_vocab_size
+    from fusedlm.data.vocabulary import lacks_file, planned_vocab_size
     from fusedlm.model import build_model
     from fusedlm.model.accounting import count_parameters, state_bytes, training_flops_per_token
+    from fusedlm.model.memory import activation_bytes, weight_copy_bytes
     from fusedlm.model.precision import resolve_dtype
     from fusedlm.ops.common import check_backends
     from fusedlm.optim import optimizer_bytes
 
+    card = find_gpu(gpu)
+    device_flops = card.bf16_flops if device_flops is None else device_flops
     if not 0 < mfu <= 1:
         raise ValueError(f"--mfu {mfu}: must be greater than 0 and at most 1, such as 0.45")
-    if not 0 < device_flops < float("inf"):
+    if not 0 < device_flops < math.inf:
         raise ValueError(f"--device-flops {device_flops}: must be a finite number of FLOP/s, greater than 0")
+    if price is not None and not 0 <= price < math.inf:
+        raise ValueError(f"--price {price}: must be a finite number of at least 0")
     check_backends(recipe.runtime.backends, "runtime.backends")
+    source = "option" if vocab_size is not None else "recipe" if lacks_file(recipe.data.tokenizer) else "tokenizer"
     if vocab_size is None:
         vocab_size = planned_vocab_size(recipe.data.tokenizer)
     model = build_model(recipe.model, vocab_size=vocab_size, device="meta")
@@ -70,73 +104,73 @@ def make_plan(
     tokens = train.steps * train.batch_size * train.seq_len
     flops = training_flops_per_token(model, train.seq_len)
     dtype = resolve_dtype(recipe.runtime.dtype, torch.device("cuda"))
+    fixed = {
+        "weight_bytes": 4 * parameters.total,
+        "gradient_bytes": 4 * parameters.total,
+        "optimizer_bytes": optimizer_bytes(train.optimizer, parameters.total),
+        "average_bytes": 4 * parameters.total if train.ema is not None else 0,
+        "weight_copy_bytes": weight_copy_bytes(model, dtype),
+    }
+    recompute = recipe.runtime.recompute == "mixer"
+
+    def activations(micro_batch: int, recompute: bool = recompute) -> int:
+        return activation_bytes(model, micro_batch * train.seq_len, dtype, recompute)
+
+    micro_batch = train.micro_batch_size or train.batch_size
+    memory = sum(fixed.values()) + activations(micro_batch)
+    fits = {
+        name: fit(one.memory_bytes * USABLE, sum(fixed.values()), activations, micro_batch)
+        for name, one in GPUS.items()
+    }
+    seconds = flops * tokens / (mfu * device_flops)
     return {
         "name": recipe.name,
         "vocab_size": vocab_size,
+        "vocab_source": source,
         "parameters": parameters.total,
         "active_parameters": parameters.active,
         "embedding_parameters": parameters.embedding,
         "training_flops_per_token": flops,
         "tokens": tokens,
         "training_flops": flops * tokens,
-        "weight_bytes": 4 * parameters.total,
-        "gradient_bytes": 4 * parameters.total,
+        **fixed,
         "optimizer": train.optimizer.type,
-        "optimizer_bytes": optimizer_bytes(train.optimizer, parameters.total),
-        "average_bytes": 4 * parameters.total if train.ema is not None else 0,
+        "micro_batch_size": micro_batch,
+        "seq_len": train.seq_len,
+        "recompute": recipe.runtime.recompute,
+        "activation_bytes": activations(micro_batch),
+        "activation_bytes_without_recompute": activations(micro_batch, False),
+        "activation_bytes_with_recompute": activations(micro_batch, True),
+        "memory_bytes": memory,
+        "compile": recipe.runtime.compile,
         "state_dtype": str(dtype).removeprefix("torch."),
         "state_bytes": {str(length): state_bytes(model, length, dtype) for length in _LENGTHS},
+        "gpu": gpu.lower(),
+        "fits": fits,
         "mfu": mfu,
         "device_flops": device_flops,
-        "seconds": flops * tokens / (mfu * device_flops),
+        "seconds": seconds,
+        "gpu_hours": seconds / 3600,
+        "price_per_hour": price,
+        "cost": None if price is None else seconds / 3600 * price,
     }
 
 
-def print_plan(estimate: dict) -> None:
-    """Print the plan as a table."""
-    from rich import box
-    from rich.console import Console
-    from rich.table import Table
+def fit(capacity: float, fixed: int, activations, micro_batch: int) -> dict:
+    """How training fits into `capacity` bytes per GPU.
 
-    table = Table(title=f"plan of {estimate['name']}", title_justify="left", box=box.SIMPLE, show_header=False)
-    table.add_column()
-    table.add_column(justify="right")
-    table.add_column(style="dim")
-    for row in _rows(estimate):
-        table.add_row(*row)
-    Console().print(table)
+    Args:
+        fixed: bytes of weights, gradients and optimizer.
+        activations: micro-batch size -> bytes.
+        micro_batch: of the recipe.
 
-
-def _rows(estimate: dict) -> list[tuple[str, str, str]]:
-    memory = sum(estimate[f"{part}_bytes"] for part in ("weight", "gradient", "optimizer", "average"))
-    states = [
-        (f"state at {int(length):,} tokens", _bytes(n), f"one sequence, {estimate['state_dtype']}")
-        for length, n in estimate["state_bytes"].items()
-    ]
-    return [
-        ("parameters", f"{estimate['parameters']:,}", f"vocabulary {estimate['vocab_size']:,}"),
-        ("  active per token", f"{estimate['active_parameters']:,}", ""),
-        ("  embedding", f"{estimate['embedding_parameters']:,}", ""),
-        ("training FLOPs per token", f"{estimate['training_flops_per_token']:.4g}", "forward and backward"),
-        ("tokens", f"{estimate['tokens']:,}", "steps × batch × length"),
-        ("training FLOPs", f"{estimate['training_flops']:.4g}", ""),
-        ("weights, gradients, optimizer", _bytes(memory), "float32, without activations"),
-        ("  optimizer", _bytes(estimate["optimizer_bytes"]), estimate["optimizer"]),
-        *states,
-        ("time", _duration(estimate["seconds"]), f"at {estimate['mfu']:.0%} of {estimate['device_flops']:.4g} FLOP/s"),
-    ]
-
-
-def _bytes(n: float) -> str:
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if n < 1024:
-            return f"{n:.4g} {unit}"
-        n /= 1024
-    return f"{n:.4g} TiB"
-
-
-def _duration(seconds: float) -> str:
-    for unit, length in (("days", 86400), ("hours", 3600), ("minutes", 60)):
-        if seconds >= 2 * length:
-            return f"{seconds / length:.1f} {unit}"
-    return f"{seconds:.1f} seconds"
+    Returns:
+        `gpus`: 1; or, where one sequence per micro-batch does not fit, the GPUs over which weights, gradients and
+        optimizer must be sharded; None: activations of one sequence do not fit. `micro_batch_size`: the largest
+        divisor of the recipe's that fits.
+    """
+    for size in range(micro_batch, 0, -1):
+        if micro_batch % size == 0 and fixed + activations(size) <= capacity:
+            return {"gpus": 1, "micro_batch_size": size}
+    room = capacity - activations(1)
+    return {"gpus": math.ceil(fixed / room) if room > 0 else None, "micro_batch_size": 1}

@@ -2,11 +2,12 @@
 
 import json
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
 from fusedlm.cli.common import load_run, progress_bars, stretch
+from fusedlm.cli.packaged import find_recipe
 from fusedlm.cli.text import documents_of, prepared_text
 
 
@@ -42,6 +43,8 @@ def run_probe(probe: str, target: Target, options: dict, *, as_json: bool) -> No
     from fusedlm.files import write_atomic
     from fusedlm.runs.folder import RECIPE
 
+    if probe == "mqar" and not target.run.exists():
+        target = replace(target, run=find_recipe(str(target.run)))
     out = options.pop("out", None)
     if not target.run.is_file() and not (target.run / RECIPE).is_file():
         raise ValueError(f"{target.run} holds no run; train one with: fusedlm train RECIPE --out {target.run}")

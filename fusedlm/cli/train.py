@@ -55,7 +55,7 @@ def train(
 def _print_sample(run: Path, device: str) -> None:
     """Continue the recipe's prompt on stdout, and write the text to sample.txt for the report."""
     from fusedlm.files import write_atomic
-    from fusedlm.generate import generate
+    from fusedlm.generation import generate
     from fusedlm.model.precision import resolve_device, resolve_dtype
     from fusedlm.runs import load
 
@@ -69,6 +69,7 @@ def _print_sample(run: Path, device: str) -> None:
         recipe.sample_prompt,
         max_tokens=_SAMPLE_TOKENS,
         temperature=_SAMPLE_TEMPERATURE,
+        stream=True,
         device=where,
         dtype=resolve_dtype(recipe.runtime.dtype, where),
     ):

@@ -96,6 +96,8 @@ class FileTokenizerConfig(Config):
     """The file."""
     end_of_text: Text = "<|endoftext|>"
     """Token that ends a document."""
+    vocab_size: int | None = Field(None, ge=1, le=2**24)
+    """Number of ids of the file: lets `fusedlm plan` do without it, and training checks it; null: not stated."""
 
 
 TokenizerConfig = Annotated[

@@ -19,6 +19,7 @@ from fusedlm.data.split import TRAIN, VALIDATION, content_digest, split_document
 from fusedlm.data.staging import exclusive, remove_leftovers, staged
 from fusedlm.data.token_file import sha256_file
 from fusedlm.data.tokenizer import ByteTokenizer, Tokenizer, read_tokenizer_file, train_bpe
+from fusedlm.data.vocabulary import check_vocab_size
 
 _BATCH_CHARACTERS = 1 << 22
 
@@ -227,7 +228,9 @@ def _tokenizer(config: DataConfig, corpus: _Corpus) -> Tokenizer:
         training = (text for split, text in corpus.parts("training tokenizer") if split == TRAIN)
         return train_bpe(training, config.tokenizer.vocab_size)
     if isinstance(config.tokenizer, FileTokenizerConfig):
-        return read_tokenizer_file(config.tokenizer.path, config.tokenizer.end_of_text)
+        tokenizer = read_tokenizer_file(config.tokenizer.path, config.tokenizer.end_of_text)
+        check_vocab_size(config.tokenizer, tokenizer.vocab_size)
+        return tokenizer
     return ByteTokenizer()
 
 
@@ -245,6 +248,7 @@ def _fingerprint(config: DataConfig, corpus: _Corpus, report: ReportProgress) ->
     if config.validation is not None:
         settings.pop("split")
     if isinstance(config.tokenizer, FileTokenizerConfig):
+        settings["tokenizer"].pop("vocab_size")  # the file decides it
         try:
             settings["tokenizer"]["sha256"] = sha256_file(Path(config.tokenizer.path).expanduser())
         except OSError as error:

@@ -3,6 +3,7 @@
 import torch
 
 from fusedlm.model.decoder import Decoder
+from fusedlm.model.precision import resolve_device
 from fusedlm.nn.module import init_weights
 
 
@@ -18,19 +19,20 @@ def build_model(
     Args:
         config: `recipe.model`, or anything whose `model_dump()` gives the arguments of `Decoder`.
         vocab_size: tokens that can be predicted.
-        device: of the parameters; "meta" gives shapes without memory, which `to_empty` and then `init_weights` or
-            loading fill.
+        device: of the parameters: auto, cpu, cuda or cuda:N; "meta" gives shapes without memory, which `to_empty` and
+            then `init_weights` or loading fill.
         seed: of the weights; None: drawn from torch's global generator.
 
     Raises:
-        ValueError: vocab_size is not positive.
+        ValueError: vocab_size is not positive, or there is no such device.
     """
     if vocab_size < 1:
         raise ValueError(f"vocab_size={vocab_size}; a model predicts at least one token")
-    device = torch.device(device)
+    if str(device) != "meta":
+        device = resolve_device(device)
     with torch.device("meta"):
         model = Decoder(vocab_size=vocab_size, **config.model_dump())
-    if device.type == "meta":
+    if str(device) == "meta":
         return model
     model.to_empty(device=device)
     init_weights(model, seed)

@@ -7,21 +7,28 @@ import torch
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
-def resolve_device(name: str | torch.device) -> torch.device:
-    """`auto` (cuda when there is one), `cpu` or `cuda`; a torch.device stays what it is.
+def resolve_device(device: str | torch.device) -> torch.device:
+    """`auto` (cuda when there is one), `cpu`, `cuda` or `cuda:N`; or a torch.device of these.
 
     Raises:
-        ValueError: the name is unknown, or cuda is requested where torch sees none.
+        ValueError: the name is unknown, or torch sees no such CUDA device.
     """
-    kind = name.type if isinstance(name, torch.device) else name
-    if kind not in ("auto", "cpu", "cuda"):
-        raise ValueError(f"device {kind!r} is not one of auto, cpu, cuda")
-    available = torch.cuda.is_available()
-    if kind == "cuda" and not available:
-        raise ValueError("device 'cuda' requested, but torch sees no CUDA device; use device cpu or auto")
-    if isinstance(name, torch.device):
-        return name
-    return torch.device("cuda" if available and kind != "cpu" else "cpu")
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        found = torch.device(device)
+    except (RuntimeError, TypeError):
+        found = None
+    if found is None or found.type not in ("cpu", "cuda"):
+        raise ValueError(f"device {str(device)!r} is not one of auto, cpu, cuda, cuda:N")
+    if found.type == "cpu":
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise ValueError(f"device '{found}' requested, but torch sees no CUDA device; use device cpu or auto")
+    if found.index is not None and found.index >= torch.cuda.device_count():
+        names = ", ".join(f"cuda:{index}" for index in range(torch.cuda.device_count()))
+        raise ValueError(f"device '{found}' requested, but torch sees only {names}")
+    return found
 
 
 def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
@@ -33,8 +40,13 @@ def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
     return _DTYPES[name]
 
 
-def autocast(device: torch.device, dtype: torch.dtype) -> contextlib.AbstractContextManager:
-    """Mixed precision around forward and loss; a no-op for float32."""
-    if dtype == torch.float32:
-        return contextlib.nullcontext()
-    return torch.autocast(device.type, dtype)
+@contextlib.contextmanager
+def autocast(device: torch.device, dtype: torch.dtype):
+    """Mixed precision around forward and loss (none for float32), with `device` as the current one: Triton launches its
+    kernels there, wherever the tensors are."""
+    with contextlib.ExitStack() as stack:
+        if device.type == "cuda":
+            stack.enter_context(torch.cuda.device(device))
+        if dtype != torch.float32:
+            stack.enter_context(torch.autocast(device.type, dtype))
+        yield

@@ -44,7 +44,7 @@ def load(
         checkpoint: "last" (a damaged or foreign one is skipped with a warning), "best" (lowest validation
             bits per byte among the checkpoints) or a step.
         weights: "model", or "ema" for the moving average.
-        device: auto, cpu or cuda; need not be the one of training.
+        device: auto, cpu, cuda or cuda:N; need not be the one of training.
         overrides: `key=value` that replace the run's own `runtime.dtype` and `runtime.backends`, such as
             `runtime.backends.attention=sdpa`. Backends of the run that cannot run here are replaced by "auto" with a
             warning; those of an override are an error.

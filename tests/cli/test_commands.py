@@ -5,9 +5,7 @@ import re
 from pathlib import Path
 
 import pytest
-import safetensors.torch
 import torch
-import yaml
 
 from fusedlm.cli.doctor import op_lines
 from fusedlm.config import load_recipe
@@ -138,50 +136,6 @@ def test_report_prints_its_path(workspace: Path, fusedlm):
     assert "<html" in Path(outcome.out.strip()).read_text(encoding="utf-8")
 
 
-def test_plan_adds_up(workspace: Path, fusedlm):
-    estimate = json.loads(
-        fusedlm("plan", "small.yaml", "train.ema=0.9", "--json", "--mfu", 0.5, "--device-flops", 1e12).out
-    )
-    assert estimate["tokens"] == 2 * 2 * 16
-    assert estimate["seconds"] == pytest.approx(estimate["training_flops_per_token"] * 64 / 0.5e12)
-    assert estimate["average_bytes"] == estimate["weight_bytes"] == 4 * estimate["parameters"]
-    table = fusedlm("plan", "small.yaml").out
-    assert f"{estimate['parameters']:,}" in table and "65,536 tokens" in table
-
-
-@pytest.mark.parametrize(
-    ("optimizer", "bytes_per_parameter"),
-    [
-        ("{type: adamw, lr: 0.01}", 8),
-        ("{type: sgd, lr: 0.01, momentum: 0.9}", 4),
-        ("{type: sgd, lr: 0.01, momentum: 0.0}", 0),
-    ],
-    ids=["adamw", "sgd with momentum", "sgd"],
-)
-def test_plan_counts_the_state_of_the_recipes_optimizer(workspace: Path, fusedlm, optimizer, bytes_per_parameter):
-    override = f"train.optimizer={optimizer}"
-    estimate = json.loads(fusedlm("plan", "small.yaml", override, "--json").out)
-    assert estimate["optimizer_bytes"] == bytes_per_parameter * estimate["parameters"]
-    trained = fusedlm("train", "small.yaml", override, "train.steps=1", "--out", "runs/other")
-    assert trained.code == 0, trained.err
-    state = safetensors.torch.load_file("runs/other/checkpoints/step-00000001/optimizer.safetensors")
-    assert sum(tensor.nbytes for tensor in state.values() if tensor.dim()) == estimate["optimizer_bytes"]
-    table = fusedlm("plan", "small.yaml", override).out
-    shown = re.search(r"^\s*optimizer +(\d\S*) (\w+) +(\w+)\s*$", table, re.MULTILINE)
-    assert shown, table
-    size = float(shown[1]) * {"B": 1, "KiB": 2**10}[shown[2]]
-    assert size == pytest.approx(estimate["optimizer_bytes"], rel=1e-3) and shown[3] == estimate["optimizer"]
-
-
-def test_plan_reads_the_vocabulary_of_a_tokenizer_file(workspace: Path, fusedlm):
-    trained = fusedlm("train", "small.yaml", "data.tokenizer={type: bpe, vocab_size: 270}", "--out", "runs/bpe")
-    assert trained.code == 0, trained.err
-    recipe = yaml.safe_load(Path("runs/bpe/recipe.yaml").read_text())
-    assert recipe["data"]["tokenizer"]["vocab_size"] == 270
-    overrides = ["data.tokenizer={type: file, path: runs/bpe/tokenizer.json}"]
-    assert json.loads(fusedlm("plan", "small.yaml", *overrides, "--json").out)["vocab_size"] == 270
-
-
 def test_doctor_names_every_backend_of_every_op(fusedlm):
     outcome = fusedlm("doctor")
     assert outcome.code == 0
@@ -211,10 +165,3 @@ def test_doctor_says_why_a_backend_runs_or_does_not():
 
 def _held_out_bytes(workspace: Path) -> int:
     return prepare(load_recipe(workspace / "small.yaml").data).validation.n_bytes
-
-
-def test_plan_can_do_without_the_tokenizer(workspace: Path, fusedlm):
-    missing = "data.tokenizer={type: file, path: none.json}"
-    outcome = fusedlm("plan", "small.yaml", missing, "--vocab-size", 1000, "--json")
-    assert json.loads(outcome.out)["vocab_size"] == 1000
-    assert "--vocab-size" in fusedlm("plan", "small.yaml", missing).err

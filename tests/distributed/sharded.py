@@ -15,12 +15,12 @@ from fusedlm.config.train import AdamWConfig
 from fusedlm.data import Batch
 from fusedlm.distributed import World
 from fusedlm.evaluate import score_documents
-from fusedlm.generate import generate
+from fusedlm.generation import generate
 from fusedlm.model.precision import autocast
 from fusedlm.nn.module import init_weights
 from fusedlm.optim import build_optimizer
 from fusedlm.train.step import train_step
-from tests.generate.conftest import Bytes
+from tests.generation.conftest import Bytes
 from tests.laws.models import one_period
 
 CPU = torch.device("cpu")
@@ -97,7 +97,7 @@ def run(model: torch.nn.Module, world: World, processes: int) -> dict:
     options = {"device": CPU, "dtype": torch.float32}
     shared = score_documents(model, [(document, 43)], window=16, batch_tokens=16, world=world, **options)
     scores = [shared.nll, score_documents(model, [(document, 43)], window=None, **options).nll]
-    text = "".join(generate(model, Bytes(), "ab", max_tokens=12, device=CPU, dtype=torch.float32))
+    text = generate(model, Bytes(), "ab", max_tokens=12, device=CPU, dtype=torch.float32)
     weights = {name: p.full_tensor() if hasattr(p, "full_tensor") else p for name, p in model.named_parameters()}
     return {
         "loss": [result.loss for result in results],

@@ -5,11 +5,11 @@ import torch
 
 from fusedlm import build_model, load_recipe
 from fusedlm.evaluate import score_documents
-from fusedlm.generate import generate
+from fusedlm.generation import generate
 from fusedlm.ops.common import OPS
 from fusedlm.ops.common.dispatch import recorded
 from fusedlm.testing import MIXER_CASES, assert_close, backend_of, part_model, randomise_
-from tests.generate.conftest import Bytes
+from tests.generation.conftest import Bytes
 from tests.laws.models import ALL_MODELS, RECIPES, one_period, some_tokens
 
 
@@ -182,5 +182,5 @@ def test_generation_calls_the_model():
     model = randomise_(part_model(MIXER_CASES["gdn"][0], vocab_size=257))
     calls = []
     model.register_forward_hook(lambda *_: calls.append(1))
-    list(generate(model, Bytes(), "ab", max_tokens=4, device="cpu", dtype=torch.float32))
+    generate(model, Bytes(), "ab", max_tokens=4, device="cpu", dtype=torch.float32)
     assert len(calls) == 4

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from fusedlm.generate import next_token_probabilities, sample
+from fusedlm.generation import next_token_probabilities, sample
 
 
 def logits_of(*probabilities):

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from fusedlm.data.tokenizer import ByteTokenizer, train_bpe
-from fusedlm.generate import generate
+from fusedlm.generation import generate
 from fusedlm.model import build_model
 from fusedlm.testing import every_mixer_config, randomise_
 
@@ -24,7 +24,7 @@ def model(tokenizer):
 
 @pytest.mark.parametrize("prompt", ["", "the states — 日本 "])
 def test_greedy_with_the_state_equals_full_recomputation(model, tokenizer, prompt):
-    text = "".join(generate(model, tokenizer, prompt, max_tokens=40, temperature=0, **CPU))
+    text = generate(model, tokenizer, prompt, max_tokens=40, temperature=0, **CPU)
     model.eval()
     ids = [tokenizer.eot_id, *tokenizer.encode(prompt)]
     n_prompt = len(ids)
@@ -39,13 +39,13 @@ def test_greedy_with_the_state_equals_full_recomputation(model, tokenizer, promp
 
 
 def test_a_state_that_grows_gives_the_same_text(model, tokenizer, monkeypatch):
-    reserved = "".join(generate(model, tokenizer, "the", max_tokens=30, seed=4, **CPU))
-    monkeypatch.setattr("fusedlm.generate.decode._RESERVED_TOKENS", 0)
-    assert "".join(generate(model, tokenizer, "the", max_tokens=30, seed=4, **CPU)) == reserved
+    reserved = generate(model, tokenizer, "the", max_tokens=30, seed=4, **CPU)
+    monkeypatch.setattr("fusedlm.generation.decode._RESERVED_TOKENS", 0)
+    assert generate(model, tokenizer, "the", max_tokens=30, seed=4, **CPU) == reserved
 
 
 def test_a_huge_limit_reserves_no_memory(model, tokenizer):
-    assert next(generate(model, tokenizer, "the", max_tokens=10**12, seed=4, **CPU))
+    assert next(generate(model, tokenizer, "the", max_tokens=10**12, seed=4, stream=True, **CPU))
 
 
 def test_the_dtype_is_that_of_the_matrix_products(model, tokenizer):
@@ -54,7 +54,7 @@ def test_the_dtype_is_that_of_the_matrix_products(model, tokenizer):
     def logits_of(dtype):
         found = []
         hook = model.register_forward_hook(lambda _, inputs, output: found.append(output.logits))
-        list(generate(model, tokenizer, "the states", max_tokens=4, temperature=0, device="cpu", dtype=dtype))
+        generate(model, tokenizer, "the states", max_tokens=4, temperature=0, device="cpu", dtype=dtype)
         hook.remove()
         return found
 
@@ -73,9 +73,9 @@ def test_the_dtype_is_that_of_the_matrix_products(model, tokenizer):
 
 @pytest.mark.gpu
 def test_a_seed_gives_the_same_text_on_the_gpu(model, tokenizer):
-    expected = "".join(generate(model, tokenizer, "the", max_tokens=30, seed=4, **CPU))
+    expected = generate(model, tokenizer, "the", max_tokens=30, seed=4, **CPU)
     on_gpu = build_model(CONFIG, vocab_size=tokenizer.vocab_size, device="cuda")
     on_gpu.load_state_dict(model.state_dict())
     text = generate(on_gpu, tokenizer, "the", max_tokens=30, seed=4, device="cuda", dtype=torch.float32)
-    assert "".join(text) == expected
-    assert "".join(generate(on_gpu, tokenizer, "the", max_tokens=8, device="cuda", dtype=torch.bfloat16))
+    assert text == expected
+    assert generate(on_gpu, tokenizer, "the", max_tokens=8, device="cuda", dtype=torch.bfloat16)

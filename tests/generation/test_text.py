@@ -5,7 +5,7 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers
 
 from fusedlm.data.tokenizer import ByteTokenizer, SubwordTokenizer, train_bpe
-from fusedlm.generate.text import TextStream
+from fusedlm.generation.text import TextStream
 
 TEXTS = ["naïve", "日本語 and 🙂🙃.", "a \ufffd b", "one two  three\n"]
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from fusedlm.data.tokenizer import ByteTokenizer
-from fusedlm.generate import generate
+from fusedlm.generation import generate
 from fusedlm.testing import MIXER_CASES, part_model, randomise_
 
 N_TOKENS = 256
@@ -18,8 +18,7 @@ def test_256_greedy_tokens(case):
     with torch.no_grad():
         model.head.weight[tokenizer.eot_id] = 0  # end-of-text would stop the comparison early
     prompt = "It is "
-    pieces = generate(model, tokenizer, prompt, max_tokens=N_TOKENS, temperature=0, device="cpu", dtype=torch.float32)
-    text = "".join(pieces)
+    text = generate(model, tokenizer, prompt, max_tokens=N_TOKENS, temperature=0, device="cpu", dtype=torch.float32)
     ids = [tokenizer.eot_id, *tokenizer.encode(prompt)]
     n_prompt = len(ids)
     with torch.no_grad():

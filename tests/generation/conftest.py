@@ -11,14 +11,14 @@ EOT = 256
 
 
 class _State:
-    def __init__(self):
-        self.length = 0
-        self.total = 0
+    def __init__(self, batch_size):
+        self.lengths = [0] * batch_size
+        self.totals = torch.zeros(batch_size, dtype=torch.int64)
 
 
 class History(nn.Module):
-    """The next token's logits depend on the last token and on the sum of all tokens seen; the model has 320 ids, the
-    tokenizer 257."""
+    """The next token's logits depend on the last token and on the sum of all tokens of the row; the model has 320 ids,
+    the tokenizer 257."""
 
     def __init__(self):
         super().__init__()
@@ -27,26 +27,27 @@ class History(nn.Module):
         self.last = torch.randn(320, 320, generator=generator)
         self.seen = torch.randn(11, 320, generator=generator)
         self.last[:, EOT] = -1e9
-        self.fed = []
+        self.fed = []  # per call, the new tokens of each row
 
     def init_state(self, batch_size, max_tokens=None):
-        assert batch_size == 1
         self.max_tokens = max_tokens
-        return _State()
+        return _State(batch_size)
 
-    def forward(self, tokens, *, documents=None, state=None, select=None, targets=None):
+    def forward(self, tokens, *, documents=None, state=None, lengths=None, select=None, targets=None):
         assert targets is None and not torch.is_grad_enabled() and not self.training
-        self.fed.append(tokens[0].tolist())
-        logits = self.next(tokens, state)
+        lengths = [tokens.shape[1]] * len(tokens) if lengths is None else lengths
+        self.fed.append([row[:n] for row, n in zip(tokens.tolist(), lengths, strict=True)])
+        logits = self.next(tokens, state, lengths)
         return Output(logits if select is None else logits.flatten(0, 1)[select], None, {}, {})
 
-    def next(self, tokens, state):
-        total = tokens.cumsum(1)
+    def next(self, tokens, state, lengths):
+        valid = torch.arange(tokens.shape[1]) < torch.tensor(lengths)[:, None]
+        total = (tokens * valid).cumsum(1)
         if state is not None:
-            total = total + state.total
-            state.total = int(total[0, -1])
-            state.length += tokens.shape[1]
-            assert state.length <= self.max_tokens
+            total = total + state.totals[:, None]
+            state.totals = total[:, -1]
+            state.lengths = [before + new for before, new in zip(state.lengths, lengths, strict=True)]
+            assert max(state.lengths) <= self.max_tokens
         return self.last[tokens] + self.seen[total % 11]
 
 
@@ -58,9 +59,9 @@ class Scripted(History):
         self.script = [*script, EOT]
         self.said = 0
 
-    def next(self, tokens, state):
-        logits = torch.zeros(1, tokens.shape[1], 320)
-        logits[0, -1, self.script[self.said]] = 100.0
+    def next(self, tokens, state, lengths):
+        logits = torch.zeros(*tokens.shape, 320)
+        logits[:, -1, self.script[self.said]] = 100.0
         self.said += 1
         return logits
 

@@ -1,0 +1,80 @@
+"""An estimate of what training keeps in memory, from shapes alone."""
+
+import torch
+
+from fusedlm.model.decoder import Decoder
+from fusedlm.nn.ffn.relu2 import ReLU2
+from fusedlm.nn.linear import Linear
+
+_LOGITS = 298 * 2**20  # most bytes of logits at a time, of the chunked cross entropy
+
+
+def activation_bytes(model: Decoder, n_tokens: int, dtype: torch.dtype, recompute: bool = False) -> int:
+    """Bytes saved for backward in a forward pass over n_tokens, an estimate for compiled training with fused kernels.
+
+    Every projection saves its input, and what follows it saves its output; attention also saves queries and keys after
+    their norm and rotary embedding; linear-time mixers save their chunked recurrence in float32. Norms and elementwise
+    work are recomputed.
+
+    Args:
+        n_tokens: of a micro-batch.
+        dtype: of activations.
+        recompute: as `runtime.recompute: mixer` does, which saves only the input of each mixer and the output of its
+            attention.
+    """
+    per_token = 0.0
+    for block in model.blocks:
+        mixer = _recomputed_mixer(block.mixer, dtype) if recompute else _mixer(block.mixer, model.dim, dtype)
+        per_token += mixer + _feed_forward(block.ffn, model.dim, dtype)
+        per_token += 2 * model.dim * (model.dropout.p > 0)  # masks, one byte per element
+    per_token += 2 * model.dim * dtype.itemsize  # embedding, and the input of the head
+    logits = min(4 * n_tokens * model.embedding.weight.shape[0], _LOGITS)
+    return round(n_tokens * per_token) + logits
+
+
+def weight_copy_bytes(model: Decoder, dtype: torch.dtype) -> int:
+    """Bytes of the float32 weights' copies in the dtype of activations."""
+    if dtype == torch.float32:
+        return 0
+    return dtype.itemsize * sum(parameter.numel() for parameter in model.parameters())
+
+
+def _mixer(mixer, dim: int, dtype: torch.dtype) -> float:
+    """Bytes per token of a mixer."""
+    saved = _linears(mixer, dim, dtype)
+    chunk = getattr(mixer, "chunk_size", None)
+    if chunk is None:
+        return saved + dtype.itemsize * _queries_and_keys(mixer)
+    width = mixer.out.in_features
+    recurrence = 7 * width + 3 * mixer.n_heads * chunk + mixer.state_bytes(1, torch.float32) / 4 / chunk
+    return saved + 4 * recurrence
+
+
+def _recomputed_mixer(mixer, dtype: torch.dtype) -> float:
+    dim, attention = mixer.out.out_features, mixer.out.in_features
+    return dtype.itemsize * (dim + (0 if hasattr(mixer, "chunk_size") else attention) + dim)  # input, attention, output
+
+
+def _feed_forward(ffn, dim: int, dtype: torch.dtype) -> float:
+    """Bytes per token of a feed-forward. Squared ReLU saves one matrix of its hidden layer."""
+    shared = ffn.up.out_features if isinstance(ffn, ReLU2) else 0
+    return _linears(ffn, dim, dtype) - dtype.itemsize * shared
+
+
+def _queries_and_keys(mixer) -> int:
+    """Elements per token of the queries and keys that attention reads."""
+    if hasattr(mixer, "n_kv_heads"):
+        return (mixer.n_heads + mixer.n_kv_heads) * mixer.head_dim
+    heads = mixer.n_heads + mixer.n_groups
+    return heads * mixer.n_streams * (mixer.head_dim + mixer.rope[0])
+
+
+def _linears(part: torch.nn.Module, dim: int, dtype: torch.dtype) -> int:
+    """Bytes per token of the inputs and outputs of the projections of a part; the input of the part counts once."""
+    elements, reads_input = 0, False
+    for module in part.modules():
+        if isinstance(module, Linear):
+            writes = module is getattr(part, "out", None)
+            reads_input |= module.in_features == dim and not writes
+            elements += module.out_features + (module.in_features if writes or module.in_features != dim else 0)
+    return dtype.itemsize * (elements + dim * reads_input)

@@ -1,0 +1,146 @@
+"""fusedlm plan: figures that add up, what fits where, time and cost, and a table for narrow terminals."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import yaml
+
+from fusedlm.cli.gpus import GPUS, USABLE
+from fusedlm.cli.plan import fit
+from fusedlm.cli.plan_table import flops, plan_lines
+
+
+def _json(outcome) -> dict:
+    assert (outcome.code, outcome.err) == (0, "")
+    return json.loads(outcome.out)
+
+
+def test_the_figures_add_up(workspace: Path, fusedlm):
+    estimate = _json(fusedlm("plan", "small.yaml", "train.ema=0.9", "--json", "--mfu", 0.5, "--device-flops", 1e12))
+    assert estimate["tokens"] == 2 * 2 * 16
+    assert estimate["seconds"] == pytest.approx(estimate["training_flops_per_token"] * 64 / 0.5e12)
+    assert estimate["average_bytes"] == estimate["weight_bytes"] == 4 * estimate["parameters"]
+    assert estimate["weight_copy_bytes"] == 2 * estimate["parameters"]
+    parts = ("weight", "gradient", "optimizer", "average", "weight_copy", "activation")
+    assert estimate["memory_bytes"] == sum(estimate[f"{part}_bytes"] for part in parts)
+    assert estimate["cost"] is None and estimate["vocab_source"] == "tokenizer"
+
+
+def test_time_and_cost_are_those_of_the_gpu(workspace: Path, fusedlm):
+    found = {gpu: _json(fusedlm("plan", "demo", "--json", "--gpu", gpu, "--price", 2)) for gpu in ("h100", "L4")}
+    assert found["h100"]["seconds"] * 989 == pytest.approx(found["L4"]["seconds"] * 121)
+    assert found["L4"]["gpu"] == "l4" and found["L4"]["mfu"] == 0.45
+    assert found["L4"]["cost"] == pytest.approx(2 * found["L4"]["seconds"] / 3600)
+    assert _json(fusedlm("plan", "demo", "--json"))["seconds"] == found["h100"]["seconds"]
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "bytes_per_parameter"),
+    [
+        ("{type: adamw, lr: 0.01}", 8),
+        ("{type: sgd, lr: 0.01, momentum: 0.9}", 4),
+        ("{type: sgd, lr: 0.01, momentum: 0.0}", 0),
+    ],
+    ids=["adamw", "sgd with momentum", "sgd"],
+)
+def test_the_state_of_the_recipes_optimizer_counts(workspace: Path, fusedlm, optimizer, bytes_per_parameter):
+    override = f"train.optimizer={optimizer}"
+    estimate = _json(fusedlm("plan", "small.yaml", override, "--json"))
+    assert estimate["optimizer_bytes"] == bytes_per_parameter * estimate["parameters"]
+    trained = fusedlm("train", "small.yaml", override, "train.steps=1", "--out", "runs/other")
+    assert trained.code == 0, trained.err
+    state = safetensors.torch.load_file("runs/other/checkpoints/step-00000001/optimizer.safetensors")
+    assert sum(tensor.nbytes for tensor in state.values() if tensor.dim()) == estimate["optimizer_bytes"]
+    shown = re.search(r"^ +optimizer +(\d\S*) KiB", fusedlm("plan", "small.yaml", override).out, re.MULTILINE)
+    assert bool(shown) == bool(bytes_per_parameter)
+    if shown:
+        assert float(shown[1]) * 1024 == pytest.approx(estimate["optimizer_bytes"], rel=5e-3)
+
+
+def test_the_vocabulary_is_that_of_the_tokenizer_file(workspace: Path, fusedlm):
+    trained = fusedlm("train", "small.yaml", "data.tokenizer={type: bpe, vocab_size: 270}", "--out", "runs/bpe")
+    assert trained.code == 0, trained.err
+    recipe = yaml.safe_load(Path("runs/bpe/recipe.yaml").read_text())
+    assert recipe["data"]["tokenizer"]["vocab_size"] == 270
+    file = "data.tokenizer={type: file, path: runs/bpe/tokenizer.json}"
+    assert _json(fusedlm("plan", "small.yaml", file, "--json"))["vocab_size"] == 270
+    stated = "data.tokenizer={type: file, path: runs/bpe/tokenizer.json, vocab_size: 999}"
+    outcome = fusedlm("plan", "small.yaml", stated)
+    assert (outcome.code, "data.tokenizer.vocab_size=999" in outcome.err) == (2, True)
+
+
+def test_without_the_tokenizer_file_the_stated_size_is_used_and_named(workspace: Path, fusedlm):
+    outcome = fusedlm("plan", "gpt-350m")
+    assert outcome.code == 0, outcome.err
+    assert "50,257" in outcome.out and "The tokenizer file does not exist" in outcome.out
+    missing = "data.tokenizer={type: file, path: none.json}"
+    estimate = _json(fusedlm("plan", "small.yaml", missing, "--vocab-size", 1000, "--json"))
+    assert (estimate["vocab_size"], estimate["vocab_source"]) == (1000, "option")
+    assert "--vocab-size" in fusedlm("plan", "small.yaml", missing).err
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--gpu", "h1000"], "--gpu h1000: unknown; one of b200"),
+        (["--price", "-1"], "--price -1.0"),
+        (["--price", "nan"], "--price nan"),
+        (["--mfu", "0"], "--mfu 0.0"),
+        (["--device-flops", "inf"], "--device-flops inf"),
+        (["--vocab-size", "0"], "vocab_size=0"),
+    ],
+)
+def test_bad_options_are_one_line(workspace: Path, fusedlm, options, words):
+    outcome = fusedlm("plan", "small.yaml", *options)
+    assert (outcome.code, outcome.out, outcome.err.count("\n")) == (2, "", 1)
+    assert words in outcome.err
+
+
+HUGE = ["model.dim=16384", "model.n_layers=100", "model.blocks.a.mixer.n_heads=128", "train.steps=1000000"]
+
+
+@pytest.mark.parametrize("overrides", [[], HUGE], ids=["recipe", "huge"])
+def test_forty_columns_are_enough(workspace: Path, fusedlm, overrides):
+    options = ["--gpu", "h100-pcie", "--price", 12.5]
+    estimate = _json(fusedlm("plan", "gpt-350m", *overrides, *options, "--json"))
+    narrow, wide = plan_lines(estimate, 40), plan_lines(estimate, 100)
+    assert max(map(len, narrow)) <= 40 and max(map(len, wide)) <= 100
+    # Each figure of the wide table is whole in the narrow one, in the same line.
+    rows = [line for line in wide if line.startswith("  ")]
+    assert len(rows) > 15
+    for row in rows:
+        assert any(row.startswith(line) for line in narrow if line.startswith("  ")), row
+    text = " ".join(" ".join(narrow).split())
+    assert all(re.search(rf"[ :]{re.escape(name)}[,.;]", text) for name in GPUS)
+
+
+def test_fits():
+    def activations(micro_batch):
+        return 10 * micro_batch
+
+    assert fit(100, 20, activations, 8) == {"gpus": 1, "micro_batch_size": 8}
+    assert fit(99, 20, activations, 8) == {"gpus": 1, "micro_batch_size": 4}
+    assert fit(99, 20, activations, 7) == {"gpus": 1, "micro_batch_size": 7}
+    assert fit(30, 100, activations, 8) == {"gpus": 5, "micro_batch_size": 1}
+    assert fit(10, 1, activations, 8) == {"gpus": None, "micro_batch_size": 1}
+
+
+def test_what_fits_where(workspace: Path, fusedlm):
+    estimate = _json(fusedlm("plan", "gpt-350m", "--json"))
+    assert estimate["memory_bytes"] < USABLE * GPUS["h100"].memory_bytes
+    assert estimate["fits"]["h100"] == {"gpus": 1, "micro_batch_size": 16}
+    assert estimate["fits"]["l4"] == {"gpus": 1, "micro_batch_size": 8}
+    with_recompute = _json(fusedlm("plan", "gpt-350m", "runtime.recompute=mixer", "--json"))
+    assert with_recompute["activation_bytes"] == estimate["activation_bytes_with_recompute"]
+    assert with_recompute["fits"]["l4"] == {"gpus": 1, "micro_batch_size": 16}
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [(12, "12"), (2.777e9, "2.78 G"), (2.91e17, "291 P"), (9.996e14, "1 P"), (1.04e24, "1.04 Y"), (5e28, "50,000 Y")],
+)
+def test_flops(value, text):
+    assert flops(value) == text
