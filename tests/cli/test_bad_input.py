@@ -297,7 +297,7 @@ def _():
     return ["train", "small.yaml", "train.steps=3", "data.source.path=other.txt", "--resume"]
 
 
-@case("run-tokenizer-of-another-run", "its tokenizer is not the one of its text")
+@case("run-tokenizer-of-another-run", "its tokenizer is not the one that the run was trained with")
 def _():
     tokenizer = train_bpe(["the text"], 257)
     tokenizer.save(RUN)

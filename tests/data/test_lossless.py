@@ -11,7 +11,7 @@ from tokenizers import decoders, models, normalizers, pre_tokenizers
 from fusedlm.config.data import DataConfig, FileTokenizerConfig, TextSource
 from fusedlm.data import load_tokenizer, open_prepared, prepare
 from fusedlm.data.lossless import change
-from fusedlm.data.shards import write_manifest
+from fusedlm.data.manifest import write_manifest
 from fusedlm.data.tokenizer import END_OF_TEXT, ByteTokenizer, SubwordTokenizer, read_tokenizer_file, train_bpe
 
 ALPHABET = {c: i for i, c in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
