@@ -14,7 +14,7 @@ from fusedlm.evaluate import NotFinite
 from fusedlm.train import TrainingDiverged
 from tests.report.test_report import parse
 
-HOT = "{latent: [model.pattern=m], hot: {model.pattern: a, train.optimizer.lr: 10000}}"
+HOT = "{latent: [model.pattern=m], hot: {model.pattern: a, train.optimizer.lr: 1.0e+30}}"
 
 
 def outcomes(outcome) -> list[str]:
@@ -113,7 +113,7 @@ def train_run(monkeypatch, tmp_path, error):
         raise error
 
     monkeypatch.setattr(work, "train", train)
-    return work.train_run(None, tmp_path, lambda kind, content: None)
+    return work.train_run(None, tmp_path, "", lambda kind, content: None)
 
 
 @pytest.mark.parametrize(

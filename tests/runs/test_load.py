@@ -100,7 +100,7 @@ def test_a_damaged_last_checkpoint_is_named_and_the_one_before_it_is_used(copied
 
 
 def test_there_is_no_best_checkpoint_before_a_validation(tmp_path):
-    recipe = tiny_recipe(tmp_path, "train.max_bad_steps=1", "train.checkpoint_every=1", "train.optimizer.lr=1e4")
+    recipe = tiny_recipe(tmp_path, "train.max_bad_steps=1", "train.checkpoint_every=1", "train.optimizer.lr=1e30")
     with pytest.raises(ValueError, match="not finite"):
         train(recipe, tmp_path / "run")
     with pytest.raises(ValueError, match="has no validated checkpoint yet; use checkpoint last"):
