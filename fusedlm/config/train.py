@@ -18,9 +18,9 @@ from fusedlm.config.schema import (
     Tokens,
 )
 
-MAX_STEP_TOKENS = 2**30
+MAX_STEP_TOKENS, MAX_PASS_TOKENS = 2**28, 2**24
 
-LearningRate = Annotated[float, Field(gt=0, le=1e4)]
+LearningRate = Annotated[float, Field(gt=0, le=1e30)]  # finite in float32
 
 
 class AdamWConfig(Config):
@@ -135,6 +135,12 @@ class TrainConfig(Config):
         if self.batch_size * self.seq_len > MAX_STEP_TOKENS:
             raise ValueError(
                 f"batch_size={self.batch_size}, seq_len={self.seq_len}: a step has at most {MAX_STEP_TOKENS} tokens"
+            )
+        n_sequences = self.micro_batch_size or self.batch_size
+        if n_sequences * self.seq_len > MAX_PASS_TOKENS:
+            raise ValueError(
+                f"micro_batch_size={n_sequences}, seq_len={self.seq_len}: a forward pass has at most {MAX_PASS_TOKENS} "
+                "tokens; set a lower micro_batch_size"
             )
         micro = self.micro_batch_size
         if micro is not None and self.batch_size % micro:

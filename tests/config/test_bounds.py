@@ -51,8 +51,9 @@ def test_every_number_text_and_list_has_an_upper_bound(section):
 
 LARGEST = [
     *("train.seed", "train.steps", "train.seq_len", "train.batch_size", "train.micro_batch_size", "train.grad_clip"),
-    *("train.max_bad_steps", "train.eval_every", "train.eval_tokens", "train.keep_checkpoints", "train.optimizer.lr"),
-    *("train.optimizer.eps", "model.dim", "model.n_layers", "model.norm_eps", "model.logit_softcap"),
+    *("train.max_bad_steps", "train.eval_every", "train.eval_tokens", "train.keep_checkpoints"),
+    *("train.optimizer.weight_decay", "train.optimizer.eps", "model.dim", "model.n_layers", "model.norm_eps"),
+    "model.logit_softcap",
     *("model.blocks.g.mixer.n_heads", "model.blocks.g.ffn.hidden", "model.blocks.m.mixer.rope_base"),
     *("data.shard_tokens", "data.tokenizer.vocab_size"),
 ]
@@ -72,9 +73,13 @@ def test_floats_are_no_integers(value: str):
         parse_recipe(SMALL, [f"model.dim={value}"])
 
 
-def test_tokens_per_step_are_bounded():
-    with pytest.raises(ValueError, match="batch_size=16777216, seq_len=1024: a step has at most 1073741824 tokens"):
+def test_tokens_per_step_and_pass_are_bounded():
+    with pytest.raises(ValueError, match="batch_size=16777216, seq_len=1024: a step has at most 268435456 tokens"):
         parse_recipe(SMALL, ["train.batch_size=16777216", "train.seq_len=1024"])
+    large = ["train.batch_size=262144", "train.seq_len=1024"]
+    with pytest.raises(ValueError, match="a forward pass has at most 16777216 tokens; set a lower micro_batch_size"):
+        parse_recipe(SMALL, large)
+    assert parse_recipe(SMALL, [*large, "train.micro_batch_size=16384"]).train.batch_size == 262144
 
 
 @pytest.mark.parametrize(
@@ -164,6 +169,16 @@ def test_text_and_lists_are_bounded(overrides: list[str], named: str):
     assert len(str(caught.value)) < 400
 
 
+def test_a_model_larger_than_the_memory_is_refused():
+    from fusedlm.model import build_model
+
+    for override in ("model.dim=1048576", "model.n_layers=1024"):
+        model = parse_recipe(SMALL, ["model.dim=65536", override]).model
+        with pytest.raises(ValueError, match="GiB of weights do not fit .* of memory; lower model.dim") as caught:
+            build_model(model, vocab_size=257)
+        assert "\n" not in str(caught.value)
+
+
 MIXERS = [
     "{type: attention, n_heads: 16384, head_dim: 65536}",
     "{type: cmd_mla, n_heads: 16384, head_dim: 65536, kv_rank: 1048576, q_rank: 1048576, rope_dim: 65536}",
@@ -184,10 +199,10 @@ def test_the_largest_recipe_has_a_plan():
             f"model.blocks={{{tree}}}",
             *("model.pattern=01234", "model.dim=1048576", "model.n_layers=64", "model.vocab_multiple=65536"),
             *("data.tokenizer={type: bpe, vocab_size: 16777216}", "train.steps=1000000000", "train.seq_len=16777216"),
-            *("train.batch_size=64", "train.seed=9223372036854775807"),
+            *("train.batch_size=16", "train.micro_batch_size=1", "train.seed=9223372036854775807"),
         ],
     )
     plan = make_plan(recipe)  # on the meta device: nothing is allocated
-    assert plan["parameters"] > 2**50 and plan["tokens"] == 10**9 * 2**30
+    assert plan["parameters"] > 2**50 and plan["tokens"] == 10**9 * 2**28
     finite = [value for value in plan.values() if isinstance(value, int | float) and not isinstance(value, bool)]
     assert all(0 <= value < float("inf") for value in itertools.chain(finite, plan["state_bytes"].values()))
