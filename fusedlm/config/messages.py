@@ -12,10 +12,10 @@ def shown(value) -> str:
     return text if len(text) <= _MAX_SHOWN else f"{text[:_MAX_SHOWN]}...{text[-1] if isinstance(value, str) else ''}"
 
 
-def printable(text: str) -> str:
+def printable(text: str, longest: int = _MAX_SHOWN) -> str:
     """Text without quotes."""
-    text = "".join(c if c.isprintable() else repr(c)[1:-1] for c in text[: _MAX_SHOWN + 1])
-    return text if len(text) <= _MAX_SHOWN else f"{text[:_MAX_SHOWN]}..."
+    text = "".join(c if c.isprintable() else repr(c)[1:-1] for c in text[: longest + 1])
+    return text if len(text) <= longest else f"{text[:longest]}..."
 
 
 def either(names: list[str]) -> str:

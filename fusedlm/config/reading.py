@@ -102,16 +102,17 @@ class _Builder:
 
 def read_text(kind: str, path: str | Path) -> str:
     """The text of a UTF-8 file. Raises ValueError with the kind of file (`recipe`), the path and the reason."""
+    where = f"{kind} {printable(str(path), 4096)}"
     try:
         with open(path, "rb") as file:
             data = file.read(MAX_TEXT + 1)
         if len(data) > MAX_TEXT:
-            raise ValueError(f"{kind} {path}: larger than {MAX_TEXT >> 20} MiB; this is not a {kind.split()[-1]}")
+            raise ValueError(f"{where}: larger than {MAX_TEXT >> 20} MiB; this is not a {kind.split()[-1]}")
         return data.decode("utf-8")
     except OSError as error:
-        raise ValueError(f"{kind} {path}: {error.strerror or error}") from None
+        raise ValueError(f"{where}: {error.strerror or error}") from None
     except UnicodeDecodeError as error:
-        raise ValueError(f"{kind} {path}: not UTF-8 text (byte {error.start})") from None
+        raise ValueError(f"{where}: not UTF-8 text (byte {error.start})") from None
 
 
 def parse_yaml(text: str):

@@ -20,7 +20,7 @@ from fusedlm.config.schema import (
 
 MAX_STEP_TOKENS, MAX_PASS_TOKENS = 2**28, 2**24
 
-LearningRate = Annotated[float, Field(gt=0, le=1e30)]  # finite in float32
+LearningRate = Annotated[float, Field(gt=0, le=1e38)]  # finite in float32
 
 
 class AdamWConfig(Config):

@@ -14,7 +14,7 @@ from fusedlm.evaluate import NotFinite
 from fusedlm.train import TrainingDiverged
 from tests.report.test_report import parse
 
-HOT = "{latent: [model.pattern=m], hot: {model.pattern: a, train.optimizer.lr: 1.0e+30}}"
+HOT = "{latent: [model.pattern=m], hot: {model.pattern: a, train.optimizer.lr: 1.0e+38}}"
 
 
 def outcomes(outcome) -> list[str]:

@@ -52,7 +52,8 @@ def test_every_number_text_and_list_has_an_upper_bound(section):
 LARGEST = [
     *("train.seed", "train.steps", "train.seq_len", "train.batch_size", "train.micro_batch_size", "train.grad_clip"),
     *("train.max_bad_steps", "train.eval_every", "train.eval_tokens", "train.keep_checkpoints"),
-    *("train.optimizer.weight_decay", "train.optimizer.eps", "model.dim", "model.n_layers", "model.norm_eps", "model.logit_softcap"),
+    *("train.optimizer.weight_decay", "train.optimizer.eps", "model.dim", "model.n_layers", "model.norm_eps"),
+    "model.logit_softcap",
     *("model.blocks.g.mixer.n_heads", "model.blocks.g.ffn.hidden", "model.blocks.m.mixer.rope_base"),
     *("data.shard_tokens", "data.tokenizer.vocab_size"),
 ]

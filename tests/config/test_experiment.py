@@ -136,6 +136,13 @@ def test_bad_files_are_one_line(path: Path, text: str, named: str):
     assert "\n" not in str(caught.value)
 
 
+def test_the_path_of_a_base_is_printable(path: Path):
+    path.write_text('name: a\nbase: "\\e[31m\\u202e.yaml"\nvariants: {x: []}')
+    with pytest.raises(ValueError, match="No such file") as caught:
+        load_experiment(path)
+    assert "\\x1b[31m\\u202e.yaml" in str(caught.value) and str(caught.value).isprintable()
+
+
 def test_a_missing_file_is_named(tmp_path: Path):
     with pytest.raises(ValueError, match=r"experiment .*none\.yaml: No such file"):
         load_experiment(tmp_path / "none.yaml")

@@ -176,6 +176,7 @@ def _bomb(leaf: str, link: str) -> str:
 HOSTILE = {
     "aliases": (_bomb("[x, x, x, x]", "[*, *, *, *, *, *, *, *, *]"), "aliases expand"),
     "merges": (_bomb("{a: 1, b: 1, c: 1}", "{<<: [*, *, *, *, *, *, *, *, *]}"), "aliases expand"),
+    "empty aliases": (_bomb("[]", "[*, *, *, *, *, *, *, *, *]"), "aliases expand"),
     "long text": (f"a: &a {'x' * 500_000}\nb: [*a, *a, *a]", "aliases expand"),
     "alias depth": (
         "\n".join(["a0: &a0 [x]", *(f"a{i}: &a{i} [*a{i - 1}]" for i in range(1, MAX_DEPTH + 5))]),
