@@ -68,8 +68,8 @@ class _Search:
                 self._links.sort(reverse=True)
                 self._folders.append(self._links.pop())
             folder, (part, *rest) = self._folders.pop()
-            if not _is_pattern(part):
-                path = folder / part
+            path = folder / part
+            if not _is_pattern(part) or ("[" in part and _exists(path)):  # a folder can be called a[1]
                 if _exists(path):
                     self._add(path, tuple(rest), named=True)
             elif self._enter(folder, (part, *rest)):

@@ -94,8 +94,11 @@ def _open(name: str, suffixes: tuple[str, ...] | None, read: Callable[[Path], It
         raise ValueError(f"{name}: neither a file, a folder nor a pipe; name the files to read")
     folder = tempfile.TemporaryDirectory(prefix="fusedlm-")
     copy = Path(folder.name, files[0].name)
-    with open(files[0], "rb") as stream, open(copy, "wb") as file:
-        shutil.copyfileobj(stream, file, _COPY_BYTES)
+    try:
+        with open(files[0], "rb") as stream, open(copy, "wb") as file:
+            shutil.copyfileobj(stream, file, _COPY_BYTES)
+    except OSError as error:
+        raise OSError(f"{name}: no copy in {folder.name} ({error.strerror}); set TMPDIR to a larger disk") from None
     return Source(name, [copy], read, folder)
 
 

@@ -42,8 +42,11 @@ class Needle:
 
     @staticmethod
     def of(fact: Fact, tokenizer) -> "Needle":
+        """Raises:
+        ValueError: the tokenizer changes a word, so that answers could be guessed from what is left of them.
+        """
         parts = (f" The code of {fact.key} is", f" {fact.value}", ".")
-        return Needle(*(tokenizer.encode(part) for part in parts))
+        return Needle(*(_encode(part, tokenizer) for part in parts))
 
     @staticmethod
     def longest(tokenizer) -> int:
@@ -54,6 +57,13 @@ class Needle:
     @property
     def sentence(self) -> list[int]:
         return self.question + self.answer + self.end
+
+
+def _encode(text: str, tokenizer) -> list[int]:
+    ids = tokenizer.encode(text)
+    if found := tokenizer.change(ids, text):
+        raise ValueError(f"the tokenizer changes the sentence to recall at {found}; the probe needs one that keeps it")
+    return ids
 
 
 def plant(

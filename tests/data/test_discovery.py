@@ -112,6 +112,12 @@ def test_patterns(tmp_path):
         assert refusal(tmp_path / pattern) == f"{tmp_path}/{pattern}: no file matches"
 
 
+def test_brackets_in_the_name_of_a_folder(tmp_path):
+    make(tmp_path, "d[1]/a.txt", "d1/b.txt")
+    assert found(tmp_path, "d[1]/*.txt") == ["d[1]/a.txt"]
+    assert found(tmp_path, "d[0-9]/*.txt") == ["d1/b.txt"]
+
+
 def test_relative_patterns_and_the_home_folder(tmp_path, monkeypatch):
     make(tmp_path, "a.txt", "b/c.txt")
     monkeypatch.chdir(tmp_path)

@@ -244,3 +244,15 @@ def test_errors_in_a_pipe_name_the_pipe(tmp_path):
     writer = through_pipe(path, b"ab\xff")
     assert error(TextSource(path=str(path))) == f"{path}: byte 2 (0xff) is not UTF-8; convert the file or remove it"
     writer.join()
+
+
+def test_a_pipe_without_room_for_its_copy_is_named(tmp_path, monkeypatch):
+    def fail(*_):
+        raise OSError(28, "No space left on device")
+
+    path = tmp_path / "pipe"
+    writer = through_pipe(path, b"text")
+    monkeypatch.setattr("fusedlm.data.sources.shutil.copyfileobj", fail)
+    with pytest.raises(OSError, match=rf"{path}: no copy in .* \(No space left on device\); set TMPDIR"):
+        open_source(TextSource(path=str(path)))
+    writer.join()

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from fusedlm.config.train import AdamWConfig
+from fusedlm.data.tokenizer import ByteTokenizer
 from fusedlm.model import build_model
 from fusedlm.model.output import Output
 from fusedlm.probes import finetune, probe_needle
@@ -48,6 +49,17 @@ def test_facts_differ_and_the_sentence_is_question_answer_and_end(tokenizer):
         assert tokenizer.decode(needle.sentence) == f" The code of {one.key} is {one.value}."
         assert tokenizer.decode(needle.answer) == f" {one.value}"
         assert len(needle.sentence) <= Needle.longest(tokenizer)
+
+
+def test_a_tokenizer_that_changes_the_sentence_is_refused():
+    class Letters(ByteTokenizer):
+        def encode(self, text):
+            return super().encode("".join("?" if letter in "xz" else letter for letter in text))
+
+    fact = Fact("Oslo", "amber")
+    assert Needle.of(fact, Letters()).answer == Needle.of(fact, ByteTokenizer()).answer
+    with pytest.raises(ValueError, match="changes the sentence to recall at byte 1: ' zinc' becomes ' .inc'"):
+        Needle.of(Fact("Oslo", "zinc"), Letters())
 
 
 @pytest.mark.parametrize("depth", [0.0, 0.3, 0.5, 1.0])
