@@ -93,13 +93,13 @@ def evaluate(
     options = {"text": text, "data": data, "window": window, "stride": stride, "yarn": yarn, "steps": steps, "lr": lr}
     options |= {"samples": samples, "seed": seed, "pairs": pairs, "lengths": lengths, "depths": depths}
     options = check_options(probe, options | {"factors": factors, "out": out})
+    if text is not None and data is not None and probe != "needle":  # which can be finetuned on the run's own text
+        raise ValueError(f"--text {text} and --data {data}: give only one of them")
     if probe is not None:
         run_probe(probe, Target(run, checkpoint, weights, device, overrides or []), options, as_json=as_json)
         return
     from fusedlm.evaluate import default_stride, score_documents
 
-    if text is not None and data is not None:
-        raise ValueError(f"--text {text} and --data {data}: give only one of them")
     loaded = load_run(run, checkpoint=checkpoint, weights=weights, device=device, overrides=overrides, data=data)
     stretch(loaded.model, loaded.recipe, yarn)
     if window is None:

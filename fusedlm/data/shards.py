@@ -142,7 +142,7 @@ def open_prepared(
 
     Args:
         fingerprint: of the text that the folder must hold; None: any.
-        verify: also check the sha256 of every file and every token id, which reads all of them (about 0.9 GB/s per
+        verify: also check the sha256 of every file and every token id, which reads all of them (about 1 GB/s per
             core where the processor has SHA instructions: two seconds per 10^9 uint16 tokens).
         progress: called as progress("verifying", bytes done, total).
 

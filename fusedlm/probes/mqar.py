@@ -94,8 +94,8 @@ def probe_mqar(
     for name, value in (("steps", steps), ("batch_tokens", batch_tokens), ("samples", samples)):
         if value < 1:
             raise ValueError(f"{name}={value} must be at least 1")
-    if seed < 0:
-        raise ValueError(f"seed={seed} must be at least 0")
+    if not 0 <= seed < 2**63:
+        raise ValueError(f"seed={seed} must be from 0 to 2**63 - 1")
     if not (math.isfinite(lr) and lr > 0):
         raise ValueError(f"lr={lr} must be a finite number above 0")
     optimizer = AdamWConfig(lr=lr, weight_decay=0.0)

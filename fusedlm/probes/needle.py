@@ -22,6 +22,8 @@ LENGTHS = (0.5, 1.0, 2.0, 4.0, 8.0)  # in training lengths
 DEPTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
 _FINETUNING, _TEST = 0, 1  # random streams
 _MOST_FACTS = 8  # per sequence while finetuning
+_MOST_TOKENS = 2**40  # of a sequence
+_MOST_SAMPLES = 2**16  # held in memory
 
 
 def probe_needle(
@@ -59,7 +61,7 @@ def probe_needle(
     Raises:
         ValueError: a value is out of range, no length can be tested, or the likelihood is not finite.
     """
-    _check(lengths, depths, samples, seed)
+    _check(lengths, depths, samples, seed, trained_length)
     wanted = sorted({round(multiple * trained_length) for multiple in lengths})
     found, longest = excerpts(documents, [(length, length) for length in wanted], samples)
     found = {length: texts for (length, _), texts in found.items() if texts}
@@ -145,15 +147,21 @@ def training_texts(shards: TokenShards, *, seq_len: int, eot_id: int, seed: int)
                     yield text
 
 
-def _check(lengths, depths, samples, seed) -> None:
+def _check(lengths, depths, samples, seed, trained_length) -> None:
     if not lengths or not all(math.isfinite(length) and length > 0 for length in lengths):
         raise ValueError(f"lengths={list(lengths)} must be finite multiples of the training length, greater than 0")
+    for length in lengths:
+        if not 0.5 < length * trained_length <= _MOST_TOKENS:
+            raise ValueError(
+                f"lengths={length:g}: {length * trained_length:g} tokens are not a length from 1 to {_MOST_TOKENS:,}; "
+                f"the training length is {trained_length}"
+            )
     if not depths or not all(0 <= depth <= 1 for depth in depths):
         raise ValueError(f"depths={list(depths)} must be from 0 (start of the text) to 1 (its end)")
-    if samples < 1:
-        raise ValueError(f"samples={samples} must be at least 1")
-    if seed < 0:
-        raise ValueError(f"seed={seed} must be at least 0")
+    if not 1 <= samples <= _MOST_SAMPLES:
+        raise ValueError(f"samples={samples} must be from 1 to {_MOST_SAMPLES:,}")
+    if not 0 <= seed < 2**63:
+        raise ValueError(f"seed={seed} must be from 0 to 2**63 - 1")
 
 
 def _rows(texts, planted, asked, depth: float, length: int, tokenizer) -> list[tuple[np.ndarray, np.ndarray]]:

@@ -71,6 +71,22 @@ def test_eval_prepares_missing_text(workspace: Path, fusedlm):
     assert json.loads(fusedlm("eval", "runs/small", "--json").out) == before
 
 
+def test_a_window_that_no_document_fills_scores_full_documents(workspace: Path, fusedlm):
+    full = json.loads(fusedlm("eval", "runs/small", "--window", 0, "--json").out)
+    windowed = json.loads(fusedlm("eval", "runs/small", "--window", 10**18, "--json").out)
+    assert windowed["bpb"] == pytest.approx(full["bpb"], rel=1e-5) and windowed["bytes"] == full["bytes"]
+    assert (windowed["window"], windowed["stride"]) == (10**18, 10**18 // 2)
+
+
+def test_validation_scores_at_most_eval_tokens(workspace: Path, fusedlm):
+    for budget in (1, 57):
+        outcome = fusedlm("train", "small.yaml", f"train.eval_tokens={budget}", "--out", f"runs/{budget}")
+        assert outcome.code == 0, outcome.err
+        records = [json.loads(line) for line in Path(f"runs/{budget}/metrics.jsonl").read_text().splitlines()]
+        (validation,) = [record for record in records if "val_bpb" in record]
+        assert validation["val_tokens"] == validation["val_bytes"] == budget
+
+
 def test_eval_of_a_file_in_windows_and_in_full(workspace: Path, fusedlm):
     text = "Line ends stay\r\nas they are: naïve.\r\n".encode()
     Path("other.txt").write_bytes(text)
@@ -128,6 +144,8 @@ def test_data_prepare_prints_counts_and_the_folder(workspace: Path, fusedlm):
     folder = Path(outcome.out.splitlines()[-1])
     assert folder.is_dir() and folder.parent.name == "fresh"
     assert f"{_held_out_bytes(workspace):,} bytes" in outcome.out
+    for line in ("training text: 14 documents, ", "held-out text: 6 documents, ", "epochs: "):
+        assert f"\n{line}" in outcome.out
 
 
 def test_report_prints_its_path(workspace: Path, fusedlm):
