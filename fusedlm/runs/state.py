@@ -98,16 +98,23 @@ def restore_state(
     ema: ExponentialMovingAverage | None,
     device: torch.device,
 ) -> TrainState:
-    """Restore a verified checkpoint. The RNG of the CUDA device is restored if the checkpoint was written on one."""
+    """Restore a verified checkpoint. The RNG of the CUDA device is restored if the checkpoint was written on one.
+
+    Raises:
+        ValueError: a tensor does not fit the model of the recipe, or is missing.
+    """
     state = read_state(checkpoints, step)
     load_model_tensors(model, checkpoints.read_tensors(step, MODEL), str(checkpoints.path(step)))
     load_optimizer_tensors(model, optimizer, checkpoints.read_tensors(step, OPTIMIZER))
     if ema is not None:
         ema.load_state_dict(checkpoints.read_tensors(step, EMA), state.ema_updates)
     rng = checkpoints.read_tensors(step, RNG)
-    torch.set_rng_state(rng["cpu"])
-    if device.type == "cuda" and "cuda" in rng:
-        torch.cuda.set_rng_state(rng["cuda"], device)
+    try:
+        torch.set_rng_state(rng["cpu"])
+        if device.type == "cuda" and "cuda" in rng:
+            torch.cuda.set_rng_state(rng["cuda"], device)
+    except (KeyError, RuntimeError, TypeError):
+        raise DamagedCheckpoint(f"{checkpoints.path(step) / RNG}.safetensors: no state of random numbers") from None
     return state
 
 
@@ -131,6 +138,9 @@ def read_state(checkpoints: Checkpoints, step: int) -> TrainState:
     except pydantic.ValidationError as error:
         (name, *_), value = error.errors()[0]["loc"], error.errors()[0]["input"]
         raise DamagedCheckpoint(f"{path}: {name}={value!r} is never written") from None
+    for name, value in saved.items():
+        if isinstance(value, int) and value < 0:
+            raise DamagedCheckpoint(f"{path}: {name}={value} is never written")
     if state.step != step:
         raise ForeignCheckpoint(f"{checkpoints.path(step)} holds step {state.step}; rename it to its step")
     return state

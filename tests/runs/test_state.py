@@ -143,7 +143,8 @@ def test_a_checkpoint_under_another_name_is_foreign(saved):
 
 
 @pytest.mark.parametrize(
-    "change", [{"step": "2"}, {"step": None}, {"data": 1}, {"val_bpb": []}, {"best_step": 1.5}, {"run": {}}]
+    "change",
+    [{"step": "2"}, {"step": None}, {"data": 1}, {"val_bpb": []}, {"best_step": 1.5}, {"run": {}}, {"skipped": -1}],
 )
 def test_values_that_are_never_written_are_damage(saved, change):
     checkpoints, _ = saved
