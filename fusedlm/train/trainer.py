@@ -134,6 +134,7 @@ class Trainer:
             self.folder.write_environment(
                 environment(self.device, self.dtype)
                 | {
+                    "data": self.data.counts(),
                     "parameters": asdict(count_parameters(self.model)),
                     "backends": {op: selection.backend for op, selection in self.backends.items()},
                 }
