@@ -1,6 +1,7 @@
-"""The plots of an experiment, as PNG."""
+"""The plots of an experiment."""
 
 from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -9,10 +10,26 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
 from fusedlm.compare.results import Results
 from fusedlm.report.history import History, half_life, smooth, thin
-from fusedlm.report.style import FULL, HALF, INK, MUTED, PALETTE, Plot, canvas, padded, plain_axes, png
-from fusedlm.report.units import count, memory, memory_unit, power_of
+from fusedlm.report.style import (
+    FULL,
+    HALF,
+    INK,
+    MUTED,
+    PALETTE,
+    Drawing,
+    Plot,
+    canvas,
+    padded,
+    plain_axes,
+    plot,
+    wide_size,
+)
+from fusedlm.report.svg import hover
+from fusedlm.report.text import shortened
+from fusedlm.report.units import count, memory, memory_unit, power_of, size
 
 _DASHES = ("-", (0, (4, 2)), (0, (1, 1.5)))
+_SHOWN = 1200  # points of a curve
 _EARLY = 0.2  # fraction of training whose losses can be above the plot
 
 Curve = Callable[[History, int], tuple[np.ndarray, np.ndarray]]  # of a run and its seed
@@ -20,17 +37,9 @@ Curve = Callable[[History, int], tuple[np.ndarray, np.ndarray]]  # of a run and 
 
 def draw_plots(results: Results) -> list[Plot]:
     """Every plot for which there are measurements."""
-    plots = (
-        _final(results),
-        _validation(results),
-        _difference(results),
-        _training(results),
-        _flops(results),
-        _cost(results),
-        _state(results),
-        _decoding(results),
-    )
-    return [plot for plot in plots if plot is not None]
+    draw = (_final, _validation, _difference, _training, _flops, _cost, _state, _decoding)
+    plots = [plot(partial(one, results)) for one in draw]
+    return [one for one in plots if one is not None]
 
 
 def _look(results: Results, name: str) -> dict:
@@ -38,13 +47,13 @@ def _look(results: Results, name: str) -> dict:
     return {"color": PALETTE[index % len(PALETTE)], "linestyle": _DASHES[index // len(PALETTE) % len(_DASHES)]}
 
 
-def _final(results: Results) -> Plot | None:
+def _final(results: Results, narrow: bool) -> Drawing | None:
     """Every seed, the mean and its interval, one row per variant."""
     column, what, unit = results.metric
     names = [name for name in results.variants if results.values(name, column)]
     if not names:
         return None
-    figure = canvas((FULL[0], 1.0 + 0.34 * len(names)))
+    figure = canvas((wide_size(narrow)[0], 1.0 + 0.34 * len(names)))
     axes = figure.subplots()
     plain_axes(axes)
     axes.grid(visible=False)
@@ -60,12 +69,14 @@ def _final(results: Results) -> Plot | None:
             intervals = True
         axes.plot(values, [row] * len(values), "o", color=colour, markersize=4.5, alpha=0.8, markeredgewidth=0)
         axes.plot([summary.mean] * 2, [row - 0.3, row + 0.3], color=colour, linewidth=2)
+        written = f" {summary.mean:.4f}"
+        axes.annotate(written, (1, row), xycoords=("axes fraction", "data"), va="center", fontsize=8, color=INK)
     if names[0] == results.baseline:
         axes.axvline(
             results.summary(names[0], column).mean, color=MUTED, linewidth=0.8, linestyle=(0, (4, 3)), zorder=0
         )
     axes.yaxis.set_major_locator(FixedLocator(range(len(names))))
-    axes.set_yticklabels([results.label(name) for name in names])
+    axes.set_yticklabels([_fit(results.label(name), narrow) for name in names])
     axes.set_ylim(len(names) - 0.5, -0.5)
     span = max(dots) - min(dots) or 0.02 * abs(dots[0]) or 1.0
     axes.set_xlim(min(dots) - 0.6 * span, max(dots) + 0.6 * span)
@@ -73,17 +84,17 @@ def _final(results: Results) -> Plot | None:
     caption = "All validation text at the end of training: seeds (dots) and mean (bar); dashed: mean of the baseline."
     if intervals:
         caption += " The band is the 95% interval of the mean; it can extend beyond the edge."
-    return Plot("final", f"Final {what}", _complete(results, caption), png(figure), wide=True)
+    return Drawing("final", f"Final {what}", _complete(results, caption), figure, wide=True)
 
 
-def _validation(results: Results) -> Plot | None:
+def _validation(results: Results, narrow: bool) -> Drawing | None:
     column, what, unit = results.metric
     key = "val_nll_per_token" if column == "val_loss" else "val_bpb"
     curves = _curves(results, lambda history, _: (history.validation["tokens"], history.validation[key]))
-    return _lines(results, curves, "validation", "Validation loss", f"{_capital(what)} ({unit})", dots=True)
+    return _lines(results, narrow, curves, "validation", "Validation loss", f"{_capital(what)} ({unit})", dots=True)
 
 
-def _difference(results: Results) -> Plot | None:
+def _difference(results: Results, narrow: bool) -> Drawing | None:
     """Differences from the baseline, for which curves of losses are too close together."""
     column, what, unit = results.metric
     key = "val_nll_per_token" if column == "val_loss" else "val_bpb"
@@ -102,7 +113,7 @@ def _difference(results: Results) -> Plot | None:
     curves = _curves(results, difference, others, [seed for seed in results.experiment.seeds if seed in at_base])
     if not curves:
         return None
-    figure, axes = _with_legend(results, curves)
+    figure, axes = _with_legend(results, curves, narrow)
     power, word = power_of(max(x[-1] for x, *_ in curves.values()))
     for name, (x, mean, low, high) in curves.items():
         _band(axes, results, name, x / power, mean, low, high, dots=len(x) <= 40)
@@ -116,27 +127,27 @@ def _difference(results: Results) -> Plot | None:
     caption = "Difference at the same seed and number of tokens; below zero is better than the baseline."
     if len(at_base) > 1:
         caption += " Line: mean over seeds; band: lowest to highest."
-    return Plot("difference", title, _complete(results, caption), png(figure), wide=True)
+    return Drawing("difference", title, _complete(results, caption), figure, wide=True)
 
 
-def _training(results: Results) -> Plot | None:
+def _training(results: Results, narrow: bool) -> Drawing | None:
     def smoothed(history: History, _):
         loss = history.steps["loss"]
         return history.steps["tokens"], smooth(loss, half_life(len(loss)))
 
     curves = _curves(results, smoothed)
     label = "Training loss (nats per token)"
-    return _lines(results, curves, "training", "Training loss", label, dots=False)
+    return _lines(results, narrow, curves, "training", "Training loss", label, dots=False)
 
 
-def _flops(results: Results) -> Plot | None:
+def _flops(results: Results, narrow: bool) -> Drawing | None:
     column, what, unit = results.metric
     key = "val_nll_per_token" if column == "val_loss" else "val_bpb"
     curves = _curves(results, lambda history, _: (history.validation["tokens"], history.validation[key]))
     curves = {name: (x * results.variants[name].account.flops_per_token, *rest) for name, (x, *rest) in curves.items()}
     if not curves:
         return None
-    figure, axes = _with_legend(results, curves)
+    figure, axes = _with_legend(results, curves, narrow)
     for name, (x, mean, low, high) in curves.items():
         _band(axes, results, name, x, mean, low, high, dots=len(x) <= 40)
     low, high = min(x[0] for x, *_ in curves.values()) / 1.1, max(x[-1] for x, *_ in curves.values()) * 1.1
@@ -149,60 +160,65 @@ def _flops(results: Results) -> Plot | None:
     axes.set_xlabel("Training FLOPs (of matrix products)")
     axes.set_ylabel(f"{_capital(what)} ({unit})")
     caption = "The same validations against training FLOPs, computed from the shapes of the recipe." + _overflow(curves)
-    return Plot("flops", "Loss against training FLOPs", _complete(results, caption), png(figure), wide=True)
+    return Drawing("flops", "Loss against training FLOPs", _complete(results, caption), figure, wide=True)
 
 
-def _cost(results: Results) -> Plot | None:
+def _cost(results: Results, narrow: bool) -> Drawing | None:
     names = [name for name in results.variants if results.values(name, "tokens_per_second")]
     if not names:
         return None
-    figure = canvas((FULL[0], 1.1 + 0.3 * len(names)))
-    left, right = figure.subplots(1, 2, sharey=True)
+    height = 1.1 + 0.3 * len(names)
+    figure = canvas((wide_size(narrow)[0], 2 * height if narrow else height))
+    left, right = figure.subplots(2, 1) if narrow else figure.subplots(1, 2, sharey=True)
     rates = {name: results.summary(name, "tokens_per_second").mean for name in names}
     peaks = {name: max(results.values(name, "peak_memory_bytes").values(), default=0) for name in names}
     power, word = power_of(max(rates.values()))
-    size, memory_name = memory_unit(max(peaks.values()))
+    unit, memory_name = memory_unit(max(peaks.values()))
     for axes, values, scale, label, written in (
         (left, rates, power, f"Training tokens per second ({word})" if word else "Training tokens per second", count),
-        (right, peaks, size, f"Peak memory ({memory_name})", memory),
+        (right, peaks, unit, f"Peak memory ({memory_name})", memory),
     ):
         plain_axes(axes)
         axes.grid(visible=False)
         for row, name in enumerate(names):
             axes.barh(row, values[name] / scale, height=0.62, color=_look(results, name)["color"])
             axes.text(values[name] / scale, row, f" {written(values[name])}", va="center", fontsize=8, color=INK)
-        axes.set_xlim(0, 1.22 * max(values.values()) / scale)
+        axes.set_xlim(0, 1.22 * (max(values.values()) / scale or 1))
         axes.set_ylim(len(names) - 0.5, -0.5)
         axes.yaxis.set_major_locator(FixedLocator(range(len(names))))
         axes.set_xlabel(label)
-    left.set_yticklabels([results.label(name) for name in names])
-    right.tick_params(labelleft=False)
+    left.set_yticklabels([_fit(results.label(name), narrow) for name in names])
+    if narrow:
+        right.set_yticklabels([_fit(results.label(name), narrow) for name in names])
+    else:
+        right.tick_params(labelleft=False)
+    first, second = ("Above", "Below") if narrow else ("Left", "Right")
     caption = (
-        "Left: median over steps without warm-up, mean over seeds. Right: highest of any seed; that of tensors on the "
-        "GPU, of the full process on the CPU."
+        f"{first}: median over steps without warm-up, mean over seeds. {second}: highest of any seed; that of tensors "
+        "on the GPU, of the full process on the CPU."
     )
     caption = _complete(results, caption)
-    return Plot("cost", "Training throughput and memory", caption, png(figure), wide=True)
+    return Drawing("cost", "Training throughput and memory", caption, figure, wide=True)
 
 
-def _state(results: Results) -> Plot | None:
+def _state(results: Results, narrow: bool) -> Drawing | None:
     found = _by_length(results, 0)
     if not found:
         return None
-    figure, axes = _length_axes(results, found)
+    figure, axes = _length_axes(results, found, size)
     axes.set_yscale("log", base=2)
     axes.yaxis.set_minor_locator(NullLocator())
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: _bytes(value)))
     axes.set_ylabel("State of one sequence")
     caption = "Bytes of the live tensors of the decoding state of one sequence."
-    return Plot("state", "Decoding state against length", caption, png(figure))
+    return Drawing("state", "Decoding state against length", caption, figure)
 
 
-def _decoding(results: Results) -> Plot | None:
+def _decoding(results: Results, narrow: bool) -> Drawing | None:
     found = _by_length(results, 1)
     if not found:
         return None
-    figure, axes = _length_axes(results, found)
+    figure, axes = _length_axes(results, found, count)
     rates = [rate for _, values in found.values() for rate in values]
     if max(rates) > 8 * min(rates):
         axes.set_yscale("log")
@@ -214,7 +230,7 @@ def _decoding(results: Results) -> Plot | None:
         axes.set_ylim(0, 1.08 * max(rates))
     axes.set_ylabel("Tokens per second")
     caption = "One sequence, one token per step: median step after each number of tokens."
-    return Plot("decoding", "Decoding throughput against length", caption, png(figure))
+    return Drawing("decoding", "Decoding throughput against length", caption, figure)
 
 
 def _curves(
@@ -235,10 +251,12 @@ def _curves(
     return curves
 
 
-def _lines(results: Results, curves: dict, name: str, title: str, label: str, dots: bool) -> Plot | None:
+def _lines(
+    results: Results, narrow: bool, curves: dict, name: str, title: str, label: str, dots: bool
+) -> Drawing | None:
     if not curves:
         return None
-    figure, axes = _with_legend(results, curves)
+    figure, axes = _with_legend(results, curves, narrow)
     power, word = power_of(max(x[-1] for x, *_ in curves.values()))
     for variant, (x, mean, low, high) in curves.items():
         _band(axes, results, variant, x / power, mean, low, high, dots=dots and len(x) <= 40)
@@ -250,25 +268,22 @@ def _lines(results: Results, curves: dict, name: str, title: str, label: str, do
     caption = "Line: mean over seeds; band: lowest to highest." if n_seeds > 1 else "One seed."
     if name == "training" and (most := max(len(x) for x, *_ in curves.values())) >= 20:
         caption += f" Smoothed on both sides with a half-life of {_count(half_life(most), 'step')}."
-    return Plot(name, title, _complete(results, caption + _overflow(curves)), png(figure), wide=True)
+    return Drawing(name, title, _complete(results, caption + _overflow(curves)), figure, wide=True)
 
 
-def _with_legend(results: Results, names) -> tuple[Figure, Axes]:
-    """Wide axes with a legend to the right."""
-    figure = canvas((FULL[0], max(FULL[1], 0.9 + 0.2 * len(names))))
+def _with_legend(results: Results, names, narrow: bool) -> tuple[Figure, Axes]:
+    """Wide axes with a legend to the right, or on a narrow page below."""
+    height = 3.0 + 0.2 * len(names) if narrow else max(FULL[1], 0.9 + 0.2 * len(names))
+    figure = canvas(wide_size(narrow, height))
     axes = figure.subplots()
     plain_axes(axes)
     for name in names:
-        axes.plot([], [], label=results.label(name), linewidth=1.8, **_look(results, name))
-    axes.legend(
-        loc="center left",
-        bbox_to_anchor=(1.01, 0.5),
-        frameon=False,
-        fontsize=8,
-        labelcolor=INK,
-        handlelength=2.2,
-        borderaxespad=0,
-    )
+        axes.plot([], [], label=_fit(results.label(name), narrow), linewidth=1.8, **_look(results, name))
+    look = {"frameon": False, "fontsize": 8, "labelcolor": INK, "handlelength": 2.2}
+    if narrow:
+        figure.legend(loc="outside lower left", **look)
+    else:
+        axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), borderaxespad=0, **look)
     return figure, axes
 
 
@@ -277,7 +292,8 @@ def _band(axes: Axes, results: Results, name: str, x, mean, low, high, dots: boo
     if (high > low).any():
         axes.fill_between(x, low, high, color=look["color"], alpha=0.18, linewidth=0)
     marker = {"marker": "o", "markersize": 3.5} if dots else {}
-    axes.plot(*thin(x, mean), linewidth=1.5, **look, **marker)
+    (line,) = axes.plot(*thin(x, mean, _SHOWN), linewidth=1.5, **look, **marker)
+    hover(line, results.label(name))
 
 
 def _complete(results: Results, caption: str) -> str:
@@ -329,23 +345,26 @@ def _by_length(results: Results, which: int) -> dict[str, tuple[list[int], list[
     return found
 
 
-def _length_axes(results: Results, found: dict) -> tuple[Figure, Axes]:
+def _length_axes(results: Results, found: dict, written: Callable[[float], str]) -> tuple[Figure, Axes]:
     """Curves against length, with a legend below."""
-    rows = -(-len(found) // 3)
+    columns = 3 if max(map(len, found)) <= 14 else 1
+    rows = -(-len(found) // columns)
     figure = canvas((HALF[0], HALF[1] + 0.17 * rows))
     axes = figure.subplots()
     plain_axes(axes)
     for index, (name, (lengths, values)) in enumerate(found.items()):
         markersize = 3.5 + 4 * (1 - index / len(found))  # markers at the same point stay visible
         look = {"marker": "o", "markersize": markersize, "linewidth": 1.6}
-        axes.plot(lengths, values, label=name, **look, **_look(results, name))
+        (line,) = axes.plot(lengths, values, label=_fit(name, False), **look, **_look(results, name))
+        hover(line, name, [written(value) for value in values])
     ticks = sorted({length for lengths, _ in found.values() for length in lengths})
     axes.set_xscale("log", base=2)
     axes.xaxis.set_major_locator(FixedLocator(ticks))
     axes.xaxis.set_minor_locator(NullLocator())
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: length_name(int(value))))
     axes.set_xlabel("Tokens seen")
-    figure.legend(loc="outside lower center", ncols=3, frameon=False, fontsize=7.5, labelcolor=INK, handlelength=1.8)
+    look = {"frameon": False, "fontsize": 7.5, "labelcolor": INK, "handlelength": 1.8}
+    figure.legend(loc="outside lower center", ncols=columns, **look)
     return figure, axes
 
 
@@ -355,10 +374,15 @@ def length_name(length: int) -> str:
 
 
 def _bytes(value: float) -> str:
-    for size, unit in ((2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB")):
-        if value >= size:
-            return f"{value / size:g} {unit}"
+    for power, unit in ((2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB")):
+        if value >= power:
+            return f"{value / power:g} {unit}"
     return f"{value:g} B"
+
+
+def _fit(label: str, narrow: bool) -> str:
+    """A label that leaves the axes enough space."""
+    return shortened(label, 22 if narrow else 44)
 
 
 def _count(n: int, noun: str) -> str:

@@ -11,7 +11,17 @@ from fusedlm.compare.results import Results
 from fusedlm.compare.tables import cost_table, decoding_table, loss_table, size_table
 from fusedlm.config import dump_recipe
 from fusedlm.files import write_atomic
-from fusedlm.report.page import document, facts_table, figures, folded, key_figures, numbers_table, section
+from fusedlm.report.facts import header_facts
+from fusedlm.report.page import (
+    document,
+    facts_table,
+    figures,
+    folded,
+    key_figures,
+    numbers_table,
+    section,
+    text_table,
+)
 from fusedlm.report.units import count
 
 _MATCHED = {
@@ -42,12 +52,12 @@ def write_report(results: Results, out: Path) -> Path:
     write_atomic(out / "results.csv", results.as_csv())
     experiment = results.experiment
     body = [
-        key_figures(_key_figures(results)),
         *section("Verdict", _verdicts(results)),
-        *section("Loss", _table(loss_table(results))),
+        key_figures(_key_figures(results)),
+        *section("Loss", numbers_table(*loss_table(results))),
         *section("Matching", _matched(results)),
         *section("Plots", figures(plots)),
-        *section("Cost of training", _table(cost_table(results))),
+        *section("Cost of training", numbers_table(*cost_table(results))),
         *section("Decoding", _decoding(results)),
         *section("Setup", facts_table(_facts(results))),
         *folded("Every run", _runs(results)),
@@ -57,21 +67,29 @@ def write_report(results: Results, out: Path) -> Path:
         ),
     ]
     path = out / "report.html"
-    write_atomic(path, document(experiment.name, experiment.description, body, __version__))
+    write_atomic(path, document(experiment.name, experiment.description, _header(results), body, __version__))
     return path
+
+
+def _header(results: Results) -> list[tuple[str, str]]:
+    """Text, epochs, device and date, of the baseline where variants differ."""
+    base = results.variants[results.baseline]
+    environment = (results.environments[0] if results.environments else {}) | {"data": results.data}
+    environment["date"] = " to ".join(dict.fromkeys((results.dates[0], results.dates[-1]))) if results.dates else ""
+    devices = dict.fromkeys(str(found.get("device_name")) for found in results.environments)
+    environment["device_name"] = ", ".join(devices)
+    return header_facts(base.recipe.model_dump(mode="json"), environment, float(base.tokens))
 
 
 def _key_figures(results: Results) -> list[tuple[str, str, str]]:
     finished = [row for row in results.rows if row["outcome"] == "finished"]
     n_seeds = len(results.experiment.seeds)
-    device = results.environments[0].get("device_name", "–") if results.environments else "–"
     remark = "all finished" if len(finished) == len(results.rows) else f"{len(finished)} finished"
     return [
         ("Variants", str(len(results.variants)), f"baseline: {results.baseline}"),
         ("Seeds", str(n_seeds), "the same for every variant"),
         ("Runs", str(len(results.rows)), remark),
         ("Tokens per run", count(results.variants[results.baseline].tokens), "of the baseline"),
-        ("Device", results.environments[0].get("device", "–") if results.environments else "–", device),
     ]
 
 
@@ -88,8 +106,10 @@ def _verdicts(results: Results) -> str:
             f"The {n} intervals are not corrected for multiple comparisons: of twenty without a difference, one is "
             "expected to exclude zero."
         )
-    listed = f"<ul>{''.join(sentences)}</ul>" if sentences else "<p>One variant: there is nothing to compare.</p>"
-    return listed + "".join(f"<p>{note}</p>" for note in notes if sentences)
+    if not sentences:
+        return "<p>One variant: there is nothing to compare.</p>"
+    remarks = "".join(f"<p class=remark>{note}</p>" for note in notes)
+    return f"<ul class=verdicts>{''.join(sentences)}</ul>{remarks}"
 
 
 def _matched(results: Results) -> str:
@@ -105,12 +125,7 @@ def _matched(results: Results) -> str:
         )
         for name, variant in results.variants.items()
     ]
-    cells = "".join(
-        f"<tr><th>{escape(name)}</th>{''.join(f'<td>{escape(cell)}</td>' for cell in row)}</tr>" for name, *row in rows
-    )
-    changes = (
-        f"<table><thead><tr>{''.join(f'<th>{name}</th>' for name in head)}</tr></thead><tbody>{cells}</tbody></table>"
-    )
+    changes = text_table(head, rows)
     note = (
         "<p>All variants have the same optimizer settings unless their changes say otherwise; none was tuned for this "
         "comparison beyond the base recipe.</p>"
@@ -120,7 +135,7 @@ def _matched(results: Results) -> str:
             "<p>FLOPs of routed feed-forwards are those of their budget; measured ones are listed under the cost of "
             "training.</p>"
         )
-    return first + _table(size_table(results)) + changes + note
+    return first + numbers_table(*size_table(results)) + changes + note
 
 
 def _unequal(results: Results) -> str:
@@ -132,12 +147,14 @@ def _unequal(results: Results) -> str:
         "training time": _seconds_of(results),
     }
     base = results.variants[results.baseline]
-    found = []
+    found, equal = [], []
     for what, measure in measures.items():
         ratios = [measure(v) / measure(base) for v in results.variants.values() if measure(v) and measure(base)]
         if ratios and (max(ratios) > 1.01 or min(ratios) < 0.99):
             found.append(f"{what} ({min(ratios):.2f} to {max(ratios):.2f} times {results.baseline}'s)")
-    return f"Not equal: {', '.join(found)}." if found else "Parameters, FLOPs, tokens and time are equal within 1%."
+        elif len(ratios) == len(results.variants):
+            equal.append(what)
+    return f"Not equal: {', '.join(found)}." if found else f"Equal within 1%: {', '.join(equal)}."
 
 
 def _seconds_of(results: Results):
@@ -156,7 +173,7 @@ def _decoding(results: Results) -> str | None:
         return None
     base = results.variants[results.baseline].recipe.runtime
     where = results.environments[0].get("dtype", base.dtype) if results.environments else base.dtype
-    return _table(table) + (
+    return numbers_table(*table) + (
         f"<p>One sequence, {escape(where)}: bytes of the live state, and tokens per second from the median one-token "
         "step without sampling, after each number of tokens.</p>"
     )
@@ -218,12 +235,8 @@ def _runs(results: Results) -> str:
         )
         for row in results.rows
     ]
-    return _table((head, rows))
+    return numbers_table(head, rows)
 
 
 def _cell(value, how: str) -> str:
     return "–" if value is None else format(value, how)
-
-
-def _table(table) -> str:
-    return f'<div class="wide-table named">{numbers_table(*table)}</div>'

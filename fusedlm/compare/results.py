@@ -3,7 +3,7 @@
 import csv
 import io
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 
 import numpy as np
 
@@ -51,6 +51,7 @@ class Results:
     environments: list[dict]  # distinct environments of runs, each with its number of "runs"
     dates: tuple[str, ...]  # distinct days on which runs ended
     backends: dict[str, dict]  # variant -> op -> backend that ran
+    data: dict = field(default_factory=dict)  # counts of the text of the baseline, as its environment records them
 
     @property
     def baseline(self) -> str:
@@ -177,7 +178,7 @@ def collect(experiment: Experiment, variants: dict[str, Variant], folder: Experi
     Raises:
         ValueError: a record or the metrics of a run are damaged; names file and line.
     """
-    rows, histories, environments, dates, backends = [], {}, [], set(), {}
+    rows, histories, environments, dates, backends, data = [], {}, [], set(), {}, {}
     for name, variant in variants.items():
         for seed in experiment.seeds:
             record = folder.record(name, seed)
@@ -186,14 +187,15 @@ def collect(experiment: Experiment, variants: dict[str, Variant], folder: Experi
                 history = histories[name, seed] = read_history(folder.run(name, seed))
                 environment = folder.environment(name, seed)
                 environment.pop("parameters", None)
-                environment.pop("data", None)
+                counts = environment.pop("data", {})
+                data = data or counts
                 dates.add(str(environment.pop("date", ""))[:10])
                 backends[name] = environment.pop("backends", {})
                 _count_environment(environments, environment)
             rows.append(_row(variant, seed, record, history))
     decoding = {name: folder.decoding(name) for name in variants}
     days = tuple(sorted(dates - {""}))
-    return Results(experiment, variants, rows, histories, decoding, environments, days, backends)
+    return Results(experiment, variants, rows, histories, decoding, environments, days, backends, data)
 
 
 def _count_environment(environments: list[dict], found: dict) -> None:

@@ -74,6 +74,17 @@ class PreparedData:
     train: TokenShards
     validation: TokenShards
 
+    def counts(self) -> dict[str, int]:
+        """Sizes of the text, as environment.json of a run records them."""
+        train, held_out = self.train, self.validation
+        return {
+            "documents": train.n_documents + held_out.n_documents,
+            "bytes": train.n_bytes + held_out.n_bytes,
+            "tokens": train.n_tokens + held_out.n_tokens,
+            "training_tokens": train.n_tokens,
+            "held_out_bytes": held_out.n_bytes,
+        }
+
 
 class ShardWriter:
     """Writes the documents of one split into shards of at most `shard_tokens` tokens; a longer document is a shard of

@@ -1,57 +1,12 @@
-"""The HTML of a report: one file, no scripts, no external resources."""
+"""The HTML of a report: one file, no external resources; its script only shows values under the pointer."""
 
-import base64
 from dataclasses import dataclass, field
 from html import escape
 
+from fusedlm.report.assets import SCRIPT, STYLE
 from fusedlm.report.style import Plot
-
-# Plots are drawn on white. In dark mode they are inverted, with their hues restored, and blended into the page.
-_STYLE = """
-:root { color-scheme: light dark; --ink: #24292f; --muted: #656d76; --line: #d8dee4; --page: #fff; --soft: #f6f8fa; }
-@media (prefers-color-scheme: dark) {
-  :root { --ink: #d9dee4; --muted: #8d96a0; --line: #30363d; --page: #101418; --soft: #171c22; }
-  figure img { filter: invert(1) hue-rotate(180deg); mix-blend-mode: screen; }
-}
-* { box-sizing: border-box; }
-body { margin: 0 auto; max-width: 61rem; padding: 3rem 1.5rem 4rem; background: var(--page); color: var(--ink);
-  font: 15px/1.55 system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", Arial, sans-serif; }
-h1 { margin: 0; font-size: 1.75rem; font-weight: 600; letter-spacing: -0.015em; overflow-wrap: anywhere; }
-h2 { margin: 3rem 0 0.75rem; font-size: 1.05rem; font-weight: 600; }
-header p { margin: 0.35rem 0 0; max-width: 44rem; color: var(--muted); }
-.figures { display: grid; grid-template-columns: repeat(auto-fill, minmax(9.5rem, 1fr)); gap: 1.4rem 1.5rem;
-  margin: 2rem 0 0; padding: 1.4rem 0; border: solid var(--line); border-width: 1px 0; }
-.figures div { display: flex; flex-direction: column; }
-dt { color: var(--muted); font-size: 0.8rem; }
-dd { margin: 0; font-size: 1.35rem; font-variant-numeric: tabular-nums; letter-spacing: -0.01em; white-space: nowrap; }
-dd small { color: var(--muted); font-size: 0.8rem; letter-spacing: 0; white-space: normal; display: block; }
-.plots { display: grid; grid-template-columns: repeat(2, minmax(0, 1fr)); gap: 2.2rem 1.5rem; margin-top: 2.2rem; }
-.plots .wide { grid-column: 1 / -1; }
-figure { margin: 0; }
-figure h3 { margin: 0 0 0.4rem; font-size: 0.95rem; font-weight: 600; }
-figure img { display: block; width: 100%; height: auto; }
-figcaption { margin-top: 0.4rem; color: var(--muted); font-size: 0.85rem; }
-pre { margin: 0; padding: 1rem 1.2rem; background: var(--soft); border-radius: 6px; overflow-x: auto;
-  font: 12.5px/1.55 ui-monospace, SFMono-Regular, Menlo, Consolas, "DejaVu Sans Mono", monospace; }
-.sample { white-space: pre-wrap; overflow-wrap: anywhere; max-width: 44rem; padding-left: 1.1rem;
-  border-left: 2px solid var(--line); font-family: Charter, Georgia, "DejaVu Serif", serif; font-size: 1rem; }
-table { border-collapse: collapse; font-size: 0.87rem; font-variant-numeric: tabular-nums; }
-th, td { padding: 0.28rem 1.6rem 0.28rem 0; border-bottom: 1px solid var(--line); vertical-align: baseline; }
-th { color: var(--muted); font-weight: 400; text-align: left; white-space: nowrap; }
-td { overflow-wrap: anywhere; }
-.numbers th, .numbers td { text-align: right; padding: 0.28rem 0 0.28rem 2.2rem; white-space: nowrap; }
-.numbers th:first-child, .numbers td:first-child { padding-left: 0; }
-.named .numbers th, .named .numbers td { padding-left: 1.5rem; }
-.named .numbers th:first-child, .named .numbers td:first-child { padding-left: 0; text-align: left; }
-.wide-table { overflow-x: auto; margin-bottom: 1.2rem; }
-section ul { padding-left: 1.2rem; }
-.best td { font-weight: 600; }
-details summary { margin: 3rem 0 0.75rem; cursor: pointer; }
-details summary h2 { display: inline; }
-footer { margin-top: 3.5rem; color: var(--muted); font-size: 0.8rem; }
-@media (max-width: 44rem) { .plots { grid-template-columns: minmax(0, 1fr); } body { padding-top: 1.5rem; } }
-@media print { body { max-width: none; padding: 0; } figure { break-inside: avoid; } }
-"""
+from fusedlm.report.svg import Inline, as_json
+from fusedlm.report.text import clean
 
 
 @dataclass
@@ -62,6 +17,7 @@ class Page:
     description: str
     key_figures: list[tuple[str, str, str]]  # (name, value, remark)
     plots: list[Plot]
+    facts: list[tuple[str, str]] = field(default_factory=list)  # in the header: (name, value)
     notes: list[str] = field(default_factory=list)
     validation_head: tuple[str, ...] = ()
     validation: list[tuple[str, ...]] = field(default_factory=list)
@@ -86,11 +42,12 @@ def render(page: Page) -> str:
         *section("Environment", facts_table(page.environment)),
         *section("Recipe", f"<pre>{escape(page.recipe)}</pre>" if page.recipe else None),
     ]
-    return document(page.title, page.description, body, page.version)
+    return document(page.title, page.description, page.facts, body, page.version)
 
 
-def document(title: str, description: str, body: list[str], version: str) -> str:
-    """A full page around HTML parts; title and description are plain text."""
+def document(title: str, description: str, facts: list[tuple[str, str]], body: list[str], version: str) -> str:
+    """A full page around HTML parts; title, description and facts are plain text."""
+    entries = "".join(f"<dt>{escape(name)}</dt><dd>{escape(value)}</dd>" for name, value in facts)
     parts = [
         "<!doctype html>",
         '<html lang="en">',
@@ -98,18 +55,20 @@ def document(title: str, description: str, body: list[str], version: str) -> str
         '<meta charset="utf-8">',
         '<meta name="viewport" content="width=device-width, initial-scale=1">',
         f"<title>{escape(title)} – fusedlm</title>",
-        f"<style>{_STYLE}</style>",
+        f"<style>{STYLE}</style>",
         "</head>",
         "<body>",
         f"<header><h1>{escape(title)}</h1>",
         *([f"<p>{escape(description)}</p>"] if description else []),
+        *([f"<dl>{entries}</dl>"] if entries else []),
         "</header>",
         *body,
         f"<footer>fusedlm {escape(version)}</footer>",
+        f"<script>{SCRIPT}</script>",
         "</body>",
         "</html>",
     ]
-    return "\n".join(parts) + "\n"
+    return clean("\n".join(parts) + "\n")
 
 
 def key_figures(entries: list[tuple[str, str, str]]) -> str:
@@ -128,7 +87,14 @@ def numbers_table(head: tuple[str, ...], rows: list[tuple[str, ...]], *, bold_ro
         f"<tr{' class=best' if i == bold_row else ''}>{''.join(f'<td>{escape(cell)}</td>' for cell in row)}</tr>"
         for i, row in enumerate(rows)
     ]
-    return f'<table class="numbers"><thead><tr>{head_cells}</tr></thead><tbody>{"".join(body)}</tbody></table>'
+    return _scrolling(
+        f'<table class="numbers named"><thead><tr>{head_cells}</tr></thead><tbody>{"".join(body)}</tbody></table>'
+    )
+
+
+def _scrolling(table: str) -> str:
+    """A table in a box of its own, in which it scrolls where the page is too narrow for it."""
+    return f'<div class="scroll" tabindex="0">{table}</div>'
 
 
 def _key_figure(name: str, value: str, remark: str) -> str:
@@ -137,11 +103,24 @@ def _key_figure(name: str, value: str, remark: str) -> str:
 
 
 def _figure(plot: Plot) -> str:
-    data = base64.b64encode(plot.png).decode("ascii")
+    drawn = [_svg("half", plot, plot.full)]
+    if plot.narrow:
+        drawn = [_svg("full", plot, plot.full), _svg("narrow", plot, plot.narrow)]
+    data = ""
+    if plot.full.curves:
+        data = f' data-curves="{escape(as_json(plot.full.curves))}" data-labels="{escape(as_json(plot.full.labels))}"'
     return (
-        f"<figure{' class=wide' if plot.wide else ''}><h3>{escape(plot.title)}</h3>"
-        f'<img alt="{escape(plot.title + ": " + plot.caption)}" src="data:image/png;base64,{data}">'
-        f"<figcaption>{escape(plot.caption)}</figcaption></figure>"
+        f"<figure{' class=wide' if plot.wide else ''}{data}><h3>{escape(plot.title)}</h3>"
+        f"{''.join(drawn)}<figcaption>{escape(plot.caption)}</figcaption></figure>"
+    )
+
+
+def _svg(kind: str, plot: Plot, drawn: Inline) -> str:
+    """The curves are data of the figure; each drawing adds where its axes are."""
+    return (
+        f'<svg class="{kind}" viewBox="0 0 {drawn.width:g} {drawn.height:g}" role="img" '
+        f'aria-label="{escape(plot.title + ": " + plot.caption)}" data-axes="{escape(as_json(drawn.axes))}">'
+        f"{drawn.content}</svg>"
     )
 
 
@@ -166,7 +145,14 @@ def folded(title: str, content: str) -> list[str]:
 
 def facts_table(rows: list[tuple[str, str]]) -> str | None:
     """A table of names and values, plain text; None if there are none."""
-    if not rows:
-        return None
-    body = "".join(f"<tr><th>{escape(name)}</th><td>{escape(value)}</td></tr>" for name, value in rows)
-    return f"<table><tbody>{body}</tbody></table>"
+    return text_table((), [(name, value) for name, value in rows]) if rows else None
+
+
+def text_table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
+    """A table of plain text, left-aligned, with names in the first column."""
+    top = f"<thead><tr>{''.join(f'<th>{escape(name)}</th>' for name in head)}</tr></thead>" if head else ""
+    body = "".join(
+        f"<tr><th>{escape(name)}</th>{''.join(f'<td>{escape(cell)}</td>' for cell in cells)}</tr>"
+        for name, *cells in rows
+    )
+    return _scrolling(f'<table class="facts">{top}<tbody>{body}</tbody></table>')

@@ -1,62 +1,93 @@
-"""The plots of a run, as PNG."""
+"""The plots of a run."""
 
 import itertools
+from functools import partial
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
 from fusedlm.report.history import History, half_life, median, smooth, thin
-from fusedlm.report.style import FULL, HALF, INK, MUTED, PALETTE, Plot, canvas, padded, plain_axes, png
+from fusedlm.report.style import (
+    HALF,
+    INK,
+    MUTED,
+    PALETTE,
+    RAW,
+    Drawing,
+    Plot,
+    canvas,
+    padded,
+    plain_axes,
+    plot,
+    wide_size,
+)
+from fusedlm.report.svg import hover
+from fusedlm.report.text import clean, shortened
 from fusedlm.report.units import count, memory, memory_unit, percent, power_of
 
-_RAW, _LINE, _SECOND = "#a9c4e6", "#1f5fad", "#c9762b"
+_LINE, _SECOND = PALETTE[:2]
+_SHOWN = 1200  # points of a curve
 
 
 def draw_plots(history: History) -> list[Plot]:
     """The plots for which the run has values."""
     draw = (_loss, _validation, _optimization, _throughput, _memory, _layer_losses, _routing)
-    plots = [one(history) for one in draw]
-    return [plot for plot in plots if plot is not None]
+    plots = [plot(partial(one, history)) for one in draw]
+    return [one for one in plots if one is not None]
 
 
-def _loss(history: History) -> Plot | None:
-    loss = history.steps["loss"]
-    if not np.isfinite(loss).any():
+def _loss(history: History, narrow: bool) -> Drawing | None:
+    """Training and validation loss, in the same unit."""
+    loss, held_out = history.steps["loss"], history.validation["val_nll_per_token"]
+    values, validated = loss[np.isfinite(loss)], held_out[np.isfinite(held_out)]
+    if not len(values) and not len(validated):
         return None
-    figure, axes, x = _figure(history, FULL)
-    _curve(axes, x, loss)
+    figure, axes, x = _figure(history, wide_size(narrow))
+    caption = []
+    if len(values):
+        _curve(axes, x, loss, "training")
+        caption.append(_describe_loss(loss))
+    both = validated
+    if len(values):
+        top = _robust_top(values)
+        above = int((values > top).sum())
+        both = np.concatenate([np.minimum(values, top), validated])
+        if above:
+            lie = "value lies" if above == 1 else "values lie"
+            caption.append(f"{above} {lie} above the plot, up to {values.max():.3g}.")
+    if len(validated):
+        at = _style(axes, history, history.validation["tokens"])
+        _line(axes, at, held_out, "validation", color=_SECOND, dots=True)
+        caption.append(f"Validation: held-out text{_windows(history)}.")
+    if len(values) and len(validated):
+        axes.legend(frameon=False, fontsize=8, labelcolor=INK)
+    axes.set_ylim(*padded(both.min(), both.max()))
     axes.set_ylabel("Loss (nats per token)")
-    values = loss[np.isfinite(loss)]
-    top = _robust_top(values)
-    above = int((values > top).sum())
-    low, high = values.min(), min(values.max(), top)
-    margin = 0.05 * (high - low) or 0.05 * abs(high) or 1.0
-    axes.set_ylim(low - margin, high + margin)
+    title = "Training and validation loss" if len(validated) else "Training loss"
+    return Drawing("loss", title, " ".join(caption), figure, wide=True)
+
+
+def _describe_loss(loss: np.ndarray) -> str:
     if len(loss) < 20:
-        caption = "The loss of each step."
-    else:
-        smoothed = smooth(loss, half_life(len(loss)))
-        last = smoothed[np.isfinite(smoothed)][-1]
-        caption = (
-            f"Each step (thin) and a two-sided exponential average with a half-life of {half_life(len(loss))} steps "
-            f"(bold), which ends at {last:.3f}."
-        )
-    if above:
-        caption += f" {above} {'value lies' if above == 1 else 'values lie'} above the plot, up to {values.max():.3g}."
-    return Plot("loss", "Training loss", caption, png(figure), wide=True)
+        return "The loss of each step."
+    smoothed = smooth(loss, half_life(len(loss)))
+    last = smoothed[np.isfinite(smoothed)][-1]
+    return (
+        f"Training: each step (thin) and a two-sided exponential average with a half-life of {half_life(len(loss))} "
+        f"steps (bold), which ends at {last:.3f}."
+    )
 
 
-def _validation(history: History) -> Plot | None:
+def _validation(history: History, narrow: bool) -> Drawing | None:
     bpb = history.validation["val_bpb"]
     if not np.isfinite(bpb).any():
         return None
     figure, axes, x = _figure(history, HALF, history.validation["tokens"])
     averaged = history.validation["val_bpb_ema"]
-    dots = {"linewidth": 1.6, "marker": "o", "markersize": 4 if len(bpb) <= 40 else 0, "clip_on": False}
     if np.isfinite(averaged).any():
-        axes.plot(x, averaged, color=_SECOND, label="averaged weights", **dots)
-    axes.plot(x, bpb, color=_LINE, label="weights as trained", **dots)
+        _line(axes, x, averaged, "averaged weights", color=_SECOND, dots=True)
+    _line(axes, x, bpb, "weights as trained", dots=True)
     if np.isfinite(averaged).any():
         axes.legend(frameon=False, fontsize=8, labelcolor=INK)
     best = int(np.nanargmin(bpb))
@@ -66,7 +97,7 @@ def _validation(history: History) -> Plot | None:
     axes.set_ylim(*padded(np.nanmin(both), np.nanmax(both)))
     caption = f"Held-out text{_windows(history)}; the best, {bpb[best]:.4f} at step "
     caption += f"{history.validation['step'][best]:.0f}, is marked."
-    return Plot("validation", "Validation bits per byte", caption, png(figure))
+    return Drawing("validation", "Validation bits per byte", caption, figure)
 
 
 def _windows(history: History) -> str:
@@ -77,7 +108,7 @@ def _windows(history: History) -> str:
     return f" (window {window[0]:.0f}, stride {stride[0]:.0f})"
 
 
-def _optimization(history: History) -> Plot | None:
+def _optimization(history: History, narrow: bool) -> Drawing | None:
     lr, norm = history.steps["lr"], history.steps["grad_norm"]
     shown = [name for name, values in (("lr", lr), ("norm", norm)) if np.isfinite(values).any()]
     if not shown:
@@ -90,13 +121,12 @@ def _optimization(history: History) -> Plot | None:
             axes.set_xlabel("")
             axes.tick_params(labelbottom=False)
         if name == "lr":
-            _line(axes, x, lr)
+            _line(axes, x, lr, "learning rate")
             axes.set_ylim(bottom=0)
-            axes.ticklabel_format(axis="y", style="sci", scilimits=(-2, 3), useMathText=True)
-            axes.yaxis.get_offset_text().set(fontsize=7.5, color=MUTED)
+            axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.6g}"))
             axes.set_ylabel("Learning rate")
         else:
-            _curve(axes, x, norm)
+            _curve(axes, x, norm, "gradient norm")
             positive = norm[np.isfinite(norm) & (norm > 0)]
             if len(positive) and positive.max() > 20 * positive.min():
                 _log_scale(axes, positive)
@@ -105,71 +135,68 @@ def _optimization(history: History) -> Plot | None:
     caption = "The gradient norm is that of all gradients, before clipping."
     if "norm" not in shown:
         caption = "The learning rate of each step."
-    return Plot("optimization", "Learning rate and gradient norm", caption, png(figure))
+    return Drawing("optimization", "Learning rate and gradient norm", caption, figure)
 
 
-def _throughput(history: History) -> Plot | None:
+def _throughput(history: History, narrow: bool) -> Drawing | None:
     rate, mfu = history.steps["tokens_per_second"], history.steps["mfu"]
     typical = median(rate)
     if typical is None:
         return None
     power, word = power_of(typical)
     figure, axes, x = _figure(history, HALF)
-    _line(axes, x, rate / power, color=_RAW, width=1.0)
+    _line(axes, x, rate / power, f"tokens per second ({word})" if word else "tokens per second", color=RAW, width=1.0)
     axes.axhline(typical / power, color=_LINE, linewidth=1.6)
     axes.set_ylim(0, 1.1 * _robust_top(rate[np.isfinite(rate)]) / power or 1)
     axes.set_ylabel(f"Tokens per second ({word})" if word else "Tokens per second")
     caption = f"Each step, and the median of {count(typical)} tokens per second"
     if (utilisation := median(mfu)) is not None:
         caption += f", which is {percent(utilisation)} of the device's peak FLOP/s"
-    return Plot("throughput", "Throughput", caption + ".", png(figure))
+    return Drawing("throughput", "Throughput", caption + ".", figure)
 
 
-def _memory(history: History) -> Plot | None:
+def _memory(history: History, narrow: bool) -> Drawing | None:
     used = history.steps["peak_memory_bytes"]
     if not np.isfinite(used).any():
         return None
     highest = float(np.nanmax(used))
     size, unit = memory_unit(highest)
     figure, axes, x = _figure(history, HALF)
-    _line(axes, x, used / size)
+    _line(axes, x, used / size, f"peak memory ({unit})")
     axes.set_ylim(0, 1.15 * highest / size or 1)
     axes.set_ylabel(f"Peak memory ({unit})")
-    return Plot("memory", "Memory", f"Peak memory up to each step; {memory(highest)} at most.", png(figure))
+    return Drawing("memory", "Memory", f"Peak memory up to each step; {memory(highest)} at most.", figure)
 
 
-def _layer_losses(history: History) -> Plot | None:
+def _layer_losses(history: History, narrow: bool) -> Drawing | None:
     losses = {name: loss for name, loss in history.layer_losses.items() if np.isfinite(loss).any()}
     if not losses:
         return None
     figure, axes, x = _figure(history, HALF)
     for (name, loss), color in zip(losses.items(), itertools.cycle(PALETTE)):
-        _line(axes, x, _smoothed(loss), color=color)
-        axes.lines[-1].set_label(name)
+        _line(axes, x, _smoothed(loss), shortened(clean(name), 40).lstrip("_"), color=color)
     values = np.concatenate(list(losses.values()))
     axes.set_ylim(*padded(np.nanmin(values), np.nanmax(values)))
     axes.set_ylabel("Weighted loss")
     axes.legend(frameon=False, fontsize=8, labelcolor=INK)
     caption = "Losses of layers with their weights, which the training loss does not include."
-    return Plot("layer_losses", "Losses of layers", caption, png(figure))
+    return Drawing("layer_losses", "Losses of layers", caption, figure)
 
 
-def _routing(history: History) -> Plot | None:
+def _routing(history: History, narrow: bool) -> Drawing | None:
     share, budget = history.steps["routed_flops_share"], history.steps["routed_budget"]
     if not np.isfinite(share).any():
         return None
-    figure = canvas(FULL)
-    levels, compute = figure.subplots(1, 2)
+    figure = canvas(wide_size(narrow, 5.6 if narrow else 3.3))
+    levels, compute = figure.subplots(2, 1) if narrow else figure.subplots(1, 2)
     x = _style(levels, history)
-    for name, color in (("light", _RAW), ("blend", _SECOND), ("full", _LINE)):
-        _line(levels, x, _smoothed(history.steps[f"routed_{name}"]), color=color)
-        levels.lines[-1].set_label(name)
+    for name, color in (("light", RAW), ("blend", _SECOND), ("full", _LINE)):
+        _line(levels, x, _smoothed(history.steps[f"routed_{name}"]), name, color=color)
     levels.set_ylabel("Share of tokens")
     _style(compute, history)
-    _curve(compute, x, share)
-    compute.lines[-1].set_label("computed")
-    _line(compute, x, budget, color=MUTED, width=1.0)
-    compute.lines[-1].set(linestyle=(0, (4, 3)), label="budget")
+    _curve(compute, x, share, "computed")
+    _line(compute, x, budget, "budget", color=MUTED, width=1.0)
+    compute.lines[-1].set_linestyle((0, (4, 3)))
     compute.set_ylabel("Share of the full FLOPs")
     for axes, top in ((levels, 1.0), (compute, max(1.0, 1.05 * float(np.nanmax(share))))):
         axes.set_ylim(0, top)
@@ -181,7 +208,7 @@ def _routing(history: History) -> Plot | None:
         f"of those of full ones (right); at the end {ends['light']} light, {ends['blend']} blended, "
         f"{ends['full']} full, at {percent(float(share[last]))} of the FLOPs."
     )
-    return Plot("routing", "Levels of the routed feed-forward", caption, png(figure), wide=True)
+    return Drawing("routing", "Levels of the routed feed-forward", caption, figure, wide=True)
 
 
 def _figure(history: History, size: tuple[float, float], tokens: np.ndarray | None = None):
@@ -203,19 +230,37 @@ def _style(axes: Axes, history: History, tokens: np.ndarray | None = None) -> np
     return (history.steps["tokens"] if tokens is None else tokens) / power
 
 
-def _line(axes: Axes, x: np.ndarray, y: np.ndarray, color: str = _LINE, width: float = 1.6) -> None:
-    x, y = thin(x, y)
+def _line(
+    axes: Axes,
+    x: np.ndarray,
+    y: np.ndarray,
+    name: str,
+    *,
+    color: str = _LINE,
+    width: float = 1.6,
+    dots: bool = False,
+) -> None:
+    """A curve whose values are shown under the pointer.
+
+    Args:
+        dots: mark up to 40 values.
+    """
+    x, y = thin(x, y, _SHOWN)
     # Short runs get dots too: a value between two missing ones makes no line.
-    axes.plot(x, y, color=color, linewidth=width, marker="o", markersize=3 if len(y) < 20 else 0, clip_on=len(y) >= 20)
+    size = 4 if dots and len(y) <= 40 else 3 if len(y) < 20 else 0
+    clip = len(y) >= 20 and not dots
+    (line,) = axes.plot(x, y, color=color, linewidth=width, marker="o", markersize=size, clip_on=clip, label=name)
+    hover(line, name)
 
 
-def _curve(axes: Axes, x: np.ndarray, y: np.ndarray) -> None:
+def _curve(axes: Axes, x: np.ndarray, y: np.ndarray, name: str) -> None:
     """All values as a thin line under the smoothed curve; fewer than 20 values unsmoothed."""
     if len(y) < 20:
-        _line(axes, x, y)
+        _line(axes, x, y, name)
         return
-    _line(axes, x, y, color=_RAW, width=0.8)
-    _line(axes, x, _smoothed(y))
+    _line(axes, x, y, f"{name}, each step", color=RAW, width=0.8)
+    axes.lines[-1].set_label("_")  # not in the legend
+    _line(axes, x, _smoothed(y), name)
 
 
 def _smoothed(y: np.ndarray) -> np.ndarray:

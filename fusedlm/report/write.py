@@ -9,6 +9,7 @@ import yaml
 
 from fusedlm import __version__
 from fusedlm.files import write_atomic
+from fusedlm.report.facts import header_facts
 from fusedlm.report.history import History, median, read_history
 from fusedlm.report.page import Page, render
 from fusedlm.report.plots import draw_plots
@@ -32,12 +33,13 @@ def write_report(run_dir: Path) -> Path:
     history = read_history(run_dir)
     environment = _read_environment(run_dir / "environment.json")
     recipe = _read_text(run_dir / "recipe.yaml")
-    name, description = _name(recipe)
+    tree = _tree(recipe)
     plots = draw_plots(history)
     head, rows = _validation_table(history)
     page = Page(
-        title=name or run_dir.resolve().name,
-        description=description,
+        title=str(tree.get("name") or "") or run_dir.resolve().name,
+        description=str(tree.get("description") or ""),
+        facts=header_facts(tree, environment, float(history.steps["tokens"].max())),
         key_figures=_key_figures(history, environment),
         plots=plots,
         notes=_notes(history) + check_run(run_dir),
@@ -80,15 +82,13 @@ def _read_environment(path: Path) -> dict:
     return environment
 
 
-def _name(recipe: str | None) -> tuple[str, str]:
-    """Name and description; empty if the recipe cannot be read, since a report must not fail on an older recipe."""
+def _tree(recipe: str | None) -> dict:
+    """The recipe as plain values; empty if it cannot be read, since a report must not fail on an older recipe."""
     try:
         tree = yaml.safe_load(recipe or "")
     except (yaml.YAMLError, ValueError, RecursionError):
-        return "", ""
-    if not isinstance(tree, dict):
-        return "", ""
-    return str(tree.get("name") or ""), str(tree.get("description") or "")
+        return {}
+    return tree if isinstance(tree, dict) else {}
 
 
 def _best(history: History) -> int | None:

@@ -192,6 +192,7 @@ class Trainer:
             self.folder.complete_header(tokenizer, self.identity, run)
             return
         described = environment(self.device, self.dtype) | {
+            "data": self.data.counts(),
             "parameters": asdict(count_parameters(self.model)),
             "backends": {op: selection.backend for op, selection in self.backends.items()},
         }

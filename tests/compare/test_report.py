@@ -93,7 +93,10 @@ def test_the_page_shows_verdict_setup_and_plots(finished):
     outcome, out, _ = finished
     page = parse(out / "report.html")
     assert {path.stem for path in (out / "plots").iterdir()} == PLOTS
-    assert len(page.sources) == len(PLOTS) and all(source.startswith("data:image/png") for source in page.sources)
+    drawn = {kind: len(found) for kind, found in page.svgs().items()}
+    assert drawn == {"full": len(PLOTS) - 2, "narrow": len(PLOTS) - 2, "half": 2}
+    assert all(source.startswith("#") for source in page.sources) and (out / "report.html").stat().st_size < 1_500_000
+    assert page.text.index(outcome.results.verdicts()[0]) < page.text.index("Tokens per run"), "the verdict is first"
     assert "b" not in page.tags and "<b>Two</b> mixers & two seeds." in page.text
     environment = json.loads((out / "runs/latent-seed0/environment.json").read_text())
     change = str(outcome.results.variants["softmax"].changes[0])

@@ -1,6 +1,5 @@
 """The report of a run: its page, its plots, odd and damaged runs."""
 
-import base64
 import html
 import json
 import math
@@ -10,6 +9,9 @@ from html.parser import HTMLParser
 import pytest
 
 from fusedlm.report import write_report
+from fusedlm.report.assets import SCRIPT
+from fusedlm.report.facts import header_facts
+from fusedlm.report.text import clean, shortened
 
 
 @pytest.fixture(autouse=True)
@@ -25,22 +27,40 @@ class Checker(HTMLParser):
     """Collects the tags, sources and text of a page, and asserts that elements are closed in order."""
 
     VOID = {"meta", "img", "br", "link"}
+    TEXTLESS = {"style", "script"}
 
     def __init__(self):
         super().__init__()
-        self.open, self.sources, self.tags, self.words = [], [], set(), []
+        self.open, self.sources, self.tags, self.words, self.data, self.scripts = [], [], set(), [], [], []
 
     def handle_starttag(self, tag, attributes):
         self.tags.add(tag)
         self.sources += [value for name, value in attributes if name in ("src", "href", "srcset", "data")]
+        self.data += [(tag, dict(attributes))] if tag in ("figure", "svg") else []
         if tag not in self.VOID:
             self.open.append(tag)
 
     def handle_endtag(self, tag):
         assert self.open.pop() == tag
 
+    def handle_startendtag(self, tag, attributes):
+        self.handle_starttag(tag, attributes)
+        if tag not in self.VOID:
+            self.open.pop()
+
     def handle_data(self, data):
-        self.words.append(data)
+        if self.open and self.open[-1] == "script":
+            self.scripts.append(data)
+        if not self.open or self.open[-1] not in self.TEXTLESS:
+            self.words.append(data)
+
+    def svgs(self):
+        """The drawings by class."""
+        found = {}
+        for tag, attributes in self.data:
+            if tag == "svg":
+                found.setdefault(attributes["class"], []).append(attributes)
+        return found
 
 
 def parse(path):
@@ -91,30 +111,115 @@ def test_a_full_run(tmp_path):
         assert words in page.text
     names = {"loss", "validation", "optimization", "throughput", "memory"}
     assert {plot.stem for plot in (run / "plots").iterdir()} == names
-    assert len([source for source in page.sources if source.startswith("data:image/png;base64,")]) == 5
+    assert all((run / f"plots/{name}.png").read_bytes().startswith(PNG) for name in names)
+    assert {kind: len(found) for kind, found in page.svgs().items()} == {"full": 1, "narrow": 1, "half": 4}
 
 
 def test_the_page_is_self_contained(tmp_path):
+    """Nothing is loaded: no resource of the network, of the disk, or embedded."""
     run = write_run(tmp_path / "run")
     page = parse(write_report(run))
-    assert page.sources and all(source.startswith("data:image/png;base64,") for source in page.sources)
-    assert "script" not in page.tags and "link" not in page.tags
+    assert all(source.startswith("#") for source in page.sources)
+    assert not {"link", "img", "iframe", "object", "base"} & page.tags and len(page.scripts) == 1
     source = (run / "report.html").read_text()
-    assert "http" not in source and "url(" not in source and "@import" not in source
-    embedded = {base64.b64decode(source.split(",")[1]) for source in page.sources}
-    assert embedded == {plot.read_bytes() for plot in (run / "plots").iterdir()}
-    assert all(data.startswith(PNG) for data in embedded)
+    assert "http" not in source and "@import" not in source and not re.search(r"url\((?!#)", source)
+    ids = re.findall(r' id="([^"]+)"', source)
+    assert ids and len(set(ids)) == len(ids), "the ids of one drawing are not those of another"
+    used = set(re.findall(r'url\(#([^)]+)\)', source)) | {link[1:] for link in page.sources}
+    assert used == set(ids)
+
+
+def test_reports_are_small(tmp_path):
+    """A million steps take no more space than a few thousand."""
+    few = write_report(write_run(tmp_path / "few", n=300)).stat().st_size
+    many = write_report(write_run(tmp_path / "many", n=6000, loss=lambda s: 3 + math.sin(s))).stat().st_size
+    assert few < 300_000 and many < 600_000
+
+
+def test_colours_are_those_of_the_scheme(tmp_path):
+    """Every colour of a plot is a variable, which has a value in both schemes."""
+    source = write_report(write_run(tmp_path / "run", **ROUTED, loss_z=lambda step: 1 / step)).read_text()
+    for svg in re.findall(r"<svg.*?</svg>", source, re.DOTALL):
+        assert not re.search(r"#[0-9a-fA-F]{3,8}\b", re.sub(r"url\(#\w+\)|href=\"#\w+\"", "", svg))
+        assert set(re.findall(r"var\(--([\w-]+)\)", svg)) >= {"ink", "line"}
+    light, dark = source.split("prefers-color-scheme: dark")
+    for name in set(re.findall(r"var\(--([\w-]+)\)", source)):
+        assert f"--{name}: #" in light and f"--{name}: #" in dark.split("* {")[0], name
+
+
+def test_values_under_the_pointer_are_those_of_the_run(tmp_path):
+    run = write_run(tmp_path / "run", loss=lambda step: 3 + 4 / step)
+    page = parse(write_report(run))
+    figure = next(attributes for tag, attributes in page.data if tag == "figure")
+    (curves,), (name,) = json.loads(figure["data-curves"]), json.loads(figure["data-labels"])
+    by_name = {label: (xs, ys) for label, _, xs, ys, _ in curves}
+    assert list(by_name) == ["training, each step", "training", "validation"] and name == "Tokens (thousands)"
+    xs, ys = by_name["training, each step"]
+    assert xs == pytest.approx([step / 10 for step in range(1, 31)])
+    assert ys == pytest.approx([3 + 4 / step for step in range(1, 31)], abs=1e-4)
+    assert by_name["validation"] == ([1.0, 2.0, 3.0], [3.0, 3.0, 3.0])
+    drawn = page.svgs()
+    for svg in (drawn["full"][0], drawn["narrow"][0]):
+        (axes,) = json.loads(svg["data-axes"])
+        left, top, width, height = axes["box"]
+        _, _, right, bottom = map(float, svg["viewbox"].split())
+        assert 0 < left < left + width <= right and 0 <= top < top + height < bottom
+        assert axes["x"] == [0, 3, False] and axes["y"][0] < 3 < 7 <= axes["y"][1]
+
+
+def test_training_and_validation_loss_are_in_one_plot_of_one_unit(tmp_path):
+    """The axis holds both, also where they are far apart."""
+    run = write_run(tmp_path / "run", loss=lambda step: 3.0)
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 30, "val_bpb": 2.1, "val_nll_per_token": 9.0, "tokens": 3000}\n')
+    page = parse(write_report(run))
+    assert "Training and validation loss" in page.text and "Loss (nats per token)" in page.text
+    (axes,) = json.loads(page.svgs()["full"][0]["data-axes"])
+    assert axes["y"][0] < 3.0 and axes["y"][1] > 9.0
+
+
+def test_text_epochs_and_device_are_in_the_header(tmp_path):
+    run = write_run(tmp_path / "run")
+    (run / "recipe.yaml").write_text("name: a\ndata: {source: {type: text, path: some/where/corpus.txt}}\n")
+    counts = {"documents": 1234, "bytes": 9_000_000, "tokens": 2500, "training_tokens": 2000, "held_out_bytes": 900_000}
+    environment = {"device_name": "NVIDIA H100", "dtype": "bfloat16", "date": "2026-01-02T03:04:05", "data": counts}
+    (run / "environment.json").write_text(json.dumps(environment))
+    header = write_report(run).read_text().split("<header>")[1].split("</header>")[0]
+    for words in (
+        "corpus.txt, 1,234 documents, 9 MB, 2.50 k tokens, 10.0% of the bytes held out",
+        "1.5: 3.00 k tokens read of 2.00 k for training",
+        "NVIDIA H100, bfloat16",
+        "2026-01-02",
+    ):
+        assert f"<dd>{words}</dd>" in header, words
+
+
+ODD_COUNTS = [None, [], {"bytes": "x", "training_tokens": -1}, {"documents": True}, {"tokens": math.inf}]
+
+
+@pytest.mark.parametrize("data", ODD_COUNTS)
+def test_a_header_of_odd_counts(data):
+    assert header_facts({}, {"device_name": "CPU", "data": data}, 100.0) == [("Device", "CPU")]
+
+
+def test_tables_scroll_in_their_box(tmp_path):
+    run = write_run(tmp_path / "run")
+    (run / "environment.json").write_text('{"a": "b"}')
+    source = write_report(run).read_text()
+    assert source.count("<table") == source.count('<div class="scroll" tabindex="0"><table') == 2
 
 
 def test_everything_is_escaped(tmp_path):
-    evil = "<script>alert('x')</script>&\"<img src=http://example.com>"
-    run = write_run(tmp_path / "run")
+    evil = "<script>alert('x')</script>&\"<img src=http://example.com> $\\frac{1}{$ \U0001f600"
+    run = write_run(tmp_path / "run", **{f"loss_{evil}": lambda step: 1 / step})
     (run / "recipe.yaml").write_text(json.dumps({"name": evil, "description": evil}))
     (run / "environment.json").write_text(json.dumps({evil: evil, "nested": {evil: [evil]}}))
     (run / "sample.txt").write_text(evil)
     page = parse(write_report(run))
-    assert "script" not in page.tags and not any("example.com" in source for source in page.sources)
+    assert page.scripts == [SCRIPT] and not any("example.com" in source for source in page.sources)
+    assert not {"img", "b"} & page.tags
     assert page.text.count(evil) >= 6
+    assert shortened(evil, 40) in page.text  # the legend
     assert html.escape(evil) in (run / "report.html").read_text()
 
 
@@ -123,7 +228,7 @@ def test_short_runs_without_validation(tmp_path, n):
     page = parse(write_report(write_run(tmp_path / "run", n=n, validate=False)))
     assert "No validation is recorded." in page.text
     assert f"in {n} steps" in page.text or n == 1
-    assert len(page.sources) == 4
+    assert len(page.svgs()["half"]) == 3 and "Training loss" in page.text
 
 
 ROUTED = {
@@ -261,6 +366,15 @@ def test_a_damaged_environment_is_named(tmp_path, environment):
     with pytest.raises(ValueError, match=r"environment.json line 1.*remove the file") as caught:
         write_report(run)
     assert "\n" not in str(caught.value)
+
+
+def test_names_that_are_not_valid_text_make_a_page(tmp_path):
+    """YAML keeps the two halves of an escaped emoji apart, and control characters cannot be in a page."""
+    run = write_run(tmp_path / "run", **{"loss_\ud800\x00": lambda step: 1 / step})
+    (run / "recipe.yaml").write_text(json.dumps({"name": "\U0001f600 \ud800 \x1b[31m"}))
+    assert "<h1>\U0001f600 \ufffd \ufffd[31m</h1>" in write_report(run).read_text(encoding="utf-8")
+    assert clean("a\n\tb é") == "a\n\tb é"
+    assert shortened("abcdefghij", 5) == "ab…ij" and shortened("abc", 3) == "abc"
 
 
 def test_a_folder_without_a_run_is_named(tmp_path):
