@@ -7,6 +7,8 @@ from typing import Annotated
 import typer
 
 from fusedlm.cli.common import integer
+from fusedlm.cli.interrupts import exit_code
+from fusedlm.terminal import make_console, outlast_output
 
 ExperimentArgument = Annotated[
     Path, typer.Argument(metavar="EXPERIMENT", help="Experiment (YAML file).", show_default=False)
@@ -54,19 +56,19 @@ def compare(
         _print_plan(config, plan_experiment(config, recipes, vocab_size))
         return
 
-    from rich.console import Console
-
     from fusedlm.compare import run_experiment
 
-    outcome = run_experiment(config, recipes, folder, console=Console(), train=not report_only)
-    if outcome.report is not None:
-        _print_results(outcome.results)
-        print(outcome.report)
-    if outcome.stopped:
-        again = shlex.join(["fusedlm", "compare", str(experiment), *(overrides or []), "--out", str(folder)])
-        print(f"stopped; finished runs are kept; resume with: {again}")
-    elif outcome.report is None:
-        print(f"{folder}: no run is finished yet; there is nothing to report")
+    with outlast_output():
+        outcome = run_experiment(config, recipes, folder, console=make_console(), train=not report_only)
+        if outcome.report is not None:
+            _print_results(outcome.results)
+            print(outcome.report)
+        if outcome.signal is not None:
+            again = shlex.join(["fusedlm", "compare", str(experiment), *(overrides or []), "--out", str(folder)])
+            print(f"stopped; finished runs are kept; resume with: {again}")
+            raise typer.Exit(exit_code(outcome.signal))
+        if outcome.report is None:
+            print(f"{folder}: no run is finished yet; there is nothing to report")
 
 
 def _print_plan(config, variants: dict) -> None:
@@ -105,17 +107,17 @@ def _print_results(results) -> None:
 
 def _print_table(title: str, head: tuple[str, ...], rows: list[tuple[str, ...]]) -> None:
     from rich import box
-    from rich.console import Console
-    from rich.markup import escape
     from rich.measure import Measurement
     from rich.table import Table
 
-    table = Table(title=escape(title), title_justify="left", box=box.SIMPLE)
+    from fusedlm.terminal.screen import plain
+
+    table = Table(title=plain(title), title_justify="left", box=box.SIMPLE)
     for index, name in enumerate(head):
-        table.add_column(escape(name), justify="left" if index == 0 else "right")
+        table.add_column(plain(name), justify="left" if index == 0 else "right")
     for row in rows:
-        table.add_row(*map(escape, row))
-    console = Console()
+        table.add_row(*map(plain, row))
+    console = make_console()
     if not console.is_terminal:  # do not wrap lines in a file
         unbounded = console.options.update(max_width=1000)
         console.width = max(console.width, Measurement.get(console, unbounded, table).maximum)

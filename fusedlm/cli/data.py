@@ -3,6 +3,7 @@
 import typer
 
 from fusedlm.cli.common import OverridesArgument, RecipeArgument, progress_bars
+from fusedlm.terminal import outlast_output
 
 data = typer.Typer(help="Prepare the text of a recipe.")
 
@@ -20,7 +21,7 @@ def prepare(recipe: RecipeArgument, overrides: OverridesArgument = None) -> None
     from fusedlm.data import prepare
 
     config = load_recipe(recipe, overrides or []).data
-    with progress_bars(plain=True) as progress:
+    with outlast_output(), progress_bars(plain=True) as progress:
         prepared = prepare(config, progress)
     for name, shards in (("training", prepared.train), ("validation", prepared.validation)):
         print(f"{name}: {shards.n_documents:,} documents, {shards.n_bytes:,} bytes, {shards.n_tokens:,} tokens")

@@ -1,6 +1,7 @@
 """The grid of an experiment: one run per variant and seed."""
 
 import shutil
+import signal
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,8 +28,12 @@ from fusedlm.train.loggers import check_loggers
 @dataclass(frozen=True)
 class Outcome:
     results: Results | None  # None: stopped before the sizes were known
-    stopped: bool  # by a signal; running the experiment again resumes it
+    signal: signal.Signals | None  # that stopped it; running the experiment again resumes it
     report: Path | None  # None: no run is finished yet
+
+    @property
+    def stopped(self) -> bool:
+        return self.signal is not None
 
 
 def plan_experiment(
@@ -52,8 +57,8 @@ def run_experiment(
 ) -> Outcome:
     """Start or resume an experiment, and write OUT/report.html, results.csv and results.json.
 
-    Each run has its own process. On the first SIGINT or SIGTERM the current run saves and stops; the next call resumes
-    it and does not repeat finished runs. A run that diverges is recorded as diverged.
+    Each run has its own process. On the first SIGINT, SIGTERM or SIGHUP the current run saves and stops; the next call
+    resumes it and does not repeat finished runs. A run that diverges is recorded as diverged.
 
     Args:
         experiment, recipes: from `load_experiment`.
@@ -78,10 +83,10 @@ def run_experiment(
             finally:
                 grid.display.close()
         if variants is None:
-            return Outcome(None, True, None)
+            return Outcome(None, stop.received, None)
         results = collect(experiment, variants, folder)
         report = write_report(results, folder.path) if results.histories else None
-        return Outcome(results, grid.stopped, report)
+        return Outcome(results, (stop.received or signal.SIGTERM) if grid.stopped else None, report)
 
 
 def _check_same_text(recipes: dict[str, Recipe]) -> None:
@@ -204,7 +209,8 @@ class _Grid:
         self.folder.write_record(variant.name, seed, record)
         final = record["final"]
         self.display.end(
-            f"validation {final['val_nll_per_token']:.4f} nats per token, {final['val_bpb']:.4f} bits per byte"
+            f"validation {final['val_nll_per_token']:.4f} nats per token, {final['val_bpb']:.4f} bits per byte "
+            f"(window {recipe.train.seq_len}, stride {recipe.train.seq_len})"
             if final
             else f"diverged: {record['message']}"
         )

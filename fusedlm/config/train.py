@@ -88,7 +88,7 @@ class TrainConfig(Config):
     checkpoint_every: Annotated[NonNegativeInt, NEUTRAL] = 100  # steps between checkpoints; 0: only at the end
     # Number of newest checkpoints to keep, in addition to the best by validation.
     keep_checkpoints: Annotated[PositiveInt, NEUTRAL] = 2
-    loggers: Annotated[list[Literal["tensorboard", "wandb"]], NEUTRAL] = []
+    loggers: Annotated[list[Literal["tensorboard", "wandb", "mlflow", "csv"]], NEUTRAL] = []
 
     @model_validator(mode="after")
     def _check(self):

@@ -1,6 +1,7 @@
 """The training loop: steps, validations and checkpoints of one run."""
 
 import contextlib
+import signal
 import time
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -24,7 +25,7 @@ from fusedlm.runs.signals import StopSignal
 from fusedlm.runs.state import TrainState, restore_state, save_state
 from fusedlm.train.cuda_graph import CapturedBackward
 from fusedlm.train.display import Display
-from fusedlm.train.loggers import open_loggers
+from fusedlm.train.loggers import Loggers
 from fusedlm.train.step import StepResult, train_step
 
 
@@ -37,7 +38,11 @@ class TrainResult:
     run_dir: Path
     step: int  # optimizer steps taken, skipped ones included
     val_bpb: float | None  # bits per byte of the last validation; None: none yet
-    stopped_by_signal: bool
+    signal: signal.Signals | None  # that stopped the run before its last step; None: it is finished
+
+    @property
+    def stopped_by_signal(self) -> bool:
+        return self.signal is not None
 
 
 class _Interrupted(Exception):
@@ -129,21 +134,11 @@ class Trainer:
     def run(self) -> TrainResult:
         """Train to the last step or to the first signal; see `fusedlm.train.train`."""
         self._announce()
-        # A finished run keeps the record of the machine and the recipe that its steps were computed with.
-        if self.world.is_main and self.state.step < self.settings.steps:
-            self.folder.write_environment(
-                environment(self.device, self.dtype)
-                | {
-                    "parameters": asdict(count_parameters(self.model)),
-                    "backends": {op: selection.backend for op, selection in self.backends.items()},
-                }
-            )
-            self.folder.write_header(self.recipe, self.data.tokenizer)
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
         with contextlib.ExitStack() as stack:
             stop = stack.enter_context(StopSignal())
-            self._metrics, self._loggers = None, []
+            self._metrics, self._loggers = None, None
             if self.world.is_main:
                 self._open_records(stack)
             loader = stack.enter_context(self._open_loader())
@@ -152,17 +147,27 @@ class Trainer:
             run_dir=self.folder.path,
             step=self.state.step,
             val_bpb=self.state.val_bpb,
-            stopped_by_signal=stop.received is not None,
+            signal=stop.received,
         )
 
     def _open_records(self, stack: contextlib.ExitStack) -> None:
+        # Loggers first: one that cannot start must not leave a longer recipe or shorter metrics behind.
+        self._loggers = Loggers(self.recipe, self.folder.path, self.state.step)
+        stack.callback(self._loggers.close)
+        # A finished run keeps the record of the machine and the recipe that its steps were computed with.
+        if self.state.step < self.settings.steps:
+            self.folder.write_environment(
+                environment(self.device, self.dtype)
+                | {
+                    "parameters": asdict(count_parameters(self.model)),
+                    "backends": {op: selection.backend for op, selection in self.backends.items()},
+                }
+            )
+            self.folder.write_header(self.recipe, self.data.tokenizer)
         self._metrics = MetricsFile(self.folder.metrics, after_step=self.state.step)
         stack.callback(self._metrics.close)
         for number in self._metrics.damaged_lines:
             self.display.note(f"warning: line {number} of {self._metrics.path} is damaged and was removed")
-        self._loggers = open_loggers(self.recipe, self.folder.path, self.state.step)
-        for logger in self._loggers:
-            stack.callback(logger.close)
 
     def _stopped(self, stop: StopSignal) -> bool:
         """Whether any process received a signal."""
@@ -341,8 +346,7 @@ class Trainer:
     def _record(self, record: dict) -> None:
         if self._metrics is not None:
             self._metrics.write(record)
-        for logger in self._loggers:
-            logger.log(record)
+            self._loggers.log(record)
 
     def _open_loader(self) -> Loader:
         return Loader(
@@ -361,11 +365,21 @@ class Trainer:
         count = count_parameters(self.model)
         steps, start = self.settings.steps, self.state.step
         facts = {
-            "run": f"{self.folder.path}" + (f", resuming from step {start}" if start else ""),
+            "run": f"{self.folder.path}" + (f", resuming from step {start:,}" if start else ""),
             "device": f"{self.device.type} ({device_name(self.device)}), {str(self.dtype).removeprefix('torch.')}",
-            "parameters": f"{count.total:,} (embedding {count.embedding:,})",
-            "training text": f"{self.data.train.n_tokens:,} tokens, {self.data.train.n_documents:,} documents",
-            "tokens per step": f"{self.tokens_per_step:,} ({self.settings.batch_size} x {self.settings.seq_len})",
-            "steps": f"{steps:,} ({steps * self.tokens_per_step:,} tokens)",
+            "model": f"{count.total:,} parameters, {count.embedding:,} of them in the embedding",
+            "text": self._describe_text(),
+            "steps": f"{steps:,} of {self.settings.batch_size} x {self.settings.seq_len} tokens, "
+            f"{steps * self.tokens_per_step:,} in all",
         }
         self.display.header(facts, self.backends)
+
+    def _describe_text(self) -> str:
+        train, held_out = self.data.train, self.data.validation
+        n_bytes = train.n_bytes + held_out.n_bytes
+        epochs = self.settings.steps * self.tokens_per_step / train.n_tokens
+        return (
+            f"{train.n_documents + held_out.n_documents:,} documents, {n_bytes:,} bytes, "
+            f"{train.n_tokens + held_out.n_tokens:,} tokens; {held_out.n_bytes / n_bytes:.1%} of the bytes held out; "
+            f"{epochs:.3g} epochs"
+        )
