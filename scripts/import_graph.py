@@ -21,10 +21,10 @@ LAYERS = [
     ["runs", "evaluate", "generation"],
     ["data", "model", "optim"],
     ["nn"],
-    ["files", "distributed", "", "ops"],
+    ["files", "distributed", "terminal", "ops"],
 ]
 READ_BY_ALL = "config"
-PLAIN = ("model", "nn", "ops", "distributed", "files")  # take plain arguments: a model needs no recipe
+PLAIN = ("model", "nn", "ops", "distributed", "files", "terminal")  # take plain arguments: a model needs no recipe
 FOR_TESTS = "testing"
 ROOT = "fusedlm"
 DEPTH = {package: depth for depth, layer in enumerate(LAYERS) for package in layer if package}

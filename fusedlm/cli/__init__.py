@@ -3,8 +3,10 @@
 Commands import the library when they run, so that `fusedlm --help` does not import torch.
 """
 
+import contextlib
 import logging
 import os
+import signal
 import sys
 from collections.abc import Sequence
 from typing import Annotated
@@ -18,14 +20,16 @@ from fusedlm.cli.doctor import doctor
 from fusedlm.cli.eval import evaluate
 from fusedlm.cli.generate import generate
 from fusedlm.cli.help import explain
+from fusedlm.cli.interrupts import Terminated, die_of_interrupt, exit_code, raising_signals
 from fusedlm.cli.openmp import bound_spinning
 from fusedlm.cli.plan import plan
 from fusedlm.cli.recipes import recipes
 from fusedlm.cli.report import report
 from fusedlm.cli.train import train
+from fusedlm.terminal import one_line, standard_streams
 
 BAD_INPUT = 2
-INTERRUPTED = 130  # 128 + SIGINT
+INTERRUPTED = exit_code(signal.SIGINT)
 PIPE_CLOSED = 1  # as typer exits when it finds the pipe closed
 
 app = typer.Typer(
@@ -65,43 +69,72 @@ def fusedlm(
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command line and return its exit code.
 
-    Bad input (ValueError, OSError, wrong arguments) prints one line on stderr and gives exit code 2. An interrupt and a
-    closed pipe print nothing. Any other exception is a defect and keeps its traceback.
+    Bad input (ValueError, OSError, wrong arguments) prints one line on stderr and gives exit code 2. A signal gives 128
+    plus its number, and like a closed pipe prints nothing. Any other exception is a defect and keeps its traceback.
+
+    Args:
+        arguments: None: those of this process, which a Ctrl-C in a terminal then ends by SIGINT.
     """
     bound_spinning()
-    logging.basicConfig(format="warning: %(message)s", level=logging.WARNING)
+    with standard_streams():
+        _log_to_stderr()
+        with raising_signals():
+            code = _run(arguments)
+        if code == INTERRUPTED and arguments is None:
+            die_of_interrupt()
+        return code
+
+
+def _run(arguments: Sequence[str] | None) -> int:
     try:
         code = app(args=arguments, prog_name="fusedlm", standalone_mode=False)
         sys.stdout.flush()
         return code or 0
     except KeyboardInterrupt:
         return INTERRUPTED
-    except BrokenPipeError:
-        _discard_stdout()
-        return PIPE_CLOSED
+    except Terminated as signalled:
+        return exit_code(signalled.number)
     except typer.TyperException as error:
         context = getattr(error, "ctx", None)
         command = context.command_path if context else "fusedlm"
         return _refuse(f"{error.format_message()} (see {command} --help)")
     except (ValueError, OSError) as error:
+        if isinstance(error, BrokenPipeError) and error is sys.stdout.failure:
+            return PIPE_CLOSED
         return _refuse(_describe(error))
 
 
 def _refuse(message: str) -> int:
-    try:
+    with contextlib.suppress(OSError):  # stdout may be a file on the full disk
         sys.stdout.flush()
-    except OSError:  # stdout may be a file on the full disk
-        _discard_stdout()
-    print("error:", " ".join(message.split()), file=sys.stderr)
+    print("error:", one_line(message), file=sys.stderr)
     return BAD_INPUT
 
 
 def _describe(error: ValueError | OSError) -> str:
     if not isinstance(error, OSError) or not error.strerror:
         return str(error) or type(error).__name__
-    return f"{os.fspath(error.filename)}: {error.strerror}" if error.filename else error.strerror
+    named = error.filename and isinstance(error.filename, str | bytes | os.PathLike)  # it may be a descriptor
+    return f"{os.fsdecode(error.filename)}: {error.strerror}" if named else error.strerror
 
 
-def _discard_stdout() -> None:
-    """Discard buffered output: the interpreter would fail on it again at exit."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+class _Warning(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        return f"warning: {one_line(record.getMessage())}"
+
+
+class _Stderr(logging.StreamHandler):
+    """Writes to what sys.stderr is at the time."""
+
+    def __init__(self):
+        logging.Handler.__init__(self)
+
+    @property
+    def stream(self):
+        return sys.stderr
+
+
+def _log_to_stderr() -> None:
+    handler = _Stderr()
+    handler.setFormatter(_Warning())
+    logging.basicConfig(handlers=[handler], level=logging.WARNING)

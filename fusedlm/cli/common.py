@@ -2,7 +2,6 @@
 
 import contextlib
 import sys
-import unicodedata
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from fusedlm.cli.packaged import complete_recipe, find_recipe
+from fusedlm.terminal import make_console, printable
 
 RecipeArgument = Annotated[
     Path,
@@ -141,9 +141,9 @@ def checkpoint_name(text: str) -> str | int:
 
 
 def show(text: str) -> None:
-    """Print a piece of generated text. On a terminal, control characters are replaced: a model can sample any."""
+    """Print a piece of generated text. On a terminal, control characters are escaped: a model can sample any."""
     if sys.stdout.isatty():
-        text = "".join(c if c in "\n\t" or unicodedata.category(c) != "Cc" else "\ufffd" for c in text)
+        text = printable(text)
     print(text, end="", flush=True)
 
 
@@ -153,10 +153,9 @@ def progress_bars(*, plain: bool = False) -> Iterator[ReportProgress]:
 
     Otherwise it prints one line to stdout per stage if `plain`, and nothing if not.
     """
-    from rich.console import Console
     from rich.progress import Progress, TimeElapsedColumn
 
-    console = Console(stderr=True)
+    console = make_console(stderr=True)
     stages = {}
     if not console.is_terminal:
 

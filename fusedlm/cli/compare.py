@@ -8,7 +8,9 @@ from typing import Annotated
 import typer
 
 from fusedlm.cli.common import integer
+from fusedlm.cli.interrupts import exit_code
 from fusedlm.cli.packaged import complete_experiment, find_experiment
+from fusedlm.terminal import make_console, outlast_output
 
 ExperimentArgument = Annotated[
     Path,
@@ -63,19 +65,19 @@ def compare(
         _print_plan(config, plan_experiment(config, recipes, vocab_size))
         return
 
-    from rich.console import Console
-
     from fusedlm.compare import run_experiment
 
-    outcome = run_experiment(config, recipes, folder, console=Console(), train=not report_only)
-    if outcome.report is not None:
-        _print_results(outcome.results)
-        print(outcome.report)
-    if outcome.stopped:
-        again = shlex.join(["fusedlm", "compare", str(experiment), *(overrides or []), "--out", str(folder)])
-        print(f"stopped; finished runs are kept; resume with: {again}")
-    elif outcome.report is None:
-        print(f"{folder}: no run is finished yet; there is nothing to report")
+    with outlast_output():
+        outcome = run_experiment(config, recipes, folder, console=make_console(), train=not report_only)
+        if outcome.report is not None:
+            _print_results(outcome.results)
+            print(outcome.report)
+        if outcome.signal is not None:
+            again = shlex.join(["fusedlm", "compare", str(experiment), *(overrides or []), "--out", str(folder)])
+            print(f"stopped; finished runs are kept; resume with: {again}")
+            raise typer.Exit(exit_code(outcome.signal))
+        if outcome.report is None:
+            print(f"{folder}: no run is finished yet; there is nothing to report")
     if outcome.failed:
         rest = f" (and {len(outcome.failed) - 1} more)" if len(outcome.failed) > 1 else ""
         raise ValueError(
@@ -120,12 +122,11 @@ def _print_results(results) -> None:
 
 def _print_table(title: str, head: tuple[str, ...], rows: list[tuple[str, ...]]) -> None:
     """One table, or on a narrow terminal several of the same rows. In a file, lines have any length."""
-    from rich.console import Console
     from rich.measure import Measurement
 
     from fusedlm.compare.tables import split_columns
 
-    console = Console()
+    console = make_console()
     bounded = console.is_terminal or "COLUMNS" in os.environ
     for n, part in enumerate(split_columns(head, rows, console.width if bounded else None)):
         table = _table("" if n else title, *part)
@@ -137,15 +138,16 @@ def _print_table(title: str, head: tuple[str, ...], rows: list[tuple[str, ...]])
 
 def _table(title: str, head: tuple[str, ...], rows: list[tuple[str, ...]]):
     from rich import box
-    from rich.markup import escape
     from rich.table import Table
 
-    table = Table(title=escape(title) or None, title_justify="left", box=box.SIMPLE)
+    from fusedlm.terminal.screen import plain
+
+    table = Table(title=plain(title) if title else None, title_justify="left", box=box.SIMPLE)
     for index, name in enumerate(head):
         # Only words of the head and long names of variants are wrapped.
         least = 0 if index == 0 else max((len(row[index]) for row in rows), default=0)
         align = "left" if index == 0 else "right"
-        table.add_column(escape(name), justify=align, min_width=least, overflow="fold")
+        table.add_column(plain(name), justify=align, min_width=least, overflow="fold")
     for row in rows:
-        table.add_row(*map(escape, row))
+        table.add_row(*map(plain, row))
     return table

@@ -3,6 +3,7 @@
 import typer
 
 from fusedlm.cli.common import OverridesArgument, RecipeArgument, progress_bars
+from fusedlm.terminal import outlast_output
 
 data = typer.Typer(help="Prepare the text of a recipe.")
 
@@ -21,7 +22,7 @@ def prepare(recipe: RecipeArgument, overrides: OverridesArgument = None) -> None
     from fusedlm.data.summary import text_facts
 
     loaded = load_recipe(recipe, overrides or [])
-    with progress_bars(plain=True) as progress:
+    with outlast_output(), progress_bars(plain=True) as progress:
         prepared = prepare(loaded.data, progress)
     for name, fact in text_facts(prepared, loaded).items():
         print(f"{name}: {fact}")

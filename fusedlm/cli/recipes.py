@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from fusedlm.cli.packaged import EXPERIMENTS, packaged_names, packaged_path
+from fusedlm.files import write_atomic
 
 recipes = typer.Typer(help="List the packaged recipes and experiments; copy one.")
 
@@ -64,7 +65,7 @@ def copy(
         if path.exists():
             raise ValueError(f"{path}: exists already; name another file")
     for path, content in wanted.items():
-        path.write_text(content, encoding="utf-8")
+        write_atomic(path, content)
         print(path)
 
 

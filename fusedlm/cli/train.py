@@ -7,6 +7,8 @@ from typing import Annotated
 import typer
 
 from fusedlm.cli.common import OverridesArgument, RecipeArgument, show
+from fusedlm.cli.interrupts import exit_code
+from fusedlm.terminal import make_console, outlast_output
 
 _SAMPLE_TOKENS = 200
 _SAMPLE_TEMPERATURE = 0.8  # at 1, small models sample too many unlikely tokens
@@ -20,6 +22,7 @@ def train(
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Resume from the last checkpoint in the folder.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the recipe and its plan; do not train.")] = False,
+    verbose: Annotated[bool, typer.Option("--verbose", help="Show the backend of each op, and the reason.")] = False,
 ) -> None:
     """Train RECIPE, preparing its text first if necessary."""
     from fusedlm.config import dump_recipe, load_recipe
@@ -34,22 +37,22 @@ def train(
         print_plan(estimate)
         return
 
-    from rich.console import Console
-
     from fusedlm.train import train
+    from fusedlm.train.display import Display
 
-    result = train(config, run, resume=resume, console=Console())
-    if result.stopped_by_signal:
-        again = shlex.join(["fusedlm", "train", str(recipe), *(overrides or []), "--out", str(run), "--resume"])
-        print(f"stopped at step {result.step}; resume with: {again}")
-        return
-    if result.val_bpb is not None:
-        window = config.train.seq_len
-        print(f"validation: {result.val_bpb:.4f} bits per byte (window {window}, stride {window}), step {result.step}")
-    _print_sample(run, config.runtime.device)
-    for command in ("eval", "generate --prompt TEXT", "report"):
-        name, *options = command.split(maxsplit=1)
-        print("next:", " ".join(["fusedlm", name, shlex.quote(str(run)), *options]))
+    with outlast_output():
+        result = train(config, run, resume=resume, display=Display(make_console(), verbose=verbose))
+        if result.signal is not None:
+            again = shlex.join(["fusedlm", "train", str(recipe), *(overrides or []), "--out", str(run), "--resume"])
+            print(f"stopped at step {result.step}; resume with: {again}")
+            raise typer.Exit(exit_code(result.signal))
+        if result.val_bpb is not None:
+            spans = f"(window {config.train.seq_len}, stride {config.train.seq_len})"
+            print(f"validation: {result.val_bpb:.4f} bits per byte {spans}, step {result.step}")
+        _print_sample(run, config.runtime.device)
+        for command in ("eval", "generate --prompt TEXT", "report"):
+            name, *options = command.split(maxsplit=1)
+            print("next:", " ".join(["fusedlm", name, shlex.quote(str(run)), *options]))
 
 
 def _print_sample(run: Path, device: str) -> None:

@@ -1,6 +1,7 @@
 """The grid of an experiment: one run per variant and seed."""
 
 import shutil
+import signal
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,9 +30,13 @@ from fusedlm.train.loggers import check_loggers
 @dataclass(frozen=True)
 class Outcome:
     results: Results | None  # None: stopped before the sizes were known
-    stopped: bool  # by a signal; running the experiment again resumes it
+    signal: signal.Signals | None  # that stopped it; running the experiment again resumes it
     report: Path | None  # None: no run has ended yet
     failed: tuple[str, ...] = ()  # "NAME: reason" of each run that failed in this call
+
+    @property
+    def stopped(self) -> bool:
+        return self.signal is not None
 
 
 def plan_experiment(
@@ -55,10 +60,10 @@ def run_experiment(
 ) -> Outcome:
     """Start or resume an experiment, and write OUT/report.html, results.csv and results.json.
 
-    Each run has its own process. On the first SIGINT or SIGTERM the current run saves and stops; the next call resumes
-    it and does not repeat finished runs. How one run ends does not stop the others: one that diverges is recorded as
-    diverged, which is a result; one that fails (its process is killed, memory is too small, the recipe does not fit) is
-    recorded as failed, and tried again by the next call.
+    Each run has its own process. On the first SIGINT, SIGTERM or SIGHUP the current run saves and stops; the next call
+    resumes it and does not repeat finished runs. How one run ends does not stop the others: one that diverges is
+    recorded as diverged, which is a result; one that fails (its process is killed, memory is too small, the recipe does
+    not fit) is recorded as failed, and tried again by the next call.
 
     Args:
         experiment, recipes: from `load_experiment`.
@@ -83,10 +88,11 @@ def run_experiment(
             finally:
                 grid.display.close()
         if variants is None:
-            return Outcome(None, True, None)
+            return Outcome(None, stop.received, None)
         results = collect(experiment, variants, folder)
         report = write_report(results, folder.path) if results.has_ended else None
-        return Outcome(results, grid.stopped, report, tuple(grid.failed))
+        stopped_by = (stop.received or signal.SIGTERM) if grid.stopped else None
+        return Outcome(results, stopped_by, report, tuple(grid.failed))
 
 
 def _check_same_text(recipes: dict[str, Recipe]) -> None:
@@ -240,7 +246,8 @@ class _Grid:
         if record["outcome"] == "failed":
             self.failed.append(f"{name}: {record['message']}")
         self.display.end(
-            f"validation {final['val_nll_per_token']:.4f} nats per token, {final['val_bpb']:.4f} bits per byte"
+            f"validation {final['val_nll_per_token']:.4f} nats per token, {final['val_bpb']:.4f} bits per byte "
+            f"(window {recipe.train.seq_len}, stride {recipe.train.seq_len})"
             if final
             else f"diverged at step {record['step']}: {record['message']}"
             if record["outcome"] == "diverged"

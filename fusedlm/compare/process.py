@@ -107,12 +107,17 @@ class _SendWarnings(logging.Handler):
 def _run(connection: Connection, settings, work: Callable, arguments) -> None:
     # Leave the terminal's process group: the parent receives its signals and passes each on once.
     os.setpgid(0, 0)
+    # Ignored here, if the parent was started in the background of a script; then nothing could stop the work.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     folder, threads = settings
     os.chdir(folder)
     torch.set_num_threads(threads)
 
     def send(kind: str, content) -> None:
-        connection.send((kind, content))
+        try:
+            connection.send((kind, content))
+        except OSError:  # the parent was killed: stop as by a signal, which saves
+            signal.raise_signal(signal.SIGINT)
 
     logging.basicConfig(level=logging.WARNING, handlers=[_SendWarnings(send)], force=True)
     try:
@@ -123,5 +128,5 @@ def _run(connection: Connection, settings, work: Callable, arguments) -> None:
         message = ("refused", str(error))
     except Exception:
         message = ("failed", traceback.format_exc())
-    with contextlib.suppress(BrokenPipeError):
+    with contextlib.suppress(OSError):
         connection.send(message)

@@ -6,25 +6,23 @@ import time
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from fusedlm.terminal.screen import Screen
+
 _SECONDS_BETWEEN_LINES = 5.0
 _log = logging.getLogger(__name__)
 
 
-class GridDisplay:
+class GridDisplay(Screen):
     """Progress in training steps of all runs together and of the current one; without a console nothing is shown."""
 
     def __init__(self, console: Console | None):
-        self.console = console if console is not None else Console(quiet=True, force_terminal=False)
+        super().__init__(console)
         self._bars: Progress | None = None
         self._grid = self._current = None
         self._name, self._steps, self._all_steps, self._before = "", 0, 0, 0
         self._n_runs, self._finished = 0, 0
         self._last_line = float("-inf")
         self._warnings: set[str] = set()
-
-    def note(self, text: str) -> None:
-        """Print one line, above the bars if there are any."""
-        self.console.print(text, markup=False, highlight=False, soft_wrap=True)
 
     def open(self, steps: list[int], done: int, n_done: int) -> None:
         """Start the display.
@@ -34,7 +32,7 @@ class GridDisplay:
             done, n_done: steps and runs already finished.
         """
         self._all_steps, self._before, self._n_runs, self._finished = sum(steps), done, len(steps), n_done
-        if not self.console.is_terminal or self.console.quiet:
+        if not self.has_bars:
             return
         self._bars = Progress(
             TextColumn("{task.description}", markup=False),
@@ -47,7 +45,7 @@ class GridDisplay:
         )
         self._grid = self._bars.add_task(self._count(), total=self._all_steps, completed=done, note="")
         self._current = self._bars.add_task("", total=None, note="", visible=False)
-        self._bars.start()
+        self.start(self._bars)
 
     def begin(self, name: str, steps: int) -> None:
         """A run starts or resumes."""
@@ -76,6 +74,7 @@ class GridDisplay:
             self.note(
                 f"{self._place()} {self._name}: step {content['step']:,} of {self._steps:,}, validation "
                 f"{content['val_nll_per_token']:.4f} nats per token, {content['val_bpb']:.4f} bits per byte"
+                f" (window {content['val_window']}, stride {content['val_stride']})"
             )
 
     def end(self, outcome: str) -> None:
@@ -89,7 +88,7 @@ class GridDisplay:
 
     def close(self) -> None:
         if self._bars is not None:
-            self._bars.stop()
+            self.stop(self._bars)
             self._bars = None
 
     def _show(self, step: int, note: str) -> None:

@@ -127,7 +127,7 @@ class TrainConfig(Config):
     """Steps between checkpoints; 0: only at the end."""
     keep_checkpoints: Annotated[Count, NEUTRAL] = 2
     """Number of newest checkpoints to keep, in addition to the best by validation."""
-    loggers: Annotated[list[Literal["tensorboard", "wandb"]], Field(max_length=10), NEUTRAL] = []
+    loggers: Annotated[list[Literal["tensorboard", "wandb", "mlflow", "csv"]], Field(max_length=10), NEUTRAL] = []
     """Where the metrics go, in addition to metrics.jsonl."""
 
     @model_validator(mode="after")

@@ -26,6 +26,19 @@ class TextSummary:
     wanted: float | None
     epochs: float
 
+    def one_line(self) -> str:
+        """Both splits together, the share that is held out, and the epochs, for a run's header."""
+        train, held_out = self.train, self.validation
+        return (
+            f"{train.n_documents + held_out.n_documents:,} documents, {train.n_bytes + held_out.n_bytes:,} bytes, "
+            f"{train.n_tokens + held_out.n_tokens:,} tokens; {_percent(self.held_out)} of the bytes held out; "
+            f"{self.epochs:.3g} epochs"
+        )
+
+    def warnings(self) -> list[str]:
+        """Sentences about a split or a number of epochs that few would want."""
+        return [warning for warning in (self.split_warning(), self.epochs_warning()) if warning is not None]
+
     def split_warning(self) -> str | None:
         """A sentence if one side of the split has less than half or more than twice its share."""
         if self.wanted is None:
@@ -60,7 +73,7 @@ def summarise(prepared: PreparedData, recipe: Recipe) -> TextSummary:
 
 
 def text_facts(prepared: PreparedData, recipe: Recipe) -> dict[str, str]:
-    """The summary as lines of a run's header: name -> text, with warnings after the figures that they are about."""
+    """The summary as lines: name -> text, with warnings after the figures that they are about."""
     summary = summarise(prepared, recipe)
     facts = {
         "training text": count_text(summary.train),

@@ -1,7 +1,9 @@
 """The run folder: file names, the lock of the training process, and whether a recipe may resume there."""
 
+import contextlib
 import fcntl
 import json
+import os
 from pathlib import Path
 
 from fusedlm.config import Recipe, dump_recipe, load_recipe
@@ -53,7 +55,15 @@ class RunFolder:
             raise ValueError(
                 f"run folder {self.path} is in use by another training process; wait for it or name another with --out"
             ) from None
+        if not self._lock_is_in_place():  # a start that failed has taken its folder back
+            self._lock.close()
+            return self.__enter__()
         return self
+
+    def _lock_is_in_place(self) -> bool:
+        with contextlib.suppress(FileNotFoundError):
+            return os.path.samestat(os.fstat(self._lock.fileno()), os.stat(self.path / LOCK))
+        return False
 
     def __exit__(self, *exception) -> None:
         # Not removed: two processes could then hold locks on two files of the same name.

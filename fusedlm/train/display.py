@@ -6,22 +6,26 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
+from fusedlm.terminal.screen import Screen, plain
+from fusedlm.terminal.text import one_line
+
 _SECONDS_BETWEEN_LINES = 1.0
 
 
-class Display:
-    """Progress of one run on a console; with None nothing is shown."""
+class Display(Screen):
+    """Progress of one run on a console; with None nothing is shown.
 
-    def __init__(self, console: Console | None):
-        self.console = console if console is not None else Console(quiet=True, force_terminal=False)
+    Args:
+        verbose: whether the header has the table of backends.
+    """
+
+    def __init__(self, console: Console | None, *, verbose: bool = False):
+        super().__init__(console)
+        self._verbose = verbose
         self._progress: Progress | None = None
         self._task = None
         self._last_line = float("-inf")
         self._steps = 0
-
-    def note(self, text: str) -> None:
-        """Print one line of text, above the bar if there is one."""
-        self.console.print(text, markup=False, highlight=False, soft_wrap=True)
 
     def preparing(self, stage: str, done: int, total: int | None) -> None:
         """Show the progress of data preparation; the callback of `fusedlm.data.prepare`."""
@@ -31,19 +35,21 @@ class Display:
             self.note(f"{stage}: {done:,}" + (f" of {total:,}" if total else ""))
 
     def header(self, facts: dict[str, str], backends: dict) -> None:
-        """Show the facts of the run and a table of the backend of each op, with the reason.
+        """Show the facts of the run, one line each, and if verbose a table of the backend of each op, with the reason.
 
         Args:
             backends: as `fusedlm.runs.backends.use_backends` returns it.
         """
         self.close()
+        width = max(map(len, facts), default=0) + 2
         for name, value in facts.items():
-            self.note(f"{name + ':':<18} {value}")
+            self.note(f"{name + ':':<{width}}{value}")
+        if not self._verbose or not backends:
+            return
         table = Table("op", "backend", "reason")
         for op, selection in backends.items():
-            table.add_row(op, selection.backend, selection.reason)
-        if table.row_count:
-            self.console.print(table)
+            table.add_row(plain(op), plain(selection.backend), plain(selection.reason))
+        self.print(table)
 
     def begin(self, step: int, steps: int) -> None:
         """Training starts after `step` of `steps`."""
@@ -75,12 +81,12 @@ class Display:
     def close(self) -> None:
         """Remove the bar, after preparation and after training."""
         if self._progress is not None:
-            self._progress.stop()
+            self.stop(self._progress)
             self._progress = None
 
     def _bar(self, note: str, done: int, total: int | None) -> bool:
         """Show the bar in this state; False if the console is not a terminal."""
-        if not self.console.is_terminal or self.console.quiet:
+        if not self.has_bars:
             return False
         if self._progress is None:
             text = TextColumn("{task.fields[note]}", markup=False)
@@ -93,8 +99,8 @@ class Display:
                 console=self.console,
             )
             self._task = self._progress.add_task("", total=total, completed=done, note=note)
-            self._progress.start()
-        self._progress.update(self._task, completed=done, total=total, note=note)
+            self.start(self._progress)
+        self._progress.update(self._task, completed=done, total=total, note=one_line(note))
         return True
 
     def _due(self) -> bool:

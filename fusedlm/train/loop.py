@@ -1,7 +1,9 @@
 """Train a recipe into a run folder: the checks before the first step."""
 
+import contextlib
 from pathlib import Path
 
+import torch
 from rich.console import Console
 
 from fusedlm.config import Recipe
@@ -11,9 +13,11 @@ from fusedlm.ops.common import check_backends
 from fusedlm.runs.folder import RunFolder
 from fusedlm.runs.hardware import numerics
 from fusedlm.runs.start import find_start, set_aside
+from fusedlm.terminal import one_line
 from fusedlm.train.display import Display
 from fusedlm.train.loggers import check_loggers
-from fusedlm.train.trainer import Trainer, TrainResult
+from fusedlm.train.trainer import Trainer, TrainingDiverged, TrainResult
+from fusedlm.train.undo import StartUndo
 
 
 def train(
@@ -28,8 +32,9 @@ def train(
 ) -> TrainResult:
     """Train a recipe into a run folder. Prepares the text first.
 
-    On the first SIGINT or SIGTERM (if called in the main thread) the current step is finished and saved. A resumed run
-    has the losses of an uninterrupted one, bit for bit. Resuming a folder without a run starts one.
+    On the first SIGINT, SIGTERM or SIGHUP (if called in the main thread) the current step is finished and saved. A
+    resumed run has the losses of an uninterrupted one, bit for bit. A start that fails before its second step leaves
+    nothing in the folder. Resuming a folder without a run starts one.
 
     Args:
         recipe: to resume, it must equal the recipe of the run, except for neutral keys, a larger `train.steps`, and on
@@ -54,8 +59,12 @@ def train(
     dtype = resolve_dtype(recipe.runtime.dtype, device)
     world = World()
     display = display or Display(console if world.is_main else None)
+    undo = StartUndo(Path(run_dir))
     try:
-        with RunFolder(Path(run_dir), world) as folder, numerics(device, dtype, recipe.runtime.deterministic):
+        with RunFolder(Path(run_dir), world) as folder, contextlib.ExitStack() as stack:
+            if world.is_main:
+                stack.enter_context(undo.taken_back(folder, keep=TrainingDiverged))
+            stack.enter_context(numerics(device, dtype, recipe.runtime.deterministic))
             folder.check_resume(resume)
             start = find_start(folder)
             for note in [*start.notes, *folder.check_recipe(recipe, device.type, start.recipe, start.identity)]:
@@ -63,5 +72,18 @@ def train(
             set_aside(folder, start, display.note)
             options = {"text": text, "strict_backends": strict_backends, "world": world}
             return Trainer(recipe, folder, device, dtype, display, start, **options).run()
+    except (MemoryError, RuntimeError) as error:
+        if not _is_out_of_memory(error):
+            raise
+        reason = one_line(str(error))[:200]
+        advice = "lower train.micro_batch_size, model.dim or model.n_layers"
+        raise ValueError(f"out of memory on {device.type} ({reason}); {advice}") from None
     finally:
         display.close()
+        if world.is_main:
+            undo.remove_empty_folders()
+
+
+def _is_out_of_memory(error: MemoryError | RuntimeError) -> bool:
+    # torch has a type of its own for GPUs only.
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "allocate memory" in str(error)

@@ -1,6 +1,7 @@
 """The training loop: steps, validations and checkpoints of one run."""
 
 import contextlib
+import signal
 import time
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -12,7 +13,7 @@ from fusedlm.config import Recipe
 from fusedlm.data import Loader, PreparedData, prepare
 from fusedlm.data.manifest import DamagedData
 from fusedlm.data.preparation import ChangedText, paths
-from fusedlm.data.summary import text_facts
+from fusedlm.data.summary import summarise
 from fusedlm.distributed import World
 from fusedlm.evaluate import first_tokens, score_documents
 from fusedlm.model import build_model
@@ -29,7 +30,7 @@ from fusedlm.runs.state import TrainState, restore_state, save_state
 from fusedlm.runs.text import open_text
 from fusedlm.train.cuda_graph import CapturedBackward
 from fusedlm.train.display import Display
-from fusedlm.train.loggers import open_loggers
+from fusedlm.train.loggers import Loggers
 from fusedlm.train.slowdown import Slowdown
 from fusedlm.train.step import StepResult, train_step
 
@@ -43,7 +44,11 @@ class TrainResult:
     run_dir: Path
     step: int  # optimizer steps taken, skipped ones included
     val_bpb: float | None  # bits per byte of the last validation; None: none yet
-    stopped_by_signal: bool
+    signal: signal.Signals | None  # that stopped the run before its last step; None: it is finished
+
+    @property
+    def stopped_by_signal(self) -> bool:
+        return self.signal is not None
 
 
 class _Interrupted(Exception):
@@ -164,13 +169,11 @@ class Trainer:
     def run(self) -> TrainResult:
         """Train to the last step or to the first signal; see `fusedlm.train.train`."""
         self._announce()
-        if self.world.is_main:
-            self._write_header()
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
         with contextlib.ExitStack() as stack:
             stop = stack.enter_context(StopSignal())
-            self._metrics, self._loggers = None, []
+            self._metrics, self._loggers = None, None
             if self.world.is_main:
                 self._open_records(stack)
             loader = stack.enter_context(self._open_loader())
@@ -182,7 +185,7 @@ class Trainer:
             run_dir=self.folder.path,
             step=self.state.step,
             val_bpb=self.state.val_bpb,
-            stopped_by_signal=stop.received is not None,
+            signal=stop.received,
         )
 
     def _write_header(self) -> None:
@@ -199,15 +202,16 @@ class Trainer:
         self.folder.write_header(self.recipe, tokenizer, described, run)
 
     def _open_records(self, stack: contextlib.ExitStack) -> None:
+        # Loggers first: one that cannot start must not leave a longer recipe or shorter metrics behind.
+        self._loggers = Loggers(self.recipe, self.folder.path, self.state.step)
+        stack.callback(self._loggers.close)
+        self._write_header()
         self._metrics = MetricsFile(self.folder.metrics, self.state.step, self.state.metrics)
         stack.callback(self._metrics.close)
         for number in self._metrics.damaged_lines:
             self.display.note(f"warning: line {number} of {self._metrics.path} is damaged and was removed")
         for problem in self._metrics.problems:
             self.display.note(f"warning: {self._metrics.path}: {problem}")
-        self._loggers = open_loggers(self.recipe, self.folder.path, self.state.step)
-        for logger in self._loggers:
-            stack.callback(logger.close)
 
     def _stopped(self, stop: StopSignal) -> bool:
         """Whether any process received a signal."""
@@ -398,8 +402,7 @@ class Trainer:
     def _record(self, record: dict) -> None:
         if self._metrics is not None:
             self._metrics.write(record)
-        for logger in self._loggers:
-            logger.log(record)
+            self._loggers.log(record)
 
     def _open_loader(self) -> Loader:
         return Loader(
@@ -415,14 +418,16 @@ class Trainer:
         )
 
     def _announce(self) -> None:
-        count = count_parameters(self.model)
+        count, summary = count_parameters(self.model), summarise(self.data, self.recipe)
         steps, start = self.settings.steps, self.state.step
         facts = {
-            "run": f"{self.folder.path}" + (f", resuming from step {start}" if start else ""),
+            "run": f"{self.folder.path}" + (f", resuming from step {start:,}" if start else ""),
             "device": f"{self.device.type} ({device_name(self.device)}), {str(self.dtype).removeprefix('torch.')}",
-            "parameters": f"{count.total:,} (embedding {count.embedding:,})",
-            **text_facts(self.data, self.recipe),
-            "tokens per step": f"{self.tokens_per_step:,} ({self.settings.batch_size} x {self.settings.seq_len})",
-            "steps": f"{steps:,} ({steps * self.tokens_per_step:,} tokens)",
+            "model": f"{count.total:,} parameters, {count.embedding:,} of them in the embedding",
+            "text": summary.one_line(),
+            "steps": f"{steps:,} of {self.settings.batch_size} x {self.settings.seq_len} tokens, "
+            f"{steps * self.tokens_per_step:,} in all",
         }
         self.display.header(facts, self.backends)
+        for warning in summary.warnings():
+            self.display.note(f"warning: {warning}")

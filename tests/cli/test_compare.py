@@ -74,7 +74,7 @@ def test_a_run_that_fails_is_one_line_after_the_report(experiment: Path, fusedlm
     assert "delta failed on seed 0: " in outcome.out and "delta against latent: delta failed on seed 0" in outcome.out
 
 
-def test_a_signal_stops_with_0_and_the_command_to_resume_is_printed(experiment: Path, fusedlm):
+def test_a_signal_stops_with_its_code_and_the_command_to_resume_is_printed(experiment: Path, fusedlm):
     arguments = ["compare", "pair.yaml", "train.steps=100000", "train.checkpoint_every=0", "--out", "runs/a b"]
     code = "import sys; from fusedlm.cli import main; sys.exit(main(sys.argv[1:]))"
     child = subprocess.Popen([sys.executable, "-c", code, *arguments], stdout=subprocess.PIPE, text=True)
@@ -82,8 +82,8 @@ def test_a_signal_stops_with_0_and_the_command_to_resume_is_printed(experiment: 
     for line in child.stdout:
         seen.append(line)
         if "step 1 of" in line:
-            child.send_signal(signal.SIGINT)
-    assert child.wait() == 0
+            child.send_signal(signal.SIGTERM)
+    assert child.wait() == 128 + signal.SIGTERM
     wanted = "resume with: fusedlm compare pair.yaml train.steps=100000 train.checkpoint_every=0 --out 'runs/a b'\n"
     assert seen[-1].endswith(wanted), seen
     checkpoints = sorted(path.name for path in Path("runs/a b/runs/latent-seed0/checkpoints").iterdir())

@@ -1,6 +1,9 @@
 """Common to all commands: help, version, exit codes, closed pipes and full disks."""
 
+import contextlib
 import os
+import pty
+import signal
 import subprocess
 import sys
 
@@ -86,8 +89,60 @@ def test_full_disk_behind_stdout():
     assert (done.returncode, done.stderr) == (2, "error: No space left on device\n")
 
 
-@pytest.mark.parametrize(("terminal", "shown"), [(True, "a\ufffd[31m\tb\n\ufffdé"), (False, "a\x1b[31m\tb\n\x9bé")])
+@pytest.mark.parametrize(("terminal", "shown"), [(True, r"a\x1b[31m\u202e"), (False, "a\x1b[31m\u202e")])
 def test_generated_text_cannot_drive_a_terminal(terminal: bool, shown: str, capsys, monkeypatch):
     monkeypatch.setattr(sys.stdout, "isatty", lambda: terminal)
-    show("a\x1b[31m\tb\n\x9bé")
-    assert capsys.readouterr().out == shown
+    show("a\x1b[31m\u202e\tb\né")
+    assert capsys.readouterr().out == shown + "\tb\né"
+
+
+def test_errors_are_one_line_without_control_characters(fusedlm, tmp_path):
+    outcome = fusedlm("train", tmp_path / "a\x1b[2J\nb\u202ec\x9b.yaml")
+    assert outcome.code == 2 and outcome.err.count("\n") == 1
+    assert r"a\x1b[2J b\u202ec\x9b.yaml: No such file" in outcome.err
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_ends_a_command_with_128_and_its_number(number, fusedlm, monkeypatch):
+    cleaned = []
+
+    def write_report(run):
+        try:
+            signal.raise_signal(number)
+        finally:
+            cleaned.append(run)
+
+    monkeypatch.setattr("fusedlm.report.write_report", write_report)
+    before = signal.getsignal(number)
+    outcome = fusedlm("report", "runs/x")
+    assert (outcome.code, outcome.out, outcome.err) == (128 + number, "", "")
+    assert cleaned and signal.getsignal(number) is before
+
+
+INTERRUPTED = """
+import signal, sys
+from fusedlm import cli
+def train():
+    signal.raise_signal(signal.SIGINT)
+cli.app.registered_commands[0].callback = train
+sys.exit(cli.main(%s))
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs a pseudo-terminal with job control")
+def test_an_interrupt_in_a_terminal_stops_the_loop_of_a_shell():
+    """The shell must see that the command died of it; elsewhere the exit code says so."""
+
+    def in_terminal(arguments: str) -> int:
+        pid, terminal = pty.fork()
+        if pid == 0:
+            os.execv(sys.executable, [sys.executable, "-c", INTERRUPTED % arguments, "train"])
+        with contextlib.suppress(OSError):
+            while os.read(terminal, 1024):
+                pass
+        return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+    assert in_terminal("") == -signal.SIGINT
+    assert in_terminal("sys.argv[1:]") == 130
+    command = [sys.executable, "-c", INTERRUPTED % "", "train"]
+    assert subprocess.run(command, stdin=subprocess.DEVNULL, stderr=subprocess.PIPE).returncode == 130

@@ -40,6 +40,14 @@ def clean_up(send):
     return "cleaned up"
 
 
+def report_until_stopped(path, send):
+    """Writes the signal that stopped it to a file."""
+    with StopSignal() as stop:
+        while stop.received is None:
+            send("step", 1)
+    path.write_text(stop.received.name)
+
+
 def wait(send):
     send("begin", 0)
     signal.pause()

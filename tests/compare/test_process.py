@@ -1,11 +1,13 @@
 """Work in a new process: results, warnings, errors, signals and memory."""
 
+import multiprocessing
 import os
 import signal
 import sys
 
 import pytest
 
+from fusedlm.compare import process as process_module
 from fusedlm.compare.process import Stopped, run_in_process
 from fusedlm.runs.signals import StopSignal
 from tests.compare import process_work
@@ -52,6 +54,39 @@ def test_a_signal_is_passed_on_once_and_the_work_may_finish():
 def test_work_that_does_not_handle_the_signal_is_stopped():
     with StopSignal() as stop, pytest.raises(Stopped):
         run("wait", report=lambda kind, content: os.kill(os.getpid(), signal.SIGTERM), stop=stop)
+
+
+def start(context, folder, work: str, *arguments):
+    """(process, our end of its pipe) of work that sends messages."""
+    ours, theirs = context.Pipe(duplex=False)
+    settings = (str(folder), 1)
+    function = getattr(process_work, work)
+    child = context.Process(target=process_module._run, args=(theirs, settings, function, arguments))
+    child.start()
+    theirs.close()
+    return child, ours
+
+
+def test_work_can_be_stopped_where_interrupts_are_ignored(tmp_path):
+    """As they are in the background of a script."""
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        child, ours = start(multiprocessing.get_context("fork"), tmp_path, "clean_up")
+        assert ours.recv() == ("begin", 0)
+        os.kill(child.pid, signal.SIGINT)
+        assert ours.recv() == ("result", "cleaned up")
+        child.join()
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def test_work_saves_and_stops_when_the_parent_is_gone(tmp_path):
+    child, ours = start(process_module._context(), tmp_path, "report_until_stopped", tmp_path / "stopped")
+    assert ours.recv() == ("step", 1)
+    ours.close()
+    child.join(60)
+    assert child.exitcode == 0
+    assert (tmp_path / "stopped").read_text() == "SIGINT" and child.exitcode == 0
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="peak memory is counted differently")

@@ -6,6 +6,8 @@ from rich.console import Console
 
 from fusedlm.compare.progress import GridDisplay
 
+SPANS = {"val_window": 16, "val_stride": 8}
+
 
 def play(terminal: bool) -> str:
     out = io.StringIO()
@@ -15,7 +17,7 @@ def play(terminal: bool) -> str:
     display.report("begin", 5)
     display.report("step", {"step": 6, "loss": 3.25, "tokens_per_second": 1234.5})
     display.report("step", {"step": 7, "loss": float("nan"), "skipped": True})
-    display.report("validation", {"step": 10, "val_nll_per_token": 2.5, "val_bpb": 1.75})
+    display.report("validation", {"step": 10, "val_nll_per_token": 2.5, "val_bpb": 1.75} | SPANS)
     display.report("note", "a [warning]")
     display.end("validation 2.5000 nats per token")
     display.begin("old-seed1", 20)
@@ -28,7 +30,7 @@ def test_plain_lines_off_a_terminal():
         "[2/3] new-seed0: 10 steps",
         "new-seed0: resuming from step 5",
         "[2/3] new-seed0: step 6 of 10  loss 3.2500  1,234 tokens/s",
-        "[2/3] new-seed0: step 10 of 10, validation 2.5000 nats per token, 1.7500 bits per byte",
+        "[2/3] new-seed0: step 10 of 10, validation 2.5000 nats per token, 1.7500 bits per byte (window 16, stride 8)",
         "new-seed0: a [warning]",
         "[2/3] new-seed0: validation 2.5000 nats per token",
         "[3/3] old-seed1: 20 steps",

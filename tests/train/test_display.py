@@ -1,19 +1,22 @@
-"""The display: lines or a bar, and the table of backends."""
+"""The display: a header, lines or a bar, and the table of backends."""
 
 import io
 
+import pytest
 from rich.console import Console
 
 from fusedlm.ops.common import BackendSelection
 from fusedlm.train import display as display_module
+from fusedlm.train import train
 from fusedlm.train.display import Display
+from tests.train.runs import SHORT, checkpoint_names, losses, tiny_recipe
 
 STEP = {"step": 3, "loss": 2.0, "tokens_per_second": 12345.0, "lr": 1e-3}
 
 
-def display(**options):
+def display(verbose: bool = False, **options):
     output = io.StringIO()
-    return Display(Console(file=output, width=120, **options)), output
+    return Display(Console(file=output, width=120, **options), verbose=verbose), output
 
 
 def test_lines_if_the_console_is_no_terminal():
@@ -52,18 +55,49 @@ def test_a_bar_on_a_terminal():
     shown.close()
 
 
-def test_the_table_has_the_backend_of_each_op_and_the_reason():
-    shown, output = display()
-    shown.header(
-        {"device": "cpu [x86]"}, {"a.attention": BackendSelection("attention", "sdpa", "no CUDA device", None)}
-    )
-    assert "device:            cpu [x86]" in output.getvalue()
-    assert all(word in output.getvalue() for word in ("a.attention", "sdpa", "no CUDA device"))
+BACKENDS = {"a.attention": BackendSelection("attention", "sdpa", "no CUDA device", None)}
+
+
+@pytest.mark.parametrize("verbose", [True, False])
+def test_the_table_of_backends_is_for_those_who_ask(verbose: bool):
+    shown, output = display(verbose)
+    shown.header({"device": "cpu [x86]", "run": "a\x1b[2J\u202e"}, BACKENDS)
+    lines = output.getvalue().splitlines()
+    assert lines[:2] == ["device: cpu [x86]", r"run:    a\x1b[2J\u202e"]
+    table = "\n".join(lines[2:])
+    assert all((word in table) is verbose for word in ("a.attention", "sdpa", "no CUDA device"))
+    assert bool(table) is verbose
+
+
+class BreakingPipe(io.StringIO):
+    """Closed by its reader after the first write."""
+
+    def write(self, text: str) -> int:
+        if self.getvalue():
+            raise BrokenPipeError
+        return super().write(text)
+
+
+def test_a_run_has_a_header_of_five_lines_and_outlasts_its_display(tmp_path):
+    recipe = tiny_recipe(tmp_path, *SHORT)
+    output = io.StringIO()
+    train(recipe, tmp_path / "shown", console=Console(file=output, width=200))
+    lines = output.getvalue().splitlines()
+    start = next(i for i, line in enumerate(lines) if line.startswith("run:"))
+    names = [line.split(":")[0] for line in lines[start : start + 5]]
+    assert names == ["run", "device", "model", "text", "steps"] and lines[start + 5].startswith("step ")
+    assert "60 documents" in lines[start + 3] and "epochs" in lines[start + 3] and "held out" in lines[start + 3]
+
+    for terminal in (True, False):
+        run = tmp_path / f"broken-{terminal}"
+        train(recipe, run, console=Console(file=BreakingPipe(), force_terminal=terminal))
+        assert losses(run) == losses(tmp_path / "shown")
+        assert checkpoint_names(run) == ["step-00000003"]
 
 
 def test_no_console_shows_nothing(capsys):
     shown = Display(None)
-    shown.header({"a": "b"}, {})
+    shown.header({"a": "b"}, BACKENDS)
     shown.preparing("tokenizing", 1, None)
     shown.begin(0, 1)
     shown.step(STEP)

@@ -1,64 +1,217 @@
-"""Loggers get every record, and are closed."""
+"""Loggers get every record once under its tag, are closed, and cannot end a run."""
 
+import csv
+import json
+import shutil
 import sys
 import types
 
 import pytest
 
+from fusedlm.config import load_recipe
 from fusedlm.train import train
-from tests.train.runs import losses, tiny_recipe
+from fusedlm.train.display import Display
+from fusedlm.train.loggers import Loggers
+from fusedlm.train.loggers.tags import tag, tagged
+from tests.train.runs import losses, records, tiny_recipe
 
 
 class Recorder:
-    """In place of the module wandb and of its run."""
+    """In place of the module wandb and of its run, whose rows survive from one start to the next."""
 
-    def __init__(self):
-        self.inits, self.logged, self.finished = [], [], 0
+    def __init__(self, offline: bool = False):
+        self.inits, self.rows, self.finished, self.offline = [], [], 0, offline
+        self.failing = {}  # method -> error
         # importlib.util.find_spec asks a module in sys.modules for this.
         self.__spec__ = types.SimpleNamespace(name="wandb")
 
+    Settings = staticmethod(dict)
+
+    @property
+    def starting_step(self) -> int:
+        return 0 if self.offline else max((step for step, _ in self.rows), default=-1) + 1
+
+    def _fail(self, method: str) -> None:
+        if method in self.failing:
+            raise self.failing[method]
+
     def init(self, **options):
+        self._fail("init")
         self.inits.append(options)
         return self
 
     def log(self, numbers, step):
-        self.logged.append((step, numbers))
+        self._fail("log")
+        self.rows.append((step, numbers))
 
     def finish(self):
         self.finished += 1
+        self._fail("finish")
+
+    def steps(self, name: str) -> list[int]:
+        return [step for step, numbers in self.rows if name in numbers]
 
 
 @pytest.fixture
-def recipe(tmp_path):
-    return tiny_recipe(tmp_path, "train.loggers=[wandb]", "train.steps=2", "train.eval_every=1")
+def wandb(monkeypatch) -> Recorder:
+    recorder = Recorder()
+    monkeypatch.setitem(sys.modules, "wandb", recorder)
+    return recorder
 
 
-def test_wandb_gets_every_record_and_resumes_under_one_id(recipe, tmp_path, monkeypatch):
-    wandb = Recorder()
-    monkeypatch.setitem(sys.modules, "wandb", wandb)
-    train(recipe, tmp_path / "run")
-    train(
-        recipe.model_copy(update={"train": recipe.train.model_copy(update={"steps": 3})}), tmp_path / "run", resume=True
-    )
-    assert [step for step, _ in wandb.logged] == [1, 1, 2, 2, 3, 3]
-    assert [numbers["loss"] for _, numbers in wandb.logged if "loss" in numbers] == losses(tmp_path / "run")
-    assert all(isinstance(value, int | float) for _, numbers in wandb.logged for value in numbers.values())
+class Crash(Display):
+    """Ends the run while it shows a step."""
+
+    def __init__(self, at: int):
+        super().__init__(None)
+        self.at = at
+
+    def step(self, record: dict) -> None:
+        if record["step"] == self.at:
+            raise KeyError("crash")
+
+
+def crash_and_resume(recipe, run, at: int) -> None:
+    with pytest.raises(KeyError, match="crash"):
+        train(recipe, run, display=Crash(at))
+    train(recipe, run, resume=True)
+
+
+def short(folder, *overrides):
+    """Five steps, a checkpoint and a validation at every second one."""
+    keys = ("train.steps=5", "train.eval_every=2", "train.checkpoint_every=2", "train.eval_tokens=20", "train.ema=null")
+    return tiny_recipe(folder, *keys, *overrides)
+
+
+@pytest.mark.parametrize("offline", [False, True])
+def test_wandb_gets_every_record_once_under_one_id(tmp_path, wandb, offline):
+    wandb.offline = offline
+    run = tmp_path / "run"
+    crash_and_resume(short(tmp_path, "train.loggers=[wandb]"), run, at=3)
+    assert wandb.steps("train/loss") == [1, 2, 3, 4, 5]
+    assert wandb.steps("val/bpb") == [2, 4, 5]
+    assert [numbers["train/loss"] for _, numbers in wandb.rows if "train/loss" in numbers] == losses(run)
     first, second = wandb.inits
     assert first["id"] == second["id"] and first["config"]["name"] == "tiny"
     assert wandb.finished == 2
 
 
-def test_loggers_are_closed_when_training_fails(recipe, tmp_path, monkeypatch):
-    wandb = Recorder()
-    wandb.log = None
-    monkeypatch.setitem(sys.modules, "wandb", wandb)
-    with pytest.raises(TypeError):
+def test_a_late_validation_reaches_wandb(tmp_path, wandb):
+    """Its row is taken: the run was stopped between the step and its validation."""
+    recipe = short(tmp_path, "train.loggers=[wandb]")
+    (tmp_path / "run").mkdir()
+    logger = Loggers(recipe, tmp_path / "run", 0)
+    logger.log({"step": 1, "loss": 2.0})
+    logger.log({"step": 2, "loss": 1.0})
+    (tmp_path / "run/metrics.jsonl").write_text('{"step": 1, "loss": 2.0}\n{"step": 2, "loss": 1.0}\n')
+    logger = Loggers(recipe, tmp_path / "run", 2)
+    logger.log({"step": 2, "val_bpb": 1.5})
+    logger.log({"step": 3, "loss": 0.5})
+    assert wandb.steps("val/bpb") == [3] and wandb.steps("train/loss") == [1, 2, 3]
+
+
+def test_wandb_without_a_login_is_one_line_and_blocks_nothing(tmp_path, wandb):
+    recipe = short(tmp_path, "train.loggers=[csv,wandb]", "train.steps=1")
+    wandb.failing["init"] = RuntimeError("No API key configured.\n  Use `wandb login` to log in.\x1b[0m")
+    with pytest.raises(ValueError) as caught:
         train(recipe, tmp_path / "run")
+    assert str(caught.value) == (
+        "train.loggers=['csv', 'wandb']: wandb cannot start: No API key configured. Use `wandb login` to log in."
+        r"\x1b[0m To train without a login, set WANDB_MODE=offline or remove wandb from train.loggers."
+    )
+    assert not (tmp_path / "run").exists()
+    wandb.failing.clear()
+    train(recipe, tmp_path / "run")
+
+
+@pytest.mark.parametrize("method", ["log", "finish"])
+def test_a_logger_that_fails_does_not_end_the_run(tmp_path, wandb, caplog, method):
+    recipe = short(tmp_path, "train.loggers=[wandb,csv]")
+    wandb.failing[method] = OSError(28, "No space left\non device")
+    result = train(recipe, tmp_path / "run")
+    assert result.step == 5 and wandb.finished == 1
+    (warning,) = [record.getMessage() for record in caplog.records]
+    assert warning == (
+        "logger wandb failed at step 1 ([Errno 28] No space left on device); the run goes on without it"
+        if method == "log"
+        else "logger wandb could not be closed ([Errno 28] No space left on device); its last points may be missing"
+    )
+    assert len(table(tmp_path / "run")) == len(records(tmp_path / "run"))
+
+
+def test_loggers_are_closed_when_training_fails(tmp_path, wandb):
+    with pytest.raises(KeyError):
+        train(short(tmp_path, "train.loggers=[wandb]"), tmp_path / "run", display=Crash(1))
     assert wandb.finished == 1
 
 
-def test_tensorboard_writes_events(recipe, tmp_path):
-    pytest.importorskip("tensorboard")
-    other = recipe.model_copy(update={"train": recipe.train.model_copy(update={"loggers": ["tensorboard"]})})
-    train(other, tmp_path / "run")
-    assert any((tmp_path / "run/tensorboard").iterdir())
+def table(run) -> list[dict]:
+    with (run / "metrics.csv").open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_csv_has_the_numbers_of_the_metrics(tmp_path):
+    run = tmp_path / "run"
+    crash_and_resume(short(tmp_path, "train.loggers=[csv]"), run, at=3)
+    rows = table(run)
+    found = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [{key: float(value) for key, value in row.items() if value} for row in rows] == [
+        {key: value for key, value in record.items() if value is not None} for record in found
+    ]
+    assert "val_bpb" in rows[0] and rows[0]["val_bpb"] == ""  # a column that came later
+
+
+def test_csv_is_complete_when_it_comes_later_and_leaves_files_of_others(trained, tmp_path):
+    _, straight = trained
+    run = shutil.copytree(straight, tmp_path / "run")
+    recipe = load_recipe(run / "recipe.yaml", overrides=["train.loggers=[csv]", "train.steps=13"])
+    train(recipe, run, resume=True)
+    assert [row["step"] for row in table(run) if row["loss"]] == [str(step) for step in range(1, 14)]
+
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "metrics.csv").write_text("mine")
+    with pytest.raises(ValueError, match=r"metrics.csv exists and is not of this run; move it away"):
+        train(short(tmp_path, "train.loggers=[csv]"), other)
+    assert [path.name for path in other.iterdir()] == ["metrics.csv"] and (other / "metrics.csv").read_text() == "mine"
+
+
+def test_tags():
+    assert [tag(key) for key in ("loss", "loss_routed_budget", "routed_full", "mfu", "val_bpb", "val_routed_full")] == [
+        "train/loss",
+        "train/loss_routed_budget",
+        "train/routed_full",
+        "system/mfu",
+        "val/bpb",
+        "val/routed_full",
+    ]
+    step = {"step": 3, "loss": float("nan"), "mfu": None, "tokens": 5, "skipped": True, "routed_layers": [[1.0]]}
+    assert tagged(step) == {"train/tokens": 5, "train/skipped": True}
+    assert tagged({"step": 3, "tokens": 5, "val_bpb": 1.0, "val_window": 16}) == {"val/bpb": 1.0, "val/window": 16}
+
+
+def test_tensorboard_has_each_point_once(tmp_path):
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    run = tmp_path / "run"
+    crash_and_resume(short(tmp_path, "train.loggers=[tensorboard]"), run, at=3)
+    events = accumulator.EventAccumulator(str(run / "tensorboard"))
+    events.Reload()
+    assert [point.step for point in events.Scalars("train/loss")] == [1, 2, 3, 4, 5]
+    assert [point.value for point in events.Scalars("train/loss")] == pytest.approx(losses(run))
+    assert [point.step for point in events.Scalars("val/bpb")] == [2, 4, 5]
+    assert "system/step_seconds" in events.Tags()["scalars"]
+
+
+def test_mlflow_has_each_point_once(tmp_path, monkeypatch):
+    pytest.importorskip("sqlalchemy")
+    tracking = pytest.importorskip("mlflow.tracking")
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    run = tmp_path / "run"
+    crash_and_resume(short(tmp_path, "train.loggers=[mlflow]"), run, at=3)
+    client = tracking.MlflowClient(f"sqlite:///{run}/mlflow.db")
+    entry = client.get_run((run / "mlflow-id.txt").read_text())
+    points = client.get_metric_history(entry.info.run_id, "train/loss")
+    assert [(point.step, point.value) for point in points] == list(enumerate(losses(run), start=1))
+    assert [point.step for point in client.get_metric_history(entry.info.run_id, "val/bpb")] == [2, 4, 5]
+    assert entry.info.status == "FINISHED" and entry.data.params["model.dim"] == "16"
+    assert not (tmp_path / "mlruns").exists()
