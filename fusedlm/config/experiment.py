@@ -162,7 +162,7 @@ def _variant(path, experiment: Experiment, base: str, name: str) -> Recipe:
     try:
         return parse_recipe(base, overrides)
     except ValueError as error:
-        raise ValueError(f"experiment {path}: variant {name} of {printable(experiment.base, 4096)}: {error}") from None
+        raise ValueError(f"experiment {path}: variant {name} of {printable(experiment.base, 300)}: {error}") from None
 
 
 def _as_list(value):

@@ -102,7 +102,7 @@ class _Builder:
 
 def read_text(kind: str, path: str | Path) -> str:
     """The text of a UTF-8 file. Raises ValueError with the kind of file (`recipe`), the path and the reason."""
-    where = f"{kind} {printable(str(path), 4096)}"
+    where = f"{kind} {printable(str(path), 300)}"
     try:
         with open(path, "rb") as file:
             data = file.read(MAX_TEXT + 1)

@@ -40,7 +40,7 @@ def check(load, *arguments):
         return load(*arguments)
     except ValueError as error:
         message = str(error)
-        assert message and message.isprintable() and len(message) < 700, message
+        assert message and message.isprintable() and len(message) < 1000, message
         return None
 
 
