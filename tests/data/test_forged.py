@@ -176,6 +176,13 @@ def test_arrays_are_checked(folder, name, monkeypatch):
     assert not Path("executed").exists()
 
 
+@pytest.mark.parametrize("name", ["decreasing", "document without end-of-text", "negative"])
+def test_documents_are_in_order_even_if_tokens_are_not_verified(folder, name):
+    forge(folder, "train-00000.offsets.npy", OFFSETS[name](folder))
+    with pytest.raises(ValueError, match="train-00000.offsets.npy does not divide"):
+        open_prepared(folder, verify=False)
+
+
 def test_bytes_of_documents_are_checked(folder):
     n_bytes = np.load(folder / "train-00000.bytes.npy")
     for changed in (n_bytes + 1, np.concatenate([[-1, n_bytes[0] + n_bytes[1] + 1], n_bytes[2:]])):
