@@ -8,9 +8,8 @@ STEPS = "benchmarks/results/steps.json"
 IMAGES = "docs/images"
 _OURS = "fusedlm"
 _LESS_EXACT = "†"
-_COLOURS = (
-    "#b03060", "#d4709a", "#e8a8c0", "#303a5c", "#5c78b8", "#90a8d8", "#7a9a5a", "#c0a040", "#909090", "#202020",
-)  # fmt: skip
+_OUR_COLOUR, _PEER_COLOUR = "#b03060", "#90a8d8"
+_COLUMNS = 2  # of panels
 
 
 def ops_section(record: dict | None, steps: dict | None) -> str:
@@ -41,7 +40,7 @@ def _ops(record: dict | None) -> str:
         for case in record["cases"]:
             if case["op"] == op:
                 page += "".join(_row(case, one, i == 0) for i, one in enumerate(case["contenders"]))
-        page += f"\n![Fraction of the floor reached by each contender](images/ops-{op}.png)\n"
+        page += f"\n![Milliseconds of each contender](images/ops-{op}.png)\n"
     return page + _note(record)
 
 
@@ -116,38 +115,58 @@ def _profile(title: str, profile: dict) -> str:
 
 
 def draw_ops(record: dict, folder: Path) -> None:
-    """For each op bars of the fraction of the floor reached, grouped by case; hatched: less exact than the bound."""
+    """For each op a panel of each case: bars of milliseconds, and a line at the floor; hatched: less exact than the
+    bound. The hardware is in the title."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    names = list(dict.fromkeys(one["name"] for case in record["cases"] for one in case["contenders"]))
-    colours = dict(
-        zip(sorted(names, key=lambda name: not name.startswith(_OURS)), itertools.cycle(_COLOURS), strict=False)
-    )
     for op in dict.fromkeys(case["op"] for case in record["cases"]):
         cases = [case for case in record["cases"] if case["op"] == op]
-        rows, labels, ticks = [], [], []
-        for case in cases:
-            start = len(rows) + len(ticks)  # with a gap between cases
-            timed = [one for one in case["contenders"] if one["milliseconds"] is not None]
-            ticks.append(start + (len(timed) - 1) / 2)
-            labels.append(f"{case['shape']}\n{case['direction']}")
-            for i, one in enumerate(timed):
-                rows.append((start + i, one["name"], case["floor_ms"] / one["milliseconds"], _is_less_exact(one)))
-        figure, axes = pyplot.subplots(figsize=(9, 1.2 + 0.14 * (len(rows) + len(ticks))), layout="constrained")
-        for name in dict.fromkeys(name for _, name, _, _ in rows):
-            axes.barh(rows[0][0], 0, label=name, color=colours[name])  # the legend is never hatched
-        for place, name, fraction, less_exact in rows:
-            hatching = {"edgecolor": "white", "linewidth": 0, "hatch": "////"} if less_exact else {}
-            axes.barh(place, fraction, 0.9, facecolor=colours[name], **hatching)
-        axes.axvline(1, color="black", linewidth=0.8)
-        axes.set_yticks(ticks, labels, fontsize=7)
-        axes.invert_yaxis()
-        axes.margins(y=0.01)
-        what = "fraction of the floor (1: as fast as the measured rates of the device allow)"
-        axes.set_xlabel(f"{op}: {what}{'; hatched: less exact' if any(row[3] for row in rows) else ''}", fontsize=8)
-        figure.legend(loc="outside upper center", ncols=4, fontsize=7)
-        figure.savefig(folder / f"ops-{op}.png", dpi=110)
+        rows = [cases[i : i + _COLUMNS] for i in range(0, len(cases), _COLUMNS)]
+        heights = [0.75 + 0.2 * max(len(_timed(case)) for case in row) for row in rows]
+        figure, panels = pyplot.subplots(
+            len(rows),
+            _COLUMNS,
+            figsize=(10, 0.9 + sum(heights)),
+            height_ratios=heights,
+            squeeze=False,
+            layout="constrained",
+        )
+        for axes, case in itertools.zip_longest(panels.ravel(), cases):
+            axes.set_axis_off() if case is None else _draw_case(axes, case)
+        less_exact = any(_is_less_exact(one) for case in cases for one in _timed(case))
+        how = f"milliseconds; dashed: the floor of this device{'; hatched: less exact' if less_exact else ''}"
+        figure.suptitle(f"{op} on {_hardware(record)}\n{how}", fontsize=9)
+        figure.savefig(folder / f"ops-{op}.png", dpi=110, metadata={"Software": None})
         pyplot.close(figure)
+
+
+def _draw_case(axes, case: dict) -> None:
+    timed = _timed(case)
+    longest = max((one["milliseconds"] for one in timed), default=case["floor_ms"])
+    for place, one in enumerate(timed):
+        ours = one["name"].startswith(_OURS)
+        hatching = {"edgecolor": "white", "linewidth": 0, "hatch": "////"} if _is_less_exact(one) else {}
+        axes.barh(place, one["milliseconds"], 0.78, facecolor=_OUR_COLOUR if ours else _PEER_COLOUR, **hatching)
+        written = f"{one['milliseconds']:#.3g}".rstrip(".")
+        text = f" {written} ms, {case['floor_ms'] / one['milliseconds']:.0%} of the floor"
+        axes.text(one["milliseconds"], place, text, va="center", fontsize=7)
+    axes.axvline(case["floor_ms"], color="#24292f", linewidth=0.8, linestyle=(0, (4, 3)))
+    axes.set_yticks(range(len(timed)), [one["name"] for one in timed], fontsize=7.5)
+    axes.invert_yaxis()
+    axes.set_xlim(0, 1.75 * longest)  # with space for the figures
+    axes.tick_params(axis="x", labelsize=7)
+    axes.tick_params(axis="y", length=0)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.set_title(f"{case['shape']}, {case['dtype']}, {case['direction']}", fontsize=8, loc="left")
+
+
+def _timed(case: dict) -> list[dict]:
+    return [one for one in case["contenders"] if one["milliseconds"] is not None]
+
+
+def _hardware(record: dict) -> str:
+    made = record["environment"]
+    return f"{made['device_name']}, torch {made['torch']}, {made['date'][:10]}"

@@ -132,4 +132,5 @@ def png(figure: Figure) -> bytes:
     out = io.BytesIO()
     # Without matplotlib's version, so that the same run gives the same file.
     figure.savefig(out, format="png", metadata={"Software": None})
+    figure.set_layout_engine("none")  # found, and the same at any resolution
     return out.getvalue()

@@ -67,9 +67,22 @@ def test_steps_are_read_by_either_name(record):
     assert "| gpt | fused | 1,100 | 1.100× | 50.0% | 2.00 GiB |" in ops_section(None, new)
 
 
-def test_bars_are_drawn_for_every_time(record, tmp_path):
+def test_bars_have_their_milliseconds_and_the_chart_its_hardware(record, tmp_path, monkeypatch):
+    from matplotlib.figure import Figure
+    from matplotlib.text import Text
+
+    drawn = []
+
+    def save(figure, path, **options):
+        drawn.append((path.name, {text.get_text() for text in figure.findobj(Text)}, figure.axes[0].patches))
+
+    monkeypatch.setattr(Figure, "savefig", save)
     draw_ops(record, tmp_path)
-    assert (tmp_path / "ops-an_op.png").stat().st_size > 0
+    ((name, texts, bars),) = drawn
+    assert name == "ops-an_op.png" and [bar.get_width() for bar in bars] == [2.0, 0.5, 0.25]
+    assert {" 2.00 ms, 10% of the floor", " 0.500 ms, 40% of the floor", " 0.250 ms, 80% of the floor"} <= texts
+    assert any("an_op on a GPU, torch 2.11, 2026-01-02" in text and "hatched" in text for text in texts)
+    assert "4 × 8, bfloat16, forward" in texts and "cut cross entropy" not in texts
 
 
 def test_a_run_prints_the_error_beside_the_time(record):

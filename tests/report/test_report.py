@@ -11,16 +11,27 @@ import pytest
 from fusedlm.report import write_report
 from fusedlm.report.assets import SCRIPT
 from fusedlm.report.facts import header_facts
+from fusedlm.report.svg import Inline
 from fusedlm.report.text import clean, shortened
+
+PNG = b"\x89PNG\r\n\x1a\n"
 
 
 @pytest.fixture(autouse=True)
-def coarse_plots(monkeypatch):
+def only_svg(monkeypatch):
     """Drawing takes most of the time."""
-    monkeypatch.setattr("fusedlm.report.style.DPI", 30)
+    monkeypatch.setattr("fusedlm.report.style.png", lambda figure: PNG)
 
 
-PNG = b"\x89PNG\r\n\x1a\n"
+@pytest.fixture
+def not_drawn(monkeypatch):
+    """For tests of text: captions come without drawing."""
+    monkeypatch.setattr("fusedlm.report.style.inline", lambda *arguments: Inline(1, 1, "", [], [], []))
+
+
+@pytest.fixture
+def with_png(only_svg, monkeypatch):
+    monkeypatch.undo()
 
 
 class Checker(HTMLParser):
@@ -97,7 +108,7 @@ def write_run(path, n=30, validate=True, **changes):
     return path
 
 
-def test_a_full_run(tmp_path):
+def test_a_full_run(tmp_path, with_png):
     run = write_run(tmp_path / "run", mfu=lambda step: 0.456)
     (run / "recipe.yaml").write_text("name: demo\ndescription: A small one.\n")
     (run / "environment.json").write_text('{"torch": "2.13.0", "parameters": {"total": 2500000, "active": 1200000}}')
@@ -111,7 +122,8 @@ def test_a_full_run(tmp_path):
         assert words in page.text
     names = {"loss", "validation", "optimization", "throughput", "memory"}
     assert {plot.stem for plot in (run / "plots").iterdir()} == names
-    assert all((run / f"plots/{name}.png").read_bytes().startswith(PNG) for name in names)
+    pictures = [(run / f"plots/{name}.png").read_bytes() for name in names]
+    assert all(picture.startswith(PNG) and len(picture) > 1000 for picture in pictures)
     assert {kind: len(found) for kind, found in page.svgs().items()} == {"full": 1, "narrow": 1, "half": 4}
 
 
@@ -178,7 +190,7 @@ def test_training_and_validation_loss_are_in_one_plot_of_one_unit(tmp_path):
     assert axes["y"][0] < 3.0 and axes["y"][1] > 9.0
 
 
-def test_text_epochs_and_device_are_in_the_header(tmp_path):
+def test_text_epochs_and_device_are_in_the_header(tmp_path, not_drawn):
     run = write_run(tmp_path / "run")
     (run / "recipe.yaml").write_text("name: a\ndata: {source: {type: text, path: some/where/corpus.txt}}\n")
     counts = {"documents": 1234, "bytes": 9_000_000, "tokens": 2500, "training_tokens": 2000, "held_out_bytes": 900_000}
@@ -202,7 +214,7 @@ def test_a_header_of_odd_counts(data):
     assert header_facts({}, {"device_name": "CPU", "data": data}, 100.0) == [("Device", "CPU")]
 
 
-def test_tables_scroll_in_their_box(tmp_path):
+def test_tables_scroll_in_their_box(tmp_path, not_drawn):
     run = write_run(tmp_path / "run")
     (run / "environment.json").write_text('{"a": "b"}')
     source = write_report(run).read_text()
@@ -266,7 +278,7 @@ def test_losses_of_layers_are_shown_if_a_run_has_them(tmp_path, n):
     assert not (plain / "plots/layer_losses.png").exists()
 
 
-def test_window_and_stride_of_validations_are_shown(tmp_path):
+def test_window_and_stride_of_validations_are_shown(tmp_path, not_drawn):
     run = write_run(tmp_path / "run")
     assert "Stride" not in parse(write_report(run)).text
 
@@ -316,18 +328,18 @@ def test_odd_runs_make_a_page(tmp_path, changes):
     assert "nan" not in re.findall(r"[a-z]+", page.text)
 
 
-def test_skipped_steps_are_named(tmp_path):
+def test_skipped_steps_are_named(tmp_path, not_drawn):
     run = write_run(tmp_path / "run", loss=lambda s: None if s in (4, 7) else 3.0, skipped=lambda s: s in (4, 7))
     page = parse(write_report(run))
     assert "2 steps were skipped because loss or gradient was not finite: 4, 7." in page.text
 
 
-def test_a_spike_is_cut_off_and_mentioned(tmp_path):
+def test_a_spike_is_cut_off_and_mentioned(tmp_path, not_drawn):
     run = write_run(tmp_path / "run", n=100, loss=lambda step: 5000.0 if step == 50 else 3.0 + math.sin(step))
     assert "1 value lies above the plot, up to 5e+03" in parse(write_report(run)).text
 
 
-def test_averaged_weights_are_shown_if_a_run_has_them(tmp_path):
+def test_averaged_weights_are_shown_if_a_run_has_them(tmp_path, not_drawn):
     run = write_run(tmp_path / "run")
     assert "of averaged weights" not in parse(write_report(run)).text
     with (run / "metrics.jsonl").open("a") as file:
@@ -336,18 +348,18 @@ def test_averaged_weights_are_shown_if_a_run_has_them(tmp_path):
     assert "of averaged weights" in page.text and "1.9123" in page.text
 
 
-def test_many_validations_are_folded(tmp_path):
+def test_many_validations_are_folded(tmp_path, not_drawn):
     assert "details" in parse(write_report(write_run(tmp_path / "run", n=130))).tags
 
 
-def test_an_incomplete_last_line_is_skipped(tmp_path):
+def test_an_incomplete_last_line_is_skipped(tmp_path, not_drawn):
     run = write_run(tmp_path / "run")
     with (run / "metrics.jsonl").open("a") as file:
         file.write('{"step": 31, "loss": 2.')
     assert "in 30 steps" in parse(write_report(run)).text
 
 
-def test_the_title_without_a_recipe_is_the_name_of_the_folder(tmp_path):
+def test_the_title_without_a_recipe_is_the_name_of_the_folder(tmp_path, not_drawn):
     assert "<h1>my-run</h1>" in write_report(write_run(tmp_path / "my-run")).read_text()
 
 
