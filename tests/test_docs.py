@@ -30,6 +30,7 @@ SMALL = (
     "data.validation=null",
     "data.split={type: hash, fraction: 0.3}",
     "data.tokenizer={type: bpe, vocab_size: 280}",
+    "model.dim=48",
     "train.steps=2",
     "train.seq_len=96",
     "train.batch_size=2",
