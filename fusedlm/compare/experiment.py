@@ -1,5 +1,6 @@
 """The grid of an experiment: one run per variant and seed."""
 
+import contextlib
 import shutil
 import signal
 from dataclasses import dataclass
@@ -7,7 +8,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from fusedlm.compare.folder import ExperimentFolder, identify
+from fusedlm.compare.folder import FILES, IDENTITY, ExperimentFolder, identify
 from fusedlm.compare.matching import Variant, match_variants
 from fusedlm.compare.process import Stopped, run_in_process
 from fusedlm.compare.progress import GridDisplay
@@ -23,6 +24,7 @@ from fusedlm.runs.hardware import device_name
 from fusedlm.runs.signals import StopSignal
 from fusedlm.train.display import Display
 from fusedlm.train.loggers import check_loggers
+from fusedlm.train.start import Start
 
 
 @dataclass(frozen=True)
@@ -74,19 +76,31 @@ def run_experiment(
     for recipe in recipes.values():
         check_loggers(recipe.train.loggers)
     _check_same_text(recipes)
-    with ExperimentFolder(Path(out)) as folder:
-        vocab_sizes = (_open if train else _reopen)(experiment, recipes, folder, console)
-        with StopSignal() as stop:
-            grid = _Grid(experiment, folder, GridDisplay(console), stop)
-            try:
-                variants = grid.run(recipes, vocab_sizes) if train else grid.match(recipes, vocab_sizes, timing=False)
-            finally:
-                grid.display.close()
-        if variants is None:
-            return Outcome(None, stop.received, None)
-        results = collect(experiment, variants, folder)
-        report = write_report(results, folder.path) if results.histories else None
-        return Outcome(results, (stop.received or signal.SIGTERM) if grid.stopped else None, report)
+    start = Start(Path(out))
+    try:
+        with ExperimentFolder(Path(out)) as folder, contextlib.ExitStack() as stack:
+            if not (folder.path / IDENTITY).exists():
+                stack.enter_context(start.taken_back(FILES, folder.holds_work))
+            return _run(experiment, recipes, folder, console, train)
+    finally:
+        start.remove_empty_folders()
+
+
+def _run(
+    experiment: Experiment, recipes: dict[str, Recipe], folder: ExperimentFolder, console: Console | None, train: bool
+) -> Outcome:
+    vocab_sizes = (_open if train else _reopen)(experiment, recipes, folder, console)
+    with StopSignal() as stop:
+        grid = _Grid(experiment, folder, GridDisplay(console), stop)
+        try:
+            variants = grid.run(recipes, vocab_sizes) if train else grid.match(recipes, vocab_sizes, timing=False)
+        finally:
+            grid.display.close()
+    if variants is None:
+        return Outcome(None, stop.received or signal.SIGTERM, None)
+    results = collect(experiment, variants, folder)
+    report = write_report(results, folder.path) if results.histories else None
+    return Outcome(results, (stop.received or signal.SIGTERM) if grid.stopped else None, report)
 
 
 def _check_same_text(recipes: dict[str, Recipe]) -> None:

@@ -60,7 +60,7 @@ def train(
     try:
         with RunFolder(Path(run_dir), world) as folder, contextlib.ExitStack() as stack:
             if world.is_main:
-                stack.enter_context(start.taken_back(folder, keep=TrainingDiverged))
+                stack.enter_context(start.run_taken_back(folder, keep=TrainingDiverged))
             stack.enter_context(numerics(device, dtype, recipe.runtime.deterministic))
             for note in folder.check_recipe(recipe, resume, device.type):
                 display.note(note)
