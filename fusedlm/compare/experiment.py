@@ -1,5 +1,6 @@
 """The grid of an experiment: one run per variant and seed."""
 
+import contextlib
 import shutil
 import signal
 from dataclasses import dataclass
@@ -7,7 +8,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from fusedlm.compare.folder import ExperimentFolder
+from fusedlm.compare.folder import FILES, IDENTITY, ExperimentFolder
 from fusedlm.compare.identity import identify
 from fusedlm.compare.matching import Variant, match_variants
 from fusedlm.compare.process import Stopped, run_in_process
@@ -25,6 +26,7 @@ from fusedlm.runs.signals import StopSignal
 from fusedlm.runs.text import open_text
 from fusedlm.train.display import Display
 from fusedlm.train.loggers import check_loggers
+from fusedlm.train.undo import StartUndo
 
 
 @dataclass(frozen=True)
@@ -79,20 +81,32 @@ def run_experiment(
     for recipe in recipes.values():
         check_loggers(recipe.train.loggers)
     _check_same_text(recipes)
-    with ExperimentFolder(Path(out)) as folder:
-        vocab_sizes = (_open if train else _reopen)(experiment, recipes, folder, console)
-        with StopSignal() as stop:
-            grid = _Grid(experiment, folder, GridDisplay(console), stop)
-            try:
-                variants = grid.run(recipes, vocab_sizes) if train else grid.match(recipes, vocab_sizes, timing=False)
-            finally:
-                grid.display.close()
-        if variants is None:
-            return Outcome(None, stop.received, None)
-        results = collect(experiment, variants, folder)
-        report = write_report(results, folder.path) if results.has_ended else None
-        stopped_by = (stop.received or signal.SIGTERM) if grid.stopped else None
-        return Outcome(results, stopped_by, report, tuple(grid.failed))
+    undo = StartUndo(Path(out))
+    try:
+        with ExperimentFolder(Path(out)) as folder, contextlib.ExitStack() as stack:
+            if not (folder.path / IDENTITY).exists():
+                stack.enter_context(undo.taken_back(FILES, folder.holds_work))
+            return _run(experiment, recipes, folder, console, train)
+    finally:
+        undo.remove_empty_folders()
+
+
+def _run(
+    experiment: Experiment, recipes: dict[str, Recipe], folder: ExperimentFolder, console: Console | None, train: bool
+) -> Outcome:
+    vocab_sizes = (_open if train else _reopen)(experiment, recipes, folder, console)
+    with StopSignal() as stop:
+        grid = _Grid(experiment, folder, GridDisplay(console), stop)
+        try:
+            variants = grid.run(recipes, vocab_sizes) if train else grid.match(recipes, vocab_sizes, timing=False)
+        finally:
+            grid.display.close()
+    if variants is None:
+        return Outcome(None, stop.received or signal.SIGTERM, None)
+    results = collect(experiment, variants, folder)
+    report = write_report(results, folder.path) if results.has_ended else None
+    stopped_by = (stop.received or signal.SIGTERM) if grid.stopped else None
+    return Outcome(results, stopped_by, report, tuple(grid.failed))
 
 
 def _check_same_text(recipes: dict[str, Recipe]) -> None:

@@ -24,6 +24,7 @@ from fusedlm.runs.seal import seal, unseal
 
 EXPERIMENT, IDENTITY, CALIBRATION = "experiment.yaml", "identity.json", "calibration.json"
 RUNS, RECORDS, DECODING = "runs", "records", "decoding"
+FILES = (EXPERIMENT, IDENTITY, RUNS, ".lock")  # what a start writes before there is anything to keep
 _CHECKSUM = "sha256"
 _AGAIN = "remove it to compute its content again"
 
@@ -74,6 +75,12 @@ class ExperimentFolder:
 
     def run(self, variant: str, seed: int) -> Path:
         return self.path / RUNS / run_name(variant, seed)
+
+    def holds_work(self) -> bool:
+        """Whether there is anything that a new start would have to repeat."""
+        runs = self.path / RUNS
+        started = runs.is_dir() and any(runs.iterdir())
+        return started or any((self.path / name).exists() for name in (RECORDS, CALIBRATION, DECODING))
 
     def check(self, identity: dict) -> None:
         """Check that an experiment can start or resume here: seeds and variants may be added, nothing else may differ

@@ -63,7 +63,7 @@ def train(
     try:
         with RunFolder(Path(run_dir), world) as folder, contextlib.ExitStack() as stack:
             if world.is_main:
-                stack.enter_context(undo.taken_back(folder, keep=TrainingDiverged))
+                stack.enter_context(undo.run_taken_back(folder, keep=TrainingDiverged))
             stack.enter_context(numerics(device, dtype, recipe.runtime.deterministic))
             folder.check_resume(resume)
             start = find_start(folder)

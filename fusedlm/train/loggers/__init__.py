@@ -8,7 +8,7 @@ from pathlib import Path
 from fusedlm.config import Recipe
 from fusedlm.terminal import one_line
 
-# Module and class in this package, the packages it imports, and how they are installed.
+# Module and class in this package, the packages they need, and what installs these.
 _LOGGERS = {
     "csv": ("csv_table", "CSVLogger", (), ""),
     "mlflow": ("mlflow", "MLflowLogger", ("mlflow",), "mlflow"),

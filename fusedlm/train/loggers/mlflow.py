@@ -1,5 +1,7 @@
 """MLflow: a run in RUN/mlflow.db, or on the server that MLFLOW_TRACKING_URI names."""
 
+import importlib.util
+import logging
 import os
 import time
 from collections.abc import Iterator
@@ -22,7 +24,12 @@ class MLflowLogger:
     def __init__(self, recipe: Recipe, run_dir: Path, start_step: int):
         from mlflow.tracking import MlflowClient
 
-        uri = os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{run_dir.absolute()}/mlflow.db"
+        # Setting up the store is no news, and of a failure `Loggers` says one line.
+        logging.getLogger("mlflow").setLevel(logging.CRITICAL)
+        server = os.environ.get("MLFLOW_TRACKING_URI")
+        if not server and importlib.util.find_spec("sqlalchemy") is None:
+            raise ValueError("mlflow-skinny needs sqlalchemy and alembic; pip install sqlalchemy alembic")
+        uri = server or f"sqlite:///{run_dir.absolute()}/mlflow.db"
         self._client = MlflowClient(uri)
         self._logged: dict[str, set[int]] | None = None  # steps by tag; None: a new run, none is logged yet
         id_file = run_dir / "mlflow-id.txt"

@@ -26,6 +26,8 @@ class WandbLogger:
         id_file = run_dir / "wandb-id.txt"
         known = id_file.read_text(encoding="utf-8").strip() if id_file.exists() else ""
         run_id = known or uuid.uuid4().hex
+        known_settings = getattr(wandb.Settings, "model_fields", ())  # earlier releases have no limit
+        limit = {"finish_timeout": _FINISH_SECONDS} if "finish_timeout" in known_settings else {}
         self._run = wandb.init(
             project=os.environ.get("WANDB_PROJECT", "fusedlm"),
             name=recipe.name,
@@ -33,7 +35,7 @@ class WandbLogger:
             resume="allow",
             dir=str(run_dir),
             config=recipe.model_dump(mode="json"),
-            settings=wandb.Settings(finish_timeout=_FINISH_SECONDS),
+            settings=wandb.Settings(**limit),
         )
         if not known:
             write_atomic(id_file, run_id)
