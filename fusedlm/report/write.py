@@ -5,9 +5,9 @@ import math
 from pathlib import Path
 
 import numpy as np
-import yaml
 
 from fusedlm import __version__
+from fusedlm.config.reading import parse_yaml
 from fusedlm.files import write_atomic
 from fusedlm.report.facts import header_facts
 from fusedlm.report.history import History, median, read_history
@@ -85,8 +85,8 @@ def _read_environment(path: Path) -> dict:
 def _tree(recipe: str | None) -> dict:
     """The recipe as plain values; empty if it cannot be read, since a report must not fail on an older recipe."""
     try:
-        tree = yaml.safe_load(recipe or "")
-    except (yaml.YAMLError, ValueError, RecursionError):
+        tree = parse_yaml(recipe or "")
+    except ValueError:
         return {}
     return tree if isinstance(tree, dict) else {}
 

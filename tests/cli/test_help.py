@@ -34,7 +34,7 @@ def test_a_section_is_shown_with_every_key(fusedlm, columns: int):
 
 def test_a_key_is_shown_with_type_default_and_meaning(fusedlm):
     out = fusedlm("help", "train.optimizer.lr").out
-    assert "train.optimizer.lr (type sgd)\n  number, greater than 0, at most 1e30; default 0.1\n  Learning" in out
+    assert "train.optimizer.lr (type sgd)\n  number, greater than 0, at most 1e38; default 0.1\n  Learning" in out
     assert "required" in fusedlm("help", "train.steps").out
     assert "name of the variant" in fusedlm("help", "experiment.variants").out
 

@@ -99,7 +99,7 @@ def test_generated_text_cannot_drive_a_terminal(terminal: bool, shown: str, caps
 def test_errors_are_one_line_without_control_characters(fusedlm, tmp_path):
     outcome = fusedlm("train", tmp_path / "a\x1b[2J\nb\u202ec\x9b.yaml")
     assert outcome.code == 2 and outcome.err.count("\n") == 1
-    assert r"a\x1b[2J b\u202ec\x9b.yaml: No such file" in outcome.err
+    assert r"a\x1b[2J\nb\u202ec\x9b.yaml: No such file" in outcome.err
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])

@@ -7,7 +7,7 @@ from torch.nn.modules.module import register_module_forward_hook
 from fusedlm.cli import main
 from fusedlm.config import dump_recipe
 from fusedlm.data import open_prepared
-from fusedlm.evaluate import score_documents
+from fusedlm.evaluate import first_tokens, score_documents
 from fusedlm.nn.block import Block
 from fusedlm.runs import load
 from fusedlm.train import train
@@ -37,9 +37,10 @@ def test_activations_have_the_dtype_of_the_recipe(tmp_path, dtype):
 def test_validation_is_scored_in_the_dtype_of_training(tmp_path):
     train(tiny_recipe(tmp_path, "train.steps=4", "train.ema=null", "runtime.dtype=bfloat16"), tmp_path / "run")
     model, _, _ = load(tmp_path / "run", device="cpu")
-    documents = open_prepared(next((tmp_path / "prepared").glob("text-*"))).validation.documents
-    options = {"window": 16, "stride": 16, "batch_tokens": 32, "max_tokens": 100, "device": "cpu"}
+    data = open_prepared(next((tmp_path / "prepared").glob("text-*")))
+    documents = list(first_tokens(data.validation.documents(), 100, data.tokenizer))
+    options = {"window": 16, "stride": 16, "batch_tokens": 32, "device": "cpu"}
     dtypes = (torch.float32, torch.bfloat16)
-    bpb = {dtype: score_documents(model, documents(), dtype=dtype, **options).bpb for dtype in dtypes}
+    bpb = {dtype: score_documents(model, documents, dtype=dtype, **options).bpb for dtype in dtypes}
     (validation,) = [record for record in records(tmp_path / "run") if "val_bpb" in record]
     assert validation["val_bpb"] == bpb[torch.bfloat16] != bpb[torch.float32]
