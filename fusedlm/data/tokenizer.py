@@ -234,9 +234,11 @@ def load_tokenizer(directory: str | Path) -> Tokenizer:
         if kind not in ("bytes", "subword"):
             raise ValueError(f"type {kind!r} is unknown")
         end_of_text = None if kind == "bytes" else meta["end_of_text"]
+        if not isinstance(end_of_text, str | None):
+            raise ValueError(f"end_of_text {end_of_text!r} is not text")
     except OSError as error:
         raise ValueError(f"tokenizer {path}: {error.strerror or error}") from None
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise ValueError(f"tokenizer {path}: damaged ({' '.join(str(error).split())})") from None
     if kind == "bytes":
         tokenizer = ByteTokenizer()

@@ -151,7 +151,8 @@ def test_changed_files_are_named(bpe, tmp_path):
     path.unlink()
     with pytest.raises(ValueError, match=r"tokenizer\.json: No such file"):
         load_tokenizer(tmp_path)
-    for content in ("", "[]", "{}", '{"type": "other", "fingerprint": ""}'):
+    other, number = '{"type": "other", "fingerprint": ""}', '{"type": "subword", "fingerprint": "", "end_of_text": 5}'
+    for content in ("", "[]", "{}", other, number, "[" * 99999):
         (tmp_path / "tokenizer.meta.json").write_text(content)
         with pytest.raises(ValueError, match=r"tokenizer\.meta\.json: damaged"):
             load_tokenizer(tmp_path)

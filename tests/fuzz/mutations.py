@@ -153,7 +153,7 @@ def _places(tree):
         yield from _places(value)
 
 
-def damage_path(path: Path, draw: random.Random) -> None:
+def damage_path(path: Path, draw: random.Random) -> str:
     """Replace a file by something else: nothing, a folder, a link to nowhere or to itself, or a sibling's content."""
     kind = draw.choice(("missing", "folder", "dangling", "loop", "sibling", "sibling"))
     siblings = [other for other in sorted(path.parent.iterdir()) if other.is_file() and other != path]
@@ -167,6 +167,7 @@ def damage_path(path: Path, draw: random.Random) -> None:
         os.symlink(path.name, path)
     elif kind == "sibling":
         path.write_bytes(content)
+    return kind
 
 
 def damage_file(path: Path, draw: random.Random) -> str:
@@ -180,10 +181,9 @@ def damage_file(path: Path, draw: random.Random) -> str:
         kinds += ["lines"]
     kind = draw.choice(kinds)
     if kind == "path":
-        damage_path(path, draw)
-    else:
-        how = {"bytes": damage_bytes, "json": damage_json, "yaml": damage_yaml, "lines": damage_lines}[kind]
-        path.write_bytes(how(path.read_bytes(), draw))
+        return damage_path(path, draw)
+    how = {"bytes": damage_bytes, "json": damage_json, "yaml": damage_yaml, "lines": damage_lines}[kind]
+    path.write_bytes(how(path.read_bytes(), draw))
     return kind
 
 

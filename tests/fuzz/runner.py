@@ -81,7 +81,7 @@ def run_case(case: Case, homes: Path) -> Verdict:
 
 
 def _judge(case: Case, target: Target, path: Path, how: str, file: str, found, mode: int) -> Verdict:
-    if target.is_plain(path) or "sealed" in how:  # a forger who makes all checksums right is not told from a writer
+    if target.is_plain(path, how):
         return Verdict(case, "plain", file, how)
     with tempfile.TemporaryDirectory() as work:
         intact = Path(work, case.target)
@@ -169,8 +169,9 @@ def _serve(connection, homes: Path) -> None:
 
     torch.set_num_threads(1)
     logging.disable(logging.NOTSET)
-    with open("/proc/self/statm") as file:
-        used = int(file.read().split()[0]) * resource.getpagesize()
-    resource.setrlimit(resource.RLIMIT_AS, (used + MEMORY, used + MEMORY))
     while True:
-        connection.send(run_case(connection.recv(), homes))
+        case = connection.recv()
+        with open("/proc/self/statm") as file:
+            used = int(file.read().split()[0]) * resource.getpagesize()
+        resource.setrlimit(resource.RLIMIT_AS, (used + MEMORY, resource.RLIM_INFINITY))
+        connection.send(run_case(case, homes))

@@ -85,8 +85,9 @@ class Target:
         """Read a folder, damaged or intact."""
         raise NotImplementedError
 
-    def is_plain(self, path: Path) -> bool:
-        return False
+    def is_plain(self, path: Path, how: str) -> bool:
+        """Whether other content is another input of the user, not damage."""
+        return "sealed" in how  # who makes all checksums right is not told from a writer
 
     def damage(self, folder: Path, draw: random.Random) -> tuple[Path, str]:
         """Damage one file; the file and how."""
@@ -118,7 +119,7 @@ class Recipes(Target):
         recipe = tiny_recipe(folder)
         (folder / "recipe.yaml").write_text(dump_recipe(recipe), encoding="utf-8")
 
-    def is_plain(self, path: Path) -> bool:
+    def is_plain(self, path: Path, how: str) -> bool:
         return True
 
     def read(self, folder: Path, draw: random.Random) -> Reading:
@@ -148,7 +149,7 @@ class Experiments(Target):
             encoding="utf-8",
         )
 
-    def is_plain(self, path: Path) -> bool:
+    def is_plain(self, path: Path, how: str) -> bool:
         return True
 
     def read(self, folder: Path, draw: random.Random) -> Reading:
@@ -180,8 +181,8 @@ class Sources(Target):
         table = pyarrow.Table.from_pylist(rows)
         pyarrow.parquet.write_table(table, text / "a.parquet", write_page_checksum=True, compression="snappy")
 
-    def is_plain(self, path: Path) -> bool:
-        return path.suffix in (".txt", ".jsonl")
+    def is_plain(self, path: Path, how: str) -> bool:
+        return path.suffix in (".txt", ".jsonl") or how == "sibling"
 
     def damage(self, folder: Path, draw: random.Random) -> tuple[Path, str]:
         path, how = super().damage(folder, draw)
@@ -214,7 +215,7 @@ class TokenizerFiles(Target):
         folder.mkdir(parents=True, exist_ok=True)
         train_bpe([_TEXT * 4], 300).save(folder)
 
-    def is_plain(self, path: Path) -> bool:
+    def is_plain(self, path: Path, how: str) -> bool:
         return True
 
     def read(self, folder: Path, draw: random.Random) -> Reading:
@@ -349,7 +350,10 @@ class Comparisons(Target):
             )
         results = (folder / "out" / "results.json").read_text(encoding="utf-8") if outcome.report else ""
         results = results.replace(str(folder), "")  # the path of the base recipe
-        said = output.getvalue() + "\n".join(notes.lines)
+        # The report states what is missing: runs that have no record, and decoding that was not measured.
+        missing = [row for row in json.loads(results or "{}").get("runs", []) if row["outcome"] != "finished"]
+        measured = sorted(path.name for path in folder.glob("out/decoding/*.json") if path.is_file())
+        said = output.getvalue() + "\n".join(notes.lines) + f"{missing} {measured}"
         return Reading(digest(results), said)
 
 

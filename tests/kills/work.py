@@ -13,6 +13,7 @@ from fusedlm.compare import run_experiment
 from fusedlm.config import dump_recipe
 from fusedlm.config.experiment import load_experiment
 from fusedlm.data import prepare
+from fusedlm.runs.checkpoint import Checkpoints
 from fusedlm.train import train
 from tests.train.runs import records, tiny_recipe
 
@@ -66,9 +67,14 @@ def _train(folder: Path) -> None:
 
 
 def _trained(folder: Path):
-    checkpoints = sorted((folder / "run" / "checkpoints").iterdir())
-    files = {str(path.relative_to(folder)): _digest(path) for c in checkpoints for path in sorted(c.iterdir())}
-    return records(folder / "run"), files
+    """Metrics, tensors and states, without the id that each run draws."""
+    checkpoints = Checkpoints(folder / "run" / "checkpoints")
+    names = ("model", "optimizer", "ema", "rng")
+    states = [checkpoints.read_json(step, "state.json") | {"run": None} for step in checkpoints.steps()]
+    tensors = [
+        _digest(checkpoints.path(step) / f"{name}.safetensors") for step in checkpoints.steps() for name in names
+    ]
+    return records(folder / "run"), [state | {"metrics": None} for state in states], tensors
 
 
 def _digest(path: Path) -> str:
