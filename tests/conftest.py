@@ -1,11 +1,16 @@
-"""What every test runs under: one torch thread a worker; without a GPU, Triton's interpreter and no GPU tests."""
+"""What every test runs under: one torch thread a worker; without a GPU, Triton's interpreter and no GPU tests; signals
+as in a terminal."""
 
 import os
+import signal
 
 import pytest
 import torch
 
 torch.set_num_threads(1)
+# In the background of a script or under nohup they are ignored, and what a test sends would be lost.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before any kernel is defined
 
