@@ -207,6 +207,8 @@ def test_other_folders_are_refused(finished, experiment_file, tmp_path):
         run_experiment(*loaded, experiment_file)
     with pytest.raises(ValueError, match="holds no experiment yet"):
         run_experiment(*loaded, tmp_path / "out", train=False)
+    assert not (tmp_path / "out").exists()
+    (tmp_path / "out").mkdir()
     (tmp_path / "out/identity.json").write_text("{")
     with pytest.raises(ValueError, match="identity.json: damaged"):
         run_experiment(*loaded, tmp_path / "out")

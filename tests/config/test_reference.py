@@ -57,7 +57,7 @@ def test_defaults_are_those_of_the_schema():
         ("train.seed", "integer from 0 to 9,223,372,036,854,775,807"),
         ("train.optimizer", "section of type adamw, sgd"),
         ("data.validation", "section of type sotu, text, jsonl, parquet, or null"),
-        ("train.loggers", "list, each one of tensorboard, wandb"),
+        ("train.loggers", "list, each one of tensorboard, wandb, mlflow, csv"),
         ("runtime.device", "one of auto, cpu, cuda"),
         ("runtime.compile", "true or false"),
         ("runtime.backends", "mapping from text to text"),
