@@ -1,5 +1,6 @@
 """Text from a model: one prompt or many, at once or piece by piece."""
 
+import contextlib
 from collections.abc import Iterator, Sequence
 from typing import Literal, overload
 
@@ -90,7 +91,7 @@ def generate(
     batches = [rows[first : first + batch_size] for first in range(0, len(rows), batch_size)]
     pieces = _pieces(model, tokenizer, batches, sampling, device, dtype)
     if stream:
-        return (piece for _, piece in pieces) if alone else pieces
+        return _without_index(pieces) if alone else pieces
     texts = [""] * len(prompts)
     for index, piece in pieces:
         texts[index] += piece
@@ -106,6 +107,12 @@ def _listed(prompts) -> list[str]:
 def _pieces(model, tokenizer, batches: list[list[Row]], *how) -> Iterator[tuple[int, str]]:
     for rows in batches:
         yield from decode(model, tokenizer, rows, *how)
+
+
+def _without_index(pieces: Iterator[tuple[int, str]]) -> Iterator[str]:
+    with contextlib.closing(pieces):  # closing this one must end decoding at once
+        for _, piece in pieces:
+            yield piece
 
 
 def _check_text(prompt, index: int) -> None:

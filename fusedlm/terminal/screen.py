@@ -24,6 +24,13 @@ class Screen:
     def __init__(self, console: Console | None):
         self.console = console if console is not None else Console(quiet=True, force_terminal=False)
         self._lost = False
+        self.console.on_broken_pipe = self._end
+
+    def _end(self) -> None:
+        """Called by rich at a closed pipe, also in the thread that draws bars, where SystemExit shows nothing. Its own
+        method would redirect the standard output of the process, whatever file the console writes to."""
+        self.console.quiet = True
+        raise SystemExit(1)
 
     @property
     def has_bars(self) -> bool:

@@ -1,6 +1,8 @@
 """The display: a header, lines or a bar, and the table of backends."""
 
 import io
+import os
+import sys
 
 import pytest
 from rich.console import Console
@@ -88,11 +90,13 @@ def test_a_run_has_a_header_of_five_lines_and_outlasts_its_display(tmp_path):
     assert names == ["run", "device", "model", "text", "steps"] and lines[start + 5].startswith("step ")
     assert "60 documents" in lines[start + 3] and "epochs" in lines[start + 3] and "held out" in lines[start + 3]
 
+    before = os.fstat(sys.stdout.fileno())
     for terminal in (True, False):
         run = tmp_path / f"broken-{terminal}"
         train(recipe, run, console=Console(file=BreakingPipe(), force_terminal=terminal))
         assert losses(run) == losses(tmp_path / "shown")
         assert checkpoint_names(run) == ["step-00000003"]
+    assert os.fstat(sys.stdout.fileno()).st_ino == before.st_ino  # rich would redirect it
 
 
 def test_no_console_shows_nothing(capsys):
