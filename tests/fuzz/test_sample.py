@@ -10,7 +10,7 @@ from tests.fuzz import runner
 from tests.fuzz.runner import Case, make_homes, run_case
 from tests.fuzz.targets import TARGETS, Reading, Target
 
-CASES = 12
+CASES = 8
 
 
 @pytest.mark.parametrize("name", TARGETS)

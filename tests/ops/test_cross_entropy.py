@@ -1,5 +1,6 @@
 """The reference against the formula, the kernels against the reference in float64: loss and gradient."""
 
+import itertools
 from functools import partial
 
 import pytest
@@ -105,9 +106,15 @@ def _check(found, exact, same, floor):
         assert a.isfinite().all()
 
 
-@pytest.mark.parametrize("z_loss", [0.0, 1e-3])
-@pytest.mark.parametrize("cap", CAPS)
-@pytest.mark.parametrize("shape", SHAPES)
+# The largest shape takes the interpreter ten seconds, and so has one case there.
+KERNEL_CASES = [
+    (shape, cap, z_loss)
+    for shape, cap, z_loss in itertools.product(SHAPES, CAPS, (0.0, 1e-3))
+    if shape[2] < 2**18 or torch.cuda.is_available() or (cap, z_loss) == (15.0, 1e-3)
+]
+
+
+@pytest.mark.parametrize(("shape", "cap", "z_loss"), KERNEL_CASES)
 def test_kernel(shape, cap, z_loss):
     logits, targets, upstream = _inputs(*shape)
     rest = cap, shape[2], z_loss
