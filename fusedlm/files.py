@@ -1,13 +1,16 @@
-"""Files that survive a crash: written under a temporary name, flushed to the disk, renamed."""
+"""Files that survive a crash: written under a temporary name, flushed to the disk, renamed; and their checksums."""
 
 import contextlib
 import fcntl
+import hashlib
 import os
 import re
 import secrets
 import stat
+from collections.abc import Callable
 from pathlib import Path
 
+_CHUNK_BYTES = 1 << 20
 _TEMPORARY = re.compile(r"\.fusedlm-[0-9a-f]{16}\.tmp")
 
 
@@ -18,6 +21,17 @@ def sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def sha256_file(path: Path, advance: Callable[[int], None] | None = None) -> str:
+    """sha256 (hex) of a file; `advance` is called with the number of bytes of each read."""
+    digest = hashlib.sha256()
+    with open(path, "rb", buffering=0) as file:
+        while chunk := file.read(_CHUNK_BYTES):
+            digest.update(chunk)
+            if advance is not None:
+                advance(len(chunk))
+    return digest.hexdigest()
 
 
 def write_atomic(path: Path, content: str | bytes) -> None:

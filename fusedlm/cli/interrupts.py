@@ -11,7 +11,7 @@ _NUMBERS = (signal.SIGTERM, signal.SIGHUP)
 
 
 class Terminated(BaseException):
-    """SIGTERM or SIGHUP, as KeyboardInterrupt is SIGINT: folders that are being written are removed on the way out."""
+    """SIGTERM or SIGHUP as an exception, like KeyboardInterrupt for SIGINT: half-written folders are removed."""
 
     def __init__(self, number: int):
         super().__init__(number)

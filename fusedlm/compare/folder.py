@@ -1,7 +1,6 @@
 """The folder of an experiment: its files, each bound to what it belongs to, and whether it can be resumed."""
 
 import fcntl
-import hashlib
 import json
 import shutil
 from collections.abc import Callable
@@ -17,7 +16,7 @@ from fusedlm.compare.checks import (
 )
 from fusedlm.compare.identity import difference, merged, variant_digest
 from fusedlm.config.experiment import Experiment, dump_experiment, run_name
-from fusedlm.files import write_atomic
+from fusedlm.files import sha256_file, write_atomic
 from fusedlm.runs.folder import ENVIRONMENT, METRICS
 from fusedlm.runs.folder import RECIPE as RUN_RECIPE
 from fusedlm.runs.seal import seal, unseal
@@ -33,7 +32,7 @@ class ExperimentFolder:
     """OUT/, locked for one process, as a context.
 
     runs/VARIANT-seedN are run folders, as `fusedlm train` writes them; records/ has one file per run that has ended,
-    and decoding/ one per variant. What is recorded is not computed again, except that failed runs are tried again.
+    and decoding/ one per variant. Recorded results are not recomputed; failed runs are retried.
     Every file that is read back is {"about", "content", "sha256"}: it must be what was written, and about the variant,
     seed and experiment that it is read for. Files of versions without checksums are accepted once: `notes` says so,
     and from then on identity.json has the sha256 of each.
@@ -146,7 +145,7 @@ class ExperimentFolder:
                     f"{file}: missing, although {path.name} says that the run has ended; restore it, or remove {path} "
                     f"and {file.parent} to train the run again"
                 )
-            if _digest(file) != digest:
+            if sha256_file(file) != digest:
                 raise ValueError(
                     f"{file}: changed since the run ended (the checksum in {path.name} differs); restore it, or remove "
                     f"{path} and {file.parent} to train the run again"
@@ -158,7 +157,7 @@ class ExperimentFolder:
         files = {}
         if record["outcome"] != "failed":
             paths = [self.run(variant, seed) / name for name in (METRICS, ENVIRONMENT)]
-            files = {path.name: _digest(path) for path in paths if path.is_file()}
+            files = {path.name: sha256_file(path) for path in paths if path.is_file()}
         path = self._record_path(variant, seed)
         self._write(path, self._about("record", variant, seed), record | {"files": files})
 
@@ -247,7 +246,7 @@ class ExperimentFolder:
     def _unsealed_files(self) -> dict[str, str]:
         paths = [self.path / CALIBRATION, *(self.path / RECORDS).glob("*"), *(self.path / DECODING).glob("*")]
         return {
-            str(path.relative_to(self.path)): _digest(path)
+            str(path.relative_to(self.path)): sha256_file(path)
             for path in paths
             if path.suffix == ".json" and _CHECKSUM not in (read_json(path, _AGAIN) or {_CHECKSUM: ""})
         }
@@ -262,7 +261,7 @@ class ExperimentFolder:
                 if different := _other(tree.get("about"), about):
                     raise ValueError(different)
                 content = tree.get("content")
-            elif self._legacy.get(str(path.relative_to(self.path))) == _digest(path):
+            elif self._legacy.get(str(path.relative_to(self.path))) == sha256_file(path):
                 content = tree
             else:
                 raise ValueError("it has no checksum, and is not as it was accepted from a version without")
@@ -287,8 +286,3 @@ def _other(found, about: dict) -> str | None:
             what = f"{key} {found.get(key)}, not {value}" if key != "experiment" else "another experiment"
             return f"it belongs to {what}"
     return None
-
-
-def _digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -94,7 +94,7 @@ class _Search:
                 self._add(path, (), named=False)
 
     def _add(self, path: Path, rest: tuple[str, ...], *, named: bool) -> None:
-        """Take a file that matches, or go on in a folder; a named file needs no suffix."""
+        """Take a file that matches, or search a folder; a named file needs no suffix."""
         mode = _mode(path)
         if stat.S_ISDIR(mode):
             self._push(path, rest or _ALL)

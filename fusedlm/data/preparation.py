@@ -17,15 +17,15 @@ from fusedlm.data.shards import PreparedData, ShardWriter, open_prepared
 from fusedlm.data.sources import Source, open_source
 from fusedlm.data.split import TRAIN, VALIDATION, content_digest, split_document
 from fusedlm.data.staging import exclusive, remove_leftovers, staged
-from fusedlm.data.token_file import sha256_file
 from fusedlm.data.tokenizer import ByteTokenizer, Tokenizer, read_tokenizer_file, train_bpe
 from fusedlm.data.vocabulary import check_vocab_size
+from fusedlm.files import sha256_file
 
 _BATCH_CHARACTERS = 1 << 22
 
 
 class ChangedText(ValueError):
-    """The source does not hold the text that was asked for."""
+    """The source does not hold the requested text."""
 
 
 def prepare(

@@ -22,8 +22,9 @@ import numpy as np
 from fusedlm.data.lossless import refuse_lossy
 from fusedlm.data.manifest import SPLITS, DamagedData, damaged, read_manifest, remedy, shard_files
 from fusedlm.data.meter import Meter, ReportProgress, silent
-from fusedlm.data.token_file import TokenFile, sha256_file
+from fusedlm.data.token_file import TokenFile
 from fusedlm.data.tokenizer import Tokenizer, load_tokenizer
+from fusedlm.files import sha256_file
 
 _CHUNK_TOKENS = 1 << 20
 
@@ -165,8 +166,8 @@ def open_prepared(
     manifest = read_manifest(directory)
     if fingerprint is not None and manifest["fingerprint"] != fingerprint:
         raise ValueError(
-            f"{directory} holds another text (fingerprint {manifest['fingerprint'][:12]}) than the one that was asked "
-            f"for ({fingerprint[:12]}); folders were renamed or swapped: give each the name with its own fingerprint"
+            f"{directory} holds another text (fingerprint {manifest['fingerprint'][:12]}) than the requested one "
+            f"({fingerprint[:12]}); folders were renamed or swapped: give each the name with its own fingerprint"
         )
     refuse_lossy(manifest, directory)
     _check_files(directory, manifest["files"])

@@ -1,15 +1,12 @@
 """Token ids in a file that may be cut, replaced or overwritten while it is in use."""
 
-import hashlib
 import os
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 
 from fusedlm.data.manifest import damaged
-
-_CHUNK_BYTES = 1 << 20
+from fusedlm.files import sha256_file
 
 
 class TokenFile:
@@ -70,17 +67,6 @@ class TokenFile:
 
     def _damaged(self, what: str) -> ValueError:
         return damaged(self.path.parent, self.path.name, what)
-
-
-def sha256_file(path: Path, advance: Callable[[int], None] | None = None) -> str:
-    """sha256 (hex) of a file; `advance` is called with the number of bytes of each read."""
-    digest = hashlib.sha256()
-    with open(path, "rb", buffering=0) as file:
-        while chunk := file.read(_CHUNK_BYTES):
-            digest.update(chunk)
-            if advance is not None:
-                advance(len(chunk))
-    return digest.hexdigest()
 
 
 def _stamp(status: os.stat_result) -> tuple[int, int, int]:

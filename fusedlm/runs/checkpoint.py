@@ -1,6 +1,5 @@
 """Checkpoint folders: safetensors and JSON files, checksummed, written atomically, pruned; `state` fills them."""
 
-import hashlib
 import json
 import os
 import re
@@ -15,7 +14,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from fusedlm.distributed import World
-from fusedlm.files import sync
+from fusedlm.files import sha256_file, sync
 
 MANIFEST = "manifest.json"
 _FORMAT = 1
@@ -158,7 +157,7 @@ class Checkpoints:
         files = {}
         for path in sorted(folder.iterdir()):
             sync(path)
-            files[path.name] = {"sha256": _sha256(path), "bytes": path.stat().st_size}
+            files[path.name] = {"sha256": sha256_file(path), "bytes": path.stat().st_size}
         (folder / MANIFEST).write_text(_manifest_text(files), encoding="utf-8")
         sync(folder / MANIFEST)
         sync(folder)
@@ -198,7 +197,7 @@ class Checkpoints:
             if name not in files:
                 raise DamagedCheckpoint(f"{path}: not in the manifest")
             with self._reading(step, path):
-                found = {"sha256": _sha256(path), "bytes": path.stat().st_size}
+                found = {"sha256": sha256_file(path), "bytes": path.stat().st_size}
             if found != files[name]:
                 raise DamagedCheckpoint(f"{path}: its {found['bytes']} bytes are not the ones that were written")
 
@@ -304,8 +303,3 @@ def _free_name(path: Path, suffix: str) -> Path:
 
 def _manifest_text(files: dict) -> str:
     return json.dumps({"format": _FORMAT, "files": files}, indent=2, sort_keys=True) + "\n"
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -89,8 +89,8 @@ def standard_streams() -> Iterator[None]:
 
 @contextlib.contextmanager
 def outlast_output() -> Iterator[None]:
-    """Inside the context, work goes on when standard output can no longer be written. A warning says so, except of a
-    closed pipe."""
+    """Context in which work continues when standard output can no longer be written. A warning says so, unless a pipe
+    was closed."""
     stream = _innermost(sys.stdout)
     if not isinstance(stream, LastingStream):  # called from a program of its own
         yield

@@ -117,7 +117,7 @@ class Trainer:
             if text not in (None, saved):
                 raise ValueError(
                     f"run folder {self.folder.path} holds a run on other text (fingerprint {saved[:12]}) than the "
-                    f"{text[:12]} that was asked for; name another folder with --out"
+                    f"{text[:12]} that was requested; name another folder with --out"
                 )
             text = saved
         if text is None:

@@ -1,4 +1,4 @@
-"""How single runs end: finished, diverged or failed; the rest of the experiment goes on and says so."""
+"""How single runs end: finished, diverged or failed; the rest of the experiment continues and says so."""
 
 import json
 import shutil

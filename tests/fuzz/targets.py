@@ -26,9 +26,9 @@ from fusedlm.data import prepare
 from fusedlm.data.manifest import write_manifest
 from fusedlm.data.shards import open_prepared
 from fusedlm.data.sources import open_source
-from fusedlm.data.token_file import sha256_file
 from fusedlm.data.tokenizer import read_tokenizer_file, train_bpe
 from fusedlm.evaluate import text_documents
+from fusedlm.files import sha256_file
 from fusedlm.report.write import write_report
 from fusedlm.runs import load
 from fusedlm.runs.checkpoint import MANIFEST

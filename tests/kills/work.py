@@ -1,6 +1,5 @@
 """Work that is killed and started again: preparing, training, comparing."""
 
-import hashlib
 import json
 import random
 from collections.abc import Callable
@@ -13,6 +12,7 @@ from fusedlm.compare import run_experiment
 from fusedlm.config import dump_recipe
 from fusedlm.config.experiment import load_experiment
 from fusedlm.data import prepare
+from fusedlm.files import sha256_file
 from fusedlm.runs.checkpoint import Checkpoints
 from fusedlm.train import train
 from tests.train.runs import records, tiny_recipe
@@ -58,7 +58,7 @@ def _prepare(folder: Path) -> None:
 
 def _prepared(folder: Path):
     files = [path for path in (folder / "prepared").rglob("*") if path.is_file()]
-    return {str(path.relative_to(folder)): _digest(path) for path in files}
+    return {str(path.relative_to(folder)): sha256_file(path) for path in files}
 
 
 def _train(folder: Path) -> None:
@@ -72,13 +72,9 @@ def _trained(folder: Path):
     names = ("model", "optimizer", "ema", "rng")
     states = [checkpoints.read_json(step, "state.json") | {"run": None} for step in checkpoints.steps()]
     tensors = [
-        _digest(checkpoints.path(step) / f"{name}.safetensors") for step in checkpoints.steps() for name in names
+        sha256_file(checkpoints.path(step) / f"{name}.safetensors") for step in checkpoints.steps() for name in names
     ]
     return records(folder / "run"), [state | {"metrics": None} for state in states], tensors
-
-
-def _digest(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def _begin_experiment(folder: Path) -> None:

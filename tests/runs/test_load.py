@@ -249,7 +249,7 @@ def test_errors_of_the_system_are_passed_on(copied, monkeypatch, caplog, number)
     def fail(path):
         raise OSError(number, os.strerror(number))
 
-    monkeypatch.setattr(checkpoint_module, "_sha256", fail)
+    monkeypatch.setattr(checkpoint_module, "sha256_file", fail)
     with pytest.raises(OSError) as caught:
         load(copied, device="cpu")
     assert caught.value.errno == number

@@ -132,7 +132,7 @@ def test_a_logger_that_fails_does_not_end_the_run(tmp_path, wandb, caplog, metho
     assert result.step == 5 and wandb.finished == 1
     (warning,) = [record.getMessage() for record in caplog.records]
     assert warning == (
-        "logger wandb failed at step 1 ([Errno 28] No space left on device); the run goes on without it"
+        "logger wandb failed at step 1 ([Errno 28] No space left on device); the run continues without it"
         if method == "log"
         else "logger wandb could not be closed ([Errno 28] No space left on device); its last points may be missing"
     )

@@ -23,7 +23,7 @@ def test_an_error_of_the_system_is_passed_on_and_changes_nothing(copied, monkeyp
     def fail(path):
         raise OSError(number, os.strerror(number))
 
-    monkeypatch.setattr(checkpoint, "_sha256", fail)
+    monkeypatch.setattr(checkpoint, "sha256_file", fail)
     with pytest.raises(OSError) as caught:
         train(recipe, run, resume=True)
     assert caught.value.errno == number and "/checkpoints/step-00000012/" in caught.value.filename

@@ -59,9 +59,8 @@ class Loggers:
             try:
                 logger.log(record)
             except Exception as error:
-                _log.warning(
-                    "logger %s failed at step %s (%s); the run goes on without it", name, record["step"], _reason(error)
-                )
+                message = "logger %s failed at step %s (%s); the run continues without it"
+                _log.warning(message, name, record["step"], _reason(error))
                 self._close(name, quiet=True)
 
     def close(self) -> None:
