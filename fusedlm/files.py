@@ -26,7 +26,7 @@ def sync(path: Path) -> None:
 def sha256_file(path: Path, advance: Callable[[int], None] | None = None) -> str:
     """sha256 (hex) of a file; `advance` is called with the number of bytes of each read."""
     digest = hashlib.sha256()
-    with open(path, "rb", buffering=0) as file:
+    with path.open("rb", buffering=0) as file:
         while chunk := file.read(_CHUNK_BYTES):
             digest.update(chunk)
             if advance is not None:

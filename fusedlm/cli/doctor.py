@@ -13,32 +13,29 @@ _OPTIONAL = ("tensorboard", "wandb", "mlflow-skinny", "transformers", "lm-eval")
 def doctor() -> None:
     """Print versions and devices, and for each op which backend runs and why the others do not."""
     import torch
-    from rich.console import Console
-    from rich.markup import escape
 
-    console = Console(highlight=False)
-    console.print(f"fusedlm {__version__}, Python {platform.python_version()}, {platform.platform()}")
-    console.print(f"CPU: {_cpu()}, {os.cpu_count()} cores, {torch.get_num_threads()} torch threads")
+    print(f"fusedlm {__version__}, Python {platform.python_version()}, {platform.platform()}")
+    print(f"CPU: {_cpu()}, {os.cpu_count()} cores, {torch.get_num_threads()} torch threads")
     targets = [(torch.device("cpu"), torch.float32)]
     if not torch.cuda.is_available():
-        console.print("GPU: none that torch can use")
+        print("GPU: none that torch can use")
     for index in range(torch.cuda.device_count()):
         gpu = torch.cuda.get_device_properties(index)
-        console.print(
+        print(
             f"GPU {index}: {gpu.name}, compute capability {gpu.major}.{gpu.minor}, {gpu.total_memory / 2**30:.0f} GiB, "
             f"CUDA {torch.version.cuda}, cuDNN {torch.backends.cudnn.version()}"
         )
     if torch.cuda.is_available():
         targets.append((torch.device("cuda"), torch.bfloat16))
 
-    console.print()
+    print()
     for heading, names in (("packages", _REQUIRED), ("optional", _OPTIONAL)):
-        console.print(f"{heading}: " + ", ".join(f"{name} {_version(name)}" for name in names), soft_wrap=True)
+        print(f"{heading}: " + ", ".join(f"{name} {_version(name)}" for name in names))
     for device, dtype in targets:
-        console.print()
-        console.print(f"ops on {device.type} in {str(dtype).removeprefix('torch.')}:")
+        print()
+        print(f"ops on {device.type} in {str(dtype).removeprefix('torch.')}:")
         for line in op_lines(device, dtype):
-            console.print(escape(line), soft_wrap=True)
+            print(line)
 
 
 def op_lines(device, dtype) -> list[str]:

@@ -99,10 +99,12 @@ def read_prompts(path: Path) -> list[str]:
     Raises:
         ValueError: the file cannot be read, has no prompt, or a line is not one; names the line.
     """
+    from fusedlm.data.text_files import read_text_file
+
     try:
-        content = path.read_bytes().decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"--prompts {path}: not UTF-8 text (byte {error.start})") from None
+        content = read_text_file(path.expanduser())
+    except ValueError as error:
+        raise ValueError(f"--prompts {error}") from None
     lines = [line.removesuffix("\r") for line in content.removesuffix("\n").split("\n")] if content else []
     if not lines:
         raise ValueError(f"--prompts {path}: holds no prompt; write one per line")

@@ -13,8 +13,6 @@ from fusedlm.cli.plan_table import print_plan
 _LENGTHS = (1024, 8192, 65536)
 DEFAULT_GPU = "h100"
 
-__all__ = ["make_plan", "plan", "print_plan"]
-
 
 def plan(
     recipe: RecipeArgument,

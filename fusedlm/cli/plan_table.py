@@ -3,16 +3,14 @@
 import textwrap
 
 from fusedlm.cli.gpus import GPUS
+from fusedlm.terminal import make_console
 
 _WIDE = 72  # columns from which notes stand beside the figures
 
 
 def print_plan(estimate: dict) -> None:
     """Print a plan of `fusedlm.cli.plan.make_plan`."""
-    from rich.console import Console
-
-    columns = Console().width
-    for line in plan_lines(estimate, columns):
+    for line in plan_lines(estimate, make_console().width):
         print(line)
 
 

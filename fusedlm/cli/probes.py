@@ -9,6 +9,7 @@ from pathlib import Path
 from fusedlm.cli.common import load_run, progress_bars, stretch
 from fusedlm.cli.packaged import find_recipe
 from fusedlm.cli.text import documents_of, prepared_text
+from fusedlm.terminal import make_console
 
 
 @dataclass(frozen=True)
@@ -38,8 +39,6 @@ def run_probe(probe: str, target: Target, options: dict, *, as_json: bool) -> No
     Raises:
         ValueError: a value is out of range, or does not fit the run.
     """
-    from rich.console import Console
-
     from fusedlm.files import write_atomic
     from fusedlm.runs.folder import RECIPE
 
@@ -59,7 +58,7 @@ def run_probe(probe: str, target: Target, options: dict, *, as_json: bool) -> No
     if as_json:
         print(json.dumps(record))
         return
-    console = Console()
+    console = make_console()
     for table in tables:
         # Sentences are wrapped at words on a terminal, and one line in a file.
         console.print(table, highlight=False, soft_wrap=isinstance(table, str) and not console.is_terminal)

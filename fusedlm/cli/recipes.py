@@ -8,6 +8,7 @@ import typer
 
 from fusedlm.cli.packaged import EXPERIMENTS, packaged_names, packaged_path
 from fusedlm.files import write_atomic
+from fusedlm.terminal import make_console
 
 recipes = typer.Typer(help="List the packaged recipes and experiments; copy one.")
 
@@ -18,7 +19,6 @@ def list_recipes(context: typer.Context) -> None:
     if context.invoked_subcommand is not None:
         return
     from rich import box
-    from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
@@ -31,7 +31,7 @@ def list_recipes(context: typer.Context) -> None:
     for name in packaged_names("recipe"):
         recipe, parameters = _read(name)
         table.add_row(name, count(parameters), Text(", ".join(needs(recipe)) or "nothing to download"))
-    Console().print(table)
+    make_console().print(table)
     print(f"experiments: {', '.join(packaged_names('experiment'))}")
     print("train one: fusedlm train demo; compare: fusedlm compare ultra-cpu; copy one: fusedlm recipes copy demo")
 

@@ -30,7 +30,8 @@ def train(
     config = load_recipe(recipe, overrides or [])
     run = out or Path("runs") / config.name
     if dry_run:
-        from fusedlm.cli.plan import make_plan, print_plan
+        from fusedlm.cli.plan import make_plan
+        from fusedlm.cli.plan_table import print_plan
 
         estimate = make_plan(config)
         print(dump_recipe(config))

@@ -5,6 +5,7 @@ import math
 from pathlib import Path
 
 from fusedlm.config.keys import ABSENT
+from fusedlm.runs.folder import shown
 
 OUTCOMES = ("finished", "diverged", "failed")
 _SCORE = ("val_bpb", "val_nll_per_token", "val_tokens", "val_bytes")
@@ -53,10 +54,6 @@ def check_identity(saved: dict) -> None:
 
 def is_number(value) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def shown(value) -> str:
-    return "absent" if value is ABSENT else json.dumps(value, ensure_ascii=False)[:80]
 
 
 def read_json(path: Path, fix: str) -> dict | None:

@@ -273,7 +273,7 @@ class _Grid:
         failed = {"outcome": "failed", "final": None}
         if variant.name in self._untimed:
             return failed | {"message": self._untimed[variant.name]}
-        text = self.folder.saved_identity()["variants"][variant.name]["text"]
+        text = self.folder.identity["variants"][variant.name]["text"]
         try:
             return self._run_in_process(train_run, recipe, self.folder.run(variant.name, seed), text)
         except ValueError as error:

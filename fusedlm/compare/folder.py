@@ -12,12 +12,11 @@ from fusedlm.compare.checks import (
     check_identity,
     check_record,
     read_json,
-    shown,
 )
 from fusedlm.compare.identity import difference, merged, variant_digest
 from fusedlm.config.experiment import Experiment, dump_experiment, run_name
 from fusedlm.files import sha256_file, write_atomic
-from fusedlm.runs.folder import ENVIRONMENT, METRICS
+from fusedlm.runs.folder import ENVIRONMENT, METRICS, shown
 from fusedlm.runs.folder import RECIPE as RUN_RECIPE
 from fusedlm.runs.seal import seal, unseal
 

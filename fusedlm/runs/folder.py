@@ -180,5 +180,5 @@ def check_resumable(saved: Recipe, given: Recipe, same_device: bool = True) -> l
 
 
 def shown(value) -> str:
-    """A value of a recipe, for messages."""
-    return "absent" if value is ABSENT else json.dumps(value, ensure_ascii=False)
+    """A value of a JSON tree, for messages; at most 80 characters."""
+    return "absent" if value is ABSENT else json.dumps(value, ensure_ascii=False)[:80]

@@ -38,6 +38,7 @@ class TrainState:
 _ADDED = {"run", "tokenizer", "metrics"}
 _STATE = pydantic.TypeAdapter(TrainState)
 
+
 def model_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
     """Parameters and persistent buffers by name: the live tensors, a shared tensor once, under its first name."""
     tensors, seen = {}, set()

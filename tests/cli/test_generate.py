@@ -49,7 +49,8 @@ def test_the_seed_of_a_prompt_depends_on_its_line_alone(workspace: Path, fusedlm
     ("name", "content", "words"),
     [
         ("p.txt", b"", "p.txt: holds no prompt"),
-        ("p.txt", b"a\xff", "p.txt: not UTF-8 text (byte 1)"),
+        ("p.txt", b"a\xff", "p.txt: byte 1 (0xff) is not UTF-8"),
+        ("p.txt", b"a\0b", "p.txt: byte 1 is NUL, which is not text"),
         ("p.jsonl", b'"a"\n{"text": "b"}', "p.jsonl: line 2: must be a string, or an object"),
         ("p.jsonl", b'"a"\n\n"b"', "p.jsonl: line 2: not JSON"),
         ("p.jsonl", b"[" * 99999, "p.jsonl: line 1: not JSON"),

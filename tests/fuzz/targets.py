@@ -12,6 +12,7 @@ import json
 import logging
 import lzma
 import random
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -69,7 +70,7 @@ class Notes(logging.Handler):
         logging.getLogger().removeHandler(self)
 
 
-class Target:
+class Target(ABC):
     """A folder and its reader."""
 
     name: str
@@ -77,13 +78,13 @@ class Target:
     home: Path  # the intact folder; paths in recipes lead there
     markers: tuple[str, ...] = ()  # files in which `damage` leaves the name of the damaged file, for `read`
 
+    @abstractmethod
     def make(self, folder: Path) -> None:
         """Write the intact folder."""
-        raise NotImplementedError
 
+    @abstractmethod
     def read(self, folder: Path, draw: random.Random) -> Reading:
         """Read a folder, damaged or intact."""
-        raise NotImplementedError
 
     def is_plain(self, path: Path, how: str) -> bool:
         """Whether other content is another input of the user, not damage."""
