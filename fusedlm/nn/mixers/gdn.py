@@ -107,7 +107,7 @@ class GatedDeltaNet(Module):
         return set()
 
     def ops(self, device: torch.device) -> list[OpUse]:
-        return [OpUse("gated_delta_rule", "gated_delta_rule", {})]
+        return [OpUse("gated_delta_rule", "gated_delta_rule", {"key_dim": self.key_dim, "value_dim": self.value_dim})]
 
 
 def _unit(x: torch.Tensor) -> torch.Tensor:

@@ -1,6 +1,7 @@
 """The gated delta rule (arXiv 2412.06464, eq. 10) in plain PyTorch, token by token and in chunks.
 
 Per head, with a state S of (K, V):  S_t = a_t (I - b_t k_t k_t^T) S_{t-1} + b_t k_t v_t^T,  o_t = S_t^T q_t.
+G sets of q and k serve H value heads, H / G consecutive ones each.
 """
 
 import torch
@@ -71,10 +72,12 @@ def chunked(q_BTHK, k_BTHK, v_BTHV, log_decay_BTH, beta_BTH, state_BHKV, reset_B
     return out.movedim(1, 3).flatten(1, 2)[:, :n_tokens], state
 
 
-def gated_delta_rule(q_BTHK, k_BTHK, v_BTHV, log_decay_BTH, beta_BTH, state_BHKV, reset_BT, chunk_size):
-    compute_dtype = torch.promote_types(q_BTHK.dtype, torch.float32)
-    with torch.autocast(q_BTHK.device.type, enabled=False):
-        q, k, v, log_decay, beta = (x.to(compute_dtype) for x in (q_BTHK, k_BTHK, v_BTHV, log_decay_BTH, beta_BTH))
+def gated_delta_rule(q_BTGK, k_BTGK, v_BTHV, log_decay_BTH, beta_BTH, state_BHKV, reset_BT, chunk_size):
+    compute_dtype = torch.promote_types(q_BTGK.dtype, torch.float32)
+    with torch.autocast(q_BTGK.device.type, enabled=False):
+        q, k, v, log_decay, beta = (x.to(compute_dtype) for x in (q_BTGK, k_BTGK, v_BTHV, log_decay_BTH, beta_BTH))
+        if q.shape[2] != v.shape[2]:
+            q, k = (x.repeat_interleave(v.shape[2] // x.shape[2], dim=2) for x in (q, k))
         if state_BHKV is None:
             state_BHKV = q.new_zeros(q.shape[0], q.shape[2], q.shape[3], v.shape[3])
         if q.shape[1] == 1:
