@@ -2,6 +2,7 @@
 
 from benchmarks.cases import (
     differential_combine,
+    gated_delta_rule,
     linear_softcap_cross_entropy,
     relu2_mlp,
     rmsnorm_linear,
@@ -17,5 +18,6 @@ _MODULES = (
     swiglu_mlp,
     rmsnorm_linear,
     differential_combine,
+    gated_delta_rule,
 )
 OPS: dict[str, Op] = {module.OP.name: module.OP for module in _MODULES}
