@@ -2,9 +2,11 @@
 
 from benchmarks.cases import (
     differential_combine,
+    gated_rmsnorm,
     linear_softcap_cross_entropy,
     relu2_mlp,
     rmsnorm_linear,
+    short_conv,
     softcap_cross_entropy,
     swiglu_mlp,
 )
@@ -17,5 +19,7 @@ _MODULES = (
     swiglu_mlp,
     rmsnorm_linear,
     differential_combine,
+    short_conv,
+    gated_rmsnorm,
 )
 OPS: dict[str, Op] = {module.OP.name: module.OP for module in _MODULES}
