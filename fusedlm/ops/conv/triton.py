@@ -1,5 +1,6 @@
 """Short convolution in Triton: one pass forward, one backward, and one that also writes the next tail.
 
+The parts are tensors of their own: autograd would concatenate the gradients of slices, another pass over all of them.
 x, the tail and the weight are saved for backward, which recomputes the convolution. Each program of the backward pass
 keeps partial sums of the weight's gradient; a second kernel reduces them in a fixed order.
 """
