@@ -3,9 +3,11 @@
 from benchmarks.cases import (
     differential_combine,
     gated_delta_rule,
+    gated_rmsnorm,
     linear_softcap_cross_entropy,
     relu2_mlp,
     rmsnorm_linear,
+    short_conv,
     softcap_cross_entropy,
     swiglu_mlp,
 )
@@ -19,5 +21,7 @@ _MODULES = (
     rmsnorm_linear,
     differential_combine,
     gated_delta_rule,
+    short_conv,
+    gated_rmsnorm,
 )
 OPS: dict[str, Op] = {module.OP.name: module.OP for module in _MODULES}

@@ -1,10 +1,11 @@
-"""RMSNorm (arXiv 1910.07467)."""
+"""RMSNorm (arXiv 1910.07467), alone or with a gate."""
 
 import torch
 import torch.nn.functional as F
 
-from fusedlm.nn.module import Constant, Module, Role
+from fusedlm.nn.module import Constant, Module, OpUse, Role
 from fusedlm.nn.pending import PendingNorm
+from fusedlm.ops import gated_rmsnorm
 
 
 def rms_norm(x: torch.Tensor, eps: float, weight: torch.Tensor | None = None) -> torch.Tensor:
@@ -16,20 +17,44 @@ def rms_norm(x: torch.Tensor, eps: float, weight: torch.Tensor | None = None) ->
 
 
 class RMSNorm(Module):
-    """A learnt gain per dimension that starts at one. With groups, that many equal parts of the last dimension are each
-    normalised alone."""
+    """A learnt gain per dimension that starts at one."""
 
-    def __init__(self, dim: int, eps: float, groups: int = 1):
+    def __init__(self, dim: int, eps: float):
         super().__init__()
         self.add_parameter("weight", (dim,), Role("gain"), Constant(1.0))
-        self.eps, self.groups = eps, groups
+        self.eps = eps
 
     def forward(self, x: torch.Tensor, *, pending: bool = False) -> torch.Tensor | PendingNorm:
         """pending: leave the norm to the next projection, which must support it (`fuses_norm`)."""
-        if pending:
-            return PendingNorm(x, self.weight, self.eps)
-        if self.groups == 1:
-            return rms_norm(x, self.eps, self.weight)
-        weight = self.weight.unflatten(0, (self.groups, -1))
-        wide = x.to(torch.promote_types(x.dtype, torch.float32)).unflatten(-1, (self.groups, -1))
-        return (rms_norm(wide, self.eps) * weight).flatten(-2).to(x.dtype)
+        return PendingNorm(x, self.weight, self.eps) if pending else rms_norm(x, self.eps, self.weight)
+
+
+class GatedRMSNorm(Module):
+    """RMSNorm of each group of a token, times silu(z), with a learnt gain that starts at one. With gate_first the gate
+    is applied before the norm."""
+
+    def __init__(self, width: int, eps: float, *, n_groups: int = 1, gate_first: bool = False):
+        """width: of a group. n_groups: groups that have a gain of their own; 1: all have the same."""
+        super().__init__()
+        self.add_parameter("weight", (n_groups * width,), Role("gain"), Constant(1.0))
+        self.width, self.eps, self.gate_first = width, eps, gate_first
+
+    def forward(
+        self,
+        y: torch.Tensor,
+        z: torch.Tensor,
+        x: torch.Tensor | None = None,
+        skip_H: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """y, z, x: (B, T, ...), the same number of elements per token. skip_H: with it y + skip x takes the place of y,
+        one factor for each of H equal parts of a token. Returns (B, T, elements)."""
+        y, z, x = (None if a is None else a.flatten(2).unflatten(2, (-1, self.width)) for a in (y, z, x))
+        gain = self.weight if len(self.weight) == self.width else self.weight.unflatten(0, (-1, self.width))
+        backend = self.backend("gated_rmsnorm")
+        out = gated_rmsnorm(
+            y, z, gain, x_BTGW=x, skip_H=skip_H, gate_first=self.gate_first, eps=self.eps, backend=backend
+        )
+        return out.flatten(2)
+
+    def op(self) -> OpUse:
+        return OpUse("gated_rmsnorm", "gated_rmsnorm", {"width": self.width})

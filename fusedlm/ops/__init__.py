@@ -3,9 +3,11 @@ public function, which selects the backend that runs."""
 
 from fusedlm.ops.attention.op import cached_attention, causal_attention, packed_attention
 from fusedlm.ops.common import OPS, explain
+from fusedlm.ops.conv.op import short_conv, short_conv_tail
 from fusedlm.ops.cross_entropy.op import softcap_cross_entropy
 from fusedlm.ops.delta_rule.op import gated_delta_rule
 from fusedlm.ops.differential.op import differential_combine
+from fusedlm.ops.gated_norm.op import gated_rmsnorm
 from fusedlm.ops.linear_attention.op import decayed_linear_attention
 from fusedlm.ops.linear_cross_entropy.op import linear_softcap_cross_entropy
 from fusedlm.ops.norm_linear.op import rmsnorm_linear
@@ -21,11 +23,14 @@ __all__ = [
     "differential_combine",
     "explain",
     "gated_delta_rule",
+    "gated_rmsnorm",
     "gated_scan",
     "linear_softcap_cross_entropy",
     "packed_attention",
     "relu2_mlp",
     "rmsnorm_linear",
+    "short_conv",
+    "short_conv_tail",
     "softcap_cross_entropy",
     "swiglu_mlp",
 ]

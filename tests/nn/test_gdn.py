@@ -70,4 +70,4 @@ def test_the_convolution_has_no_bias():
         convolution = part_model(f"{{type: {mixer}, n_heads: 2}}").blocks[0].mixer.conv
         assert [name for name, _ in convolution.named_parameters()] == ["weight"]
         zero, context = torch.zeros(1, 5, convolution.weight.shape[1]), Context(torch.arange(5)[None])
-        assert not convolution(zero, context)[0].any()
+        assert not any(part.any() for part in convolution(zero, context)[0])

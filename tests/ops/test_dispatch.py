@@ -39,12 +39,14 @@ CALLS = {
     "gated_delta_rule": lambda run, **options: run(
         _heads(), _heads(), _heads(), torch.zeros(1, 3, 2), torch.zeros(1, 3, 2), **options
     ),
+    "gated_rmsnorm": lambda run, **options: run(_heads(), _heads(), torch.ones(8), **options),
     "gated_scan": lambda run, **options: run(torch.ones(1, 3, 2), torch.ones(1, 3, 2), **options),
     "linear_softcap_cross_entropy": lambda run, **options: run(
         torch.ones(3, 8), torch.ones(5, 8), torch.arange(3), **options
     ),
     "relu2_mlp": lambda run, **options: run(torch.ones(3, 64), torch.ones(128, 64), torch.ones(64, 128), **options),
     "rmsnorm_linear": lambda run, **options: run(torch.ones(3, 8), torch.ones(8), torch.ones(16, 8), **options),
+    "short_conv": lambda run, **options: run(torch.ones(1, 3, 8), torch.ones(4, 8), **options),
     "softcap_cross_entropy": lambda run, **options: run(torch.ones(3, 8), torch.arange(3), **options),
     "swiglu_mlp": lambda run, **options: run(torch.ones(3, 8), torch.ones(16, 8), torch.ones(8, 8), **options),
 }
@@ -285,7 +287,7 @@ def test_check_backends_names_the_key():
 
 def test_every_op_has_its_public_function():
     assert set(OP_OF) == set(CALLS)
-    assert set(CALLS) | {"OPS", "cached_attention", "explain"} == set(fusedlm.ops.__all__)
+    assert set(CALLS) | {"OPS", "cached_attention", "explain", "short_conv_tail"} == set(fusedlm.ops.__all__)
     for name in CALLS:
         assert getattr(fusedlm.ops, name).__module__.startswith("fusedlm.ops.")
 
@@ -332,9 +334,11 @@ def test_auto_on_a_gpu_is_the_kernel():
     tuned = torch.cuda.get_device_capability()[0] in (9, 10)
     assert {op: backend for op, backend, _ in found} == {
         "differential_combine": "triton",
+        "gated_rmsnorm": "triton",
         "linear_softcap_cross_entropy": "chunked",
         "relu2_mlp": "triton" if tuned else "reference",
         "rmsnorm_linear": "packed",
+        "short_conv": "triton",
         "softcap_cross_entropy": "triton",
         "swiglu_mlp": "triton",
     }

@@ -8,7 +8,7 @@ from fusedlm.nn.conv import ShortConv
 from fusedlm.nn.decay import LogRate, StepBias
 from fusedlm.nn.linear import Linear
 from fusedlm.nn.module import Module, OpUse, Role
-from fusedlm.nn.norm import RMSNorm
+from fusedlm.nn.norm import GatedRMSNorm
 from fusedlm.nn.recurrent_state import RecurrentState, hold
 from fusedlm.ops import gated_delta_rule
 
@@ -41,12 +41,12 @@ class GatedDeltaNet(Module):
         self.value_dim = value_head_dim or self.key_dim
         self.chunk_size = chunk_size
         keys, values = n_heads * self.key_dim, n_heads * self.value_dim
-        self.widths = [keys, keys, values]
-        self.qkv = Linear(dim, sum(self.widths), splits={"q": keys, "k": keys, "v": values})
-        self.conv = ShortConv(sum(self.widths), conv_size)
+        self.qkv = Linear(dim, 2 * keys + values, splits={"q": keys, "k": keys, "v": values})
+        scales = (self.key_dim**-0.5, 1.0)  # of q and k
+        self.conv = ShortConv([keys, keys, values], conv_size, head_dim=self.key_dim, head_scales=scales)
         self.gates = Linear(dim, 2 * n_heads, splits={"a": n_heads, "b": n_heads})
         self.z = Linear(dim, values)
-        self.norm = RMSNorm(self.value_dim, norm_eps)
+        self.norm = GatedRMSNorm(self.value_dim, norm_eps)
         self.out = Linear(values, dim, zero=True)
         self.add_parameter("log_rate", (n_heads,), Role("per_head"), LogRate())  # A_log
         self.add_parameter("dt_bias", (n_heads,), Role("per_head"), StepBias())
@@ -56,24 +56,23 @@ class GatedDeltaNet(Module):
 
     def forward(self, x_BTD, context: Context, state: RecurrentState | None = None) -> torch.Tensor:
         memory, tail = (None, None) if state is None else (state.memory, state.carried)
-        mixed, inputs = self.conv(self.qkv(x_BTD), context, tail)
-        q, k, v = F.silu(mixed).split(self.widths, dim=-1)
-        q, k, v = (x.unflatten(-1, (self.n_heads, -1)) for x in (q, k, v))
-        q, k = (_unit(x) for x in (q, k))
+        projected = self.qkv(x_BTD)
+        parts, next_tail = self.conv(projected, context, tail)
+        q, k, v = (part.unflatten(-1, (self.n_heads, -1)) for part in parts)
         step, strength = self.gates(x_BTD).to(self.log_rate.dtype).chunk(2, dim=-1)
         log_decay = -self.log_rate.exp() * F.softplus(step + self.dt_bias)
         beta = strength.sigmoid()
         valid_BT, reset_BT = context.valid_BT, context.reset_BT
-        y, after = self._rule(q * self.key_dim**-0.5, k, v, log_decay, beta, memory, reset_BT, valid_BT)
+        y, after = self._rule(q, k, v, log_decay, beta, memory, reset_BT, valid_BT)
         if state is not None:
 
             def replay(memory, tail, n_kept_B):
                 kept_BT = first_tokens(n_kept_B, k.shape[1])
-                tail = self.conv.tail_of(self.conv.extend(tail, inputs), n_kept_B)
+                tail = self.conv.tail_after(projected, tail, n_kept_B)
                 return self._rule(k, k, v, log_decay, beta, memory, reset_BT, kept_BT)[1], tail
 
-            state.update(after, self.conv.tail_of(inputs, context.lengths_B), replay)
-        return self.out((self.norm(y).flatten(-2)) * F.silu(self.z(x_BTD)))
+            state.update(after, next_tail, replay)
+        return self.out(self.norm(y, self.z(x_BTD)))
 
     def _rule(self, q, k, v, log_decay, beta, memory, reset_BT, taken_BT):
         """Outputs and the state after the tokens taken (None: all); the others leave it as it is."""
@@ -107,10 +106,5 @@ class GatedDeltaNet(Module):
         return set()
 
     def ops(self, device: torch.device) -> list[OpUse]:
-        return [OpUse("gated_delta_rule", "gated_delta_rule", {"key_dim": self.key_dim, "value_dim": self.value_dim})]
-
-
-def _unit(x: torch.Tensor) -> torch.Tensor:
-    """L2-normalised over the last dimension, in float32 or better; zero stays zero."""
-    wide = x.to(torch.promote_types(x.dtype, torch.float32))
-    return wide * torch.rsqrt(wide.square().sum(-1, keepdim=True) + 1e-6)
+        rule = OpUse("gated_delta_rule", "gated_delta_rule", {"key_dim": self.key_dim, "value_dim": self.value_dim})
+        return [self.conv.op(), rule, self.norm.op()]

@@ -8,7 +8,7 @@ from fusedlm.nn.conv import ShortConv
 from fusedlm.nn.decay import LogRate, StepBias
 from fusedlm.nn.linear import Linear, fuses_norm
 from fusedlm.nn.module import Constant, Module, OpUse, Role
-from fusedlm.nn.norm import RMSNorm
+from fusedlm.nn.norm import GatedRMSNorm
 from fusedlm.nn.recurrent_state import RecurrentState, hold
 from fusedlm.ops import decayed_linear_attention
 
@@ -41,14 +41,14 @@ class Mamba2(Module):
         self.state_dim = state_dim
         self.chunk_size = chunk_size
         inner, keys = n_heads * self.head_dim, n_groups * state_dim
-        self.widths = [inner, keys, keys]  # x, B, C
+        self.widths = [inner, inner + 2 * keys, n_heads]  # z; x, B and C; dt
         splits = {"z": inner, "x": inner, "B": keys, "C": keys, "dt": n_heads}
         self.project = Linear(dim, sum(splits.values()), splits=splits)
-        self.conv = ShortConv(sum(self.widths), conv_size)
+        self.conv = ShortConv([inner, keys, keys], conv_size)
         self.add_parameter("log_rate", (n_heads,), Role("per_head"), LogRate())  # A_log
         self.add_parameter("dt_bias", (n_heads,), Role("per_head"), StepBias())
         self.add_parameter("skip", (n_heads,), Role("per_head"), Constant(1.0))  # D
-        self.norm = RMSNorm(inner, norm_eps, groups=n_groups)
+        self.norm = GatedRMSNorm(inner // n_groups, norm_eps, n_groups=n_groups, gate_first=True)
         self.out = Linear(inner, dim, zero=True)
 
     def fuses_norm(self, x_BTD: torch.Tensor) -> bool:
@@ -56,9 +56,8 @@ class Mamba2(Module):
 
     def forward(self, x_BTD, context: Context, state: RecurrentState | None = None) -> torch.Tensor:
         memory, tail = (None, None) if state is None else (state.memory, state.carried)
-        z, mixed, dt = self.project(x_BTD).split([self.widths[0], sum(self.widths), self.n_heads], dim=-1)
-        mixed, inputs = self.conv(mixed, context, tail)
-        x, b, c = F.silu(mixed).split(self.widths, dim=-1)
+        z, projected, dt = self.project(x_BTD).split(self.widths, dim=-1)
+        (x, b, c), next_tail = self.conv(projected, context, tail)
         x = x.unflatten(-1, (self.n_heads, -1))
         b, c = (y.unflatten(-1, (self.n_groups, -1)) for y in (b, c))
         dt = F.softplus(dt.to(self.log_rate.dtype) + self.dt_bias)
@@ -69,12 +68,11 @@ class Mamba2(Module):
 
             def replay(memory, tail, n_kept_B):
                 kept_BT = first_tokens(n_kept_B, b.shape[1])
-                tail = self.conv.tail_of(self.conv.extend(tail, inputs), n_kept_B)
+                tail = self.conv.tail_after(projected, tail, n_kept_B)
                 return self._rule(b, b, value, log_decay, memory, reset_BT, kept_BT)[1], tail
 
-            state.update(after, self.conv.tail_of(inputs, context.lengths_B), replay)
-        y = (y + self.skip.to(x.dtype)[:, None] * x).flatten(-2)
-        return self.out(self.norm(y * F.silu(z)))
+            state.update(after, next_tail, replay)
+        return self.out(self.norm(y, z, x, self.skip))
 
     def _rule(self, c, b, value, log_decay, memory, reset_BT, taken_BT):
         """Outputs and the state after the tokens taken (None: all); the others leave it as it is."""
@@ -107,4 +105,5 @@ class Mamba2(Module):
         return set()
 
     def ops(self, device: torch.device) -> list[OpUse]:
-        return [OpUse("decayed_linear_attention", "decayed_linear_attention", {}), self.project.norm_op()]
+        rule = OpUse("decayed_linear_attention", "decayed_linear_attention", {})
+        return [self.project.norm_op(), self.conv.op(), rule, self.norm.op()]

@@ -1,0 +1,1 @@
+"""RMSNorm with a SiLU gate after or before it."""
