@@ -107,8 +107,7 @@ def test_equal_keys():
     _check(tensors, upstream, floor=5e-6)
 
 
-@pytest.mark.parametrize("where", [None, [5, 64, 200]])
-@pytest.mark.parametrize("n_segments, with_state", [(2, True), (3, False), (4, True)])
+@pytest.mark.parametrize("n_segments, with_state, where", [(2, True, None), (3, False, [5, 64, 200]), (4, True, [70])])
 def test_segments(n_segments, with_state, where, poisoned, monkeypatch):
     _cut(monkeypatch, n_segments)
     shape = (1, 250, 1, 1, 16, 20)
@@ -129,6 +128,13 @@ def test_several_blocks_of_keys_and_values(shape, poisoned, monkeypatch):
     monkeypatch.setattr(kernels, "_KEY_BLOCK", 16)
     monkeypatch.setattr(kernels, "_VALUE_BLOCK", 16)
     _check(*_inputs(shape), _resets(shape, [3, 64]))
+
+
+@pytest.mark.parametrize("n_segments", [1, 2])
+def test_keys_in_halves(n_segments, poisoned, monkeypatch):
+    """Keys wider than 64 are held in halves, of which the second is shorter here."""
+    _cut(monkeypatch, n_segments)
+    _check(*_inputs((1, 130, 1, 1, 80, 16)), _resets((1, 130), [3, 64]))
 
 
 def test_views():

@@ -10,10 +10,10 @@ from fusedlm.ops.delta_rule.chunks import (
     load_square,
     load_state,
     load_tokens,
+    outer_state,
     pair_decays,
-    prepared_state,
     store_columns,
-    store_prepared,
+    store_outer,
     store_state,
     store_tokens,
 )
@@ -28,7 +28,7 @@ def backward_state_kernel(
     STAGES: tl.constexpr,
 ):  # fmt: skip
     """The gradients of the states that leave the chunks, (B, H, N, V, K), dR (B, T, H, V), and the gradient of the
-    first state, `d_start` (B, H, K, V).
+    first state, `d_start` (B, H, K, V). Keys wider than 64 are held in halves, which takes fewer registers.
 
     END: what leaves the last chunk: "none", "state" (B, H, K, V), or "segments" (B, H, segments, V, K).
     PREPARE: instead, the gradients of the states that enter the segments, the last with what leaves it and the others
@@ -39,7 +39,9 @@ def backward_state_kernel(
     if PREPARE:
         part += 1
     b, h = bh // H, bh % H
-    i, key, value = tl.arange(0, C), tl.arange(0, BK), block * BV + tl.arange(0, BV)
+    SPLIT: tl.constexpr = BK > 64
+    BH: tl.constexpr = BK // 2 if SPLIT else BK
+    i, key, value = tl.arange(0, C), tl.arange(0, BH), block * BV + tl.arange(0, BV)
     n_here = tl.minimum(per_segment, n_chunks - part * per_segment)
     last_chunk = part * per_segment + n_here - 1
     first = last_chunk.to(tl.int64) * C
@@ -47,51 +49,54 @@ def backward_state_kernel(
     k += b * k_b + first * k_t + (h // GROUP) * k_h
     d_out += b * d_out_b + first * d_out_t + h * d_out_h
     d_written_out += ((b * n_tokens + first) * H + h) * V
-    at_chunk = bh * n_chunks + last_chunk
+    at_chunk, at_segment = bh * n_chunks + last_chunk, bh * n_segments + part
     g += at_chunk * C
     beta += at_chunk * C
     inverse += at_chunk * C * C
     d_states += at_chunk * K * V
     reset += b * reset_b + first
-    d_state = tl.zeros((BV, BK), tl.float32)
-    if PREPARE:
-        d_state, n_here = prepared_state(
-            d_end, END == "state", part == n_segments - 1, n_here, bh, block, value, key, K, V, BK, BV
-        )
-    elif END == "state":
-        d_state = load_state(d_end + bh * K * V, value, key, 1, V, V, BV, K, BK).to(tl.float32)
-    elif END == "segments":
-        d_state = load_state(d_end + (bh * n_segments + part) * K * V, value, key, K, 1, V, BV, K, BK)
+    is_last = part == n_segments - 1
+    if PREPARE:  # the last segment needs no transition
+        n_here = tl.where(is_last & (block >= tl.cdiv(V, BV)), 0, n_here)
+    d_state = outer_state(d_end, END, PREPARE, is_last, bh, at_segment, block, value, key, K, BH, V, BV)
+    if SPLIT:
+        d_state_2 = outer_state(d_end, END, PREPARE, is_last, bh, at_segment, block, value, BH + key, K, BH, V, BV)
     n_inside = n_tokens - last_chunk * C
     for _ in tl.range(0, n_here, num_stages=STAGES):
         segment, last_segment = documents(reset, n_inside, RESETS, C)
         g_t, gamma, delta, whole = chunk_decays(g, segment, last_segment, RESETS, C)
         strength = tl.load(beta + i)
-        queries = load_tokens(q, key, q_t, n_inside, K, BK, C)
-        keys = load_tokens(k, key, k_t, n_inside, K, BK, C)
-        if PREPARE:
-            d_read = tl.load(
-                d_out + (i[None, :] * d_out_t + value[:, None]),
-                mask=(i < n_inside)[None, :] & (value < V)[:, None],
-                other=0.0,
-            )
-        else:
-            d_read = load_columns(d_out, value, d_out_t, n_inside, V, BV, C)
+        queries = load_tokens(q, key, q_t, n_inside, K, BH, C)
+        keys = load_tokens(k, key, k_t, n_inside, K, BH, C)
+        d_read = load_columns(d_out, value, d_out_t, n_inside, V, BV, PREPARE, C)
         t_matrix = load_square(inverse, C)
-        leaving = d_state.to(keys.dtype)
-        if not PREPARE:
-            store_state(d_states, leaving, value, key, K, 1, V, BV, K, BK)
         scores = tl.dot(queries, tl.trans(keys), input_precision=PRECISION)
+        if SPLIT:
+            queries_2 = load_tokens(q, BH + key, q_t, n_inside, K, BH, C)
+            keys_2 = load_tokens(k, BH + key, k_t, n_inside, K, BH, C)
+            scores = tl.dot(queries_2, tl.trans(keys_2), scores, input_precision=PRECISION)
         scores *= pair_decays(g_t, g_t, segment, segment, i[:, None] >= i[None, :], RESETS)
-        d_updates = tl.dot(leaving, tl.trans(keys), input_precision=PRECISION) * delta[None, :]
-        d_updates += tl.dot(d_read, scores.to(keys.dtype), input_precision=PRECISION)
+        leaving = d_state.to(keys.dtype)
+        d_updates = tl.dot(leaving, tl.trans(keys), input_precision=PRECISION)
+        if not PREPARE:
+            store_state(d_states, leaving, value, key, K, 1, V, BV, K, BH)
+        if SPLIT:
+            leaving = d_state_2.to(keys.dtype)
+            d_updates = tl.dot(leaving, tl.trans(keys_2), d_updates, input_precision=PRECISION)
+            if not PREPARE:
+                store_state(d_states, leaving, value, BH + key, K, 1, V, BV, K, BH)
+        d_updates *= delta[None, :]
+        d_updates = tl.dot(d_read, scores.to(keys.dtype), d_updates, input_precision=PRECISION)
         d_written = tl.dot(d_updates.to(keys.dtype), t_matrix, input_precision=PRECISION)
         if not PREPARE:
             store_columns(d_written_out, d_written, value, H * V, n_inside, V, BV, C)
         d_read = (d_read * gamma[None, :]).to(keys.dtype)
-        d_recalled = (d_written * (gamma * strength)[None, :]).to(keys.dtype)
-        d_state = whole * d_state + tl.dot(d_read, queries, input_precision=PRECISION)
-        d_state -= tl.dot(d_recalled, keys, input_precision=PRECISION)
+        d_recalled = (d_written * -(gamma * strength)[None, :]).to(keys.dtype)
+        d_state = tl.dot(d_read, queries, whole * d_state, input_precision=PRECISION)
+        d_state = tl.dot(d_recalled, keys, d_state, input_precision=PRECISION)
+        if SPLIT:
+            d_state_2 = tl.dot(d_read, queries_2, whole * d_state_2, input_precision=PRECISION)
+            d_state_2 = tl.dot(d_recalled, keys_2, d_state_2, input_precision=PRECISION)
         q -= C * q_t
         k -= C * k_t
         d_out -= C * d_out_t
@@ -102,10 +107,10 @@ def backward_state_kernel(
         d_states -= K * V
         reset -= C
         n_inside += C
-    if PREPARE:
-        store_prepared(d_start + (bh * n_segments + part) * (V + K) * K, d_state, block, value, key, K, V, BV)
-    elif part == 0:
-        store_state(d_start + bh * K * V, d_state, value, key, 1, V, V, BV, K, BK)
+    if PREPARE or part == 0:
+        store_outer(d_start, d_state, PREPARE, bh, at_segment, block, value, key, K, BH, V, BV)
+        if SPLIT:
+            store_outer(d_start, d_state_2, PREPARE, bh, at_segment, block, value, BH + key, K, BH, V, BV)
 
 
 @triton.jit

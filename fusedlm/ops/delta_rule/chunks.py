@@ -18,11 +18,13 @@ def load_tokens(pointer, column, stride, n_inside, WIDTH: tl.constexpr, BLOCK: t
 
 
 @triton.jit
-def load_columns(pointer, column, stride, n_inside, WIDTH: tl.constexpr, BLOCK: tl.constexpr, C: tl.constexpr):
-    """The same transposed, (BLOCK, C)."""
+def load_columns(
+    pointer, column, stride, n_inside, WIDTH: tl.constexpr, BLOCK: tl.constexpr, BEYOND: tl.constexpr, C: tl.constexpr
+):  # fmt: skip
+    """The same transposed, (BLOCK, C). BEYOND: the columns may lie beyond WIDTH altogether."""
     i = tl.arange(0, C)
     inside = (i < n_inside)[None, :]
-    if WIDTH % BLOCK:
+    if BEYOND or WIDTH % BLOCK:
         inside = inside & (column < WIDTH)[:, None]
     return tl.load(pointer + (i[None, :] * stride + column[:, None]), mask=inside, other=0.0)
 
@@ -113,28 +115,44 @@ def chunk_decays(g, segment, last_segment, RESETS: tl.constexpr, C: tl.constexpr
 
 
 @triton.jit
-def prepared_state(
-    outer, OUTER: tl.constexpr, is_outer, n_chunks, bh, block, value, key,
-    K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+def outer_state(
+    outer, MODE: tl.constexpr, PREPARE: tl.constexpr, is_outer, bh, at_segment, block, value, key,
+    K: tl.constexpr, BK: tl.constexpr, V: tl.constexpr, BV: tl.constexpr,
 ):  # fmt: skip
-    """The state from which a segment is prepared and the number of its chunks. Blocks of the values start from what
-    enters the sequence in the outermost segment (OUTER: it is given) and from zero elsewhere. The blocks after them,
-    whose columns `value` lie beyond V, start from rows of the identity; the outermost segment needs none."""
-    n_blocks: tl.constexpr = tl.cdiv(V, BV)
-    is_unit = block >= n_blocks
-    unit = (block - n_blocks) * BV + tl.arange(0, BV)
-    state = tl.where((unit[:, None] == key[None, :]) & is_unit, 1.0, 0.0)
-    if OUTER:
-        mask = ((value < V) & is_outer)[:, None] & (key < K)[None, :]
-        state += tl.load(outer + bh * K * V + (value[:, None] + key[None, :] * V), mask=mask, other=0.0)
-    return state, tl.where(is_unit & is_outer, 0, n_chunks)
+    """A tile (BV, BK) of what enters a segment, float32.
+
+    MODE: what `outer` is: "state" (B, H, K, V), which enters the outermost segment, "segments" (B, H, segments, V, K),
+    or "none": zeros.
+    PREPARE: only the outermost segment starts from a given state. Blocks after those of the values, whose columns
+    `value` lie beyond V, start from rows of the identity.
+    """
+    if MODE == "segments":
+        return load_state(outer + at_segment * K * V, value, key, K, 1, V, BV, K, BK)
+    else:
+        state = tl.zeros((BV, BK), tl.float32)
+        if MODE == "state":
+            inside = (value < V) & is_outer
+            mask = inside[:, None] & (key < K)[None, :]
+            where = outer + bh * K * V + (value[:, None] + key[None, :] * V)
+            state = tl.load(where, mask=mask, other=0.0).to(tl.float32)
+        if PREPARE:
+            unit = (block - tl.cdiv(V, BV)) * BV + tl.arange(0, BV)
+            state += tl.where((unit[:, None] == key[None, :]) & (unit >= 0)[:, None], 1.0, 0.0)
+        return state
 
 
 @triton.jit
-def store_prepared(end, state, block, value, key, K: tl.constexpr, V: tl.constexpr, BV: tl.constexpr):
-    """Rows of (V + K, K): ends of the values, then transitions."""
-    n_blocks: tl.constexpr = tl.cdiv(V, BV)
-    unit = (block - n_blocks) * BV + tl.arange(0, BV)
-    row = tl.where(block >= n_blocks, V + unit, value)
-    inside = tl.where(block >= n_blocks, unit < K, value < V)
-    tl.store(end + (row[:, None] * K + key[None, :]), state, mask=inside[:, None] & (key < K)[None, :])
+def store_outer(
+    outer, state, PREPARE: tl.constexpr, bh, at_segment, block, value, key,
+    K: tl.constexpr, BK: tl.constexpr, V: tl.constexpr, BV: tl.constexpr,
+):  # fmt: skip
+    """Store what leaves the sequence, (B, H, K, V), or with PREPARE a segment: (B, H, segments, V + K, K), ends of the
+    values and then transitions."""
+    if PREPARE:
+        unit = (block - tl.cdiv(V, BV)) * BV + tl.arange(0, BV)
+        row = tl.where(unit >= 0, V + unit, value)
+        inside = tl.where(unit >= 0, unit < K, value < V)
+        where = outer + at_segment * (V + K) * K + (row[:, None] * K + key[None, :])
+        tl.store(where, state, mask=inside[:, None] & (key < K)[None, :])
+    else:
+        store_state(outer + bh * K * V, state, value, key, 1, V, V, BV, K, BK)

@@ -31,10 +31,10 @@ from fusedlm.ops.delta_rule.chunks import (
     load_square,
     load_state,
     load_tokens,
+    outer_state,
     pair_decays,
-    prepared_state,
     store_columns,
-    store_prepared,
+    store_outer,
     store_state,
 )
 
@@ -107,7 +107,8 @@ def forward_kernel(
     C: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Outputs (B, T, H, V), `end`, the state after the last chunk (B, H, K, V), and with SAVE the states that enter the
-    chunks, (B, H, N, V, K). A program takes a segment of a head and BV columns of the values.
+    chunks, (B, H, N, V, K). A program takes a segment of a head and BV columns of the values. Keys wider than 64 are
+    held in halves, which takes fewer registers.
 
     START: "none", "state" (B, H, K, V), or "segments" (B, H, segments, V, K).
     PREPARE: instead, the end of the first segment and those of the others from a state of zero, and in programs of
@@ -115,54 +116,63 @@ def forward_kernel(
     """
     block, part, bh = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     b, h = bh // H, bh % H
-    i, key, value = tl.arange(0, C), tl.arange(0, BK), block * BV + tl.arange(0, BV)
+    SPLIT: tl.constexpr = BK > 64
+    BH: tl.constexpr = BK // 2 if SPLIT else BK
+    i, key, value = tl.arange(0, C), tl.arange(0, BH), block * BV + tl.arange(0, BV)
     first_chunk = part * per_segment
     first = first_chunk.to(tl.int64) * C
     q += b * q_b + first * q_t + (h // GROUP) * q_h
     k += b * k_b + first * k_t + (h // GROUP) * k_h
     v += b * v_b + first * v_t + h * v_h
     out += b * out_b + first * out_t + h * out_h
-    at_chunk = bh * n_chunks + first_chunk
+    at_chunk, at_segment = bh * n_chunks + first_chunk, bh * n_segments + part
     g += at_chunk * C
     beta += at_chunk * C
     inverse += at_chunk * C * C
     states += at_chunk * K * V
     reset += b * reset_b + first
-    state = tl.zeros((BV, BK), tl.float32)
     n_here = tl.minimum(per_segment, n_chunks - first_chunk)
-    if PREPARE:
-        state, n_here = prepared_state(start, START == "state", part == 0, n_here, bh, block, value, key, K, V, BK, BV)
-    elif START == "state":
-        state = load_state(start + bh * K * V, value, key, 1, V, V, BV, K, BK).to(tl.float32)
-    elif START == "segments":
-        state = load_state(start + (bh * n_segments + part) * K * V, value, key, K, 1, V, BV, K, BK)
+    if PREPARE:  # the first segment needs no transition
+        n_here = tl.where((part == 0) & (block >= tl.cdiv(V, BV)), 0, n_here)
+    state = outer_state(start, START, PREPARE, part == 0, bh, at_segment, block, value, key, K, BH, V, BV)
+    if SPLIT:
+        state_2 = outer_state(start, START, PREPARE, part == 0, bh, at_segment, block, value, BH + key, K, BH, V, BV)
     n_inside = n_tokens - first_chunk * C
     for _ in tl.range(0, n_here, num_stages=STAGES):
         segment, last_segment = documents(reset, n_inside, RESETS, C)
         g_t, gamma, delta, whole = chunk_decays(g, segment, last_segment, RESETS, C)
         strength = tl.load(beta + i)
-        keys = load_tokens(k, key, k_t, n_inside, K, BK, C)
-        if PREPARE:
-            values = tl.load(
-                v + (i[None, :] * v_t + value[:, None]), mask=(i < n_inside)[None, :] & (value < V)[:, None], other=0.0
-            )
-        else:
-            values = load_columns(v, value, v_t, n_inside, V, BV, C)
+        keys = load_tokens(k, key, k_t, n_inside, K, BH, C)
+        values = load_columns(v, value, v_t, n_inside, V, BV, PREPARE, C)
         t_matrix = load_square(inverse, C)
         entering = state.to(keys.dtype)
         recalled = tl.dot(entering, tl.trans(keys), input_precision=PRECISION)
+        if SPLIT:
+            keys_2 = load_tokens(k, BH + key, k_t, n_inside, K, BH, C)
+            entering_2 = state_2.to(keys.dtype)
+            recalled = tl.dot(entering_2, tl.trans(keys_2), recalled, input_precision=PRECISION)
         written = strength[None, :] * (values - gamma[None, :] * recalled)
         updates = tl.dot(written.to(keys.dtype), tl.trans(t_matrix), input_precision=PRECISION)
         if not PREPARE:
-            if SAVE:
-                store_state(states, entering, value, key, K, 1, V, BV, K, BK)
-            queries = load_tokens(q, key, q_t, n_inside, K, BK, C)
+            queries = load_tokens(q, key, q_t, n_inside, K, BH, C)
             scores = tl.dot(keys, tl.trans(queries), input_precision=PRECISION)
+            read = tl.dot(entering, tl.trans(queries), input_precision=PRECISION)
+            if SAVE:
+                store_state(states, entering, value, key, K, 1, V, BV, K, BH)
+            if SPLIT:
+                queries_2 = load_tokens(q, BH + key, q_t, n_inside, K, BH, C)
+                scores = tl.dot(keys_2, tl.trans(queries_2), scores, input_precision=PRECISION)
+                read = tl.dot(entering_2, tl.trans(queries_2), read, input_precision=PRECISION)
+                if SAVE:
+                    store_state(states, entering_2, value, BH + key, K, 1, V, BV, K, BH)
             scores *= tl.trans(pair_decays(g_t, g_t, segment, segment, i[:, None] >= i[None, :], RESETS))
-            read = tl.dot(entering, tl.trans(queries), input_precision=PRECISION) * gamma[None, :]
-            read += tl.dot(updates.to(keys.dtype), scores.to(keys.dtype), input_precision=PRECISION)
+            read *= gamma[None, :]
+            read = tl.dot(updates.to(keys.dtype), scores.to(keys.dtype), read, input_precision=PRECISION)
             store_columns(out, read, value, out_t, n_inside, V, BV, C)
-        state = whole * state + tl.dot((updates * delta[None, :]).to(keys.dtype), keys, input_precision=PRECISION)
+        updates = (updates * delta[None, :]).to(keys.dtype)
+        state = tl.dot(updates, keys, whole * state, input_precision=PRECISION)
+        if SPLIT:
+            state_2 = tl.dot(updates, keys_2, whole * state_2, input_precision=PRECISION)
         q += C * q_t
         k += C * k_t
         v += C * v_t
@@ -173,10 +183,10 @@ def forward_kernel(
         states += K * V
         reset += C
         n_inside -= C
-    if PREPARE:
-        store_prepared(end + (bh * n_segments + part) * (V + K) * K, state, block, value, key, K, V, BV)
-    elif part == n_segments - 1:
-        store_state(end + bh * K * V, state, value, key, 1, V, V, BV, K, BK)
+    if PREPARE or part == n_segments - 1:
+        store_outer(end, state, PREPARE, bh, at_segment, block, value, key, K, BH, V, BV)
+        if SPLIT:
+            store_outer(end, state_2, PREPARE, bh, at_segment, block, value, BH + key, K, BH, V, BV)
 
 
 @triton.jit
