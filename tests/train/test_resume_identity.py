@@ -140,13 +140,13 @@ def test_nothing_of_the_users_blocks_a_resume(copied, trained):
     own = run / "checkpoints"
     for name in ("step-x.tmp", "step-00000012.tmp", "step-000000061", "notes.damaged"):
         (own / name).write_text("of the user")
-    for name in ("step-best.tmp", "step-000000099", "step-00000012.replaced.old"):
+    for name in ("step-best.tmp", "step-00000008.tmp", "step-00000009.replaced", "step-000000099", "step-00000001"):
         (own / name).mkdir()
         (own / name / "precious").write_text("of the user")
     assert "warning" not in resume(recipe, run)
     assert_same_run(run, trained[1])
     kept = [path for path in own.rglob("*") if path.is_file() and path.read_bytes() == b"of the user"]
-    assert len(kept) == 7
+    assert len(kept) == 9
 
 
 class _Killed(BaseException):
