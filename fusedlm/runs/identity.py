@@ -38,12 +38,11 @@ def identity_of(run: str, contents: dict[str, bytes], before: Identity | None = 
     Args:
         before: of the files that are replaced; None: their contents are not accepted.
     """
-    files, replaced = {name: _sha256(content) for name, content in contents.items()}, {}
-    for name, new in files.items() if before is not None else ():
-        old = {before.files.get(name), *before.replaced.get(name, ())} - {None, new}
-        if old:
-            replaced[name] = sorted(old)
-    return Identity(run, files, replaced)
+    files = {name: _sha256(content) for name, content in contents.items()}
+    if before is None:
+        return Identity(run, files)
+    replaced = {name: {before.files.get(name), *before.replaced.get(name, ())} - {None, files[name]} for name in files}
+    return Identity(run, files, {name: sorted(former) for name, former in replaced.items() if former})
 
 
 def write_identity(run_dir: Path, identity: Identity) -> None:
