@@ -11,7 +11,6 @@ from fusedlm.compare.process import _POLL_SECONDS
 from fusedlm.runs.hardware import peak_memory_bytes
 from fusedlm.runs.signals import StopSignal
 
-
 _LONGEST = 60  # seconds that work waits for what a test does
 
 
