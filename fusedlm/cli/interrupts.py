@@ -61,7 +61,5 @@ def die_of_interrupt() -> None:
         except (AttributeError, OSError, ValueError):
             continue
         if in_foreground:
-            with contextlib.suppress(OSError, ValueError):
-                sys.stdout.flush()
             signal.signal(signal.SIGINT, signal.SIG_DFL)
             os.kill(os.getpid(), signal.SIGINT)

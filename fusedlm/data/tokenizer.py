@@ -57,7 +57,7 @@ class Tokenizer(ABC):
         """Ids in [0, limit) that no token has, int64: gaps in the vocabulary, and ids after it."""
 
     @abstractmethod
-    def _files(self) -> dict[str, str]:
+    def files(self) -> dict[str, str]:
         """Content of the files that `load_tokenizer` needs, by name."""
 
     def encode(self, text: str) -> list[int]:
@@ -74,7 +74,7 @@ class Tokenizer(ABC):
 
     def save(self, directory: str | Path) -> list[str]:
         """Write the tokenizer into an existing directory; returns the names of the files written."""
-        files = self._files()
+        files = self.files()
         for name, content in files.items():
             write_atomic(Path(directory, name), content)
         return list(files)
@@ -98,7 +98,7 @@ class ByteTokenizer(Tokenizer):
     def unused_ids(self, limit):
         return np.arange(self.vocab_size, limit)
 
-    def _files(self):
+    def files(self):
         return {_META_FILE: _meta("bytes", self.fingerprint)}
 
 
@@ -170,7 +170,7 @@ class SubwordTokenizer(Tokenizer):
     def unused_ids(self, limit):
         return np.setdiff1d(np.arange(limit), self._ids)
 
-    def _files(self):
+    def files(self):
         return {_MODEL_FILE: self._content, _META_FILE: _meta("subword", self.fingerprint, self._end_of_text)}
 
 

@@ -8,6 +8,7 @@ import stat
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Literal
 
 import torch
 from safetensors import SafetensorError
@@ -18,7 +19,9 @@ from fusedlm.files import sha256_file, sync
 
 MANIFEST = "manifest.json"
 _FORMAT = 1
-_NAME = re.compile(r"(step-([0-9]{8,}))(?:\.(tmp|replaced|(?:damaged|foreign)(?:-[0-9]+)?))?")
+_NAME = re.compile(r"(step-([0-9]{8,}))(?:\.((?:damaged|foreign)(?:-[0-9]+)?))?")
+# What is removed without being looked at has a name that nobody else gives.
+_TEMPORARY = re.compile(r"\.fusedlm-(step-([0-9]{8,}))\.(tmp|replaced)")
 _FILE_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]*")
 
 # (folder, file stem, tensors by name, world): every process calls it, and it writes this process's part of the tensors.
@@ -70,6 +73,10 @@ class Checkpoints:
     def path(self, step: int) -> Path:
         return self.directory / f"step-{step:08d}"
 
+    def temporary(self, step: int, kind: Literal["tmp", "replaced"] = "tmp") -> Path:
+        """Where a checkpoint is written or removed, or is kept while another of its step replaces it."""
+        return self.directory / f".fusedlm-{self.path(step).name}.{kind}"
+
     def steps(self) -> list[int]:
         """Steps that have a checkpoint, intact or not, ascending."""
         return sorted(step for entry, step, kind in self._entries() if not kind and entry.is_dir())
@@ -91,7 +98,7 @@ class Checkpoints:
             return []
         found = []
         for entry in entries:
-            match = _NAME.fullmatch(entry.name)
+            match = _NAME.fullmatch(entry.name) or _TEMPORARY.fullmatch(entry.name)
             # step-000000061 would be read as the step of step-00000061.
             if match and match[1] == self.path(int(match[2])).name:
                 found.append((entry, int(match[2]), (match[3] or "").partition("-")[0]))
@@ -120,7 +127,7 @@ class Checkpoints:
         """
         world = world or World()
         final = self.path(step)
-        temporary = final.with_name(final.name + ".tmp")
+        temporary = self.temporary(step)
         try:
             if world.is_main:
                 self.directory.mkdir(parents=True, exist_ok=True)
@@ -132,7 +139,7 @@ class Checkpoints:
             world.barrier()
             if world.is_main:
                 self._seal(temporary, texts)
-                replaced = final.with_name(final.name + ".replaced")
+                replaced = self.temporary(step, "replaced")
                 _make_way(replaced)
                 if final.is_dir():
                     os.rename(final, replaced)
@@ -266,14 +273,22 @@ class Checkpoints:
                 shutil.rmtree(entry.path)
 
     def prune(self, keep: int, best: int | None) -> None:
-        """Remove all but the newest `keep` checkpoints and the one of step `best`."""
-        for step in self.steps()[:-keep]:
+        """Remove all but the newest `keep` checkpoints and the one of step `best`. A folder without a manifest of ours
+        is not a checkpoint, and stays."""
+        for step in list(filter(self._has_manifest, self.steps()))[:-keep]:
             if step != best:
                 # Renamed first: an interrupted removal must not look like a damaged checkpoint.
-                doomed = self.path(step).with_name(self.path(step).name + ".tmp")
+                doomed = self.temporary(step)
                 _make_way(doomed)
                 os.rename(self.path(step), doomed)
                 _remove(doomed)
+
+    def _has_manifest(self, step: int) -> bool:
+        try:
+            self.files(step)
+        except (DamagedCheckpoint, OSError):
+            return False
+        return True
 
 
 def _remove(path: Path) -> None:

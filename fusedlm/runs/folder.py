@@ -4,6 +4,7 @@ import contextlib
 import fcntl
 import json
 import os
+from collections.abc import Iterable
 from pathlib import Path
 
 from fusedlm.config import Recipe, dump_recipe, load_recipe
@@ -11,7 +12,7 @@ from fusedlm.config.keys import ABSENT, differences, is_neutral
 from fusedlm.distributed import World
 from fusedlm.files import write_atomic
 from fusedlm.runs.checkpoint import Checkpoints
-from fusedlm.runs.identity import Identity, write_identity
+from fusedlm.runs.identity import Identity, identity_of, write_identity
 
 RECIPE, ENVIRONMENT, METRICS = "recipe.yaml", "environment.json", "metrics.jsonl"
 CHECKPOINTS, LOCK = "checkpoints", ".lock"
@@ -120,26 +121,35 @@ class RunFolder:
         except (OSError, ValueError, AttributeError, RecursionError):
             return None
 
-    def write_header(self, recipe: Recipe, tokenizer, environment: dict, run: str) -> None:
+    def write_header(
+        self, recipe: Recipe, tokenizer, environment: dict, run: str, identity: Identity | None = None
+    ) -> None:
         """Write what `load` needs besides a checkpoint, and record the machine and software that compute the following
         steps. The recipe comes last: with it, the folder holds a run.
 
         Args:
             run: id of the run.
+            identity: of the files that are replaced; None: there is none, and they count as they are.
         """
-        write_atomic(self.path / ENVIRONMENT, json.dumps(environment, indent=2) + "\n")
-        names = [ENVIRONMENT, *tokenizer.save(self.path)]
-        text = dump_recipe(recipe)
-        contents = {name: (self.path / name).read_bytes() for name in names} | {RECIPE: text.encode()}
-        write_identity(self.path, run, contents)
-        write_atomic(self.path / RECIPE, text)
+        contents = {ENVIRONMENT: json.dumps(environment, indent=2) + "\n", **tokenizer.files()}
+        contents = {name: text.encode() for name, text in contents.items()} | {RECIPE: dump_recipe(recipe).encode()}
+        # Several files are not replaced at once: until the last one is, run.json accepts the old content of each, so
+        # that a kill in between does not look like a change by somebody else.
+        before = identity or identity_of(run, self._contents(contents))
+        write_identity(self.path, identity_of(run, contents, before))
+        for name, content in contents.items():
+            write_atomic(self.path / name, content)
+        write_identity(self.path, identity_of(run, contents))
 
     def complete_header(self, tokenizer, identity: Identity | None, run: str) -> None:
         """Restore the tokenizer of a finished run, and write run.json if it is missing or damaged."""
         names = tokenizer.save(self.path)
         if identity is None:
-            present = [name for name in (ENVIRONMENT, RECIPE, *names) if (self.path / name).is_file()]
-            write_identity(self.path, run, {name: (self.path / name).read_bytes() for name in present})
+            write_identity(self.path, identity_of(run, self._contents((ENVIRONMENT, RECIPE, *names))))
+
+    def _contents(self, names: Iterable[str]) -> dict[str, bytes]:
+        """Those of these files that there are."""
+        return {name: (self.path / name).read_bytes() for name in names if (self.path / name).is_file()}
 
 
 # What the files hold is compared when the text is opened, not where they are.

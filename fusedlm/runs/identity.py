@@ -3,7 +3,7 @@
 import hashlib
 import json
 import secrets
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from fusedlm.files import write_atomic
@@ -14,14 +14,17 @@ IDENTITY = "run.json"
 
 @dataclass(frozen=True)
 class Identity:
-    """run: id of the run, also in each of its checkpoints. files: SHA-256 by file name."""
+    """run: id of the run, also in each of its checkpoints. files: SHA-256 by file name. replaced: of former contents of
+    these files, which they still have if the process that replaced them was killed."""
 
     run: str
     files: dict[str, str]
+    replaced: dict[str, list[str]] = field(default_factory=dict)
 
     def wrote(self, path: Path) -> bool:
         """Whether a file of the run folder is as it was written."""
-        return path.is_file() and self.files.get(path.name) == _sha256(path.read_bytes())
+        known = (self.files.get(path.name), *self.replaced.get(path.name, ()))
+        return path.is_file() and _sha256(path.read_bytes()) in known
 
 
 def new_run_id() -> str:
@@ -29,9 +32,24 @@ def new_run_id() -> str:
     return secrets.token_hex(16)
 
 
-def write_identity(run_dir: Path, run: str, contents: dict[str, bytes]) -> None:
-    """Write run.json for files of these contents, by name."""
-    record = {"format": 1, "run": run, "files": {name: _sha256(content) for name, content in contents.items()}}
+def identity_of(run: str, contents: dict[str, bytes], before: Identity | None = None) -> Identity:
+    """The identity of files of these contents, by name, or of those that they replace.
+
+    Args:
+        before: of the files that are replaced; None: their contents are not accepted.
+    """
+    files = {name: _sha256(content) for name, content in contents.items()}
+    if before is None:
+        return Identity(run, files)
+    replaced = {name: {before.files.get(name), *before.replaced.get(name, ())} - {None, files[name]} for name in files}
+    return Identity(run, files, {name: sorted(former) for name, former in replaced.items() if former})
+
+
+def write_identity(run_dir: Path, identity: Identity) -> None:
+    """Write run.json."""
+    record = {"format": 1, "run": identity.run, "files": identity.files}
+    if identity.replaced:
+        record["replaced"] = identity.replaced
     write_atomic(run_dir / IDENTITY, json.dumps(seal(record, IDENTITY), indent=1) + "\n")
 
 
@@ -48,7 +66,8 @@ def read_identity(run_dir: Path) -> Identity | None:
         files = dict(record["files"])
         if any(Path(name).name != name for name in files):
             raise ValueError
-        return Identity(str(record["run"]), files)
+        replaced = {name: list(known) for name, known in record.get("replaced", {}).items()}
+        return Identity(str(record["run"]), files, replaced)
     except FileNotFoundError:
         return None
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):

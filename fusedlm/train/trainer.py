@@ -199,7 +199,7 @@ class Trainer:
             "parameters": asdict(count_parameters(self.model)),
             "backends": {op: selection.backend for op, selection in self.backends.items()},
         }
-        self.folder.write_header(self.recipe, tokenizer, described, run)
+        self.folder.write_header(self.recipe, tokenizer, described, run, self.identity)
 
     def _open_records(self, stack: contextlib.ExitStack) -> None:
         # Loggers first: one that cannot start must not leave a longer recipe or shorter metrics behind.

@@ -2,6 +2,8 @@
 
 import json
 import re
+import shlex
+import signal
 from pathlib import Path
 
 import pytest
@@ -41,6 +43,25 @@ def test_resuming_a_finished_run_changes_no_metrics(workspace: Path, fusedlm):
     before = Path("runs/small/metrics.jsonl").read_text()
     assert fusedlm("train", "small.yaml", "--resume").code == 0
     assert Path("runs/small/metrics.jsonl").read_text() == before
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_saves_and_stops_training_with_its_code(workspace: Path, fusedlm, monkeypatch, number):
+    def signalled(self, record):
+        if record["step"] == 3:
+            signal.raise_signal(number)
+
+    overrides = ("train.steps=4", "train.checkpoint_every=0")
+    with monkeypatch.context() as patch:
+        patch.setattr("fusedlm.train.display.Display.step", signalled)
+        outcome = fusedlm("train", "small.yaml", *overrides, "--out", "runs/a b")
+    assert outcome.code == 128 + number, outcome.err
+    assert f"{number.name}: stopped at step 3 and saved" in outcome.out
+    again = "fusedlm train small.yaml train.steps=4 train.checkpoint_every=0 --out 'runs/a b' --resume"
+    assert outcome.out.splitlines()[-1] == f"stopped at step 3; resume with: {again}"
+    assert Path("runs/a b/checkpoints/step-00000003").is_dir() and not Path("runs/a b/sample.txt").exists()
+    resumed = fusedlm(*shlex.split(again)[1:])
+    assert resumed.code == 0 and "resuming from step 3" in resumed.out
 
 
 def test_dry_run_writes_nothing(workspace: Path, fusedlm):

@@ -6,6 +6,7 @@ import pty
 import signal
 import subprocess
 import sys
+import threading
 
 import pytest
 
@@ -119,13 +120,66 @@ def test_a_signal_ends_a_command_with_128_and_its_number(number, fusedlm, monkey
     assert cleaned and signal.getsignal(number) is before
 
 
-INTERRUPTED = """
+def test_an_ignored_signal_stays_ignored(fusedlm, monkeypatch):
+    """As nohup wants it."""
+
+    def write_report(run):
+        signal.raise_signal(signal.SIGHUP)
+        return run
+
+    monkeypatch.setattr("fusedlm.report.write_report", write_report)
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        assert fusedlm("report", "runs/x").code == 0
+        assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_a_command_runs_in_another_thread():
+    codes = []
+    thread = threading.Thread(target=lambda: codes.append(main(["--version"])))
+    thread.start()
+    thread.join()
+    assert codes == [0]
+
+
+BUFFERED = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+SIGNALLED = """
 import signal, sys
 from fusedlm import cli
 def train():
-    signal.raise_signal(signal.SIGINT)
+    print("begun", end="")
+    try:
+        signal.raise_signal(%d)
+    finally:
+        signal.raise_signal(%d)
+        print(", cleaned", end="")
 cli.app.registered_commands[0].callback = train
 sys.exit(cli.main(%s))
+"""
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "code", "printed"),
+    [
+        (signal.SIGTERM, signal.SIGTERM, -signal.SIGTERM, ""),
+        (signal.SIGHUP, signal.SIGTERM, -signal.SIGTERM, ""),
+        (signal.SIGTERM, signal.SIGHUP, 128 + signal.SIGTERM, "begun, cleaned"),
+        (signal.SIGHUP, signal.SIGHUP, 128 + signal.SIGHUP, "begun, cleaned"),
+    ],
+)
+def test_a_second_sigterm_kills_and_a_second_sighup_is_ignored(first, second, code, printed):
+    """A closed terminal sends SIGHUP several times, also while the command cleans up."""
+    program = [sys.executable, "-c", SIGNALLED % (first, second, ""), "train"]
+    done = subprocess.run(program, capture_output=True, text=True, env=BUFFERED)
+    assert (done.returncode, done.stdout, done.stderr) == (code, printed, "")
+
+
+IN_BACKGROUND = """
+import subprocess, sys
+done = subprocess.run([sys.executable, "-c", %r, "train"], process_group=0)
+sys.exit(done.returncode if done.returncode >= 0 else 7)
 """
 
 
@@ -133,16 +187,20 @@ sys.exit(cli.main(%s))
 def test_an_interrupt_in_a_terminal_stops_the_loop_of_a_shell():
     """The shell must see that the command died of it; elsewhere the exit code says so."""
 
-    def in_terminal(arguments: str) -> int:
+    def in_terminal(code: str) -> tuple[int, str]:
+        """Exit code and output."""
         pid, terminal = pty.fork()
         if pid == 0:
-            os.execv(sys.executable, [sys.executable, "-c", INTERRUPTED % arguments, "train"])
+            os.execve(sys.executable, [sys.executable, "-c", code, "train"], BUFFERED)
+        shown = b""
         with contextlib.suppress(OSError):
-            while os.read(terminal, 1024):
-                pass
-        return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+            while found := os.read(terminal, 1024):
+                shown += found
+        return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), shown.decode()
 
-    assert in_terminal("") == -signal.SIGINT
-    assert in_terminal("sys.argv[1:]") == 130
-    command = [sys.executable, "-c", INTERRUPTED % "", "train"]
+    interrupt = SIGNALLED % (signal.SIGINT, 0, "")
+    assert in_terminal(interrupt) == (-signal.SIGINT, "begun, cleaned")
+    assert in_terminal(SIGNALLED % (signal.SIGINT, 0, "sys.argv[1:]")) == (130, "begun, cleaned")
+    assert in_terminal(IN_BACKGROUND % interrupt) == (130, "begun, cleaned")
+    command = [sys.executable, "-c", interrupt, "train"]
     assert subprocess.run(command, stdin=subprocess.DEVNULL, stderr=subprocess.PIPE).returncode == 130

@@ -6,6 +6,7 @@ import signal
 import sys
 
 import pytest
+import torch
 
 from fusedlm.compare import process as process_module
 from fusedlm.compare.process import Stopped, run_in_process
@@ -17,11 +18,20 @@ def run(name: str, *arguments, report=lambda kind, content: None, stop=None):
     return run_in_process(getattr(process_work, name), *arguments, report=report, stop=stop or StopSignal())
 
 
-def test_results_and_reports_come_back(tmp_path, monkeypatch):
+@pytest.fixture
+def three_threads():
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    yield
+    torch.set_num_threads(before)
+
+
+def test_results_and_reports_come_back(tmp_path, monkeypatch, three_threads):
     monkeypatch.chdir(tmp_path)
     seen = []
-    pid, folder = run("where", report=lambda kind, content: seen.append((kind, content)))
-    assert pid != os.getpid() and folder == str(tmp_path)
+    pid, group, folder, threads = run("where", report=lambda kind, content: seen.append((kind, content)))
+    assert pid != os.getpid() and folder == str(tmp_path) and threads == 3
+    assert group == pid, "a signal of the terminal reaches it through this process alone"
     assert seen == [("step", 1), ("step", 2)]
 
 
@@ -51,9 +61,19 @@ def test_a_signal_is_passed_on_once_and_the_work_may_finish():
     assert result == "cleaned up" and stop.received is signal.SIGINT
 
 
-def test_work_that_does_not_handle_the_signal_is_stopped():
+def test_work_that_does_not_handle_the_signal_is_stopped(tmp_path):
     with StopSignal() as stop, pytest.raises(Stopped):
-        run("wait", report=lambda kind, content: os.kill(os.getpid(), signal.SIGTERM), stop=stop)
+        run("wait", tmp_path / "end", report=lambda kind, content: os.kill(os.getpid(), signal.SIGTERM), stop=stop)
+    assert not (tmp_path / "end").exists()
+
+
+def test_work_ends_with_an_error_of_this_process(tmp_path):
+    def fail(kind, content):
+        raise KeyError(kind)
+
+    with pytest.raises(KeyError, match="begin"):
+        run("wait", tmp_path / "end", report=fail)
+    assert not (tmp_path / "end").exists()
 
 
 def start(context, folder, work: str, *arguments):
@@ -76,6 +96,11 @@ def test_work_can_be_stopped_where_interrupts_are_ignored(tmp_path):
         os.kill(child.pid, signal.SIGINT)
         assert ours.recv() == ("result", "cleaned up")
         child.join()
+        child, ours = start(multiprocessing.get_context("fork"), tmp_path, "wait", tmp_path / "end")
+        assert ours.recv() == ("begin", 0)
+        os.kill(child.pid, signal.SIGINT)
+        assert ours.recv() == ("stopped", None)
+        child.join()
     finally:
         signal.signal(signal.SIGINT, before)
 
@@ -84,8 +109,7 @@ def test_work_saves_and_stops_when_the_parent_is_gone(tmp_path):
     child, ours = start(process_module._context(), tmp_path, "report_until_stopped", tmp_path / "stopped")
     assert ours.recv() == ("step", 1)
     ours.close()
-    child.join(60)
-    assert child.exitcode == 0
+    child.join()
     assert (tmp_path / "stopped").read_text() == "SIGINT" and child.exitcode == 0
 
 

@@ -16,9 +16,10 @@ from fusedlm.data import prepare
 from fusedlm.evaluate import score_documents
 from fusedlm.model import build_model
 from fusedlm.model.accounting import state_bytes
+from fusedlm.report.units import count, size
 from fusedlm.runs.load import load
 from fusedlm.runs.metrics import read_metrics
-from tests.report.test_report import parse
+from tests.report.test_report import colours, curves, drawings, parse
 
 PLOTS = {"final", "validation", "difference", "training", "flops", "cost", "state", "decoding"}
 
@@ -114,6 +115,33 @@ def test_the_page_shows_verdict_setup_and_plots(finished):
     ):
         assert words in page.text, words
     assert re.search(r"compiled\s+no", page.text)
+
+
+def test_every_variant_has_its_colour_and_its_values_under_the_pointer(finished, tree):
+    page = parse(finished[1] / "report.html")
+    found = colours(page)
+    both = [{"latent": "c0", "softmax": "c1"}]
+    assert found.pop("Validation loss relative to latent") == [{"softmax": "c1"}]
+    lines = {"Validation loss", "Training loss", "Loss against training FLOPs"}
+    lengths = {"Decoding state against length": size, "Decoding throughput against length": count}
+    assert found == dict.fromkeys(lines | lengths.keys(), both)
+    drawn = drawings((finished[1] / "report.html").read_text())
+    for title in ("Final validation loss", "Training throughput and memory", *found):
+        for svg in drawn[title]:
+            assert all(f"var(--{colour})" in svg for colour in ("c0", "c1")), title
+            assert all(f">{name}</text>" in svg for name in both[0]), title
+    for (title, written), key in zip(lengths.items(), ("state_bytes", "tokens_per_second"), strict=True):
+        for name, (_, x, _, texts) in curves(page)[title][0].items():
+            measured = tree["variants"][name]["decoding"]
+            assert x == [20, 70] and texts == [written(measured[length][key]) for length in ("20", "70")]
+    _, tokens, losses, texts = curves(page)["Validation loss"][0]["softmax"]
+    at = {128: [], 256: []}
+    for seed in (0, 1):
+        for record in read_metrics(finished[1] / f"runs/softmax-seed{seed}/metrics.jsonl")[0]:
+            if "val_bpb" in record:
+                at[record["tokens"]].append(record["val_nll_per_token"])
+    assert tokens == list(at) and losses == pytest.approx([statistics.mean(both) for both in at.values()], rel=1e-4)
+    assert texts is None
 
 
 def test_the_same_results_give_the_same_page(finished, tmp_path, monkeypatch):

@@ -1,6 +1,7 @@
 """The report of a run: its page, its plots, odd and damaged runs."""
 
 import html
+import itertools
 import json
 import math
 import re
@@ -82,6 +83,32 @@ def parse(path):
     return checker
 
 
+def curves(page) -> dict[str, list[dict[str, list]]]:
+    """title of a plot -> of each of its axes, label -> [colour, x, y, texts] of what is shown under the pointer."""
+    found = {}
+    for (tag, figure), (_, svg) in itertools.pairwise(page.data):
+        if tag == "figure" and "data-curves" in figure:
+            axes = json.loads(figure["data-curves"])
+            found[svg["aria-label"].partition(": ")[0]] = [{label: rest for label, *rest in one} for one in axes]
+    return found
+
+
+def colours(page) -> dict[str, list[dict[str, str]]]:
+    """title of a plot -> of each of its axes, label -> colour."""
+    return {
+        title: [{label: rest[0] for label, rest in one.items()} for one in axes] for title, axes in curves(page).items()
+    }
+
+
+def drawings(source: str) -> dict[str, list[str]]:
+    """title of a plot -> its drawings."""
+    found = {}
+    for svg in re.findall(r"<svg.*?</svg>", source, re.DOTALL):
+        title = html.unescape(re.search(r'aria-label="(.*?)"', svg)[1]).partition(": ")[0]
+        found.setdefault(title, []).append(svg)
+    return found
+
+
 def write_run(path, n=30, validate=True, **changes):
     """A run of n steps; `changes` maps a name to a function of the step."""
     path.mkdir(exist_ok=True)
@@ -154,9 +181,37 @@ def test_colours_are_those_of_the_scheme(tmp_path):
     for svg in re.findall(r"<svg.*?</svg>", source, re.DOTALL):
         assert not re.search(r"#[0-9a-fA-F]{3,8}\b", re.sub(r"url\(#\w+\)|href=\"#\w+\"", "", svg))
         assert set(re.findall(r"var\(--([\w-]+)\)", svg)) >= {"ink", "line"}
-    light, dark = source.split("prefers-color-scheme: dark")
-    for name in set(re.findall(r"var\(--([\w-]+)\)", source)):
-        assert f"--{name}: #" in light and f"--{name}: #" in dark.split("* {")[0], name
+    schemes = source.split("prefers-color-scheme: dark")
+    light, dark = (dict(re.findall(r"--([\w-]+): (#\w+);", scheme)) for scheme in schemes)
+    assert set(re.findall(r"var\(--([\w-]+)\)", source)) <= light.keys() == dark.keys()
+    assert all(light[name] != dark[name] for name in light)
+
+
+def test_every_series_has_a_colour_of_its_own_under_the_pointer_and_in_the_drawing(tmp_path):
+    run = write_run(tmp_path / "run", **ROUTED, loss_a=lambda step: 1 / step, loss_b=lambda step: 2 / step)
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 30, "val_bpb": 2.1, "val_bpb_ema": 1.9, "val_nll_per_token": 3, "tokens": 3000}\n')
+    path = write_report(run)
+    found = colours(parse(path))
+    levels = {"light": "raw", "blend": "c1", "full": "c0"}
+    share = {"computed, each step": "raw", "computed": "c0", "budget": "soft-ink"}
+    assert {title: found[title] for title in found if title not in ("Throughput", "Memory")} == {
+        "Training and validation loss": [{"training, each step": "raw", "training": "c0", "validation": "c1"}],
+        "Validation bits per byte": [{"averaged weights": "c1", "weights as trained": "c0"}],
+        "Learning rate and gradient norm": [
+            {"learning rate": "c0"},
+            {"gradient norm, each step": "raw", "gradient norm": "c0"},
+        ],
+        "Losses of layers": [{"a": "c0", "b": "c1"}],
+        "Levels of the routed feed-forward": [levels, share],
+    }
+    for title, svgs in drawings(path.read_text()).items():
+        expected = {colour for axes in found[title] for colour in axes.values()}
+        named = {label for axes in found[title] if len(axes) > 1 for label in axes if not label.endswith(", each step")}
+        for svg in svgs:
+            assert expected <= set(re.findall(r"stroke: var\(--([\w-]+)\)", svg)), title
+            if title != "Learning rate and gradient norm":  # an axis names each of them
+                assert all(f">{label}</text>" in svg for label in named), title
 
 
 def test_values_under_the_pointer_are_those_of_the_run(tmp_path):

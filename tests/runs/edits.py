@@ -5,7 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from fusedlm.runs.checkpoint import Checkpoints
-from fusedlm.runs.identity import IDENTITY, read_identity, write_identity
+from fusedlm.runs.identity import IDENTITY, identity_of, read_identity, write_identity
 
 
 def edit_checkpoint(run: Path, step: int, name: str, edit: Callable[[str], str]) -> None:
@@ -33,7 +33,7 @@ def edit_header(run: Path, name: str, edit: Callable[[str], str]) -> None:
     """Change a file beside the checkpoints, and run.json."""
     (run / name).write_text(edit((run / name).read_text(encoding="utf-8")), encoding="utf-8")
     identity = read_identity(run)
-    write_identity(run, identity.run, {name: (run / name).read_bytes() for name in identity.files})
+    write_identity(run, identity_of(identity.run, {name: (run / name).read_bytes() for name in identity.files}))
 
 
 def edit_recipe(run: Path, edit: Callable[[str], str]) -> None:

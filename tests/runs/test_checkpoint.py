@@ -92,7 +92,7 @@ def test_saving_the_same_step_again_replaces_it(checkpoints):
 
 def test_leftovers_of_an_interrupted_save_are_removed(checkpoints):
     checkpoints.save(1, TENSORS, TEXTS)
-    temporary = checkpoints.directory / "step-00000002.tmp"
+    temporary = checkpoints.temporary(2)
     temporary.mkdir()
     (temporary / "model.safetensors").write_bytes(b"half")
     assert checkpoints.steps() == [1]
@@ -102,7 +102,7 @@ def test_leftovers_of_an_interrupted_save_are_removed(checkpoints):
 
 def test_a_replacement_interrupted_between_its_renames_is_undone(checkpoints):
     path = checkpoints.save(1, TENSORS, TEXTS)
-    path.rename(path.with_name("step-00000001.replaced"))
+    path.rename(checkpoints.temporary(1, "replaced"))
     checkpoints.clean()
     checkpoints.verify(1)
 
@@ -211,7 +211,7 @@ def test_each_process_writes_its_part_and_the_main_one_the_rest(checkpoints, tmp
         (folder / f"{stem}-{world.rank}.bin").write_bytes(b"part")
 
     ranks = [_Rank(rank, 2, tmp_path) for rank in range(2)]
-    temporary = "checkpoints/step-00000003.tmp"
+    temporary = "checkpoints/.fusedlm-step-00000003.tmp"
 
     def write_both(folder, stem, tensors, world):
         write(folder, stem, tensors, world)
@@ -236,18 +236,18 @@ def test_a_process_that_is_not_the_main_one_writes_its_part_alone(checkpoints, t
     def write(folder, stem, tensors, world):
         (folder / f"{stem}-{world.rank}.bin").write_bytes(b"part")
 
-    (checkpoints.directory / "step-00000003.tmp").mkdir(parents=True)  # by the main process
+    checkpoints.temporary(3).mkdir(parents=True)  # by the main process
     world = _Rank(1, 2, tmp_path)
     checkpoints.save(3, {"model": {}}, TEXTS, write=write, world=world)
     found = sorted(str(path.relative_to(checkpoints.directory)) for path in checkpoints.directory.rglob("*"))
-    assert found == ["step-00000003.tmp", "step-00000003.tmp/model-1.bin"]
+    assert found == [".fusedlm-step-00000003.tmp", ".fusedlm-step-00000003.tmp/model-1.bin"]
     assert len(world.seen) == 3, "as many barriers as the main process"
 
 
 def test_the_default_writer_writes_full_tensors_once(checkpoints, tmp_path):
-    (checkpoints.directory / "step-00000003.tmp").mkdir(parents=True)
+    checkpoints.temporary(3).mkdir(parents=True)
     checkpoints.save(3, TENSORS, TEXTS, world=_Rank(1, 2, tmp_path))
-    assert list((checkpoints.directory / "step-00000003.tmp").iterdir()) == []
+    assert list(checkpoints.temporary(3).iterdir()) == []
 
 
 def test_files_follow_the_umask(checkpoints):
@@ -317,7 +317,8 @@ def test_tensors_that_are_no_safetensors_are_damage(checkpoints):
 
 
 OF_THE_USER = ["step-best.tmp", "step-7.tmp", "step-000000061", "step-00000061x", "step-000000007.tmp", "notes.damaged"]
-OF_THE_USER += ["step-0000001٣", "step-00000005-copy", "step-00000005.tmp-2", "step-00000005.replaced.old"]
+OF_THE_USER += ["step-0000001٣", "step-00000005-copy", "step-00000005.tmp", "step-00000005.replaced"]
+OF_THE_USER += [".fusedlm-step-5.tmp", ".fusedlm-step-00000005", ".fusedlm-step-00000005.tmp-2"]
 
 
 @pytest.mark.parametrize("kind", ["folder", "file"])
@@ -336,8 +337,19 @@ def test_names_that_this_class_does_not_make_are_the_users(checkpoints, kind):
     assert {path: path.read_bytes() for path in checkpoints.directory.rglob("*") if path.is_file()} == before
 
 
+def test_a_folder_without_a_manifest_is_not_pruned_and_does_not_count(checkpoints):
+    for step in (2, 3, 4):
+        checkpoints.save(step, TENSORS, TEXTS)
+    for step in (1, 9):
+        checkpoints.path(step).mkdir()
+        (checkpoints.path(step) / "state.json").write_text("of the user")
+    checkpoints.prune(keep=2, best=None)
+    assert checkpoints.steps() == [1, 3, 4, 9]
+    assert (checkpoints.path(1) / "state.json").read_text() == "of the user"
+
+
 @pytest.mark.parametrize("kind", ["file", "link"])
-@pytest.mark.parametrize("name", ["step-00000002", "step-00000002.tmp", "step-00000002.replaced"])
+@pytest.mark.parametrize("name", ["step-00000002", ".fusedlm-step-00000002.tmp", ".fusedlm-step-00000002.replaced"])
 def test_a_file_at_a_name_of_ours_is_kept_and_blocks_nothing(checkpoints, tmp_path, name, kind):
     checkpoints.save(1, TENSORS, TEXTS)
     (tmp_path / "precious").write_text("of the user")
@@ -354,7 +366,7 @@ def test_a_file_at_a_name_of_ours_is_kept_and_blocks_nothing(checkpoints, tmp_pa
     kept = checkpoints.directory / f"{name}.kept"
     assert kept.read_text() == (tmp_path / "precious").read_text() == "of the user"
     checkpoints.prune(keep=1, best=None)
-    assert sorted(entry.name for entry in checkpoints.directory.iterdir()) == ["step-00000002", kept.name]
+    assert {entry.name for entry in checkpoints.directory.iterdir()} == {"step-00000002", kept.name}
 
 
 def test_a_checkpoint_on_another_disk_is_read_and_its_link_pruned(checkpoints, tmp_path):

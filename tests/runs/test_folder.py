@@ -8,7 +8,7 @@ from fusedlm.config import dump_recipe, load_recipe, parse_recipe
 from fusedlm.data.tokenizer import ByteTokenizer
 from fusedlm.distributed import World
 from fusedlm.runs.folder import RunFolder, check_resumable
-from fusedlm.runs.identity import changed_files, new_run_id, read_identity, write_identity
+from fusedlm.runs.identity import changed_files, identity_of, new_run_id, read_identity, write_identity
 from tests.train.runs import tiny_recipe
 
 
@@ -151,7 +151,7 @@ def test_a_run_without_its_recipe_is_refused(begun):
 
 def test_an_environment_that_was_changed_is_not_trusted(begun, recipe):
     other = changed(recipe, "runtime.compile=true")
-    write_identity(begun.path, "0" * 32, {"environment.json": b'{"device": "cuda"}'})
+    write_identity(begun.path, identity_of("0" * 32, {"environment.json": b'{"device": "cuda"}'}))
     assert len(begun.check_recipe(other, "cpu", None, read_identity(begun.path))) == 2
     (begun.path / "environment.json").write_text('{"device": "cudb"}')
     with pytest.raises(ValueError, match="runtime.compile is false in the run to resume"):
@@ -188,7 +188,7 @@ def test_a_damaged_run_json_is_named(tmp_path, content):
 
 
 def test_every_flipped_bit_of_run_json_shows(tmp_path):
-    write_identity(tmp_path, new_run_id(), {"recipe.yaml": b"name: a"})
+    write_identity(tmp_path, identity_of(new_run_id(), {"recipe.yaml": b"name: a"}))
     content = (tmp_path / "run.json").read_bytes()
     expected = read_identity(tmp_path)
     for position in range(len(content)):

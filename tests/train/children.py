@@ -53,7 +53,7 @@ def _train(recipe, run: Path, hold_in_save_at: int | None, connection) -> None:
 
     def holding_save_file(tensors, path):
         save_file(tensors, path)
-        if path.parent.name == f"step-{hold_in_save_at:08d}.tmp":
+        if path.parent.name == f".fusedlm-step-{hold_in_save_at:08d}.tmp":
             connection.send(("saving", hold_in_save_at))
             while signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
                 connection.poll(0.01)

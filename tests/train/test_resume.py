@@ -33,7 +33,7 @@ def test_a_run_killed_at_random_steps_and_in_checkpoints_resumes_bit_for_bit(tra
             wait_for(connection, "saving")
             process.kill()
             process.join()
-        assert f"step-{held:08d}.tmp" in checkpoint_names(run)
+        assert f".fusedlm-step-{held:08d}.tmp" in checkpoint_names(run)
     train(recipe, run, resume=True)
     assert_same_run(run, straight)
     assert checkpoint_names(run) == ["step-00000008", "step-00000012"]

@@ -1,6 +1,7 @@
 """Resuming when files of the run are not its own, cannot be read, or were changed, and beside files of the user."""
 
 import errno
+import itertools
 import os
 import shutil
 
@@ -11,7 +12,7 @@ from fusedlm.runs import checkpoint
 from fusedlm.runs.identity import read_identity
 from fusedlm.runs.integrity import check_run
 from fusedlm.train import train
-from tests.runs.edits import as_written_before_checksums, edit_checkpoint, edit_state
+from tests.runs.edits import as_written_before_checksums, edit_checkpoint, edit_header, edit_state
 from tests.train.runs import assert_same_run, checkpoint_names, losses, resume, snapshot, tiny_recipe
 
 
@@ -139,13 +140,13 @@ def test_nothing_of_the_users_blocks_a_resume(copied, trained):
     own = run / "checkpoints"
     for name in ("step-x.tmp", "step-00000012.tmp", "step-000000061", "notes.damaged"):
         (own / name).write_text("of the user")
-    for name in ("step-best.tmp", "step-000000099", "step-00000012.replaced.old"):
+    for name in ("step-best.tmp", "step-00000008.tmp", "step-00000009.replaced", "step-000000099", "step-00000001"):
         (own / name).mkdir()
         (own / name / "precious").write_text("of the user")
     assert "warning" not in resume(recipe, run)
     assert_same_run(run, trained[1])
     kept = [path for path in own.rglob("*") if path.is_file() and path.read_bytes() == b"of the user"]
-    assert len(kept) == 7
+    assert len(kept) == 9
 
 
 class _Killed(BaseException):
@@ -180,3 +181,53 @@ def test_a_run_killed_at_every_write_of_its_header_resumes_bit_for_bit(tmp_path,
     train(longer, run, resume=True)
     assert_same_run(run, straight)
     assert check_run(run) == []
+
+
+def killed_before(rename: int, recipe, run) -> bool:
+    """Resume, killed before one of the renames by which files are replaced. False: there are fewer."""
+    replace, renames = os.replace, iter(range(1, 1000))
+
+    def until_killed(source, target):
+        if next(renames) == rename:
+            raise _Killed
+        replace(source, target)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "replace", until_killed)
+        try:
+            train(recipe, run, resume=True)
+        except _Killed:
+            return True
+    return False
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+def test_a_kill_while_the_header_is_replaced_is_no_change(trained, tmp_path, legacy):
+    """Each resume writes the environment again, and here a longer recipe."""
+    recipe, straight = trained
+    longer = recipe.model_copy(update={"train": recipe.train.model_copy(update={"steps": 13})})
+    for first in itertools.count(1):
+        run = shutil.copytree(straight, tmp_path / f"{first}")
+        former = (run / "environment.json").read_text().replace('"date": "2', '"date": "1')
+        edit_header(run, "environment.json", lambda text, former=former: former)
+        if legacy:
+            as_written_before_checksums(run)
+        if not killed_before(first, longer, run):
+            break
+        assert check_run(run) == [], first
+        for second in (2, 3):
+            killed_before(second, longer, run)
+            assert check_run(run) == [], (first, second)
+    assert first > 4  # run.json, environment.json, recipe.yaml, run.json
+    assert check_run(run) == [] and not read_identity(run).replaced
+    (run / "environment.json").write_text(former)
+    assert check_run(run) == ["environment.json was changed after it was written."]
+
+
+def test_a_change_by_somebody_else_is_still_one_after_a_kill(trained, tmp_path):
+    recipe, straight = trained
+    longer = recipe.model_copy(update={"train": recipe.train.model_copy(update={"steps": 13})})
+    run = shutil.copytree(straight, tmp_path / "run")
+    (run / "environment.json").write_text('{"device": "cpu"}')
+    assert killed_before(2, longer, run) and "replaced" in (run / "run.json").read_text()
+    assert check_run(run) == ["environment.json was changed after it was written."]

@@ -45,7 +45,7 @@ WAYS = {
 
 @pytest.mark.parametrize("break_it", WAYS.values(), ids=WAYS)
 def test_a_failed_start_leaves_nothing(tmp_path, monkeypatch, break_it):
-    recipe = tiny_recipe(tmp_path, *SHORT, "train.loggers=[csv]")
+    recipe = tiny_recipe(tmp_path, *SHORT, "train.loggers=[csv]", "data.tokenizer={type: bpe, vocab_size: 270}")
     with monkeypatch.context() as patch, pytest.raises(Broken):
         break_it(patch)
         train(recipe, tmp_path / "new/deep/run")
@@ -77,6 +77,12 @@ def test_work_is_never_taken_back(tmp_path, monkeypatch):
         train(recipe, tmp_path / "run")
     assert len(losses(tmp_path / "run")) == 2
 
+    saved = tiny_recipe(tmp_path, *SHORT, "train.checkpoint_every=1")
+    with monkeypatch.context() as patch, pytest.raises(Broken):
+        patch.setattr(trainer, "train_step", fail_at(2, trainer.train_step))
+        train(saved, tmp_path / "saved")
+    assert Checkpoints(tmp_path / "saved/checkpoints").steps() == [1]
+
     nan = tiny_recipe(tmp_path, *SHORT, "train.max_bad_steps=1")
     with monkeypatch.context() as patch, pytest.raises(TrainingDiverged):
         patch.setattr(trainer.Trainer, "_step", diverge)
@@ -103,6 +109,18 @@ def test_a_run_that_was_there_is_left_as_it_is(trained, tmp_path, monkeypatch):
         train(longer, run, resume=True)
     assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == files
     assert Checkpoints(run / "checkpoints").steps() == [8, 12]
+
+
+def test_a_run_without_a_checkpoint_is_left_as_it_is(tmp_path, monkeypatch):
+    """It was killed while it wrote its header, and its id is in run.json."""
+    recipe = tiny_recipe(tmp_path, *SHORT)
+    train(recipe, tmp_path / "run")
+    (tmp_path / "run/metrics.jsonl").unlink()
+    shutil.rmtree(tmp_path / "run/checkpoints")
+    with monkeypatch.context() as patch, pytest.raises(Broken):
+        patch.setattr(trainer, "train_step", fail_at(2, trainer.train_step))
+        train(recipe, tmp_path / "run", resume=True)
+    assert len(losses(tmp_path / "run")) == 1
 
 
 def test_out_of_memory_is_one_line(tmp_path, monkeypatch):
