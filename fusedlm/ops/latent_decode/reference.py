@@ -1,0 +1,67 @@
+"""Attention of new tokens to a latent state in plain PyTorch."""
+
+import torch
+
+from fusedlm.ops.attention.reference import visibility_mask
+
+FP8 = torch.float8_e4m3fn
+_LARGEST = torch.finfo(FP8).max
+
+
+def quantize_latent(latent: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Latents (..., rank) in float8_e4m3fn and their scales (...,) float32: the largest element of each token becomes
+    the largest number of the format."""
+    wide = latent.float()
+    scale = (wide.abs().amax(-1) / _LARGEST).clamp_min(torch.finfo(torch.float32).tiny)
+    return (wide / scale[..., None]).to(FP8), scale
+
+
+def visibility(q_BTHE, n_keys: int, starts_B, visible_before_BT) -> torch.Tensor:
+    """(B or 1, T, S) bool: which keys each new token sees."""
+    n_new = q_BTHE.shape[1]
+    if visible_before_BT is None:
+        first = torch.tensor([n_keys - n_new], device=q_BTHE.device) if starts_B is None else starts_B
+        visible_before_BT = first[:, None] + torch.arange(n_new, device=q_BTHE.device)
+    return visibility_mask(visible_before_BT, n_keys, starts_B)[:, 0]
+
+
+def contiguous_state(state, rank: int, seen_BTS, page_table_BP, token_scale, rope_key, dtype: torch.dtype):
+    """Latents (B, S, rank) and rotary keys (B, S, R) in dtype, without pages and scales; zeros where no token sees them,
+    whatever is there."""
+    if token_scale is None:
+        latent, rope = state[..., :rank], state[..., rank:]
+    else:
+        latent, rope = state, rope_key
+    if page_table_BP is not None:
+        pages = page_table_BP.long().clamp(0, len(state) - 1)  # those that no token sees may be anything
+        latent, rope = (x[pages].flatten(1, 2) for x in (latent, rope))
+        token_scale = None if token_scale is None else token_scale[pages].flatten(1, 2)
+    latent, rope = latent.to(dtype), rope.to(dtype)
+    if token_scale is not None:
+        latent = latent * token_scale.to(dtype)[..., None]
+    unseen = ~seen_BTS.any(1)[..., None]
+    return latent.masked_fill(unseen, 0), rope.masked_fill(unseen, 0)
+
+
+def subtract_noise(read_BTHR, n_signal: int, weight) -> torch.Tensor:
+    """signal - weight * noise, heads after the first n_signal being the noise of each or of all."""
+    if n_signal == read_BTHR.shape[2]:
+        return read_BTHR
+    signal, noise = read_BTHR[:, :, :n_signal], read_BTHR[:, :, n_signal:]
+    return signal - weight.to(read_BTHR.dtype)[..., None] * noise
+
+
+def latent_decode(
+    q, state, rank, scale, starts, visible, page_table, token_scale, rope_key, n_signal, noise_weight
+) -> torch.Tensor:  # fmt: skip
+    compute_dtype = torch.promote_types(q.dtype, torch.float32)
+    n_keys = state.shape[1] if page_table is None else page_table.shape[1] * state.shape[1]
+    seen = visibility(q, n_keys, starts, visible)
+    latent, rope = contiguous_state(state, rank, seen, page_table, token_scale, rope_key, compute_dtype)
+    q_latent, q_rope = q.to(compute_dtype).split([rank, q.shape[-1] - rank], dim=-1)
+    scores = torch.einsum("bthr,bsr->bths", q_latent, latent) + torch.einsum("bthp,bsp->bths", q_rope, rope)
+    # A token that sees nothing reads zeros.
+    weights = (scores * scale).masked_fill(~seen[:, :, None], float("-inf")).softmax(-1)
+    weights = weights.masked_fill(~seen.any(-1)[:, :, None, None], 0.0)
+    read = torch.einsum("bths,bsr->bthr", weights, latent)
+    return subtract_noise(read, n_signal, noise_weight).to(q.dtype)
