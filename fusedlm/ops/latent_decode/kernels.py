@@ -2,11 +2,12 @@
 
 The keys that each row of the batch sees are cut into blocks, and the blocks of all rows, in order, are shared out
 equally among programs, whatever the lengths. A program attends to its part of one row after another; each such piece
-gives an output and the logarithm of its sum of exponentials. Pieces are staircase steps through (program, row), so that
-program + row is a slot of their own. Nothing of this needs the lengths on the host.
+gives an output and the logarithm of its sum of exponentials. Both the program and the row never decrease from one piece
+to the next and one of them increases, so that program + row is a slot of the piece alone. None of this needs lengths on
+the host.
 
-Scores are computed transposed, keys by queries, and so are the outputs: the tile of latents is then the first operand of
-both products, in shared memory, whose 64 or more keys and columns fill the tensor cores even for a single query.
+Scores are computed transposed, keys by queries, and so are the outputs: the tile of latents is then the first operand
+of both products, in shared memory, and its 64 or more keys and columns fill the tensor cores even for one query.
 """
 
 import triton
@@ -39,11 +40,7 @@ def _seen(
 @triton.jit
 def _n_blocks(begin, end, BLOCK: tl.constexpr, FROM_END: tl.constexpr):
     """FROM_END: blocks end with the last key. Otherwise they begin at multiples of BLOCK."""
-    if FROM_END:
-        n = tl.cdiv(end - begin, BLOCK)
-    else:
-        n = tl.where(end > begin, tl.cdiv(end, BLOCK) - begin // BLOCK, 0)
-    return n
+    return tl.cdiv(end - begin, BLOCK) if FROM_END else tl.where(end > begin, tl.cdiv(end, BLOCK) - begin // BLOCK, 0)
 
 
 @triton.jit
@@ -51,15 +48,15 @@ def _pick(values, index, at):
     return tl.sum(tl.where(index == at, values, 0), 0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["batch", "n_keys", "n_programs"])
 def attend_kernel(
     q, latent, rope, token_scale, page_table, starts, visible, out, partial, log_sum, pieces,
     batch, n_keys, n_programs, factor, q_b, q_t, q_h, latent_major, rope_major, scale_major, table_b,
     visible_b, visible_t,
     N_NEW: tl.constexpr, N_HEADS: tl.constexpr, RANK: tl.constexpr, ROPE: tl.constexpr,
     LATENT_STRIDE: tl.constexpr, ROPE_STRIDE: tl.constexpr, PAGE_SIZE: tl.constexpr,
-    HAS_STARTS: tl.constexpr, HAS_VISIBLE: tl.constexpr, QUANTIZED: tl.constexpr, PARTIAL: tl.constexpr,
-    SPLIT: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr, DOT: tl.constexpr,
+    HAS_STARTS: tl.constexpr, HAS_VISIBLE: tl.constexpr, QUANTISED: tl.constexpr, PARTIAL: tl.constexpr,
+    SPLIT: tl.constexpr, TMA: tl.constexpr, DOT: tl.constexpr,
     BATCH: tl.constexpr, BLOCK_T: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
     BLOCK_C: tl.constexpr, BLOCK_R: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
@@ -114,7 +111,7 @@ def attend_kernel(
         wide = tl.sum(one, 0).to(tl.int64)
         at = q + wide * q_b + t * q_t + h * q_h
         q_latent = tl.load(at[:, None] + c[None, :], mask=real[:, None] & in_rank[None, :], other=0.0)
-        if QUANTIZED:  # the latents have no range of their own: neither must the queries
+        if QUANTISED:  # the latents have no range of their own: neither must the queries
             peak = tl.maximum(tl.max(tl.abs(q_latent.to(tl.float32)), 1), 1e-30)
             q_latent = q_latent.to(tl.float32) / peak[:, None]
         q_latent = tl.trans(q_latent.to(DOT))
@@ -152,8 +149,8 @@ def attend_kernel(
                     mask=inside[:, None] & in_rank[None, :], other=0.0,
                 )  # fmt: skip
             tile = tile.to(DOT)
-            scores = tl.dot(tile, q_latent, input_precision=PRECISION)
-            if QUANTIZED:
+            scores = tl.dot(tile, q_latent, input_precision="ieee")
+            if QUANTISED:
                 token = tl.load(token_scale + major * scale_major + minor, mask=inside, other=1.0)
                 scores *= peak[None, :] * token[:, None]
             if ROPE > 0:
@@ -164,27 +161,21 @@ def attend_kernel(
                         rope + (major * rope_major + minor * ROPE_STRIDE)[:, None] + r[None, :],
                         mask=inside[:, None] & in_rope[None, :], other=0.0,
                     )  # fmt: skip
-                scores = tl.dot(k_rope, q_rope, scores, input_precision=PRECISION)
+                scores = tl.dot(k_rope, q_rope, scores, input_precision="ieee")
             sees = key[:, None] <= latest[None, :]
             if TMA or HAS_VISIBLE:
                 sees = sees & (key[:, None] >= earliest[None, :])
             scores = tl.where(sees, scores * factor, float("-inf"))
-            # Weights of quantized latents include their scale, and are relative to the largest such weight: in half
+            # Weights of quantised latents include their scale, and are relative to the largest such weight: in half
             # precision they would otherwise be as small as the scale makes them.
-            if QUANTIZED:
-                weighted = scores + tl.log2(tl.maximum(token, 1e-20))[:, None]
-            else:
-                weighted = scores
+            weighted = scores + tl.log2(tl.maximum(token, 1e-20))[:, None] if QUANTISED else scores
             new_top = tl.maximum(top, tl.max(weighted, 0))
             shift = tl.where(new_top == float("-inf"), 0.0, new_top)
             weights = tl.exp2(weighted - shift[None, :])
-            if QUANTIZED:
-                probabilities = tl.exp2(scores - shift[None, :])
-            else:
-                probabilities = weights
+            probabilities = tl.exp2(scores - shift[None, :]) if QUANTISED else weights
             rescale = tl.exp2(top - shift)
             sums = sums * rescale[None, :] + probabilities
-            acc = tl.dot(tl.trans(tile), weights.to(DOT), acc * rescale[None, :], input_precision=PRECISION)
+            acc = tl.dot(tl.trans(tile), weights.to(DOT), acc * rescale[None, :], input_precision="ieee")
             top = new_top
 
         total_weight = tl.sum(sums, 0)
@@ -237,7 +228,7 @@ def _combined(
     return acc
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["batch", "n_keys"])
 def combine_kernel(
     partial, log_sum, pieces, noise_weight, starts, visible, out,
     batch, n_keys, visible_b, visible_t, weight_b, weight_t, weight_h,

@@ -8,7 +8,7 @@ FP8 = torch.float8_e4m3fn
 _LARGEST = torch.finfo(FP8).max
 
 
-def quantize_latent(latent: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def quantise_latent(latent: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Latents (..., rank) in float8_e4m3fn and their scales (...,) float32: the largest element of each token becomes
     the largest number of the format."""
     wide = latent.float()
@@ -16,29 +16,25 @@ def quantize_latent(latent: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return (wide / scale[..., None]).to(FP8), scale
 
 
-def visibility(q_BTHE, n_keys: int, starts_B, visible_before_BT) -> torch.Tensor:
-    """(B or 1, T, S) bool: which keys each new token sees."""
+def visible_before(q_BTHE, n_keys: int, starts_B, visible_before_BT) -> torch.Tensor:
+    """(B or 1, T): as given, or all earlier tokens."""
+    if visible_before_BT is not None:
+        return visible_before_BT
     n_new = q_BTHE.shape[1]
-    if visible_before_BT is None:
-        first = torch.tensor([n_keys - n_new], device=q_BTHE.device) if starts_B is None else starts_B
-        visible_before_BT = first[:, None] + torch.arange(n_new, device=q_BTHE.device)
-    return visibility_mask(visible_before_BT, n_keys, starts_B)[:, 0]
+    earlier = torch.arange(n_new, device=q_BTHE.device)[None]
+    return earlier + (n_keys - n_new if starts_B is None else starts_B[:, None])
 
 
-def contiguous_state(state, rank: int, seen_BTS, page_table_BP, token_scale, rope_key, dtype: torch.dtype):
-    """Latents (B, S, rank) and rotary keys (B, S, R) in dtype, without pages and scales; zeros where no token sees them,
-    whatever is there."""
+def contiguous_state(state, rank: int, seen_BTS, page_table_BP, token_scale, rope_key):
+    """Latents (B, S, rank) and rotary keys (B, S, R) without pages and scales, of float32 where there are scales; zeros
+    where no token sees them, whatever is there."""
     if token_scale is None:
         latent, rope = state[..., :rank], state[..., rank:]
     else:
-        latent, rope = state, rope_key
+        latent, rope = state.float() * token_scale[..., None], rope_key
     if page_table_BP is not None:
         pages = page_table_BP.long().clamp(0, len(state) - 1)  # those that no token sees may be anything
         latent, rope = (x[pages].flatten(1, 2) for x in (latent, rope))
-        token_scale = None if token_scale is None else token_scale[pages].flatten(1, 2)
-    latent, rope = latent.to(dtype), rope.to(dtype)
-    if token_scale is not None:
-        latent = latent * token_scale.to(dtype)[..., None]
     unseen = ~seen_BTS.any(1)[..., None]
     return latent.masked_fill(unseen, 0), rope.masked_fill(unseen, 0)
 
@@ -56,8 +52,9 @@ def latent_decode(
 ) -> torch.Tensor:  # fmt: skip
     compute_dtype = torch.promote_types(q.dtype, torch.float32)
     n_keys = state.shape[1] if page_table is None else page_table.shape[1] * state.shape[1]
-    seen = visibility(q, n_keys, starts, visible)
-    latent, rope = contiguous_state(state, rank, seen, page_table, token_scale, rope_key, compute_dtype)
+    seen = visibility_mask(visible_before(q, n_keys, starts, visible), n_keys, starts)[:, 0]
+    latent, rope = contiguous_state(state, rank, seen, page_table, token_scale, rope_key)
+    latent, rope = latent.to(compute_dtype), rope.to(compute_dtype)
     q_latent, q_rope = q.to(compute_dtype).split([rank, q.shape[-1] - rank], dim=-1)
     scores = torch.einsum("bthr,bsr->bths", q_latent, latent) + torch.einsum("bthp,bsp->bths", q_rope, rope)
     # A token that sees nothing reads zeros.

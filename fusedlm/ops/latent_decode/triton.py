@@ -11,7 +11,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from fusedlm.ops.common.device import n_multiprocessors, supports_pdl
 from fusedlm.ops.latent_decode.kernels import attend_kernel, combine_kernel
 
-_MOST_ROWS = 64  # queries of a program: its accumulator has as many columns of the rank
+_ACCUMULATOR = {2: 32768, 4: 8192}  # elements of a program's accumulator at most, by bytes of an element of q
 _TILE = 8192  # elements of a step of the combining kernel
 _DOTS = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
 
@@ -27,10 +27,12 @@ class Config:
     tma: bool = True
 
 
-def config_of(block_c: int, rows: int, dtype: torch.dtype, quantized: bool) -> Config:
+def config_of(block_c: int, rows: int, dtype: torch.dtype, quantised: bool) -> Config:
     """By the width of the latent (a power of two) and the queries of a program."""
     if dtype == torch.float32:
-        return Config(16, 1, 4, 1, tma=False)
+        return Config(32, 1, 8, 1, tma=False)
+    if quantised:
+        return Config(128, 2, 8, 1, tma=False)
     return Config(64, 2, 4 if rows <= 16 else 8, 1)
 
 
@@ -76,21 +78,21 @@ def run(
     out = torch.empty(batch, n_new, n_signal, rank, dtype=q.dtype, device=q.device)
     if not out.numel():
         return out
-    quantized, rope_width = token_scale is not None, width - rank
+    quantised, rope_width = token_scale is not None, width - rank
     q, state = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, state))
     latent, rope = state[..., :rank], state[..., rank:]
-    if quantized:
+    if quantised:
         rope = rope_key if rope_key.stride(-1) == 1 else rope_key.contiguous()
         token_scale = token_scale if token_scale.stride(-1) == 1 else token_scale.contiguous()
     if not rope_width:
         rope = latent
     page_size = 0 if page_table is None else state.shape[1]
     n_keys = state.shape[1] if page_table is None else page_table.shape[1] * page_size
-    rows = min(_MOST_ROWS, max(16, triton.next_power_of_2(n_new * n_heads)))
-    row_blocks = triton.cdiv(n_new * n_heads, rows)
     block_c, block_r = (max(16, triton.next_power_of_2(n)) for n in (rank, max(1, rope_width)))
+    rows = min(128, _ACCUMULATOR[q.element_size()] // block_c, max(16, triton.next_power_of_2(n_new * n_heads)))
+    row_blocks = triton.cdiv(n_new * n_heads, rows)
     if config is None:
-        config = config_of(block_c, rows, q.dtype, quantized)
+        config = config_of(block_c, rows, q.dtype, quantised)
     if programs is None:
         programs = n_programs(batch, n_keys, row_blocks, config, q.device)
     tma = config.tma and page_table is None and _can_use_tma(latent, rope)
@@ -110,18 +112,18 @@ def run(
         "PDL": supports_pdl(q.device) and (split or differs),
     }
     visible_b, visible_t = (0, 0) if visible is None else (visible.stride(0) * (len(visible) > 1), visible.stride(1))
-    dot = _DOTS[q.dtype] if not quantized or q.dtype == torch.float32 else tl.float16
+    dot = _DOTS[q.dtype] if not quantised or q.dtype == torch.float32 else tl.float16
     attend_kernel[(row_blocks, programs if split else batch)](
         q,
         _descriptor(latent, config.block, block_c) if tma else latent,
         _descriptor(rope, config.block, block_r) if tma else rope,
         token_scale, page_table, starts, visible, out, partial, log_sum, pieces,
         batch, n_keys, programs, scale * math.log2(math.e), *q.stride()[:3], latent.stride(0), rope.stride(0),
-        token_scale.stride(0) if quantized else 0, 0 if page_table is None else page_table.stride(0),
+        token_scale.stride(0) if quantised else 0, 0 if page_table is None else page_table.stride(0),
         visible_b, visible_t,
         ROPE=rope_width, LATENT_STRIDE=latent.stride(1), ROPE_STRIDE=rope.stride(1), PAGE_SIZE=page_size,
-        QUANTIZED=quantized, PARTIAL=differs, TMA=tma,
-        PRECISION="tf32x3" if q.dtype == torch.float32 else "tf32", DOT=dot,
+        QUANTISED=quantised, PARTIAL=differs, TMA=tma,
+        DOT=dot,
         BATCH=triton.next_power_of_2(batch), ROWS=rows, BLOCK=config.block, BLOCK_C=block_c, BLOCK_R=block_r,
         STAGES=config.stages, num_warps=config.warps, **where,
     )  # fmt: skip

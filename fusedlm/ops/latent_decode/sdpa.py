@@ -1,0 +1,32 @@
+"""Attention of new tokens to a latent state by torch's scaled_dot_product_attention."""
+
+import torch
+
+from fusedlm.ops.attention.reference import visibility_mask
+from fusedlm.ops.attention.sdpa import cached
+from fusedlm.ops.latent_decode.reference import contiguous_state, subtract_noise, visible_before
+
+
+def latent_decode(
+    q, state, rank, scale, starts, visible, page_table, token_scale, rope_key, n_signal, noise_weight
+) -> torch.Tensor:  # fmt: skip
+    """All heads are folded into the query axis, so that keys are read once. A state without pages and scales, of rows
+    of one length, is read where it is; any other is copied first."""
+    n_new = q.shape[1]
+    if starts is None and page_table is None and token_scale is None:
+        keys = state[:, :, None]
+        if visible is None and n_new > 1:
+            visible = visible_before(q, state.shape[1], None, None)
+        read = cached(q, keys, keys[..., :rank], scale, visible)
+    else:
+        n_keys = state.shape[1] if page_table is None else page_table.shape[1] * state.shape[1]
+        visible = visible_before(q, n_keys, starts, visible)
+        seen = visibility_mask(visible, n_keys, starts)[:, 0]
+        latent, rope = contiguous_state(state, rank, seen, page_table, token_scale, rope_key)
+        keys = torch.cat([latent, rope], dim=-1).to(q.dtype)[:, :, None]
+        read = cached(q, keys, keys[..., :rank], scale, visible, starts)
+        # A token that sees nothing reads zeros.
+        read = read.masked_fill(~seen.any(-1)[:, :, None, None], 0.0)
+    if n_signal < q.shape[2]:
+        read = read.to(torch.promote_types(q.dtype, torch.float32))
+    return subtract_noise(read, n_signal, noise_weight).to(q.dtype)
