@@ -6,8 +6,8 @@ from fusedlm.ops.common import OPS, explain
 from fusedlm.ops.cross_entropy.op import softcap_cross_entropy
 from fusedlm.ops.delta_rule.op import gated_delta_rule
 from fusedlm.ops.differential.op import differential_combine
-from fusedlm.ops.latent_decode.op import latent_decode
-from fusedlm.ops.latent_decode.reference import quantise_latent
+from fusedlm.ops.latent.op import latent_decode
+from fusedlm.ops.latent.reference import quantise_latent
 from fusedlm.ops.linear_attention.op import decayed_linear_attention
 from fusedlm.ops.linear_cross_entropy.op import linear_softcap_cross_entropy
 from fusedlm.ops.norm_linear.op import rmsnorm_linear

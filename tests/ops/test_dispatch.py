@@ -40,6 +40,9 @@ CALLS = {
         _heads(), _heads(), _heads(), torch.zeros(1, 3, 2), torch.zeros(1, 3, 2), **options
     ),
     "gated_scan": lambda run, **options: run(torch.ones(1, 3, 2), torch.ones(1, 3, 2), **options),
+    "latent_decode": lambda run, **options: run(
+        torch.ones(1, 1, 2, 6), torch.ones(1, 3, 6), rank=4, scale=1.0, **options
+    ),
     "linear_softcap_cross_entropy": lambda run, **options: run(
         torch.ones(3, 8), torch.ones(5, 8), torch.arange(3), **options
     ),
@@ -285,7 +288,7 @@ def test_check_backends_names_the_key():
 
 def test_every_op_has_its_public_function():
     assert set(OP_OF) == set(CALLS)
-    assert set(CALLS) | {"OPS", "cached_attention", "explain"} == set(fusedlm.ops.__all__)
+    assert set(CALLS) | {"OPS", "cached_attention", "explain", "quantise_latent"} == set(fusedlm.ops.__all__)
     for name in CALLS:
         assert getattr(fusedlm.ops, name).__module__.startswith("fusedlm.ops.")
 

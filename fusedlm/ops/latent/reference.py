@@ -25,18 +25,15 @@ def visible_before(q_BTHE, n_keys: int, starts_B, visible_before_BT) -> torch.Te
     return earlier + (n_keys - n_new if starts_B is None else starts_B[:, None])
 
 
-def contiguous_state(state, rank: int, seen_BTS, page_table_BP, token_scale, rope_key):
-    """Latents (B, S, rank) and rotary keys (B, S, R) without pages and scales, of float32 where there are scales; zeros
-    where no token sees them, whatever is there."""
-    if token_scale is None:
-        latent, rope = state[..., :rank], state[..., rank:]
-    else:
-        latent, rope = state.float() * token_scale[..., None], rope_key
+def contiguous_state(state, seen_BTS, page_table_BP, token_scale, rope_key) -> torch.Tensor:
+    """(B, S, rank + R) without pages and scales, of float32 or better where there are scales. Zeros where no token sees
+    the state, whatever is there."""
+    if token_scale is not None:
+        state = torch.cat([state.float() * token_scale[..., None], rope_key], dim=-1)
     if page_table_BP is not None:
         pages = page_table_BP.long().clamp(0, len(state) - 1)  # those that no token sees may be anything
-        latent, rope = (x[pages].flatten(1, 2) for x in (latent, rope))
-    unseen = ~seen_BTS.any(1)[..., None]
-    return latent.masked_fill(unseen, 0), rope.masked_fill(unseen, 0)
+        state = state[pages].flatten(1, 2)
+    return state.masked_fill(~seen_BTS.any(1)[..., None], 0)
 
 
 def subtract_noise(read_BTHR, n_signal: int, weight) -> torch.Tensor:
@@ -53,12 +50,10 @@ def latent_decode(
     compute_dtype = torch.promote_types(q.dtype, torch.float32)
     n_keys = state.shape[1] if page_table is None else page_table.shape[1] * state.shape[1]
     seen = visibility_mask(visible_before(q, n_keys, starts, visible), n_keys, starts)[:, 0]
-    latent, rope = contiguous_state(state, rank, seen, page_table, token_scale, rope_key)
-    latent, rope = latent.to(compute_dtype), rope.to(compute_dtype)
-    q_latent, q_rope = q.to(compute_dtype).split([rank, q.shape[-1] - rank], dim=-1)
-    scores = torch.einsum("bthr,bsr->bths", q_latent, latent) + torch.einsum("bthp,bsp->bths", q_rope, rope)
+    keys = contiguous_state(state, seen, page_table, token_scale, rope_key).to(compute_dtype)
+    scores = torch.einsum("bthe,bse->bths", q.to(compute_dtype), keys)
     # A token that sees nothing reads zeros.
     weights = (scores * scale).masked_fill(~seen[:, :, None], float("-inf")).softmax(-1)
     weights = weights.masked_fill(~seen.any(-1)[:, :, None, None], 0.0)
-    read = torch.einsum("bths,bsr->bthr", weights, latent)
+    read = torch.einsum("bths,bsr->bthr", weights, keys[..., :rank])
     return subtract_noise(read, n_signal, noise_weight).to(q.dtype)

@@ -3,22 +3,17 @@
 import torch
 
 from fusedlm.ops.common import Backend, Call, Op, needs_triton, resolve
-from fusedlm.ops.latent_decode import reference, sdpa
-from fusedlm.ops.latent_decode.reference import FP8
+from fusedlm.ops.latent import reference, sdpa
+from fusedlm.ops.latent.reference import FP8
 
-_MOST_NEW = 8
 _WIDEST_RANK = 512
 _WIDEST_ROPE = 128
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 
-def _fits(call: Call, *, rank: int, rope_dim: int, n_new: int, differentiable: int) -> str | None:
+def _fits(call: Call, *, rank: int, rope_dim: int) -> str | None:
     if reason := needs_triton(call):
         return reason
-    if differentiable:
-        return "has no backward pass; call it under torch.no_grad()"
-    if n_new > _MOST_NEW:
-        return f"needs at most {_MOST_NEW} new tokens per row"
     if rank > _WIDEST_RANK or rope_dim > _WIDEST_ROPE:
         return f"needs a rank up to {_WIDEST_RANK} and rotary keys up to {_WIDEST_ROPE}, not {rank} and {rope_dim}"
     return None
@@ -27,14 +22,12 @@ def _fits(call: Call, *, rank: int, rope_dim: int, n_new: int, differentiable: i
 LATENT_DECODE = Op(
     "latent_decode",
     [
-        Backend("triton", "fusedlm.ops.latent_decode.triton:latent_decode", _fits),
+        Backend("triton", "fusedlm.ops.latent.triton:latent_decode", _fits),
         Backend("sdpa", sdpa.latent_decode),
         Backend("reference", reference.latent_decode),
     ],
     rank=512,
     rope_dim=64,
-    n_new=1,
-    differentiable=0,
 )
 
 
@@ -79,7 +72,8 @@ def latent_decode(
         rope_key: (B, S, R) or (N, P, R), the rotary keys of a float8 state, of the dtype of q.
         n_signal: heads of the output; None: H, without noise.
         noise_weight: () or (n_signal,) or (B, T, n_signal), the factor of the noise.
-        backend: auto, triton, sdpa or reference.
+        backend: auto, triton, sdpa or reference. The kernels of triton take at most 8 new tokens and have no backward
+            pass; for more tokens and with gradients it runs torch's attention.
 
     Returns:
         (B, T, n_signal, rank), the dtype of q.
@@ -91,17 +85,7 @@ def latent_decode(
     _check(q_BTHE, state, rank, token_scale, rope_key, page_table_BP)
     _check_rows(q_BTHE, state, starts_B, visible_before_BT, page_table_BP)
     _check_noise(q_BTHE, n_signal, noise_weight)
-    tensors = (q_BTHE, state, token_scale, rope_key, noise_weight)
-    differentiable = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
-    run = resolve(
-        "latent_decode",
-        backend,
-        q_BTHE,
-        rank=rank,
-        rope_dim=q_BTHE.shape[3] - rank,
-        n_new=min(q_BTHE.shape[1], _MOST_NEW + 1),  # few values: each is a cached selection
-        differentiable=int(differentiable),
-    )
+    run = resolve("latent_decode", backend, q_BTHE, rank=rank, rope_dim=q_BTHE.shape[3] - rank)
     return run(
         q_BTHE,
         state,

@@ -4,10 +4,10 @@ import pytest
 import torch
 
 from fusedlm.ops import latent_decode, quantise_latent
-from fusedlm.ops.latent_decode import reference, sdpa
+from fusedlm.ops.latent import reference, sdpa
 from fusedlm.testing import assert_close, error_ratio
 
-kernels = pytest.importorskip("fusedlm.ops.latent_decode.triton")
+kernels = pytest.importorskip("fusedlm.ops.latent.triton")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SCALE = 0.3
 TILE = {"stages": 2, "warps": 4, "per_processor": 1}
@@ -290,18 +290,24 @@ def test_full_graph():
     assert_close(compiled(q, state, starts), public(q, state, starts), 1e-6)
 
 
-def test_kernels_have_no_gradients():
-    from fusedlm.ops.common import Call
-    from fusedlm.ops.latent_decode.op import LATENT_DECODE
-
-    call = Call(torch.device(DEVICE), torch.float32)
-    found = LATENT_DECODE.select("auto", call, differentiable=1)
-    assert found.backend == "sdpa"
-    if DEVICE == "cuda":
-        assert found.unsupported["triton"] == "has no backward pass; call it under torch.no_grad()"
-    q, state, rank, scale, _ = _inputs()
-    latent_decode(q.requires_grad_(), state, rank=rank, scale=scale).sum().backward()
-    assert q.grad.abs().sum() > 0
+@pytest.mark.parametrize("n_new, requires_grad", [(8, False), (9, False), (1, True)])
+def test_more_tokens_and_gradients_run_torch_attention(n_new, requires_grad, monkeypatch):
+    arguments = _arguments(*_inputs(n_new=n_new))
+    arguments[0].requires_grad_(requires_grad)
+    operator = []
+    monkeypatch.setattr(kernels, "_latent_decode", lambda *given: operator.append(given) or given[0])
+    out = kernels.latent_decode(*arguments)
+    if n_new == 8:
+        assert out is arguments[0] and len(operator) == 1
+        return
+    assert not operator
+    assert_close(out, _exact(arguments), 1e-6)
+    if requires_grad:
+        out.sum().backward()
+        assert arguments[0].grad.abs().sum() > 0
+        with torch.no_grad():
+            kernels.latent_decode(*arguments)
+        assert len(operator) == 1
 
 
 BAD = [

@@ -4,7 +4,7 @@ import torch
 
 from fusedlm.ops.attention.reference import visibility_mask
 from fusedlm.ops.attention.sdpa import cached
-from fusedlm.ops.latent_decode.reference import contiguous_state, subtract_noise, visible_before
+from fusedlm.ops.latent.reference import contiguous_state, subtract_noise, visible_before
 
 
 def latent_decode(
@@ -22,8 +22,7 @@ def latent_decode(
         n_keys = state.shape[1] if page_table is None else page_table.shape[1] * state.shape[1]
         visible = visible_before(q, n_keys, starts, visible)
         seen = visibility_mask(visible, n_keys, starts)[:, 0]
-        latent, rope = contiguous_state(state, rank, seen, page_table, token_scale, rope_key)
-        keys = torch.cat([latent, rope], dim=-1).to(q.dtype)[:, :, None]
+        keys = contiguous_state(state, seen, page_table, token_scale, rope_key).to(q.dtype)[:, :, None]
         read = cached(q, keys, keys[..., :rank], scale, visible, starts)
         # A token that sees nothing reads zeros.
         read = read.masked_fill(~seen.any(-1)[:, :, None, None], 0.0)

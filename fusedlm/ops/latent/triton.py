@@ -9,8 +9,10 @@ import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from fusedlm.ops.common.device import n_multiprocessors, supports_pdl
-from fusedlm.ops.latent_decode.kernels import attend_kernel, combine_kernel
+from fusedlm.ops.latent import sdpa
+from fusedlm.ops.latent.kernels import attend_kernel, combine_kernel
 
+_MOST_NEW = 8  # tokens per row
 _ACCUMULATOR = {2: 32768, 4: 8192}  # elements of a program's accumulator at most, by bytes of an element of q
 _TILE = 8192  # elements of a step of the combining kernel
 _DOTS = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
@@ -124,7 +126,7 @@ def run(
         ROPE=rope_width, LATENT_STRIDE=latent.stride(1), ROPE_STRIDE=rope.stride(1), PAGE_SIZE=page_size,
         QUANTISED=quantised, PARTIAL=differs, TMA=tma,
         DOT=dot,
-        BATCH=triton.next_power_of_2(batch), ROWS=rows, BLOCK=config.block, BLOCK_C=block_c, BLOCK_R=block_r,
+        BATCH=max(64, triton.next_power_of_2(batch)), ROWS=rows, BLOCK=config.block, BLOCK_C=block_c, BLOCK_R=block_r,
         STAGES=config.stages, num_warps=config.warps, **where,
     )  # fmt: skip
     if split or differs:
@@ -161,6 +163,9 @@ def _descriptor(x: torch.Tensor, block: int, columns: int) -> TensorDescriptor:
 def latent_decode(
     q, state, rank, scale, starts, visible, page_table, token_scale, rope_key, n_signal, noise_weight
 ) -> torch.Tensor:  # fmt: skip
-    return _latent_decode(
+    tensors = (q, state, token_scale, rope_key, noise_weight)
+    differentiable = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
+    run_of = sdpa.latent_decode if differentiable or q.shape[1] > _MOST_NEW else _latent_decode
+    return run_of(
         q, state, rank, scale, starts, visible, page_table, token_scale, rope_key, n_signal, noise_weight
     )  # fmt: skip
