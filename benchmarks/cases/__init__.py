@@ -2,6 +2,7 @@
 
 from benchmarks.cases import (
     differential_combine,
+    latent_decode,
     linear_softcap_cross_entropy,
     relu2_mlp,
     rmsnorm_linear,
@@ -17,5 +18,6 @@ _MODULES = (
     swiglu_mlp,
     rmsnorm_linear,
     differential_combine,
+    latent_decode,
 )
 OPS: dict[str, Op] = {module.OP.name: module.OP for module in _MODULES}
