@@ -218,10 +218,10 @@ def _combined(
         acc = tl.zeros_like(column).to(tl.float32)
         for start in range(0, n_pieces, GROUP):
             j = start + tl.arange(0, GROUP)
-            logs = tl.load(log_sum + slot + j * step, mask=j < n_pieces, other=float("-inf"))
+            piece = tl.load(log_sum + slot + j * step, mask=j < n_pieces, other=float("-inf"))
             at = (slot + j * step)[:, None] * RANK + column[None, :]
             part = tl.load(partial + at, mask=(j < n_pieces)[:, None] & inside[None, :], other=0.0)
-            acc += tl.sum(tl.exp2(logs - top)[:, None] * part, 0)
+            acc += tl.sum(tl.exp2(piece - top)[:, None] * part, 0)
         acc = acc / tl.where(total > 0, total, 1.0)
     else:
         acc = tl.load(partial + slot * RANK + column, mask=inside, other=0.0)
