@@ -250,7 +250,7 @@ def test_empty(programs):
 
 
 def test_programs_follow_sizes_alone(monkeypatch):
-    monkeypatch.setattr(kernels, "n_multiprocessors", lambda device: 132)
+    monkeypatch.setattr("fusedlm.ops.common.split_keys.n_multiprocessors", lambda device: 132)
     config = kernels.Config(64, per_processor=2, stages=2, warps=4)
     programs = [kernels.n_programs(batch, n, blocks, config, DEVICE) for batch, n, blocks in
                 [(1, 64, 1), (1, 65, 1), (1, 10**5, 1), (64, 4096, 1), (64, 4096, 3), (1056, 4096, 1)]]  # fmt: skip

@@ -1,10 +1,4 @@
-"""Kernels of latent_decode: one attends to parts of the state, one combines the parts.
-
-The keys that each row of the batch sees are cut into blocks, and the blocks of all rows, in order, are shared out
-equally among programs, whatever the lengths. A program attends to its part of one row after another; each such piece
-gives an output and the logarithm of its sum of exponentials. Both the program and the row never decrease from one piece
-to the next and one of them increases, so that program + row is a slot of the piece alone. None of this needs lengths on
-the host.
+"""The kernel of latent_decode. Keys are shared among programs, and pieces combined, as in `common.split_keys`.
 
 Scores are computed transposed, keys by queries, and so are the outputs: the tile of latents is then the first operand
 of both products, in shared memory, and its 64 or more keys and columns fill the tensor cores even for one query.
@@ -12,40 +6,9 @@ of both products, in shared memory, and its 64 or more keys and columns fill the
 
 import triton
 import triton.language as tl
-from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+from triton.language.extra.cuda import gdc_launch_dependents
 
-
-@triton.jit
-def _seen(
-    row, inside, starts, visible, n_keys, visible_b, visible_t,
-    N_NEW: tl.constexpr, HAS_STARTS: tl.constexpr, HAS_VISIBLE: tl.constexpr, BLOCK_T: tl.constexpr,
-):  # fmt: skip
-    """For rows of the batch (N,): the key of the first new token, and the range of keys that the new tokens see."""
-    if HAS_STARTS:
-        start = tl.load(starts + row, mask=inside, other=-N_NEW).to(tl.int32)
-    else:
-        start = tl.where(inside, n_keys - N_NEW, -N_NEW)
-    end = tl.maximum(tl.minimum(start + N_NEW, n_keys), 0)
-    if HAS_VISIBLE:
-        t = tl.arange(0, BLOCK_T)
-        real = inside[:, None] & (t < N_NEW)[None, :]
-        before = tl.load(visible + row[:, None] * visible_b + t[None, :] * visible_t, mask=real, other=0).to(tl.int32)
-        earliest = tl.where(real, start[:, None] + t[None, :] - before, n_keys)
-        begin = tl.minimum(tl.maximum(tl.min(earliest, 1), 0), end)
-    else:
-        begin = tl.zeros_like(end)
-    return start, begin, end
-
-
-@triton.jit
-def _n_blocks(begin, end, BLOCK: tl.constexpr, FROM_END: tl.constexpr):
-    """FROM_END: blocks end with the last key. Otherwise they begin at multiples of BLOCK."""
-    return tl.cdiv(end - begin, BLOCK) if FROM_END else tl.where(end > begin, tl.cdiv(end, BLOCK) - begin // BLOCK, 0)
-
-
-@triton.jit
-def _pick(values, index, at):
-    return tl.sum(tl.where(index == at, values, 0), 0)
+from fusedlm.ops.common.split_keys import count_blocks, pick, seen_keys, share_blocks
 
 
 @triton.jit(do_not_specialize=["batch", "n_keys", "n_programs"])
@@ -71,17 +34,11 @@ def attend_kernel(
     program = tl.program_id(1)
     if SPLIT:
         b = tl.arange(0, BATCH)
-        _, begins, ends = _seen(
+        _, begins, ends = seen_keys(
             b, b < batch, starts, visible, n_keys, visible_b, visible_t, N_NEW, HAS_STARTS, HAS_VISIBLE, BLOCK_T
         )
-        n_blocks = _n_blocks(begins, ends, BLOCK, TMA)
-        after = tl.cumsum(n_blocks, 0)
-        total = tl.sum(n_blocks, 0)
-        quota = tl.cdiv(total, n_programs)
-        first = program * quota
-        last = tl.minimum(first + quota, total)
-        first_row = tl.sum((after <= first).to(tl.int32), 0)
-        last_row = tl.sum((after < last).to(tl.int32), 0)
+        n_blocks = count_blocks(begins, ends, BLOCK, TMA)
+        after, quota, first, last, first_row, last_row = share_blocks(program, n_programs, b, n_blocks, 1)
     else:
         first_row = program
         last_row = program
@@ -94,13 +51,13 @@ def attend_kernel(
 
     for row in range(first_row, last_row + 1):
         one = row + tl.arange(0, 1)
-        start, begin, end = _seen(
+        start, begin, end = seen_keys(
             one, one < batch, starts, visible, n_keys, visible_b, visible_t, N_NEW, HAS_STARTS, HAS_VISIBLE, BLOCK_T
         )
         start, begin, end = tl.sum(start, 0), tl.sum(begin, 0), tl.sum(end, 0)
-        n = _n_blocks(begin, end, BLOCK, TMA)
+        n = count_blocks(begin, end, BLOCK, TMA)
         if SPLIT:
-            row_last = _pick(after, b, row)
+            row_last = pick(after, b, row)
             row_first = row_last - n
             block_first = tl.maximum(first, row_first) - row_first
             block_last = tl.minimum(last, row_last) - row_first
@@ -200,68 +157,3 @@ def attend_kernel(
         else:
             slot = wide * (N_NEW * N_HEADS) + index
             tl.store(partial + slot[:, None] * RANK + c[None, :], result, mask=inside)
-
-
-@triton.jit
-def _combined(
-    partial, log_sum, slot, n_pieces, column, step, RANK: tl.constexpr, PIECES: tl.constexpr, GROUP: tl.constexpr,
-    SPLIT: tl.constexpr,
-):  # fmt: skip
-    """The output of one query from its pieces, which are `step` apart."""
-    inside = column < RANK
-    if SPLIT:
-        i = tl.arange(0, PIECES)
-        logs = tl.load(log_sum + slot + i * step, mask=i < n_pieces, other=float("-inf"))
-        top = tl.max(logs, 0)
-        top = tl.where(top == float("-inf"), 0.0, top)
-        total = tl.sum(tl.exp2(logs - top), 0)
-        acc = tl.zeros_like(column).to(tl.float32)
-        for start in range(0, n_pieces, GROUP):
-            j = start + tl.arange(0, GROUP)
-            piece = tl.load(log_sum + slot + j * step, mask=j < n_pieces, other=float("-inf"))
-            at = (slot + j * step)[:, None] * RANK + column[None, :]
-            part = tl.load(partial + at, mask=(j < n_pieces)[:, None] & inside[None, :], other=0.0)
-            acc += tl.sum(tl.exp2(piece - top)[:, None] * part, 0)
-        acc = acc / tl.where(total > 0, total, 1.0)
-    else:
-        acc = tl.load(partial + slot * RANK + column, mask=inside, other=0.0)
-    return acc
-
-
-@triton.jit(do_not_specialize=["batch", "n_keys"])
-def combine_kernel(
-    partial, log_sum, pieces, noise_weight, starts, visible, out,
-    batch, n_keys, visible_b, visible_t, weight_b, weight_t, weight_h,
-    N_NEW: tl.constexpr, N_HEADS: tl.constexpr, N_SIGNAL: tl.constexpr, RANK: tl.constexpr,
-    HAS_STARTS: tl.constexpr, HAS_VISIBLE: tl.constexpr, SPLIT: tl.constexpr, BLOCK_T: tl.constexpr,
-    PIECES: tl.constexpr, GROUP: tl.constexpr, COLUMNS: tl.constexpr, PDL: tl.constexpr,
-):  # fmt: skip
-    """Program (i, j) computes columns of output i, (row, token, signal head) in order: the sum of the signal's pieces,
-    minus the noise weight times that of the noise head. Outputs that the first kernel has written stay."""
-    if PDL:
-        gdc_wait()
-    row = tl.program_id(0) // (N_NEW * N_SIGNAL)
-    t = tl.program_id(0) // N_SIGNAL % N_NEW
-    h = tl.program_id(0) % N_SIGNAL
-    column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
-    step = N_NEW * N_HEADS
-    one = row + tl.arange(0, 1)
-    _, begin, end = _seen(
-        one, one < batch, starts, visible, n_keys, visible_b, visible_t, N_NEW, HAS_STARTS, HAS_VISIBLE, BLOCK_T
-    )
-    n_pieces = (tl.sum(end - begin, 0) > 0).to(tl.int32)
-    slot = row.to(tl.int64)
-    if SPLIT:
-        first = tl.load(pieces + 2 * row, mask=n_pieces > 0, other=0)
-        n_pieces = tl.load(pieces + 2 * row + 1, mask=n_pieces > 0, other=-1) - first + 1
-        slot += first
-    slot = slot * step + t * N_HEADS
-    if (n_pieces != 1) | (N_SIGNAL < N_HEADS):
-        result = _combined(partial, log_sum, slot + h, n_pieces, column, step, RANK, PIECES, GROUP, SPLIT)
-        if N_SIGNAL < N_HEADS:
-            noise_head = N_SIGNAL + (h if N_HEADS == 2 * N_SIGNAL else 0)
-            noise = _combined(partial, log_sum, slot + noise_head, n_pieces, column, step, RANK, PIECES, GROUP, SPLIT)
-            weight = tl.load(noise_weight + row.to(tl.int64) * weight_b + t * weight_t + h * weight_h)
-            result -= weight.to(tl.float32) * noise
-        at = ((row.to(tl.int64) * N_NEW + t) * N_SIGNAL + h) * RANK + column
-        tl.store(out + at, result.to(out.dtype.element_ty), mask=column < RANK)
