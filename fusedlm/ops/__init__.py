@@ -1,7 +1,8 @@
 """Operations as plain functions. Each op is one folder: a reference in plain PyTorch, faster backends, and `op.py`, the
 public function, which selects the backend that runs."""
 
-from fusedlm.ops.attention.op import cached_attention, causal_attention, packed_attention
+from fusedlm.ops.attention.op import causal_attention, packed_attention
+from fusedlm.ops.cached.op import cached_attention
 from fusedlm.ops.common import OPS, explain
 from fusedlm.ops.cross_entropy.op import softcap_cross_entropy
 from fusedlm.ops.delta_rule.op import gated_delta_rule

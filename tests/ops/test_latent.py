@@ -130,7 +130,7 @@ def test_a_batch_without_any_tokens(programs, poisoned):
 def test_heads_that_do_not_fill_a_tile(heads, programs, monkeypatch, poisoned):
     """17 and 40 heads of 3 tokens are several tiles of 32."""
     monkeypatch.setattr(kernels, "_ACCUMULATOR", {2: 512, 4: 512})
-    _check(_arguments(*_inputs(n_new=3, heads=heads, lengths=[40, 3, 21])), TMA, programs)
+    _check(_arguments(*_inputs(batch=2, n_new=3, heads=heads, n_keys=24, lengths=[24, 3])), TMA, programs)
 
 
 @pytest.mark.parametrize("config", [TMA, POINTERS], ids=["tma", "pointers"])

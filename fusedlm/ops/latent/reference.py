@@ -2,7 +2,7 @@
 
 import torch
 
-from fusedlm.ops.attention.reference import visibility_mask
+from fusedlm.ops.attention.reference import all_before, visibility_mask
 
 FP8 = torch.float8_e4m3fn
 _LARGEST = torch.finfo(FP8).max
@@ -14,15 +14,6 @@ def quantise_latent(latent: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     wide = latent.float()
     scale = (wide.abs().amax(-1) / _LARGEST).clamp_min(torch.finfo(torch.float32).tiny)
     return (wide / scale[..., None]).to(FP8), scale
-
-
-def visible_before(q_BTHE, n_keys: int, starts_B, visible_before_BT) -> torch.Tensor:
-    """(B or 1, T): as given, or all earlier tokens."""
-    if visible_before_BT is not None:
-        return visible_before_BT
-    n_new = q_BTHE.shape[1]
-    earlier = torch.arange(n_new, device=q_BTHE.device)[None]
-    return earlier + (n_keys - n_new if starts_B is None else starts_B[:, None])
 
 
 def contiguous_state(state, seen_BTS, page_table_BP, token_scale, rope_key) -> torch.Tensor:
@@ -49,7 +40,9 @@ def latent_decode(
 ) -> torch.Tensor:  # fmt: skip
     compute_dtype = torch.promote_types(q.dtype, torch.float32)
     n_keys = state.shape[1] if page_table is None else page_table.shape[1] * state.shape[1]
-    seen = visibility_mask(visible_before(q, n_keys, starts, visible), n_keys, starts)[:, 0]
+    if visible is None:
+        visible = all_before(q.shape[1], n_keys, starts, q.device)
+    seen = visibility_mask(visible, n_keys, starts)[:, 0]
     keys = contiguous_state(state, seen, page_table, token_scale, rope_key).to(compute_dtype)
     scores = torch.einsum("bthe,bse->bths", q.to(compute_dtype), keys)
     # A token that sees nothing reads zeros.

@@ -2,9 +2,9 @@
 
 import torch
 
-from fusedlm.ops.attention.reference import visibility_mask
+from fusedlm.ops.attention.reference import all_before, visibility_mask
 from fusedlm.ops.attention.sdpa import cached
-from fusedlm.ops.latent.reference import contiguous_state, subtract_noise, visible_before
+from fusedlm.ops.latent.reference import contiguous_state, subtract_noise
 
 
 def latent_decode(
@@ -12,15 +12,13 @@ def latent_decode(
 ) -> torch.Tensor:  # fmt: skip
     """All heads are folded into the query axis, so that keys are read once. A state without pages and scales, of rows
     of one length, is read where it is; any other is copied first."""
-    n_new = q.shape[1]
     if starts is None and page_table is None and token_scale is None:
         keys = state[:, :, None]
-        if visible is None and n_new > 1:
-            visible = visible_before(q, state.shape[1], None, None)
         read = cached(q, keys, keys[..., :rank], scale, visible)
     else:
         n_keys = state.shape[1] if page_table is None else page_table.shape[1] * state.shape[1]
-        visible = visible_before(q, n_keys, starts, visible)
+        if visible is None:
+            visible = all_before(q.shape[1], n_keys, starts, q.device)
         seen = visibility_mask(visible, n_keys, starts)[:, 0]
         keys = contiguous_state(state, seen, page_table, token_scale, rope_key).to(q.dtype)[:, :, None]
         read = cached(q, keys, keys[..., :rank], scale, visible, starts)
