@@ -4,6 +4,7 @@ from benchmarks.cases import (
     differential_combine,
     gated_delta_rule,
     gated_rmsnorm,
+    latent_decode,
     linear_softcap_cross_entropy,
     relu2_mlp,
     rmsnorm_linear,
@@ -23,5 +24,6 @@ _MODULES = (
     gated_delta_rule,
     short_conv,
     gated_rmsnorm,
+    latent_decode,
 )
 OPS: dict[str, Op] = {module.OP.name: module.OP for module in _MODULES}

@@ -1,13 +1,16 @@
 """Operations as plain functions. Each op is one folder: a reference in plain PyTorch, faster backends, and `op.py`, the
 public function, which selects the backend that runs."""
 
-from fusedlm.ops.attention.op import cached_attention, causal_attention, packed_attention
+from fusedlm.ops.attention.op import causal_attention, packed_attention
+from fusedlm.ops.cached.op import cached_attention
 from fusedlm.ops.common import OPS, explain
 from fusedlm.ops.conv.op import short_conv, short_conv_tail
 from fusedlm.ops.cross_entropy.op import softcap_cross_entropy
 from fusedlm.ops.delta_rule.op import gated_delta_rule
 from fusedlm.ops.differential.op import differential_combine
 from fusedlm.ops.gated_norm.op import gated_rmsnorm
+from fusedlm.ops.latent.op import latent_decode
+from fusedlm.ops.latent.reference import quantise_latent
 from fusedlm.ops.linear_attention.op import decayed_linear_attention
 from fusedlm.ops.linear_cross_entropy.op import linear_softcap_cross_entropy
 from fusedlm.ops.norm_linear.op import rmsnorm_linear
@@ -25,8 +28,10 @@ __all__ = [
     "gated_delta_rule",
     "gated_rmsnorm",
     "gated_scan",
+    "latent_decode",
     "linear_softcap_cross_entropy",
     "packed_attention",
+    "quantise_latent",
     "relu2_mlp",
     "rmsnorm_linear",
     "short_conv",

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from fusedlm.ops import cached_attention, causal_attention, explain, packed_attention
+from fusedlm.ops import causal_attention, explain, packed_attention
 from fusedlm.ops.attention import reference
 from fusedlm.testing import assert_close
 
@@ -77,28 +77,6 @@ def test_a_window_is_so_many_tokens(backend):
         seen = slice(max(0, t - 4), t + 1)
         alone = causal_attention(q[:, seen], k[:, seen], v[:, seen], scale=0.4, backend="reference")
         assert_close(out[:, t], alone[:, -1], 1e-12)
-
-
-@pytest.mark.parametrize("n_new", [1, 5, 29])
-@pytest.mark.parametrize("groups", [1, 2, 4])
-def test_cached(n_new, groups):
-    q, k, v = _qkv(groups=groups)
-    expected = reference.causal(q, k, v, 0.4)
-    visible = None if n_new == 1 else torch.arange(29 - n_new, 29)[None]
-    out = cached_attention(q[:, -n_new:], k, v, scale=0.4, visible_before_BT=visible)
-    assert_close(out, expected[:, -n_new:], 1e-12)
-
-
-def test_cached_rows_may_start_at_different_tokens():
-    """Row 0 has 20 cached tokens, row 1 has 7; the keys after each row's new tokens are not seen."""
-    q, k, v = _qkv()
-    starts, n_new = torch.tensor([20, 7]), 4
-    new = torch.stack([q[row, start : start + n_new] for row, start in enumerate(starts)])
-    visible = starts[:, None] + torch.arange(n_new)
-    out = cached_attention(new, k, v, scale=0.4, visible_before_BT=visible, starts_B=starts)
-    expected = reference.causal(q, k, v, 0.4)
-    for row, start in enumerate(starts):
-        assert_close(out[row], expected[row, start : start + n_new], 1e-12)
 
 
 def test_reference_gradcheck():

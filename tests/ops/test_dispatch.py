@@ -28,6 +28,7 @@ def _heads(width=8):
 
 # A small call of every public function that selects a backend.
 CALLS = {
+    "cached_attention": lambda run, **options: run(_heads(), _heads(), _heads(), scale=1.0, **options),
     "causal_attention": lambda run, **options: run(_heads(), _heads(), _heads(), scale=1.0, **options),
     "packed_attention": lambda run, **options: run(
         _heads(), _heads(), _heads(), scale=1.0, positions_BT=torch.arange(3)[None], **options
@@ -41,6 +42,9 @@ CALLS = {
     ),
     "gated_rmsnorm": lambda run, **options: run(_heads(), _heads(), torch.ones(8), **options),
     "gated_scan": lambda run, **options: run(torch.ones(1, 3, 2), torch.ones(1, 3, 2), **options),
+    "latent_decode": lambda run, **options: run(
+        torch.ones(1, 1, 2, 6), torch.ones(1, 3, 6), rank=4, scale=1.0, **options
+    ),
     "linear_softcap_cross_entropy": lambda run, **options: run(
         torch.ones(3, 8), torch.ones(5, 8), torch.arange(3), **options
     ),
@@ -196,8 +200,8 @@ def test_explain_says_what_would_run_and_why_others_cannot(sine):
 def test_explain_takes_a_function_or_a_name():
     for op in (causal_attention, "causal_attention", "attention"):
         assert explain(op, "cpu").op == "attention"
-    with pytest.raises(ValueError, match="there is no op 'cached_attention'; one of attention, "):
-        explain(fusedlm.ops.cached_attention, "cpu")
+    with pytest.raises(ValueError, match="there is no op 'quantise_latent'; one of attention, "):
+        explain(fusedlm.ops.quantise_latent, "cpu")
     with pytest.raises(ValueError, match="there is no op 'flash'"):
         explain("flash")
 
@@ -287,7 +291,7 @@ def test_check_backends_names_the_key():
 
 def test_every_op_has_its_public_function():
     assert set(OP_OF) == set(CALLS)
-    assert set(CALLS) | {"OPS", "cached_attention", "explain", "short_conv_tail"} == set(fusedlm.ops.__all__)
+    assert set(CALLS) | {"OPS", "explain", "quantise_latent", "short_conv_tail"} == set(fusedlm.ops.__all__)
     for name in CALLS:
         assert getattr(fusedlm.ops, name).__module__.startswith("fusedlm.ops.")
 

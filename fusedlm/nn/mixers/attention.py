@@ -79,7 +79,15 @@ class Attention(Module):
             # Rows of a window end with the newest token, whatever their length.
             starts_B = context.starts_B if self.window is None else None
             visible_before_BT = context.visible_before(self.window)
-            y = cached_attention(q, k, v, scale=scale, visible_before_BT=visible_before_BT, starts_B=starts_B)
+            y = cached_attention(
+                q,
+                k,
+                v,
+                scale=scale,
+                visible_before_BT=visible_before_BT,
+                starts_B=starts_B,
+                backend=self.backend("cached_attention"),
+            )
         if self.xsa:
             y = exclude_own_value(y, own)
         return self.out(y.flatten(-2))
@@ -100,4 +108,5 @@ class Attention(Module):
         return {self.rope}
 
     def ops(self, device: torch.device) -> list[OpUse]:
-        return [*self.attend.ops(device), self.qkv.norm_op()]
+        cached = OpUse("cached_attention", "cached_attention", self.attend.sizes)
+        return [*self.attend.ops(device), cached, self.qkv.norm_op()]

@@ -8,6 +8,7 @@ from fusedlm.nn.mixers.lambda_init import initial_lambda
 from fusedlm.nn.mixers.latent import LatentMixer
 from fusedlm.nn.mixers.softmax import SoftmaxAttention, attention_flops
 from fusedlm.nn.module import Constant, Normal, OpUse, Role
+from fusedlm.nn.norm import rms_norm
 from fusedlm.ops import differential_combine
 
 _STD = 0.1  # of the vectors whose products move lambda
@@ -53,14 +54,6 @@ class CommonModeLatentAttention(LatentMixer):
         slices = latent.unflatten(-1, (n_slices, -1))
         return signal, self.attend_noise(q, k, slices, self.noise_dim**-0.5, context).flatten(2)
 
-    def absorbed(self, queries, q_noise, memory, context: Context) -> tuple[torch.Tensor, ...]:
-        scale = context.scale_scores(self.scale, self.rope[0])
-        # One more head over the same memory. Its scores have a scale of their own and no rotary part.
-        noise = self.kv_up(q_noise * (self.noise_dim**-0.5 / scale), part="noise", transposed=True)
-        noise = F.pad(noise, (0, self.rope[0]))[:, :, None]
-        read = self.attend_memory([*queries, noise], memory, context)
-        return self.head_values(read[:, :, :-1]), read[:, :, -1]
-
     def combined(self, x_BTD, signal_BTHE: torch.Tensor, read_BTR: torch.Tensor) -> torch.Tensor:
         noise_BTGE = self.values(read_BTR)
         if self.n_groups != self.n_heads:
@@ -74,6 +67,14 @@ class CommonModeLatentAttention(LatentMixer):
             eps=self.eps,
             backend=self.backend("differential_combine"),
         )
+
+    def absorbed(self, x_BTD, queries, q_noise, memory, context: Context) -> torch.Tensor:
+        scale = context.scale_scores(self.scale, self.rope[0])
+        # One more head over the same memory. Its scores have a scale of their own and no rotary part.
+        noise = self.kv_up(q_noise * (self.noise_dim**-0.5 / scale), part="noise", transposed=True)
+        noise = F.pad(noise, (0, self.rope[0]))[:, :, None]
+        heads = self.head_values(self.attend_memory([*queries, noise], memory, context, self.noise_weights()))
+        return rms_norm(heads, self.eps, self.gamma * (1 - self.lambda_init))
 
     def flops(self, n_tokens: int) -> int:
         """Of the expanded form, the noise as one head with values as wide as the latent."""

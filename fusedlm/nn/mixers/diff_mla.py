@@ -8,6 +8,7 @@ from fusedlm.nn.mixers.lambda_init import initial_lambda
 from fusedlm.nn.mixers.latent import LatentMixer
 from fusedlm.nn.mixers.softmax import attention_flops
 from fusedlm.nn.module import Constant, Module, Normal, OpUse, Role
+from fusedlm.nn.norm import rms_norm
 from fusedlm.ops import differential_combine
 
 _STD = 0.1  # of the vectors whose products move lambda
@@ -72,14 +73,15 @@ class DifferentialLatentAttention(LatentMixer):
         scale = context.scale_scores(self.scale, self.rope[0])
         return tuple(self.attend(q, k, v, scale, context) for q, k in zip(queries, keys, strict=True))
 
-    def absorbed(self, queries, q_noise, memory, context: Context) -> tuple[torch.Tensor, ...]:
-        read = self.attend_memory(queries, memory, context)  # 2 H heads, one read of the memory
-        return tuple(self.head_values(half) for half in read.chunk(2, dim=2))
-
     def combined(self, x_BTD, signal: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
         weight, scale = self.noise_weight(x_BTD)
         backend = self.backend("differential_combine")
         return differential_combine(signal, noise, weight, self.gamma, scale, eps=self.eps, backend=backend)
+
+    def absorbed(self, x_BTD, queries, q_noise, memory, context: Context) -> torch.Tensor:
+        weight, scale = self.noise_weight(x_BTD)
+        heads = self.head_values(self.attend_memory(queries, memory, context, weight))
+        return heads if self.gamma is None else rms_norm(heads, self.eps, self.gamma * scale)
 
     def flops(self, n_tokens: int) -> int:
         """Of the expanded form."""

@@ -14,7 +14,7 @@ from fusedlm.nn.norm import RMSNorm
 from fusedlm.nn.rope import apply_rope
 from fusedlm.nn.value_residual import ValueResidual
 from fusedlm.nn.xsa import exclude_own_value
-from fusedlm.ops import cached_attention
+from fusedlm.ops import latent_decode
 
 
 class LatentMixer(Module, ABC):
@@ -110,23 +110,24 @@ class LatentMixer(Module, ABC):
             v = v.unflatten(-1, (self.n_groups, self.head_dim))
             queries = [torch.cat([part, q_rope], dim=-1) for part in q.split(self.head_dim, dim=-1)]
             streams = self.expanded(queries, self._keys(k, k_rope), v, latent, q_noise, k_noise, context)
-        else:
-            v = self.values(latent) if self.xsa else None
-            streams = self.absorbed(self._absorbed_queries(q, q_rope), q_noise, memory, context)
-        if self.recomputes_output and torch.is_grad_enabled():
-            return checkpoint(self._output, x_BTD, v, *streams, use_reentrant=False)
-        return self._output(x_BTD, v, *streams)
+            if self.recomputes_output and torch.is_grad_enabled():
+                return checkpoint(self._combined_output, x_BTD, v, *streams, use_reentrant=False)
+            return self._combined_output(x_BTD, v, *streams)
+        v = self.values(latent) if self.xsa else None
+        return self._output(self.absorbed(x_BTD, self._absorbed_queries(q, q_rope), q_noise, memory, context), v)
 
     def _queries(self, x_BTD, q_latent_BTR: torch.Tensor) -> torch.Tensor:
         if self.q_norm is None:
             return self.q_up(x_BTD)
         return self.q_up(self.q_norm(q_latent_BTR, pending=fuses_norm(self.q_up, q_latent_BTR)))
 
-    def _output(self, x_BTD, v_BTGE, *streams) -> torch.Tensor:
-        y = self.combined(x_BTD, *streams)
+    def _combined_output(self, x_BTD, v_BTGE, *streams) -> torch.Tensor:
+        return self._output(self.combined(x_BTD, *streams), v_BTGE)
+
+    def _output(self, heads_BTHE, v_BTGE) -> torch.Tensor:
         if self.xsa:
-            y = exclude_own_value(y, v_BTGE)
-        return self.out(y.flatten(-2))
+            heads_BTHE = exclude_own_value(heads_BTHE, v_BTGE)
+        return self.out(heads_BTHE.flatten(-2))
 
     @abstractmethod
     def expanded(self, queries, keys, v, latent, q_noise, k_noise, context: Context) -> tuple[torch.Tensor, ...]:
@@ -135,13 +136,13 @@ class LatentMixer(Module, ABC):
         (B, T, noise_dim)."""
 
     @abstractmethod
-    def absorbed(self, queries, q_noise, memory, context: Context) -> tuple[torch.Tensor, ...]:
-        """The same for tokens after others; memory (B, S, rank + rope_dim) holds those and these, queries of each
-        stream are (B, T, H, rank + rope_dim)."""
-
-    @abstractmethod
     def combined(self, x_BTD, *streams: torch.Tensor) -> torch.Tensor:
         """(B, T, H, head_dim) from the outputs of attention, and from x where `combines_with_input`."""
+
+    @abstractmethod
+    def absorbed(self, x_BTD, queries, q_noise, memory, context: Context) -> torch.Tensor:
+        """(B, T, H, head_dim) for tokens after others; memory (B, S, rank + rope_dim) holds those and these, queries of
+        each stream are (B, T, H, rank + rope_dim)."""
 
     def values(self, latent_BTR: torch.Tensor) -> torch.Tensor:
         """(B, T, G, head_dim)."""
@@ -161,13 +162,21 @@ class LatentMixer(Module, ABC):
         latent = latent.unflatten(2, (self.n_groups, self.n_streams)).transpose(3, 4).flatten(2, 3)
         return [torch.cat([q, q_rope_BTHR], dim=-1) for q in latent.unbind(3)]
 
-    def attend_memory(self, queries: list[torch.Tensor], memory: torch.Tensor, context: Context) -> torch.Tensor:
-        """What all queries (B, T, H, rank + rope_dim) read of the latents, (B, T, heads, rank), in one pass over the
-        memory."""
-        q, keys = torch.cat(queries, dim=2), memory[:, :, None]
-        scale = context.scale_scores(self.scale, self.rope[0])
-        where = {"visible_before_BT": context.visible_before(), "starts_B": context.starts_B}
-        return cached_attention(q, keys, keys[..., : self.rank], scale=scale, **where)
+    def attend_memory(self, queries: list, memory: torch.Tensor, context: Context, noise_weight=None) -> torch.Tensor:
+        """What the queries (B, T, heads, rank + rope_dim) read of the latents, in one pass over the memory: (B, T,
+        heads, rank). With a noise weight the queries after the first H are the noise of each head or of all, and the
+        weighted noise is subtracted: (B, T, H, rank)."""
+        return latent_decode(
+            torch.cat(queries, dim=2).to(memory.dtype),
+            memory,
+            rank=self.rank,
+            scale=context.scale_scores(self.scale, self.rope[0]),
+            starts_B=context.starts_B,
+            visible_before_BT=context.visible_before() if context.packed else None,
+            n_signal=None if noise_weight is None else self.n_heads,
+            noise_weight=noise_weight,
+            backend=self.backend("latent_decode"),
+        )
 
     def head_values(self, read_BTHR: torch.Tensor) -> torch.Tensor:
         """What each head read of the latents (B, T, H, rank), as values (B, T, H, head_dim)."""
@@ -187,7 +196,8 @@ class LatentMixer(Module, ABC):
         return {self.rope}
 
     def ops(self, device: torch.device) -> list[OpUse]:
-        used = [*self.attend.ops(device)]
+        sizes = {"rank": self.rank, "rope_dim": self.rope[0]}
+        used = [*self.attend.ops(device), OpUse("latent_decode", "latent_decode", sizes)]
         if self.q_norm is not None:
             used.append(self.q_up.norm_op()._replace(name="q_rmsnorm_linear"))
             if not self.combines_with_input:

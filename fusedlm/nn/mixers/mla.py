@@ -17,11 +17,11 @@ class LatentAttention(LatentMixer):
     def expanded(self, queries, keys, v, latent, q_noise, k_noise, context: Context) -> tuple[torch.Tensor]:
         return (self.attend(queries[0], keys[0], v, context.scale_scores(self.scale, self.rope[0]), context),)
 
-    def absorbed(self, queries, q_noise, memory, context: Context) -> tuple[torch.Tensor]:
-        return (self.head_values(self.attend_memory(queries, memory, context)),)
-
     def combined(self, x_BTD, heads_BTHE: torch.Tensor) -> torch.Tensor:
         return heads_BTHE
+
+    def absorbed(self, x_BTD, queries, q_noise, memory, context: Context) -> torch.Tensor:
+        return self.head_values(self.attend_memory(queries, memory, context))
 
     def flops(self, n_tokens: int) -> int:
         """Of the expanded form."""

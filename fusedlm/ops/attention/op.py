@@ -105,19 +105,3 @@ def packed_attention(
     """
     run = resolve("packed_attention", backend, q_BTHD, head_dim=q_BTHD.shape[-1], value_dim=v_BTGE.shape[-1])
     return run(q_BTHD, k_BTGD, v_BTGE, scale, positions_BT, window, boundaries)
-
-
-def cached_attention(q_BTHD, k_BSGD, v_BSGE, *, scale: float, visible_before_BT=None, starts_B=None) -> torch.Tensor:
-    """Attention of T new tokens to cached tokens and to one another, for decoding.
-
-    Args:
-        q_BTHD: (B, T, H, D).
-        k_BSGD, v_BSGE: (B, S, G, D) and (B, S, G, E), earlier tokens first.
-        scale: scores are multiplied by it.
-        visible_before_BT: (B or 1, T) int, how many tokens before itself each query sees; None: every key, for T = 1.
-        starts_B: (B,) int, index among the S keys of each row's first query; None: S - T in every row.
-
-    Returns:
-        (B, T, H, E), the dtype of q.
-    """
-    return sdpa.cached(q_BTHD, k_BSGD, v_BSGE, scale, visible_before_BT, starts_B)

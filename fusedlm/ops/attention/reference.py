@@ -13,6 +13,12 @@ def visibility_mask(visible_before_BT: torch.Tensor, n_keys: int, starts_B: torc
     return ((key <= query) & (key >= query - visible_before_BT[:, :, None]))[:, None]
 
 
+def all_before(n_queries: int, n_keys: int, starts: torch.Tensor | None, device: torch.device) -> torch.Tensor:
+    """(B or 1, T) visible_before of queries that see every earlier key."""
+    query = torch.arange(n_queries, device=device)[None]
+    return query + (n_keys - n_queries if starts is None else starts[:, None])
+
+
 def attend(q_BTHD, k_BSGD, v_BSGE, scale: float, mask: torch.Tensor) -> torch.Tensor:
     """softmax(q k^T scale) v with a boolean mask (B or 1, 1, T, S), in float32 or better; (B, T, H, E)."""
     dtype = q_BTHD.dtype

@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from fusedlm.ops.attention.reference import visibility_mask, visible_before
+from fusedlm.ops.attention.reference import all_before, visibility_mask, visible_before
 
 try:
     from torch.nn.attention.varlen import varlen_attn
@@ -120,6 +120,8 @@ def cached(q_BTHD, k_BSGD, v_BSGE, scale: float, visible_before_BT, starts_B=Non
     groups = k_BSGD.shape[2]
     q = q_BTHD.unflatten(2, (groups, -1)).transpose(2, 3).flatten(1, 2)
     mask = None
+    if visible_before_BT is None and (n_queries > 1 or starts_B is not None):
+        visible_before_BT = all_before(n_queries, k_BSGD.shape[1], starts_B, q.device)
     if visible_before_BT is not None:
         mask = visibility_mask(visible_before_BT, k_BSGD.shape[1], starts_B).repeat_interleave(n_heads // groups, dim=2)
     out = _sdpa(q, k_BSGD, v_BSGE, scale, mask=mask)

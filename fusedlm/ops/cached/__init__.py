@@ -1,0 +1,1 @@
+"""Attention of new tokens to cached keys and values, for decoding."""
