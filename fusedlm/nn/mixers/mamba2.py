@@ -107,4 +107,5 @@ class Mamba2(Module):
         return set()
 
     def ops(self, device: torch.device) -> list[OpUse]:
-        return [OpUse("decayed_linear_attention", "decayed_linear_attention", {}), self.project.norm_op()]
+        sizes = {"key_dim": self.state_dim, "value_dim": self.head_dim}
+        return [OpUse("decayed_linear_attention", "decayed_linear_attention", sizes), self.project.norm_op()]
