@@ -105,5 +105,6 @@ class Mamba2(Module):
         return set()
 
     def ops(self, device: torch.device) -> list[OpUse]:
-        rule = OpUse("decayed_linear_attention", "decayed_linear_attention", {})
+        sizes = {"key_dim": self.state_dim, "value_dim": self.head_dim}
+        rule = OpUse("decayed_linear_attention", "decayed_linear_attention", sizes)
         return [self.project.norm_op(), self.conv.op(), rule, self.norm.op()]

@@ -184,8 +184,11 @@ class SelectiveDifferentialLinearAttention(Module):
         return {self.rope}
 
     def ops(self, device: torch.device) -> list[OpUse]:
-        used = ["decayed_linear_attention", *(["gated_scan"] if self.read is not None else [])]
-        return [*(OpUse(op, op, {}) for op in used), self.down.norm_op()]
+        sizes = {"key_dim": self.key_dim, "value_dim": self.head_dim + 1}
+        used = [OpUse("decayed_linear_attention", "decayed_linear_attention", sizes)]
+        if self.read is not None:
+            used.append(OpUse("gated_scan", "gated_scan", {}))
+        return [*used, self.down.norm_op()]
 
 
 def _phi(u: torch.Tensor) -> torch.Tensor:
