@@ -13,10 +13,10 @@ from fusedlm.ops.common.activations import sigmoid
 
 
 @triton.jit
-def _spans(batch, n_tokens, n_spans, span, WALKERS: tl.constexpr):
-    """Of each walker, all (W, 1, 1): its row of the batch (int64), its first token, and the number of tokens of the
-    row, 0 for walkers beyond the last."""
-    walker = (tl.program_id(1) * WALKERS + tl.arange(0, WALKERS))[:, None, None]
+def _spans(block, batch, n_tokens, n_spans, span, WALKERS: tl.constexpr):
+    """Of each walker of a block, all (W, 1, 1): its row of the batch (int64), its first token, and the number of tokens
+    of the row, 0 for walkers beyond the last."""
+    walker = (block * WALKERS + tl.arange(0, WALKERS))[:, None, None]
     b = walker // n_spans
     return b.to(tl.int64), walker % n_spans * span, tl.where(b < batch, n_tokens, 0)
 
@@ -78,12 +78,13 @@ def _convolved(now, past, taps, position, SIZE: tl.constexpr, PACKED: tl.constex
 
 @triton.jit
 def _forward_strip(
-    x, weight, tail, positions, lengths, parts, after, batch, n_tokens, n_spans, span, x_b, positions_b, strip,
+    x, weight, tail, positions, lengths, parts, after, batch, n_tokens, n_spans, span, x_b, positions_b,
+    strip, block,
     SIZE: tl.constexpr, N: tl.constexpr, X_T: tl.constexpr, SILU: tl.constexpr, NORM: tl.constexpr, EPS: tl.constexpr,
     PARTS: tl.constexpr, WIDTH: tl.constexpr, HAS_TAIL: tl.constexpr, PACKED: tl.constexpr, CARRY: tl.constexpr,
     HAS_LENGTHS: tl.constexpr, WALKERS: tl.constexpr, HEADS: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    b, start, n = _spans(batch, n_tokens, n_spans, span, WALKERS)
+    b, start, n = _spans(block, batch, n_tokens, n_spans, span, WALKERS)
     y, pitch, scale, channel, first, inside = _part_of(strip, parts, PARTS, WIDTH, HEADS, BLOCK)
     column = first + channel
     row = x + b * x_b + column + start.to(tl.int64) * X_T
@@ -131,25 +132,25 @@ def _forward_strip(
 def forward_kernel(
     x, weight, tail, positions, lengths, parts, after, batch, n_tokens, n_spans, span, x_b, positions_b,
     SIZE: tl.constexpr, N: tl.constexpr, X_T: tl.constexpr, SILU: tl.constexpr, EPS: tl.constexpr,
-    PARTS: tl.constexpr, NORM_STRIPS: tl.constexpr, HEAD_DIM: tl.constexpr, ALIGN: tl.constexpr,
-    HAS_TAIL: tl.constexpr, PACKED: tl.constexpr, CARRY: tl.constexpr, HAS_LENGTHS: tl.constexpr,
+    PARTS: tl.constexpr, N_STRIPS: tl.constexpr, NORM_STRIPS: tl.constexpr, HEAD_DIM: tl.constexpr,
+    ALIGN: tl.constexpr, HAS_TAIL: tl.constexpr, PACKED: tl.constexpr, CARRY: tl.constexpr, HAS_LENGTHS: tl.constexpr,
     WALKERS: tl.constexpr, HEADS: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """X_T, x_b: strides of x, that of the batch in units of ALIGN elements. PARTS: of each the first strip, the first
     channel, the number of channels, the elements from one token to the next, and the scale. The first NORM_STRIPS
     strips are heads of HEAD_DIM, which are normalised. CARRY: the next tail is written to `after`."""
     x_b = x_b.to(tl.int64) * ALIGN
-    strip = tl.program_id(0)
+    strip, block = tl.program_id(0) % N_STRIPS, tl.program_id(0) // N_STRIPS
     if strip < NORM_STRIPS:
         _forward_strip(
             x, weight, tail, positions, lengths, parts, after, batch, n_tokens, n_spans, span, x_b,
-            positions_b, strip, SIZE, N, X_T, SILU, True, EPS, PARTS, HEAD_DIM, HAS_TAIL, PACKED,
+            positions_b, strip, block, SIZE, N, X_T, SILU, True, EPS, PARTS, HEAD_DIM, HAS_TAIL, PACKED,
             CARRY, HAS_LENGTHS, WALKERS, HEADS, BLOCK, ROWS,
         )  # fmt: skip
     else:
         _forward_strip(
             x, weight, tail, positions, lengths, parts, after, batch, n_tokens, n_spans, span, x_b,
-            positions_b, strip, SIZE, N, X_T, SILU, False, EPS, PARTS, BLOCK, HAS_TAIL, PACKED,
+            positions_b, strip, block, SIZE, N, X_T, SILU, False, EPS, PARTS, BLOCK, HAS_TAIL, PACKED,
             CARRY, HAS_LENGTHS, WALKERS, HEADS, BLOCK, ROWS,
         )  # fmt: skip
 
@@ -200,12 +201,12 @@ def _step(
 @triton.jit
 def _backward_strip(
     x, weight, tail, positions, upstreams, dx, d_tail, d_weight, batch, n_tokens, n_spans, span, x_b, positions_b,
-    strip,
+    strip, block,
     SIZE: tl.constexpr, N: tl.constexpr, X_T: tl.constexpr, SILU: tl.constexpr, NORM: tl.constexpr, EPS: tl.constexpr,
     PARTS: tl.constexpr, WIDTH: tl.constexpr, HAS_TAIL: tl.constexpr, PACKED: tl.constexpr, WALKERS: tl.constexpr,
     HEADS: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    b, start, n = _spans(batch, n_tokens, n_spans, span, WALKERS)
+    b, start, n = _spans(block, batch, n_tokens, n_spans, span, WALKERS)
     dy, pitch, scale, channel, first, inside = _part_of(strip, upstreams, PARTS, WIDTH, HEADS, BLOCK)
     column = first + channel
     zeros = tl.zeros((WALKERS, HEADS, BLOCK), dtype=tl.float32)
@@ -257,7 +258,7 @@ def _backward_strip(
             tl.store(out - u * N, d_now.to(dx.dtype.element_ty), mask=(t < n) & inside)
         out -= ROWS * N
     for back in tl.static_range(SIZE):
-        at = (tl.program_id(1) * SIZE + back).to(tl.int64) * N + column
+        at = (block * SIZE + back).to(tl.int64) * N + column
         tl.store(d_weight + at, tl.sum(sums[back], 0)[None, :, :], mask=inside)
         if HAS_TAIL and back > 0:
             at = ((b + 1) * (SIZE - 1) - back) * N + column
@@ -268,25 +269,25 @@ def _backward_strip(
 def backward_kernel(
     x, weight, tail, positions, upstreams, dx, d_tail, d_weight, batch, n_tokens, n_spans, span, x_b, positions_b,
     SIZE: tl.constexpr, N: tl.constexpr, X_T: tl.constexpr, SILU: tl.constexpr, EPS: tl.constexpr,
-    PARTS: tl.constexpr, NORM_STRIPS: tl.constexpr, HEAD_DIM: tl.constexpr, ALIGN: tl.constexpr,
-    HAS_TAIL: tl.constexpr, PACKED: tl.constexpr, WALKERS: tl.constexpr, HEADS: tl.constexpr, BLOCK: tl.constexpr,
-    ROWS: tl.constexpr, PDL: tl.constexpr,
+    PARTS: tl.constexpr, N_STRIPS: tl.constexpr, NORM_STRIPS: tl.constexpr, HEAD_DIM: tl.constexpr,
+    ALIGN: tl.constexpr, HAS_TAIL: tl.constexpr, PACKED: tl.constexpr, WALKERS: tl.constexpr, HEADS: tl.constexpr,
+    BLOCK: tl.constexpr, ROWS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """d_weight: a row of partial sums (SIZE, N) per program of the second grid dimension. PDL: the reduction may start
+    """d_weight: a row of partial sums (SIZE, N) per block of walkers. PDL: the reduction may start
     before this ends. The rest as in the forward kernel."""
     if PDL:
         gdc_launch_dependents()
     x_b = x_b.to(tl.int64) * ALIGN
-    strip = tl.program_id(0)
+    strip, block = tl.program_id(0) % N_STRIPS, tl.program_id(0) // N_STRIPS
     if strip < NORM_STRIPS:
         _backward_strip(
             x, weight, tail, positions, upstreams, dx, d_tail, d_weight, batch, n_tokens, n_spans, span, x_b,
-            positions_b, strip, SIZE, N, X_T, SILU, True, EPS, PARTS, HEAD_DIM, HAS_TAIL, PACKED,
+            positions_b, strip, block, SIZE, N, X_T, SILU, True, EPS, PARTS, HEAD_DIM, HAS_TAIL, PACKED,
             WALKERS, HEADS, BLOCK, ROWS,
         )  # fmt: skip
     else:
         _backward_strip(
             x, weight, tail, positions, upstreams, dx, d_tail, d_weight, batch, n_tokens, n_spans, span, x_b,
-            positions_b, strip, SIZE, N, X_T, SILU, False, EPS, PARTS, BLOCK, HAS_TAIL, PACKED,
+            positions_b, strip, block, SIZE, N, X_T, SILU, False, EPS, PARTS, BLOCK, HAS_TAIL, PACKED,
             WALKERS, HEADS, BLOCK, ROWS,
         )  # fmt: skip

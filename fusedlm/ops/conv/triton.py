@@ -32,8 +32,8 @@ def _dense_tokens(x: torch.Tensor) -> torch.Tensor:
     return x if is_dense else x.contiguous()
 
 
-def _launch(x, weight, tail, positions, silu: bool, parts, head_dim: int, scales, n_normed: int) -> tuple[dict, int]:
-    """Constants of a kernel, and the number of strips."""
+def _launch(x, weight, tail, positions, silu: bool, parts, head_dim: int, scales, n_normed: int) -> dict:
+    """Constants of a kernel."""
     widths = [part.shape[2] for part in parts]
     block = triton.next_power_of_2(head_dim) if n_normed else min(_STRIP, triton.next_power_of_2(max(widths)))
     heads = max(1, _STRIP // block)
@@ -44,13 +44,14 @@ def _launch(x, weight, tail, positions, silu: bool, parts, head_dim: int, scales
         n_strips += triton.cdiv(width, heads * (head_dim if i < n_normed else block))
         if i < n_normed:
             norm_strips = n_strips
-    constants = {
+    return {
         "SIZE": len(weight),
         "N": x.shape[2],
         "X_T": x.stride(1),
         "SILU": silu,
         "EPS": EPS,
         "PARTS": tuple(layout),
+        "N_STRIPS": n_strips,
         "NORM_STRIPS": norm_strips,
         "HEAD_DIM": head_dim,
         "ALIGN": math.gcd(16, x.stride(0)),
@@ -59,20 +60,18 @@ def _launch(x, weight, tail, positions, silu: bool, parts, head_dim: int, scales
         "HEADS": heads,
         "BLOCK": block,
     }
-    return constants, n_strips
 
 
-def _grid(x: torch.Tensor, n_strips: int) -> tuple[tuple[int, int], list[int], dict]:
-    """The grid, the arguments that say what each walker does, and the constants."""
+def _walkers(x: torch.Tensor, n_strips: int) -> tuple[int, list[int], dict]:
+    """The number of blocks of walkers, the arguments that say what each walker does, and the constants."""
     batch, n_tokens, _ = x.shape
     busy = n_multiprocessors(x.device) * _WALKERS_PER_SM
     span = triton.next_power_of_2(triton.cdiv(batch * n_tokens * n_strips, busy))
     span = min(_SPAN, span, triton.next_power_of_2(n_tokens))
     n_spans = triton.cdiv(n_tokens, span)
     walkers = min(_WALKERS, triton.next_power_of_2(batch * n_spans))
-    grid = (n_strips, triton.cdiv(batch * n_spans, walkers))
     constants = {"WALKERS": walkers, "ROWS": min(_ROWS, span), "num_warps": walkers}
-    return grid, [batch, n_tokens, n_spans, span], constants
+    return triton.cdiv(batch * n_spans, walkers), [batch, n_tokens, n_spans, span], constants
 
 
 def _strides(x: torch.Tensor, align: int, positions: torch.Tensor | None) -> list[int]:
@@ -91,9 +90,9 @@ def _run_forward(x, weight, tail, positions, lengths, carry: bool, silu, widths,
     if carry:
         after = torch.empty(len(x), len(weight) - 1, x.shape[2], dtype=x.dtype, device=x.device)
     if x.numel():
-        launch, n_strips = _launch(x, weight, tail, positions, silu, parts, *norm)
-        grid, work, constants = _grid(x, n_strips)
-        forward_kernel[grid](
+        launch = _launch(x, weight, tail, positions, silu, parts, *norm)
+        n_blocks, work, constants = _walkers(x, launch["N_STRIPS"])
+        forward_kernel[(launch["N_STRIPS"] * n_blocks,)](
             x, weight, x if tail is None else tail, x if positions is None else positions,
             x if lengths is None else lengths, tuple(parts), x if after is None else after,
             *work, *_strides(x, launch["ALIGN"], positions), CARRY=carry, HAS_LENGTHS=lengths is not None,
@@ -167,10 +166,10 @@ def _backward(
     d_tail = x.new_empty(0) if tail is None else torch.empty(tail.shape, dtype=tail.dtype, device=x.device)
     if not x.numel():
         return dx, weight.new_zeros(weight.shape), d_tail.zero_()
-    launch, n_strips = _launch(x, weight, tail, positions, silu, upstreams, head_dim, scales, n_normed)
-    grid, work, constants = _grid(x, n_strips)
-    d_weight = torch.empty(grid[1], weight.numel(), dtype=torch.float32, device=x.device)
-    backward_kernel[grid](
+    launch = _launch(x, weight, tail, positions, silu, upstreams, head_dim, scales, n_normed)
+    n_blocks, work, constants = _walkers(x, launch["N_STRIPS"])
+    d_weight = torch.empty(n_blocks, weight.numel(), dtype=torch.float32, device=x.device)
+    backward_kernel[(launch["N_STRIPS"] * n_blocks,)](
         x, weight, x if tail is None else tail, x if positions is None else positions, tuple(upstreams), dx,
         d_tail, d_weight, *work, *_strides(x, launch["ALIGN"], positions), PDL=supports_pdl(x.device),
         **launch, **constants,
