@@ -74,12 +74,19 @@ def test_bars_have_their_milliseconds_and_the_chart_its_hardware(record, tmp_pat
     drawn = []
 
     def save(figure, path, **options):
-        drawn.append((path.name, {text.get_text() for text in figure.findobj(Text)}, figure.axes[0].patches))
+        drawn.append((path.name, {text.get_text() for text in figure.findobj(Text)}, figure.axes[0]))
 
     monkeypatch.setattr(Figure, "savefig", save)
     draw_ops(record, tmp_path)
-    ((name, texts, bars),) = drawn
+    ((name, texts, axes),) = drawn
+    bars = axes.patches
     assert name == "ops-an_op.png" and [bar.get_width() for bar in bars] == [2.0, 0.5, 0.25]
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["eager", "Liger", "fusedlm"]
+    assert [bool(bar.get_hatch()) for bar in bars] == [False, True, False], "the less exact one"
+    peer, other, ours = (bar.get_facecolor() for bar in bars)
+    assert peer == other != ours
+    (floor,) = axes.lines
+    assert list(floor.get_xdata()) == [0.2, 0.2]
     assert {" 2.00 ms, 10% of the floor", " 0.500 ms, 40% of the floor", " 0.250 ms, 80% of the floor"} <= texts
     assert any("an_op on a GPU, torch 2.11, 2026-01-02" in text and "hatched" in text for text in texts)
     assert "4 × 8, bfloat16, forward" in texts and "cut cross entropy" not in texts

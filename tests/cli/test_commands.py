@@ -13,6 +13,7 @@ from fusedlm.cli.doctor import op_lines
 from fusedlm.config import load_recipe
 from fusedlm.data import prepare
 from fusedlm.ops import OPS
+from fusedlm.report.units import count
 from fusedlm.testing import backend_of
 
 
@@ -172,7 +173,18 @@ def test_data_prepare_prints_counts_and_the_folder(workspace: Path, fusedlm):
 def test_report_prints_its_path(workspace: Path, fusedlm):
     outcome = fusedlm("report", "runs/small")
     assert outcome.code == 0
-    assert "<html" in Path(outcome.out.strip()).read_text(encoding="utf-8")
+    page = Path(outcome.out.strip()).read_text(encoding="utf-8")
+    facts = dict(re.findall("<dt>(.*?)</dt><dd>(.*?)</dd>", page.split("</header>")[0]))
+    environment = json.loads(Path("runs/small/environment.json").read_text())
+    n_tokens, n_held_out = environment["data"]["training_tokens"], environment["data"]["held_out_bytes"]
+    prepared = prepare(load_recipe("small.yaml").data)
+    assert n_tokens == prepared.train.n_tokens and n_held_out == _held_out_bytes(workspace)
+    n_bytes = len(Path("text.txt").read_bytes().replace(b"\n---\n", b"").rstrip())
+    held_out = f"{100 * n_held_out / n_bytes:.1f}% of the bytes held out"
+    assert facts["Text"] == f"text.txt, 20 documents, {n_bytes / 1000:.3g} kB, {count(n_bytes + 20)} tokens, {held_out}"
+    assert facts["Epochs"] == f"{64 / n_tokens:.3g}: 64 tokens read of {n_tokens} for training"
+    assert facts["Device"] == f"{environment['device_name']}, float32"
+    assert facts["Date"] == environment["date"][:10]
 
 
 def test_doctor_names_every_backend_of_every_op(fusedlm):
