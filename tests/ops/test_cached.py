@@ -171,3 +171,28 @@ def test_bad_input():
             cached_attention(*given, scale=1.0)
     with pytest.raises(ValueError, match="q is torch.float32, k torch.float16 .* cast them to one dtype"):
         kernels.run(q, k.half(), v, SCALE, None, None)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("n_new, heads, groups", [(1, 16, 16), (1, 16, 4), (8, 16, 1), (3, 12, 4)])
+@pytest.mark.parametrize("key, value", [(64, 64), (128, 128), (96, 40)])
+def test_kernel_on_the_gpu(key, value, n_new, heads, groups, dtype, poisoned):
+    """With the configurations of the product."""
+    sizes = {"heads": heads, "groups": groups, "key": key, "value": value}
+    q, k, v, starts = _qkv(batch=6, n_new=n_new, n_keys=2049, lengths=[0, 1, 64, 65, 1000, 2049], dtype=dtype, **sizes)
+    _check(0.3 * q, k, v, starts=starts, config=None, programs=None)
+    _check(0.3 * q, k, v, starts=starts, config=None, programs=0)
+
+
+@pytest.mark.gpu
+def test_a_cuda_graph_serves_other_lengths():
+    q, k, v, starts = _qkv(batch=4, n_keys=2048, key=64, value=64, lengths=[1, 100, 1000, 2048], fill=0.0)
+    kernels.run(q, k, v, SCALE, None, starts)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = kernels.run(q, k, v, SCALE, None, starts)
+    for lengths in ([2048, 1, 0, 77], [0, 0, 0, 2048], [5, 6, 7, 8]):
+        starts.copy_(torch.tensor(lengths) - 1)
+        graph.replay()
+        assert_close(out, reference.cached_attention(*(x.double() for x in (q, k, v)), SCALE, None, starts), 1e-5)

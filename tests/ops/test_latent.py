@@ -12,6 +12,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SCALE = 0.3
 TILE = {"stages": 2, "warps": 4, "per_processor": 1}
 TMA, POINTERS = kernels.Config(16, tma=True, **TILE), kernels.Config(16, tma=False, **TILE)
+REGISTERS = kernels.Config(16, registers=True, **TILE)
 PROGRAMS = [0, 1, 2, 5]  # 0: one for each row of the batch
 LENGTHS = [0, 1, 16, 17, 50]  # of the rows of a batch, the new tokens included
 
@@ -103,7 +104,7 @@ def _gradients(function, leaves, noise):
 
 
 @pytest.mark.parametrize("programs", PROGRAMS)
-@pytest.mark.parametrize("config", [TMA, POINTERS], ids=["tma", "pointers"])
+@pytest.mark.parametrize("config", [TMA, REGISTERS, POINTERS], ids=["tma", "registers", "pointers"])
 @pytest.mark.parametrize("n_new", [1, 2, 8])
 def test_kernel(n_new, config, programs, poisoned):
     _check(_arguments(*_inputs(n_new=n_new)), config, programs)
@@ -133,7 +134,7 @@ def test_heads_that_do_not_fill_a_tile(heads, programs, monkeypatch, poisoned):
     _check(_arguments(*_inputs(batch=2, n_new=3, heads=heads, n_keys=24, lengths=[24, 3])), TMA, programs)
 
 
-@pytest.mark.parametrize("config", [TMA, POINTERS], ids=["tma", "pointers"])
+@pytest.mark.parametrize("config", [TMA, REGISTERS, POINTERS], ids=["tma", "registers", "pointers"])
 @pytest.mark.parametrize("rank, rope", [(1, 1), (12, 4), (20, 0), (33, 6), (64, 16), (24, 40)])
 def test_widths(rank, rope, config, poisoned):
     _check(_arguments(*_inputs(rank=rank, rope=rope, n_new=2, lengths=[40, 2, 21])), config)
@@ -344,3 +345,53 @@ def test_bad_input(changes, message):
     given = {"q_BTHE": torch.zeros(3, 2, 4, 24), "state": torch.zeros(3, 40, 24), "rank": 16, "scale": 1.0} | changes
     with pytest.raises(ValueError, match=message):
         latent_decode(given.pop("q_BTHE"), given.pop("state"), **given)
+
+
+GPU_LENGTHS = [0, 1, 64, 65, 1000, 2049]
+GPU_CASES = [(1, 16, 16), (8, 16, 16), (1, 32, 16), (3, 32, 16), (1, 17, 16), (2, 17, 16)]  # tokens, heads, signal
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("state", ["contiguous", "pages", "float8"])
+@pytest.mark.parametrize("n_new, heads, signal", GPU_CASES)
+def test_kernel_on_the_gpu(n_new, heads, signal, state, dtype, poisoned):
+    """With the configurations of the product, at the widths of kepler-wiki."""
+    sizes = {"batch": 6, "n_new": n_new, "heads": heads, "n_keys": 2064, "rank": 512, "rope": 64}
+    q, memory, rank, _, starts = _inputs(**sizes, lengths=GPU_LENGTHS, dtype=dtype)
+    rest = {"signal": signal, "w": None if signal == heads else _draw(signal)}
+    if state == "pages":
+        memory, rest["table"] = _paged(memory, 16)
+    elif state == "float8":
+        rest["rope"] = memory[..., rank:].contiguous()
+        memory, rest["tokens"] = quantise_latent(memory[..., :rank])
+    arguments = _arguments(q, memory, rank, 0.05, starts, **rest)
+    _check(arguments, None, None)
+    assert torch.equal(kernels.run(*arguments), kernels.run(*arguments))
+
+
+@pytest.mark.gpu
+def test_a_cuda_graph_serves_other_lengths():
+    q, state, rank, _, starts = _inputs(batch=4, heads=16, n_keys=2048, rank=512, rope=64, lengths=[1, 100, 1000, 2048])
+    arguments = _arguments(q, state.nan_to_num(), rank, 0.05, starts)
+    kernels.run(*arguments)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = kernels.run(*arguments)
+    for lengths in ([2048, 1, 0, 77], [0, 0, 0, 2048], [5, 6, 7, 8]):
+        starts.copy_(torch.tensor(lengths) - 1)
+        graph.replay()
+        assert_close(out, _exact(arguments), 1e-5)
+
+
+@pytest.mark.gpu
+def test_offsets_beyond_32_bits():
+    """The last keys of the second row, which alone are seen."""
+    state = torch.empty(2, 2**21, 576, device="cuda", dtype=torch.bfloat16)
+    state[:, -101:].normal_()
+    q = _draw(2, 1, 16, 576, dtype=torch.bfloat16)
+    visible = torch.full((2, 1), 100, device="cuda")
+    exact = _exact(_arguments(q, state[:, -101:].contiguous(), 512, 0.05))
+    for config in (None, kernels.Config(64, 2, 4, 1, tma=False)):
+        found = kernels.run(*_arguments(q, state, 512, 0.05, visible=visible), config=config)
+        assert_close(found, exact, 1e-2)

@@ -225,17 +225,16 @@ def test_bad_input():
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("decay", [1e-3, 1.0, 20.0])
 @pytest.mark.parametrize(
     "shape",
     [*SHAPES, (2, 1000, 4, 4, 64, 64), (1, 4097, 1, 2, 64, 128), (1, 1000, 2, 2, 128, 128), (1, 257, 1, 1, 256, 256)],
     ids=str,
 )
-def test_kernels_on_a_gpu(shape, decay, dtype, poisoned):
+def test_kernels_on_a_gpu(shape, decay, poisoned):
     """States and the log decay, float32 in the reference, have the error of bfloat16 operands here."""
-    tensors, reset, upstream = _inputs(shape, decay=decay, resets=0.003, dtype=dtype)
-    _check(tensors, reset, upstream, floor=8e-3 if dtype == torch.bfloat16 else 1e-5)
+    tensors, reset, upstream = _inputs(shape, decay=decay, resets=0.003, dtype=torch.bfloat16)
+    _check(tensors, reset, upstream, floor=8e-3)
 
 
 @pytest.mark.gpu

@@ -22,14 +22,21 @@ _COMBINING = 512  # its programs at least
 
 @dataclass(frozen=True)
 class Config:
-    """Of a kernel that attends. per_processor: programs that run at a time on one multiprocessor. tma: load keys by the
-    tensor memory accelerator where they are aligned and the device has one."""
+    """Of a kernel that attends.
+
+    block: keys of a step.
+    per_processor: programs that run at a time on one multiprocessor.
+    tma: load keys by the tensor memory accelerator (TMA), where they are aligned and the device has one.
+    registers: with TMA, let tiles reach the tensor cores through registers. They then need one buffer less, since the
+        tensor cores read no shared memory that the next load may overwrite.
+    """
 
     block: int
     stages: int
     warps: int
     per_processor: int
     tma: bool = True
+    registers: bool = False
 
 
 def n_programs(n_rows: int, n_keys: int, row_blocks: int, config: Config, device: torch.device) -> int:

@@ -82,8 +82,8 @@ def run(
     work = Workspace(batch, n_new * n_heads, rank, programs, split or differs, q.device)
     attend_kernel[(row_blocks, programs if split else batch)](
         q,
-        _descriptor(latent, config.block, block_c) if tma else latent,
-        _descriptor(rope, config.block, block_r) if tma else rope,
+        _descriptor(latent, config, block_c) if tma else latent,
+        _descriptor(rope, config, block_r) if tma else rope,
         token_scale, page_table, starts, visible, out, work.partial, work.log_sum, work.pieces,
         batch, n_keys, programs, scale * math.log2(math.e), *q.stride()[:3], latent.stride(0), rope.stride(0),
         token_scale.stride(0) if quantised else 0, 0 if page_table is None else page_table.stride(0),
@@ -91,6 +91,7 @@ def run(
         N_NEW=n_new, N_HEADS=n_heads, RANK=rank, ROPE=rope_width, LATENT_STRIDE=latent.stride(1),
         ROPE_STRIDE=rope.stride(1), PAGE_SIZE=page_size, HAS_STARTS=starts is not None,
         HAS_VISIBLE=visible is not None, QUANTISED=quantised, PARTIAL=differs, SPLIT=split, TMA=tma,
+        REGISTERS=config.registers,
         DOT=tl.float16 if quantised and q.dtype != torch.float32 else _DOTS[q.dtype],
         BATCH=max(64, triton.next_power_of_2(batch)), BLOCK_T=triton.next_power_of_2(n_new), ROWS=rows,
         BLOCK=config.block, BLOCK_C=block_c, BLOCK_R=block_r, STAGES=config.stages, PDL=pdl, num_warps=config.warps,
@@ -100,8 +101,11 @@ def run(
     return out
 
 
-def _descriptor(x: torch.Tensor, block: int, columns: int) -> TensorDescriptor:
-    return TensorDescriptor(x, list(x.shape), [*strides(x), 1], [1, block, columns])
+def _descriptor(x: torch.Tensor, config: Config, columns: int) -> TensorDescriptor:
+    block = [1, config.block, columns]
+    if config.registers:
+        x, block = x.unsqueeze(2), [1, config.block, 1, columns]
+    return TensorDescriptor(x, list(x.shape), [*strides(x), 1], block)
 
 
 def latent_decode(
