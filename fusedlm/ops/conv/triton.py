@@ -26,10 +26,13 @@ class _Schedule(NamedTuple):
 
     span: int  # tokens per walker, fewer where that leaves multiprocessors without work
     rows: int  # tokens loaded at a time
+    prefetch: bool = False  # whether the next ones are loaded before these are computed
+    registers: int | None = None  # of a thread at most; with fewer, more walkers run at a time
 
 
 _FORWARD = _Schedule(span=64, rows=8)
-_BACKWARD = _Schedule(span=128, rows=2)
+_BACKWARD = _Schedule(span=128, rows=4, prefetch=True, registers=128)
+_BACKWARD_OF_DOCUMENTS = _Schedule(span=128, rows=2)  # a tail or boundaries take registers that tokens ahead need
 
 
 def _dense_channels(x: torch.Tensor) -> torch.Tensor:
@@ -81,6 +84,8 @@ def _walkers(x: torch.Tensor, n_strips: int, schedule: _Schedule) -> tuple[int, 
     n_spans = triton.cdiv(n_tokens, span)
     walkers = min(_WALKERS, triton.next_power_of_2(batch * n_spans))
     constants = {"WALKERS": walkers, "ROWS": min(schedule.rows, span), "num_warps": walkers}
+    if schedule.registers is not None:
+        constants["maxnreg"] = schedule.registers
     return triton.cdiv(batch * n_spans, walkers), [batch, n_tokens, n_spans, span], constants
 
 
@@ -177,12 +182,13 @@ def _backward(
     if not x.numel():
         return dx, weight.new_zeros(weight.shape), d_tail.zero_()
     launch = _launch(x, weight, tail, positions, silu, upstreams, head_dim, scales, n_normed)
-    n_blocks, work, constants = _walkers(x, launch["N_STRIPS"], _BACKWARD)
+    schedule = _BACKWARD if tail is None and positions is None else _BACKWARD_OF_DOCUMENTS
+    n_blocks, work, constants = _walkers(x, launch["N_STRIPS"], schedule)
     d_weight = torch.empty(n_blocks, weight.numel(), dtype=torch.float32, device=x.device)
     backward_kernel[(launch["N_STRIPS"] * n_blocks,)](
         x, weight, x if tail is None else tail, x if positions is None else positions, tuple(upstreams), dx,
-        d_tail, d_weight, *work, *_strides(x, launch["ALIGN"], positions), PDL=supports_pdl(x.device),
-        **launch, **constants,
+        d_tail, d_weight, *work, *_strides(x, launch["ALIGN"], positions), PREFETCH=schedule.prefetch,
+        PDL=supports_pdl(x.device), **launch, **constants,
     )  # fmt: skip
     return dx, column_sums(d_weight, weight.dtype).view(weight.shape), d_tail
 
