@@ -1,6 +1,7 @@
 """Time training steps of one model with each mixer at growing sequence lengths.
 
-    python benchmarks/lengths.py recipes/gpt-350m.yaml [--mixers gdn mla] [--lengths 2048 8192] [--out FILE]
+    python benchmarks/lengths.py recipes/gpt-350m.yaml [key=value ...] [--mixers gdn mla] [--lengths 2048 8192]
+        [--out FILE]
 
 The recipe's model in all but the mixer of its blocks, on random tokens, each sequence one document. A micro-batch has
 --tokens tokens, or one sequence; a step has 16 micro-batches. A length that does not fit is tried again with
@@ -49,18 +50,19 @@ def mixers(dim: int) -> dict[str, dict]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("recipe")
+    parser.add_argument("overrides", nargs="*")
     parser.add_argument("--mixers", nargs="+", metavar="mixer", help="default: all")
     parser.add_argument("--lengths", nargs="+", type=int, metavar="tokens", default=LENGTHS)
     parser.add_argument("--tokens", type=int, default=32768, help="of a micro-batch; default: %(default)s")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--out", type=Path)
-    arguments = parser.parse_args()
-    base = load_recipe(arguments.recipe)
+    arguments = parser.parse_intermixed_args()
+    base = load_recipe(arguments.recipe, arguments.overrides)
     known = mixers(base.model.dim)
     if unknown := [name for name in arguments.mixers or () if name not in known]:
         parser.error(f"unknown mixer {', '.join(unknown)}; one of {', '.join(known)}")
     device = resolve_device(base.runtime.device)
-    record = {"name": base.name, "tokens": arguments.tokens}
+    record = {"name": base.name, "overrides": arguments.overrides, "tokens": arguments.tokens}
     record |= {"environment": environment(device, resolve_dtype(base.runtime.dtype, device)), "rows": []}
     for name in arguments.mixers or known:
         for length in arguments.lengths:
@@ -80,6 +82,7 @@ def _measured(arguments, mixer: dict, length: int) -> dict:
         recipe = load_recipe(
             arguments.recipe,
             [
+                *arguments.overrides,
                 f"model.blocks.a.mixer={json.dumps(mixer)}",
                 f"train.seq_len={length}",
                 f"train.micro_batch_size={rows}",
