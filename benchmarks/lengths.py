@@ -3,9 +3,9 @@
     python benchmarks/lengths.py recipes/gpt-350m.yaml [key=value ...] [--mixers gdn mla] [--lengths 2048 8192]
         [--out FILE]
 
-The recipe's model in all but the mixer of its blocks, on random tokens, each sequence one document. A micro-batch has
---tokens tokens, or one sequence; a step has 16 micro-batches. A length that does not fit is tried again with
-`runtime.recompute=mixer`, which the record says.
+The recipe's model in all but the mixer of block `a` (mixer `recipe`: as it is), on random tokens, each sequence one
+document. A micro-batch has --tokens tokens, or one sequence; a step has 16 micro-batches. A length that does not fit is
+tried again with `runtime.recompute=mixer`, which the record says.
 """
 
 import argparse
@@ -51,20 +51,20 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("recipe")
     parser.add_argument("overrides", nargs="*")
-    parser.add_argument("--mixers", nargs="+", metavar="mixer", help="default: all")
+    parser.add_argument("--mixers", nargs="+", metavar="mixer", help="default: all but recipe")
     parser.add_argument("--lengths", nargs="+", type=int, metavar="tokens", default=LENGTHS)
     parser.add_argument("--tokens", type=int, default=32768, help="of a micro-batch; default: %(default)s")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_intermixed_args()
     base = load_recipe(arguments.recipe, arguments.overrides)
-    known = mixers(base.model.dim)
+    known = mixers(base.model.dim) | {"recipe": None}
     if unknown := [name for name in arguments.mixers or () if name not in known]:
         parser.error(f"unknown mixer {', '.join(unknown)}; one of {', '.join(known)}")
     device = resolve_device(base.runtime.device)
     record = {"name": base.name, "overrides": arguments.overrides, "tokens": arguments.tokens}
     record |= {"environment": environment(device, resolve_dtype(base.runtime.dtype, device)), "rows": []}
-    for name in arguments.mixers or known:
+    for name in arguments.mixers or mixers(base.model.dim):
         for length in arguments.lengths:
             row = {"mixer": name, "length": length} | _measured(arguments, known[name], length)
             record["rows"].append(row)
@@ -75,7 +75,7 @@ def main() -> None:
                 write_atomic(arguments.out, json.dumps(record, indent=1) + "\n")
 
 
-def _measured(arguments, mixer: dict, length: int) -> dict:
+def _measured(arguments, mixer: dict | None, length: int) -> dict:
     """The row of one length, with `reason` in place of times if it does not fit."""
     rows = max(1, arguments.tokens // length)
     for recompute in ("none", "mixer"):
@@ -83,7 +83,7 @@ def _measured(arguments, mixer: dict, length: int) -> dict:
             arguments.recipe,
             [
                 *arguments.overrides,
-                f"model.blocks.a.mixer={json.dumps(mixer)}",
+                *([] if mixer is None else [f"model.blocks.a.mixer={json.dumps(mixer)}"]),
                 f"train.seq_len={length}",
                 f"train.micro_batch_size={rows}",
                 f"train.batch_size={rows * MICRO_BATCHES}",
