@@ -1,100 +1,94 @@
-"""Token-by-token decoding of a batch with the model's state."""
+"""Decoding of batches to text."""
 
+import contextlib
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 import torch
 
-from fusedlm.generation.sampling import next_token_probabilities, sample
+from fusedlm.generation.sampling import NOT_FINITE, Sampling
+from fusedlm.generation.steps import GrowingSteps, Predictor, Row, StaticSteps, graph_obstacle
 from fusedlm.generation.text import TextStream
-from fusedlm.model.precision import autocast
-
-_RESERVED_TOKENS = 2**16  # a longer state grows as tokens come: max_tokens=1000000000 is rarely meant to be reached
 
 
-@dataclass(frozen=True)
-class Sampling:
-    """How tokens are chosen: see `next_token_probabilities`."""
+class BatchDecoder:
+    """Decodes batches of one model, one after another.
 
-    max_tokens: int
-    temperature: float
-    top_k: int | None
-    top_p: float | None
+    Steps are CUDA graphs over a static state where that is possible. Elsewhere the state grows, which on the CPU costs
+    less than attention to all the room that a static one has; tokens are the same up to rounding.
 
-
-@dataclass
-class Row:
-    """One sequence of a batch.
-
-    index: of its prompt.
-    ids: end-of-text and the prompt.
-    generator: of its random numbers.
+    graphed_steps: so far.
     """
 
-    index: int
-    ids: list[int]
-    generator: torch.Generator
+    def __init__(
+        self,
+        model,
+        tokenizer,
+        sampling: Sampling,
+        device: torch.device,
+        dtype: torch.dtype,
+        cuda_graph: bool | None = None,
+    ):
+        """cuda_graph: None: where possible.
 
+        Raises:
+            ValueError: cuda_graph is True, and is not possible here.
+        """
+        self._model, self._tokenizer, self._sampling = model, tokenizer, sampling
+        self._device, self._dtype = device, dtype
+        obstacle = graph_obstacle(model, device)
+        if cuda_graph and obstacle:
+            raise ValueError(f"cuda_graph=True: {obstacle}; leave it out to decode without a graph")
+        self._required = bool(cuda_graph)
+        self._graph = obstacle is None if cuda_graph is None else cuda_graph
+        self._predictor: Predictor | None = None
+        self._static: StaticSteps | None = None
+        self._graphed_before = 0
 
-def decode(
-    model, tokenizer, rows: list[Row], sampling: Sampling, device: torch.device, dtype: torch.dtype
-) -> Iterator[tuple[int, str]]:
-    """Continue rows of any lengths together: one prefill, then one token of each per step, until all have ended. Ids
-    that the tokenizer has no token for are never drawn.
+    @property
+    def graphed_steps(self) -> int:
+        return self._graphed_before + (0 if self._static is None else self._static.graphed)
 
-    Yields:
-        (index of the prompt, non-empty piece of its text); the pieces of one prompt in order.
+    def decode(self, rows: list[Row]) -> Iterator[tuple[int, str]]:
+        """Continue rows of any lengths together: one prefill, then one token of each per step, until all have ended.
+        Ids that the tokenizer has no token for are never drawn.
 
-    Raises:
-        ValueError: the model's logits are not finite.
-    """
-    texts = [TextStream(tokenizer, row.ids) for row in rows]
-    was_training = model.training
-    model.eval()
-    try:
-        # The last token is not fed back, hence the -1.
-        reserved = max(len(row.ids) for row in rows) + sampling.max_tokens - 1
-        fits = reserved * len(rows) <= _RESERVED_TOKENS
-        state = model.init_state(len(rows), max_tokens=reserved if fits else None)
-        unused = torch.from_numpy(tokenizer.unused_ids(model.vocab_size)).to(device)
-        new = {i: row.ids for i, row in enumerate(rows)}  # of the rows that have not ended
-        for _ in range(sampling.max_tokens):
-            logits = _last_logits(model, new, state, device, dtype).index_fill(1, unused, -torch.inf)
-            active, new = list(new), {}
-            for i, of_row in zip(active, logits, strict=True):
-                token = _choose(of_row, sampling, rows[i].generator)
-                if token != tokenizer.eot_id:
-                    new[i] = [token]
-                piece = texts[i].add(token) if i in new else texts[i].finish()
-                if piece:
+        Yields:
+            (index of the prompt, non-empty piece of its text); the pieces of one prompt in order.
+
+        Raises:
+            ValueError: the model's logits are not finite, or the capture failed and cuda_graph is True.
+        """
+        texts = {i: TextStream(self._tokenizer, row.ids) for i, row in enumerate(rows)}  # of rows that have not ended
+        was_training = self._model.training
+        self._model.eval()
+        try:
+            steps = self._steps(len(rows))
+            with contextlib.closing(steps.run(rows)) as tokens_of_steps:
+                for tokens in tokens_of_steps:
+                    if self._required and steps.reason:
+                        raise ValueError(f"cuda_graph=True: {steps.reason}; leave it out to decode without a graph")
+                    for i in list(texts):
+                        if tokens[i] < 0:
+                            raise ValueError(NOT_FINITE)
+                        ended = tokens[i] == self._tokenizer.eot_id
+                        piece = texts.pop(i).finish() if ended else texts[i].add(tokens[i])
+                        if piece:
+                            yield rows[i].index, piece
+                    if not texts:
+                        return
+            for i, text in texts.items():
+                if piece := text.finish():
                     yield rows[i].index, piece
-            if not new:
-                return
-        for i in new:
-            if piece := texts[i].finish():
-                yield rows[i].index, piece
-    finally:
-        model.train(was_training)
+        finally:
+            self._model.train(was_training)
 
-
-def _choose(logits: torch.Tensor, sampling: Sampling, generator: torch.Generator) -> int:
-    probabilities = next_token_probabilities(logits, sampling.temperature, sampling.top_k, sampling.top_p)
-    return sample(probabilities, generator)
-
-
-# Not in the generator: disabled gradients and autocast would stay on for the caller between two pieces.
-@torch.no_grad()
-def _last_logits(model, new: dict[int, list[int]], state, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
-    """(len(new), vocab) float32 logits after the new ids of each row; all ids are appended to the state, whose other
-    rows stay as they are."""
-    width = max(map(len, new.values()))
-    lengths = [len(new.get(row, ())) for row in range(len(state.lengths))]
-    tokens = [[*new.get(row, ()), *[0] * (width - n)] for row, n in enumerate(lengths)]
-    last = [row * width + len(ids) - 1 for row, ids in new.items()]
-    # Without padding the state need not keep a length per row.
-    padding = {"lengths": lengths} if min(lengths) < width else {}
-    with autocast(device, dtype):
-        output = model(
-            torch.tensor(tokens, device=device), state=state, select=torch.tensor(last, device=device), **padding
-        )
-    return output.logits.float()
+    def _steps(self, n_rows: int) -> GrowingSteps | StaticSteps:
+        if self._predictor is None:
+            self._predictor = Predictor(self._model, self._tokenizer, self._device, self._dtype)
+        if not self._graph:
+            return GrowingSteps(self._predictor, self._sampling)
+        if self._static is None or self._static.n_rows != n_rows:
+            self._graphed_before = self.graphed_steps
+            self._static = None  # its memory is needed
+            self._static = StaticSteps(self._predictor, self._sampling, n_rows, graph=True)
+        return self._static

@@ -6,8 +6,9 @@ from typing import Literal, overload
 
 import torch
 
-from fusedlm.generation.decode import Row, Sampling, decode
-from fusedlm.generation.sampling import check_sampling
+from fusedlm.generation.decode import BatchDecoder
+from fusedlm.generation.sampling import Sampling, check_sampling
+from fusedlm.generation.steps import Row
 from fusedlm.model.precision import resolve_device, resolve_dtype
 
 
@@ -35,16 +36,18 @@ def generate(
     batch_size: int = 16,
     device: torch.device | str | None = None,
     dtype: torch.dtype | str = "auto",
+    cuda_graph: bool | None = None,
 ):
     """Continue a prompt, or a list of prompts.
 
     One prefill reads end-of-text, which starts every training document, and the prompt; after it, one token per step.
-    A text ends at end-of-text (not part of the text) or after max_tokens.
+    A text ends at end-of-text (not part of the text) or after max_tokens. On a CUDA device a step, with the choice of
+    the token, is one CUDA graph, and the host reads the tokens of a step while the next one runs.
 
     Prompts of a list may differ in length and are decoded in batches, each row with its own length in the state, so
-    that greedy decoding gives each the text that it has alone, up to rounding. Tokens are drawn on the CPU: prompt i
-    has a generator of its own, with seed + i, so that its text depends neither on the other prompts nor on the batch
-    size, and is the same on every device whose logits agree.
+    that greedy decoding gives each the text that it has alone, up to rounding. The random numbers come from the CPU:
+    prompt i has a generator of its own, with seed + i, so that its text depends neither on the other prompts nor on the
+    batch size, and is the same on every device whose logits agree.
 
     Args:
         model: a decoder; in eval mode while text is generated.
@@ -59,6 +62,7 @@ def generate(
         device: of the model; None: where its parameters are.
         dtype: of autocast, or its name as in `recipe.runtime.dtype`; "auto": bfloat16 on CUDA devices, float32
             elsewhere.
+        cuda_graph: whether a step is one CUDA graph; None: where the device and all layers of the model allow it.
 
     Returns:
         The continuation, without the prompt; a list of them for a list of prompts. With `stream` an iterator of
@@ -67,8 +71,8 @@ def generate(
         the prompt, piece).
 
     Raises:
-        ValueError: at the call, a value is out of range or a prompt is not text; in decoding, the model's logits are
-            not finite.
+        ValueError: at the call, a value is out of range, a prompt is not text, or cuda_graph=True is not possible here;
+            in decoding, the model's logits are not finite.
     """
     check_sampling(temperature, top_k, top_p)
     for name, value in (("max_tokens", max_tokens), ("batch_size", batch_size)):
@@ -84,12 +88,13 @@ def generate(
     device = _device_of(model) if device is None else resolve_device(device)
     dtype = resolve_dtype(dtype, device) if isinstance(dtype, str) else dtype
     sampling = Sampling(max_tokens, temperature, top_k, top_p)
+    decoder = BatchDecoder(model, tokenizer, sampling, device, dtype, cuda_graph)
     for index, text in enumerate(prompts):
         _check_text(text, index)
     rows = [Row(i, [tokenizer.eot_id, *tokenizer.encode(text)], _generator(seed + i)) for i, text in enumerate(prompts)]
     rows.sort(key=lambda row: len(row.ids))  # less padding
     batches = [rows[first : first + batch_size] for first in range(0, len(rows), batch_size)]
-    pieces = _pieces(model, tokenizer, batches, sampling, device, dtype)
+    pieces = _pieces(decoder, batches)
     if stream:
         return _without_index(pieces) if alone else pieces
     texts = [""] * len(prompts)
@@ -104,9 +109,9 @@ def _listed(prompts) -> list[str]:
     return list(prompts)
 
 
-def _pieces(model, tokenizer, batches: list[list[Row]], *how) -> Iterator[tuple[int, str]]:
+def _pieces(decoder: BatchDecoder, batches: list[list[Row]]) -> Iterator[tuple[int, str]]:
     for rows in batches:
-        yield from decode(model, tokenizer, rows, *how)
+        yield from decoder.decode(rows)
 
 
 def _without_index(pieces: Iterator[tuple[int, str]]) -> Iterator[str]:

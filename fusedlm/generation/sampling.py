@@ -1,8 +1,22 @@
-"""The distribution of the next token and sampling from it, on the CPU in float64."""
+"""The distribution of the next token and drawing from it, in float64: of one row on the CPU, or of a batch on any device
+without waiting for it."""
 
 import math
+from dataclasses import dataclass
 
 import torch
+
+NOT_FINITE = "the logits are not finite; the weights are damaged or diverged, or values overflow in this precision"
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How tokens are chosen: see `next_token_probabilities`."""
+
+    max_tokens: int
+    temperature: float
+    top_k: int | None
+    top_p: float | None
 
 
 def check_sampling(temperature: float, top_k: int | None, top_p: float | None) -> None:
@@ -31,31 +45,58 @@ def next_token_probabilities(
     """
     check_sampling(temperature, top_k, top_p)
     logits = logits.detach().double().cpu()
-    highest = logits.max()
-    if not torch.isfinite(highest):
-        raise ValueError(
-            "the logits are not finite; the weights are damaged or diverged, or values overflow in this precision"
-        )
-    # Subtract the maximum before dividing: a tiny temperature then gives -inf for the others, and never NaN.
-    shifted = logits - highest
-    probabilities = torch.exp(shifted / temperature) if temperature > 0 else (shifted == 0).double()
-    if temperature == 0:
-        top_k = 1
-    if top_k is not None or top_p is not None:
-        ordered, ids = probabilities.sort(descending=True, stable=True)
-        if top_k is not None:
-            ordered[top_k:] = 0
-        if top_p is not None:
-            before = ordered.cumsum(0) - ordered
-            ordered[before >= top_p * ordered.sum()] = 0
-        probabilities = torch.zeros_like(probabilities).scatter_(0, ids, ordered)
-    return probabilities / probabilities.sum()
+    if not torch.isfinite(logits.max()):
+        raise ValueError(NOT_FINITE)
+    weights = _weights(logits[None], temperature, top_k, top_p)[0]
+    return weights / weights.sum()
 
 
 def sample(probabilities: torch.Tensor, generator: torch.Generator) -> int:
     """One id drawn from probabilities (vocab,) float64 by inverting the cumulative sum: exactly one random number per
     token, on every device and in every version of torch."""
-    cumulative = probabilities.cumsum(0)
-    u = torch.rand((), generator=generator, dtype=torch.float64) * cumulative[-1]
-    # right=True gives the first id whose cumulative sum exceeds u: an id of probability 0 is never drawn.
-    return int(torch.searchsorted(cumulative, u, right=True))
+    uniform = torch.rand((), generator=generator, dtype=torch.float64)
+    return int(_invert(probabilities[None], uniform[None])[0])
+
+
+def draw(logits_BV: torch.Tensor, uniform_B: torch.Tensor | None, sampling: Sampling) -> torch.Tensor:
+    """One token for each row, (B,) int64 on the device of the logits, which is not waited for: what `sample` gives for
+    `next_token_probabilities` and a random number in [0, 1). -1 where these raise an error.
+
+    Args:
+        logits_BV: (B, V) of any float dtype, -inf for ids that are never drawn.
+        uniform_B: (B,) float64 random numbers; None with temperature 0.
+    """
+    if sampling.temperature == 0:
+        tokens_B = logits_BV.argmax(-1)
+    else:
+        weights_BV = _weights(logits_BV.double(), sampling.temperature, sampling.top_k, sampling.top_p)
+        tokens_B = _invert(weights_BV, uniform_B)
+    return tokens_B.masked_fill(~logits_BV.amax(-1).isfinite(), -1)
+
+
+def _weights(logits_BV: torch.Tensor, temperature: float, top_k: int | None, top_p: float | None) -> torch.Tensor:
+    """Unnormalised probabilities (B, V) from float64 logits."""
+    if temperature == 0:
+        return torch.zeros_like(logits_BV).scatter_(-1, logits_BV.argmax(-1, keepdim=True), 1.0)
+    # Subtract the maximum before dividing: a tiny temperature then gives -inf for the others, and never NaN.
+    weights_BV = torch.exp((logits_BV - logits_BV.amax(-1, keepdim=True)) / temperature)
+    if top_k is None and top_p is None:
+        return weights_BV
+    n = weights_BV.shape[-1] if top_k is None else min(top_k, weights_BV.shape[-1])
+    largest = weights_BV.topk(n).values if n < weights_BV.shape[-1] else weights_BV.sort(descending=True).values
+    n_kept_B1 = torch.full_like(largest[:, :1], n, dtype=torch.int64)
+    if top_p is not None:
+        cumulative = largest.cumsum(-1)
+        n_kept_B1 = (cumulative - largest < top_p * cumulative[:, -1:]).sum(-1, keepdim=True).clamp(min=1)
+    least_B1 = largest.gather(-1, n_kept_B1 - 1)
+    above, equal = weights_BV > least_B1, weights_BV == least_B1
+    first_equal = equal & (equal.cumsum(-1) <= n_kept_B1 - above.sum(-1, keepdim=True))
+    return weights_BV.masked_fill(~(above | first_equal), 0.0)
+
+
+def _invert(weights_BV: torch.Tensor, uniform_B: torch.Tensor) -> torch.Tensor:
+    """The first id of each row whose cumulative weight exceeds the uniform fraction of the sum."""
+    cumulative = weights_BV.cumsum(-1)
+    # Parallel sums may rise a little where the weight is 0, and the fraction may round to the whole.
+    exceeds = (cumulative > uniform_B[:, None] * cumulative[:, -1:]) & (weights_BV > 0)
+    return torch.where(exceeds.any(-1), exceeds.byte().argmax(-1), weights_BV.argmax(-1))

@@ -229,7 +229,7 @@ class Decoder(Module):
     def _context(self, tokens, documents, state, n_new: list[int] | None, select) -> Context:
         batch, n_tokens = tokens.shape
         packed = documents is not None or (state is not None and state.packed)
-        past = 0 if state is None else state.length
+        past = 0 if state is None else state.past()
         starts_B = None if state is None else state.starts()
         if documents is not None:
             before = (state.last_document_B, state.next_position_B) if past else ()
@@ -241,6 +241,7 @@ class Decoder(Module):
         one_row = not packed and starts_B is None
         context = Context(positions[:1] if one_row else positions.expand(batch, -1), packed, past, starts_B)
         context.select = select
+        context.slots_B = None if state is None else state.slots()
         if n_new is not None and min(n_new) < n_tokens:
             context.lengths_B = torch.tensor(n_new, device=tokens.device)
         if past == 0 and self._varlen_attention(tokens.device):
@@ -282,6 +283,8 @@ class Decoder(Module):
             return None
         if len(state.lengths) != batch:
             raise ValueError(f"the state is for {len(state.lengths)} sequences, tokens has {batch}")
+        if state.capacity is not None and (n_tokens > 1 or lengths is not None or documents is not None):
+            raise ValueError("a static state takes one token per row, without lengths and documents")
         if lengths is None:
             return [n_tokens] * batch
         lengths = [int(n) for n in lengths]

@@ -24,9 +24,16 @@ class Mark:
 class State:
     """The decoding state of a batch of sequences, which may differ in length.
 
+    A static state (`make_static`) keeps all its tensors at fixed addresses and counts on the device, so that one-token
+    steps can be captured in a CUDA graph.
+
     layers: what each mixer's `init_state` gave.
-    lengths: tokens seen, of each row.
+    lengths: tokens seen, of each row; of a static state those before it became static.
     next_position_B, last_document_B: (B,) int64, the next position and the number of each row's last document.
+    capacity: most tokens of a row of a static state; None: it is not static.
+    lengths_B: (B,) int64 tokens seen, of a static state.
+    growing_B: (B,) int64, 1 for rows that keep the next token, 0 for rows that overwrite it with the one after; of a
+        static state.
     """
 
     def __init__(self, layers: list, batch_size: int, device: torch.device):
@@ -35,6 +42,9 @@ class State:
         self.packed = False
         self.next_position_B = torch.zeros(batch_size, dtype=torch.int64, device=device)
         self.last_document_B = torch.zeros(batch_size, dtype=torch.int64, device=device)
+        self.capacity: int | None = None
+        self.lengths_B: torch.Tensor | None = None
+        self.growing_B: torch.Tensor | None = None
         self._mark: Mark | None = None
 
     @property
@@ -42,14 +52,32 @@ class State:
         """Tokens seen, of the row that has the most."""
         return max(self.lengths)
 
+    def past(self) -> int:
+        """Tokens before the next one, of the row that has the most; of a static state the most there can be, since
+        shapes must not depend on lengths."""
+        return self.length if self.capacity is None else self.capacity - 1
+
     def starts(self) -> torch.Tensor | None:
         """(B,) int64 tokens seen; None where all rows have `length`."""
+        if self.capacity is not None:
+            return self.lengths_B
         if len(set(self.lengths)) == 1:
             return None
         return torch.tensor(self.lengths, device=self.next_position_B.device)
 
+    def slots(self) -> torch.Tensor | None:
+        """(B,) int64 places of the next tokens among the B * capacity of a static cache; None: not static."""
+        if self.capacity is None:
+            return None
+        rows_B = torch.arange(len(self.lengths), device=self.lengths_B.device)
+        return rows_B * self.capacity + self.lengths_B
+
     def advance(self, context: Context, documents_BT: torch.Tensor | None, lengths: list[int]) -> None:
         """Count an append of so many tokens per row."""
+        if self.capacity is not None:
+            self.lengths_B += self.growing_B
+            self.next_position_B += self.growing_B
+            return
         after_BT = (context.positions_BT + 1).expand(len(lengths), -1)
         if self._mark is not None:
             self._mark.appended.append((lengths, after_BT, documents_BT))
@@ -69,12 +97,56 @@ class State:
         if documents_BT is not None:
             self.last_document_B = torch.where(n_B > 0, documents_BT.gather(1, last_B)[:, 0], self.last_document_B)
 
+    def make_static(self, capacity: int) -> None:
+        """Keep all tensors at fixed addresses from now on, with room for `capacity` tokens in every row. The state then
+        takes one token per row at a time, and cannot be rolled back. Called again, it gives a static state more room;
+        a graph captured before is then of no use.
+
+        Raises:
+            ValueError: the state has a mark, documents, or no tokens, or the capacity is too small.
+        """
+        if self._mark is not None or self.packed or not min(self.lengths):
+            why = "has a mark" if self._mark is not None else "has documents" if self.packed else "has rows without tokens"
+            raise ValueError(f"a state that {why} cannot be static")
+        least = self.length + 1 if self.capacity is None else self.capacity
+        if capacity < least:
+            raise ValueError(f"capacity={capacity} must be at least {least}")
+        if self.capacity is None:
+            self.lengths_B = torch.tensor(self.lengths, device=self.next_position_B.device)
+            self.growing_B = torch.ones_like(self.lengths_B)
+            self.next_position_B = self.next_position_B.clone()
+        self.capacity = capacity
+        for part in self._parts():
+            part.make_static(capacity, self.lengths_B)
+
+    def load(self, other: "State") -> None:
+        """Replace the contents of this static state by those of another, which is not static, in the same memory.
+
+        Raises:
+            ValueError: the states have different sizes, or the other has more tokens than this one has room for.
+        """
+        if self.capacity is None or other.capacity is not None or other.packed:
+            raise ValueError("only a static state loads another one, which must be neither static nor have documents")
+        if len(other.lengths) != len(self.lengths) or not 0 < min(other.lengths) <= other.length < self.capacity:
+            raise ValueError(
+                f"a static state of {len(self.lengths)} rows with capacity={self.capacity} cannot load rows of "
+                f"{other.lengths} tokens"
+            )
+        self.lengths = list(other.lengths)
+        self.lengths_B.copy_(torch.tensor(other.lengths))
+        self.growing_B.fill_(1)
+        self.next_position_B.copy_(other.next_position_B)
+        for own, part in zip(self._parts(), other._parts(), strict=True):
+            own.load(part, self.lengths_B)
+
     def mark(self) -> Mark:
         """Set a point to roll back to. One at a time: `rollback` or `release` it before the next.
 
         Raises:
-            ValueError: a mark is set already.
+            ValueError: a mark is set already, or the state is static.
         """
+        if self.capacity is not None:
+            raise ValueError("a static state cannot be rolled back, and takes no mark")
         if self._mark is not None:
             raise ValueError("this state has a mark already; roll back to it or release it first")
         self._mark = Mark(list(self.lengths), self.packed, self.next_position_B, self.last_document_B)

@@ -26,6 +26,9 @@ class TokenCache:
         end = context.past + new.shape[1]
         if self.max_tokens is not None and end > self.max_tokens:
             raise ValueError(f"the state has room for max_tokens={self.max_tokens}, not {end}; ask init_state for more")
+        if context.slots_B is not None:
+            write(self.rows, context.slots_B, new)
+            return self.rows
         if context.starts_B is not None:
             return self._append_ragged(new, context.starts_B, end)
         return self._append_aligned(new, context.past)
@@ -46,6 +49,20 @@ class TokenCache:
         batch = torch.arange(new.shape[0], device=new.device)[:, None]
         self.rows[batch, index] = new
         return self.rows[:, :end]
+
+    def visible(self, context: Context) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """starts_B and visible_before_BT of attention to what `append` returned."""
+        return context.starts_B, context.visible_before()
+
+    def make_static(self, capacity: int, lengths_B: torch.Tensor) -> None:
+        """See `State.make_static`. lengths_B: tokens of each row."""
+        self.rows = _resized(self.rows, capacity)
+        self.max_tokens = capacity
+
+    def load(self, other: "TokenCache", lengths_B: torch.Tensor) -> None:
+        """Replace the contents by those of a cache that is not static, whose rows have lengths_B tokens."""
+        n = min(self.rows.shape[1], other.rows.shape[1])
+        self.rows[:, :n] = other.rows[:, :n]
 
     def _reserve(self, new: torch.Tensor, n_tokens: int) -> None:
         held = 0 if self.rows is None else self.rows.shape[1]
@@ -76,7 +93,9 @@ class TokenCache:
 
 class WindowCache:
     """The window - 1 tokens that the next one can still see, (B, at most window - 1, ...), each row's newest last. Rows
-    that have seen fewer tokens hold unused entries first, which no query sees."""
+    that have seen fewer tokens hold unused entries first, which no query sees.
+
+    Static, it is a ring of `window` tokens, in which the token at position p has place p % window."""
 
     def __init__(self, window: int):
         self.window = window
@@ -85,12 +104,40 @@ class WindowCache:
         self._since: list[torch.Tensor] | None = None  # what was appended after a mark; None: there is none
 
     def append(self, new: torch.Tensor, context: Context) -> torch.Tensor:
-        """Append (B, T, ...); returns (B, S, ...), the earlier and the new tokens, oldest first."""
+        """Append (B, T, ...); returns (B, S, ...), the earlier and the new tokens, oldest first unless static."""
+        if context.slots_B is not None:
+            rows_B = torch.arange(len(new), device=new.device)
+            write(self.rows, rows_B * self.window + context.starts_B % self.window, new)
+            return self.rows
         if self._since is not None:
             self._since.append(new.clone())
         if context.past == 0:
             self.rows = None  # after a rollback to length 0 they belong to no row
         return self._shift_in(new, context.lengths_B)
+
+    def visible(self, context: Context) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """See TokenCache. Rows end with the newest token, whatever their length; in the ring, the order does not matter
+        and tokens beyond a row's length are after its own."""
+        if context.slots_B is not None:
+            return context.starts_B.clamp(max=self.window - 1), None
+        return None, context.visible_before(self.window)
+
+    def make_static(self, capacity: int, lengths_B: torch.Tensor) -> None:
+        """See TokenCache."""
+        if self.rows.shape[1] < self.window:
+            self.rows = self._ring(self.rows, lengths_B)
+
+    def load(self, other: "WindowCache", lengths_B: torch.Tensor) -> None:
+        """See TokenCache."""
+        self.rows.copy_(self._ring(other.rows, lengths_B))
+
+    def _ring(self, rows: torch.Tensor, lengths_B: torch.Tensor) -> torch.Tensor:
+        n = rows.shape[1]
+        position = lengths_B[:, None] - n + torch.arange(n, device=rows.device)
+        batch = torch.arange(len(rows), device=rows.device)[:, None]
+        ring = rows.new_zeros(len(rows), self.window, *rows.shape[2:])
+        ring[batch, position % self.window] = rows  # of positions below 0: to places that are not visible yet
+        return ring
 
     def _shift_in(self, new: torch.Tensor, n_new_B: torch.Tensor | None) -> torch.Tensor:
         seen = new if self.rows is None else torch.cat([self.rows, new], dim=1)
@@ -126,6 +173,19 @@ class WindowCache:
 
     def tensors(self) -> list[torch.Tensor]:
         return [] if self.rows is None else [self.rows]
+
+
+def write(rows_BS: torch.Tensor, slots_B: torch.Tensor, new_B1: torch.Tensor) -> None:
+    """Write one token per row, (B, 1, ...), into (B, S, ...) at places among its B * S."""
+    rows_BS.flatten(0, 1).index_copy_(0, slots_B, new_B1.flatten(0, 1))
+
+
+def _resized(rows: torch.Tensor, n_tokens: int) -> torch.Tensor:
+    """Exactly n_tokens per row, zeros where there were none; in contiguous memory of its own."""
+    resized = rows.new_zeros(len(rows), n_tokens, *rows.shape[2:])
+    n = min(rows.shape[1], n_tokens)
+    resized[:, :n] = rows[:, :n]
+    return resized
 
 
 def cached_tokens(n_tokens: int, window: int | None) -> int:

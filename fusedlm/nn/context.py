@@ -15,6 +15,7 @@ class Context:
     packed: whether documents may begin inside; when not, positions are known to be consecutive and nothing is masked.
     past: tokens in the state before these, in the row that has the most.
     starts_B: (B,) int64, tokens in the state before these; None: `past` in every row.
+    slots_B: (B,) int64, the places of these tokens in the caches of a static state (`State.slots`); None: not static.
     lengths_B: (B,) int64, how many of the T tokens each row has, the rest being padding; None: all.
     select: (n,) int64, which of the B * T tokens the head computes and metrics count; None: all.
     boundaries: cumulative document lengths (N + 1,) int32 over the B * T tokens, and the longest; for the
@@ -28,6 +29,7 @@ class Context:
     packed: bool = False
     past: int = 0
     starts_B: torch.Tensor | None = None
+    slots_B: torch.Tensor | None = None
     lengths_B: torch.Tensor | None = None
     select: torch.Tensor | None = None
     boundaries: tuple[torch.Tensor, int] | None = None
@@ -50,7 +52,7 @@ class Context:
     def visible_before(self, window: int | None = None) -> torch.Tensor | None:
         """(B or 1, T) int64, how many earlier tokens each token sees; None for a single token that sees all there
         are."""
-        if self.positions_BT.shape[1] == 1 and not self.packed and self.starts_B is None:
+        if self.positions_BT.shape[1] == 1 and not self.packed and (self.starts_B is None or window is None):
             return None
         return self.positions_BT if window is None else self.positions_BT.clamp(max=window - 1)
 

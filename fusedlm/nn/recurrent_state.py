@@ -12,22 +12,43 @@ class RecurrentState:
     """memory: the matrix of each head, (B, H, K, V) float32. carried: the last inputs of a convolution (B, size - 1,
     C), or a working memory (B, C). Both None before the first token.
 
-    The tensors are replaced, never written to. After `mark`, every append leaves a function that runs its tokens again;
+    The tensors are replaced, never written to, unless the state is static. After `mark`, every append leaves a function that runs its tokens again;
     `rollback` starts from the marked tensors and replays the tokens that are kept.
     """
 
     def __init__(self):
         self.memory: torch.Tensor | None = None
         self.carried: torch.Tensor | None = None
+        self.static = False
         self._before: tuple[torch.Tensor | None, torch.Tensor | None] | None = None
         self._since: list[Replay] | None = None
 
     def update(self, memory: torch.Tensor, carried: torch.Tensor | None, replay: Replay) -> None:
         """Set the tensors after an append; replay(memory, carried, n_kept_B) gives those after its first tokens
         alone."""
+        if self.static:
+            self._copy(memory, carried)
+            return
         self.memory, self.carried = memory, carried
         if self._since is not None:
             self._since.append(replay)
+
+    def make_static(self, capacity: int, lengths_B: torch.Tensor) -> None:
+        """See `TokenCache.make_static`."""
+        if not self.static:
+            self.static = True
+            self.memory = self.memory.clone(memory_format=torch.contiguous_format)
+            if self.carried is not None:
+                self.carried = self.carried.clone(memory_format=torch.contiguous_format)
+
+    def load(self, other: "RecurrentState", lengths_B: torch.Tensor) -> None:
+        """See `TokenCache.load`."""
+        self._copy(other.memory, other.carried)
+
+    def _copy(self, memory: torch.Tensor, carried: torch.Tensor | None) -> None:
+        for own, after in ((self.memory, memory), (self.carried, carried)):
+            if own is not None and own is not after:
+                own.copy_(after)
 
     def mark(self) -> None:
         """From now on save what `rollback` needs."""

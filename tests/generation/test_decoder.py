@@ -40,7 +40,7 @@ def test_greedy_with_the_state_equals_full_recomputation(model, tokenizer, promp
 
 def test_a_state_that_grows_gives_the_same_text(model, tokenizer, monkeypatch):
     reserved = generate(model, tokenizer, "the", max_tokens=30, seed=4, **CPU)
-    monkeypatch.setattr("fusedlm.generation.decode._RESERVED_TOKENS", 0)
+    monkeypatch.setattr("fusedlm.generation.steps._RESERVED_TOKENS", 0)
     assert generate(model, tokenizer, "the", max_tokens=30, seed=4, **CPU) == reserved
 
 

@@ -76,9 +76,7 @@ class Attention(Module):
         if context.past == 0:
             y = self.attend(q, k, v, scale, context)
         else:
-            # Rows of a window end with the newest token, whatever their length.
-            starts_B = context.starts_B if self.window is None else None
-            visible_before_BT = context.visible_before(self.window)
+            starts_B, visible_before_BT = state[0].visible(context)
             y = cached_attention(
                 q,
                 k,

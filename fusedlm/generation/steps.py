@@ -1,0 +1,266 @@
+"""Steps of a batch: one token of each row, from a state that grows or from a static one."""
+
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+
+from fusedlm.generation.sampling import Sampling, draw
+from fusedlm.generation.weights import CastWeights
+from fusedlm.model.precision import autocast
+
+_log = logging.getLogger("fusedlm.generation")
+
+_RESERVED_TOKENS = 2**16  # a longer state grows as tokens come: max_tokens=1000000000 is rarely meant to be reached
+_LEAST_CAPACITY = 256  # tokens of a row of a static state, which doubles when they do not suffice
+_DRAWS = 64  # random numbers of a row that are on the device at a time
+_WARM_UPS = 2  # steps before a capture, which compile and allocate
+
+
+@dataclass
+class Row:
+    """One sequence of a batch.
+
+    index: of its prompt.
+    ids: end-of-text and the prompt.
+    generator: of its random numbers.
+    """
+
+    index: int
+    ids: list[int]
+    generator: torch.Generator
+
+
+class Predictor:
+    """A model with what its forward passes in decoding need.
+
+    Args:
+        model: with `init_state`, called as a `Decoder`.
+        tokenizer: ids that it has no token for are never drawn.
+        dtype: of autocast.
+    """
+
+    def __init__(self, model, tokenizer, device: torch.device, dtype: torch.dtype):
+        self.model, self.eot_id = model, tokenizer.eot_id
+        self.device, self.dtype = device, dtype
+        self._unused = torch.from_numpy(tokenizer.unused_ids(model.vocab_size)).to(device)
+        self._weights = CastWeights(model, dtype)
+
+    @torch.no_grad()
+    def logits(self, tokens_BT: torch.Tensor, state, **arguments) -> torch.Tensor:
+        """(..., vocab) float32; the tokens are appended to the state. -inf for ids without a token."""
+        with self._weights.in_use(), autocast(self.device, self.dtype):
+            logits = self.model(tokens_BT, state=state, **arguments).logits.float()
+        return logits.index_fill(-1, self._unused, -torch.inf)
+
+    def last_logits(self, new: dict[int, list[int]], state) -> torch.Tensor:
+        """(len(new), vocab) logits after the new ids of each row; all ids are appended to the state, whose other rows
+        stay as they are."""
+        width = max(map(len, new.values()))
+        lengths = [len(new.get(row, ())) for row in range(len(state.lengths))]
+        tokens = [[*new.get(row, ()), *[0] * (width - n)] for row, n in enumerate(lengths)]
+        last = [row * width + len(ids) - 1 for row, ids in new.items()]
+        # Without padding the state need not keep a length per row.
+        padding = {"lengths": lengths} if min(lengths) < width else {}
+        select = torch.tensor(last, device=self.device)
+        return self.logits(torch.tensor(tokens, device=self.device), state, select=select, **padding)
+
+
+def graph_obstacle(model: torch.nn.Module, device: torch.device) -> str | None:
+    """Why steps of a model cannot be captured in a CUDA graph; None: they can."""
+    if device.type != "cuda":
+        return f"needs a CUDA device, not {device.type}"
+    for name, module in model.named_modules():
+        if getattr(module, "waits_for_device", False):
+            return f"{name} ({type(module).__name__}) waits for the device"
+    return None
+
+
+class GrowingSteps:
+    """Steps with a state that grows with the tokens. Rows that have ended take no more of them."""
+
+    reason = None
+
+    def __init__(self, predictor: Predictor, sampling: Sampling):
+        self._predictor, self._sampling = predictor, sampling
+
+    def run(self, rows: list[Row]) -> Iterator[list[int]]:
+        """After the prefill and after each step, the token of every row: end-of-text for rows that have ended, -1 where
+        the logits are not finite. At most max_tokens of them."""
+        predictor, sampling = self._predictor, self._sampling
+        # The last token is not fed back, hence the -1.
+        reserved = max(len(row.ids) for row in rows) + sampling.max_tokens - 1
+        fits = reserved * len(rows) <= _RESERVED_TOKENS
+        state = predictor.model.init_state(len(rows), max_tokens=reserved if fits else None)
+        new = {i: row.ids for i, row in enumerate(rows)}  # of the rows that have not ended
+        for _ in range(sampling.max_tokens):
+            logits = predictor.last_logits(new, state)
+            uniform = None
+            if sampling.temperature > 0:
+                uniform = _uniform([rows[i] for i in new], 1)[:, 0].to(logits.device)
+            drawn = draw(logits, uniform, sampling).tolist()
+            tokens = [predictor.eot_id] * len(rows)
+            for i, token in zip(new, drawn, strict=True):
+                tokens[i] = token
+            yield tokens
+            new = {i: [tokens[i]] for i in new if tokens[i] != predictor.eot_id}
+            if not new:
+                return
+
+
+class StaticSteps:
+    """Steps with a static state, in which the host does nothing that depends on a token: one CUDA graph each, where the
+    device has them. The same object decodes one batch after another, in the same memory and with the same graph.
+
+    The tokens of a step are read while the next one runs, so that one step too many may run after the last row has
+    ended.
+
+    graphed: steps so far that were replays of a graph.
+    reason: why the last capture failed; None: it did not.
+    """
+
+    def __init__(self, predictor: Predictor, sampling: Sampling, n_rows: int, *, graph: bool):
+        """graph: capture steps; needs `graph_obstacle` to be None."""
+        device = predictor.device
+        self._predictor, self._sampling, self.n_rows = predictor, sampling, n_rows
+        self._captures, self._graph, self._warm = graph, None, 0
+        self.graphed, self.reason = 0, None
+        self.state = None
+        self._fed_B1 = torch.zeros(n_rows, 1, dtype=torch.int64, device=device)
+        self._tokens_B = torch.zeros(n_rows, dtype=torch.int64, device=device)
+        self._ended_B = torch.zeros(n_rows, dtype=torch.bool, device=device)
+        self._uniform_BK = torch.zeros(n_rows, _DRAWS, dtype=torch.float64, device=device)
+        self._n_drawn = torch.zeros(1, dtype=torch.int64, device=device)
+        self._readers = [_Reader(n_rows, device) for _ in range(2)]
+
+    def run(self, rows: list[Row]) -> Iterator[list[int]]:
+        """As `GrowingSteps.run`, of n_rows rows."""
+        longest = max(len(row.ids) for row in rows)
+        for i in range(self._sampling.max_tokens):
+            self._refill(rows, i)
+            if i == 0:
+                self._prefill(rows, longest)
+            else:
+                self._make_room(longest + i, longest)
+                self.step()
+            self._readers[i % 2].send(self._tokens_B)
+            if i > 0:
+                yield self._readers[(i - 1) % 2].receive()
+        yield self._readers[(self._sampling.max_tokens - 1) % 2].receive()
+
+    @torch.no_grad()
+    def _prefill(self, rows: list[Row], longest: int) -> None:
+        prompt_state = self._predictor.model.init_state(len(rows))
+        logits = self._predictor.last_logits({i: row.ids for i, row in enumerate(rows)}, prompt_state)
+        if self.state is None:
+            self.adopt(prompt_state, self._capacity(longest + 1, longest))
+        else:
+            self._make_room(longest + 1, longest)
+            self.state.load(prompt_state)
+        self._ended_B.zero_()
+        self._accept(logits)
+
+    def adopt(self, state, capacity: int) -> None:
+        """Decode from this state, which becomes static, with room for `capacity` tokens."""
+        state.make_static(capacity)
+        self.state = state
+        self._forget_graph()
+
+    def _make_room(self, needed: int, longest: int) -> None:
+        """For so many tokens per row now."""
+        if needed > self.state.capacity:
+            self._forget_graph()  # before the memory that it uses
+            self.state.make_static(self._capacity(needed, longest))
+
+    def _capacity(self, needed: int, longest: int) -> int:
+        """A power of two, so that the state seldom has to grow, or what max_tokens need in the end."""
+        most = longest + self._sampling.max_tokens - 1
+        return max(needed, min(most, max(_LEAST_CAPACITY, 1 << (needed - 1).bit_length())))
+
+    def _forget_graph(self) -> None:
+        self._graph, self._warm = None, 0
+
+    def _refill(self, rows: list[Row], i: int) -> None:
+        """The random numbers of the next steps, on the device."""
+        if self._sampling.temperature > 0 and i % _DRAWS == 0:
+            uniform = _uniform(rows, _DRAWS)
+            if self._uniform_BK.is_cuda:
+                uniform = uniform.pin_memory()
+            self._uniform_BK.copy_(uniform, non_blocking=True)
+            self._n_drawn.zero_()
+
+    def step(self) -> None:
+        """Feed the last token of every row, and draw the next one."""
+        if self._graph is not None:
+            self._replay()
+        elif not self._captures or self._warm < _WARM_UPS:
+            self._warm += 1
+            self._step()
+        else:
+            self._capture()
+            self._step() if self._graph is None else self._replay()
+
+    def _replay(self) -> None:
+        with torch.cuda.device(self._predictor.device):
+            self._graph.replay()
+        self.graphed += 1
+
+    def _capture(self) -> None:
+        graph = torch.cuda.CUDAGraph()
+        try:
+            # Other threads may use the device during the capture.
+            with (
+                torch.cuda.device(self._predictor.device),
+                torch.cuda.graph(graph, capture_error_mode="thread_local"),
+            ):
+                self._step()
+        except RuntimeError as error:
+            self._captures, self.reason = False, str(error).splitlines()[0]
+            _log.warning("steps run without a CUDA graph: %s", self.reason)
+            return
+        self._graph = graph
+        _log.info("steps of %d rows with room for %d tokens: one CUDA graph", self.n_rows, self.state.capacity)
+
+    @torch.no_grad()
+    def _step(self) -> None:
+        self._accept(self._predictor.logits(self._fed_B1, self.state)[:, -1])
+
+    def _accept(self, logits_BV: torch.Tensor) -> None:
+        """Draw the next token of each row. A row that has ended goes on computing, and stays where it is."""
+        uniform_B = None
+        if self._sampling.temperature > 0:
+            uniform_B = self._uniform_BK.index_select(1, self._n_drawn)[:, 0]
+            self._n_drawn += 1
+        tokens_B = draw(logits_BV, uniform_B, self._sampling)
+        tokens_B = tokens_B.masked_fill(self._ended_B, self._predictor.eot_id)
+        self._ended_B |= (tokens_B == self._predictor.eot_id) | (tokens_B < 0)
+        self.state.growing_B.copy_(~self._ended_B)
+        self._tokens_B.copy_(tokens_B)
+        self._fed_B1.copy_(tokens_B.clamp(min=0)[:, None])
+
+
+class _Reader:
+    """Tokens on their way to the host."""
+
+    def __init__(self, n_rows: int, device: torch.device):
+        cuda = device.type == "cuda"
+        self._device = device
+        self._tokens_B = torch.zeros(n_rows, dtype=torch.int64, pin_memory=cuda)
+        self._event = torch.cuda.Event() if cuda else None
+
+    def send(self, tokens_B: torch.Tensor) -> None:
+        self._tokens_B.copy_(tokens_B, non_blocking=True)
+        if self._event is not None:
+            self._event.record(torch.cuda.current_stream(self._device))
+
+    def receive(self) -> list[int]:
+        if self._event is not None:
+            self._event.synchronize()
+        return self._tokens_B.tolist()
+
+
+def _uniform(rows: list[Row], n: int) -> torch.Tensor:
+    """(rows, n) float64, the next n random numbers of each row, from its own generator on the CPU: the same ones however
+    many are taken at a time."""
+    return torch.stack([torch.rand(n, generator=row.generator, dtype=torch.float64) for row in rows])

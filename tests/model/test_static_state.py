@@ -1,0 +1,146 @@
+"""A static state: one-token steps give what a growing state gives, in the same memory, without waiting for the device."""
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from fusedlm.nn.cache import TokenCache
+from fusedlm.testing import MIXER_CASES, assert_close, part_model
+from tests.laws.models import ALL_MODELS, random_model, some_tokens
+
+PROMPTS = [7, 1, 12, 3]  # lengths
+STEPS = 9
+BOUND = 1e-12
+
+
+class HostReads(TorchDispatchMode):
+    """Counts the operators that give the host a number from a tensor, or a shape that depends on one."""
+
+    def __init__(self):
+        super().__init__()
+        self.found = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function.overloadpacket in (torch.ops.aten._local_scalar_dense, torch.ops.aten.nonzero):
+            self.found.append(str(function))
+        return function(*args, **(kwargs or {}))
+
+
+def _prefilled(model, max_tokens=None, seed=1):
+    tokens = some_tokens(len(PROMPTS), max(PROMPTS), seed)
+    state = model.init_state(len(PROMPTS), max_tokens)
+    model(tokens, state=state, lengths=PROMPTS)
+    return state
+
+
+def _addresses(state):
+    return [tensor.data_ptr() for part in state._parts() for tensor in part.tensors()]
+
+
+@ALL_MODELS
+@torch.no_grad()
+def test_steps_are_those_of_a_growing_state(make):
+    model = random_model(make)
+    growing, static = _prefilled(model), _prefilled(model)
+    static.make_static(max(PROMPTS) + STEPS)
+    addresses = _addresses(static)
+    steps = some_tokens(len(PROMPTS), STEPS, 2)
+    for step in steps.split(1, dim=1):
+        assert_close(model(step, state=static).logits, model(step, state=growing).logits, BOUND)
+    assert _addresses(static) == addresses
+    assert static.lengths_B.tolist() == growing.lengths
+    assert static.next_position_B.tolist() == growing.next_position_B.tolist()
+
+
+@ALL_MODELS
+@torch.no_grad()
+def test_a_step_needs_nothing_from_the_device(make, monkeypatch):
+    monkeypatch.setattr("fusedlm.nn.embedding.check_ids", lambda *_: None)  # on the CPU alone
+    model = random_model(make)
+    state = _prefilled(model)
+    state.make_static(max(PROMPTS) + 2)
+    waits = any(getattr(module, "waits_for_device", False) for module in model.modules())
+    with HostReads() as reads:
+        model(some_tokens(len(PROMPTS), 1, 2), state=state)
+    assert bool(reads.found) == waits
+
+
+@ALL_MODELS
+@torch.no_grad()
+def test_another_batch_takes_the_place_of_the_first(make):
+    model = random_model(make)
+    static = _prefilled(model, seed=5)
+    static.make_static(max(PROMPTS) + STEPS)
+    for step in some_tokens(len(PROMPTS), STEPS, 2).split(1, dim=1):
+        model(step, state=static)
+    addresses = _addresses(static)
+    static.load(_prefilled(model))
+    growing = _prefilled(model)
+    for step in some_tokens(len(PROMPTS), STEPS, 3).split(1, dim=1):
+        assert_close(model(step, state=static).logits, model(step, state=growing).logits, BOUND)
+    assert _addresses(static) == addresses
+
+
+@pytest.mark.parametrize("case", [case for cases in MIXER_CASES.values() for case in cases])
+@torch.no_grad()
+def test_a_static_state_takes_more_room(case):
+    model = random_model(lambda: part_model(case, vocab_size=61))
+    growing, static = _prefilled(model), _prefilled(model)
+    static.make_static(max(PROMPTS) + 1)
+    for i, step in enumerate(some_tokens(len(PROMPTS), STEPS, 2).split(1, dim=1)):
+        if i in (1, 4):
+            static.make_static(max(PROMPTS) + (4 if i == 1 else STEPS))
+        assert_close(model(step, state=static).logits, model(step, state=growing).logits, BOUND)
+    caches = [part for part in static._parts() if isinstance(part, TokenCache)]
+    assert all(cache.rows.shape[1] == max(PROMPTS) + STEPS for cache in caches)
+
+
+@ALL_MODELS
+@torch.no_grad()
+def test_a_row_that_does_not_grow_leaves_the_others_as_they_are(make):
+    model = random_model(make)
+    growing, static = _prefilled(model), _prefilled(model)
+    static.make_static(max(PROMPTS) + 3)  # less than the steps, which only row 1 takes
+    static.growing_B.copy_(torch.tensor([0, 1, 0, 0]))
+    for step in some_tokens(len(PROMPTS), STEPS, 2).split(1, dim=1):
+        expected = model(step, state=growing, lengths=[0, 1, 0, 0]).logits
+        assert_close(model(step, state=static).logits[1], expected[1], BOUND)
+    assert static.lengths_B.tolist() == [7, 1 + STEPS, 12, 3]
+
+
+def _static(model, capacity=20):
+    state = _prefilled(model)
+    state.make_static(capacity)
+    return state
+
+
+@torch.no_grad()
+def test_what_a_static_state_cannot_do_is_refused():
+    model = random_model(lambda: part_model(MIXER_CASES["attention"][0], vocab_size=61))
+    with pytest.raises(ValueError, match="capacity=12 must be at least 13"):
+        _static(model, 12)
+    with pytest.raises(ValueError, match="capacity=19 must be at least 20"):
+        _static(model).make_static(19)
+    with pytest.raises(ValueError, match="rows without tokens"):
+        model.init_state(2).make_static(20)
+    with pytest.raises(ValueError, match="takes no mark"):
+        _static(model).mark()
+    marked = _prefilled(model)
+    marked.mark()
+    with pytest.raises(ValueError, match="has a mark"):
+        marked.make_static(20)
+    packed = model.init_state(2)
+    model(some_tokens(2, 4), documents=torch.zeros(2, 4, dtype=torch.int64), state=packed)
+    with pytest.raises(ValueError, match="has documents"):
+        packed.make_static(20)
+    for arguments in ({"lengths": [1, 1, 1, 0]}, {"documents": torch.zeros(4, 1, dtype=torch.int64)}):
+        with pytest.raises(ValueError, match="one token per row"):
+            model(some_tokens(4, 1), state=_static(model), **arguments)
+    with pytest.raises(ValueError, match="one token per row"):
+        model(some_tokens(4, 2), state=_static(model))
+    with pytest.raises(ValueError, match="capacity=13 cannot load rows of"):
+        longer = _prefilled(model)
+        model(some_tokens(4, 2), state=longer)
+        _static(model, 13).load(longer)
+    with pytest.raises(ValueError, match="only a static state loads"):
+        _prefilled(model).load(_prefilled(model))
