@@ -76,6 +76,7 @@ class Decoder(Module):
             dim=dim, n_rows=n_rows, vocab_size=vocab_size, cap=logit_softcap, norm_eps=norm_eps, tied=tied
         )
         self.tied = tie_embeddings
+        self._compiled_steps = False
         self.rope_specs = set().union(*(block.mixer.rope_specs() for block in self.blocks))
 
     def _apply(self, fn, recurse=True):
@@ -121,7 +122,7 @@ class Decoder(Module):
         """
         n_new = self._check(tokens, documents, state, lengths)
         context = self._context(tokens, documents, state, n_new, select)
-        with self._stance():
+        with self._stance(state):
             x = self.embedding(tokens) * self.embedding_scale
             if torch.is_autocast_enabled(x.device.type):
                 x = x.to(torch.get_autocast_dtype(x.device.type))  # a float32 residual stream would double its traffic
@@ -219,9 +220,18 @@ class Decoder(Module):
             block.compile(fullgraph=True, backend=backend)
         self.head.compile(fullgraph=True, backend=backend)
 
-    def _stance(self) -> contextlib.AbstractContextManager:
-        """Uncompiled without gradients, whatever was compiled."""
+    def compile_steps(self, **options) -> None:
+        """torch.compile each block and the head for steps over a static state. options: of torch.compile."""
+        self._compiled_steps = True
+        torch._dynamo.config.recompile_limit = torch._dynamo.config.accumulated_recompile_limit
+        for part in (*self.blocks, self.head):
+            part.compile(fullgraph=True, dynamic=False, **options)
+
+    def _stance(self, state: State | None) -> contextlib.AbstractContextManager:
+        """Uncompiled without gradients, whatever was compiled, unless for such steps."""
         compiled = any(part._compiled_call_impl is not None for part in (*self.blocks, self.head))
+        if self._compiled_steps and state is not None and state.capacity is not None:
+            return contextlib.nullcontext()
         if not compiled or torch.is_grad_enabled() or torch.compiler.is_compiling():
             return contextlib.nullcontext()
         return torch.compiler.set_stance("force_eager")
