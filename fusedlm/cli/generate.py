@@ -35,7 +35,10 @@ def generate(
         ),
     ] = None,
     batch_size: Annotated[
-        int, typer.Option(parser=integer, metavar="N", help="Most prompts of --prompts decoded together.")
+        int,
+        typer.Option(
+            "--batch", "--batch-size", parser=integer, metavar="N", help="Most prompts of --prompts decoded together."
+        ),
     ] = 16,
     max_tokens: Annotated[int, typer.Option(parser=integer, metavar="N", help="Most tokens to generate.")] = 128,
     temperature: Annotated[
@@ -55,6 +58,14 @@ def generate(
         ),
     ] = None,
     seed: Annotated[int, typer.Option(parser=integer, metavar="S", help="Random seed of sampling.")] = 0,
+    cuda_graph: Annotated[
+        bool | None,
+        typer.Option(
+            "--cuda-graph/--no-cuda-graph",
+            help="Run a step as one CUDA graph; default: on a GPU, where the model allows it.",
+            show_default=False,
+        ),
+    ] = None,
     yarn: YaRNOption = None,
     checkpoint: CheckpointOption = "last",
     weights: WeightsOption = "model",
@@ -74,6 +85,7 @@ def generate(
         "top_k": top_k,
         "top_p": top_p,
         "dtype": loaded.dtype,
+        "cuda_graph": cuda_graph,
     }
     if texts is None:
         pieces = generate(loaded.model, loaded.tokenizer, prompt, seed=seed, stream=True, **options)

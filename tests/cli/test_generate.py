@@ -27,7 +27,7 @@ def alone(workspace: Path):
 def test_json_lines_give_results_in_order(workspace: Path, fusedlm, alone, batch_size):
     lines = [json.dumps(PROMPTS[0]), *(json.dumps({"prompt": one, "id": 1}) for one in PROMPTS[1:])]
     Path("prompts.jsonl").write_text("\n".join(lines) + "\n")
-    found = _results(fusedlm("generate", RUN, "--prompts", "prompts.jsonl", *GREEDY, "--batch-size", batch_size))
+    found = _results(fusedlm("generate", RUN, "--prompts", "prompts.jsonl", *GREEDY, "--batch", batch_size))
     assert found == [{"prompt": one, "text": text} for one, text in zip(PROMPTS, alone, strict=True)]
 
 
@@ -70,3 +70,20 @@ def test_bad_prompts_are_one_line(workspace: Path, fusedlm, name, content, words
 def test_one_of_prompt_and_prompts_is_needed(workspace: Path, fusedlm, options):
     outcome = fusedlm("generate", RUN, *options)
     assert (outcome.code, outcome.err) == (2, "error: give either --prompt TEXT or --prompts FILE\n")
+
+
+def test_a_graph_that_cannot_be_captured_is_one_line(workspace: Path, fusedlm):
+    outcome = fusedlm("generate", RUN, "--prompt", "a", "--cuda-graph", "--device", "cpu")
+    assert (outcome.code, outcome.out) == (2, "")
+    assert outcome.err == (
+        "error: cuda_graph=True: needs a CUDA device, not cpu; leave it out to decode without a graph\n"
+    )
+    assert fusedlm("generate", RUN, "--prompt", "a", "--no-cuda-graph", "--device", "cpu").code == 0
+
+
+@pytest.mark.parametrize("batch", ["0", "-3", "2.5", "many"])
+def test_a_batch_is_a_positive_integer(workspace: Path, fusedlm, batch):
+    Path("prompts.txt").write_text("It\n")
+    outcome = fusedlm("generate", RUN, "--prompts", "prompts.txt", f"--batch={batch}")
+    assert (outcome.code, outcome.out, outcome.err.count("\n")) == (2, "", 1)
+    assert batch in outcome.err
