@@ -11,12 +11,13 @@ from pathlib import Path
 REPOSITORY = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REPOSITORY))
 
+from scripts.decoding_section import DECODING, decoding_section, draw_decoding  # noqa: E402
 from scripts.ops_section import IMAGES, OPS, STEPS, draw_ops, ops_section  # noqa: E402
 
 RUNS, EXPERIMENTS = "benchmarks/results", "benchmarks/results/experiments"
 EXTENSION = "benchmarks/results/probes/extend.json"  # as `fusedlm eval RUN --probe extend` wrote it
 RECALL = "benchmarks/results/recall.json"  # as benchmarks/recall.py wrote it, plots beside it
-OTHERS = (EXTENSION, RECALL, OPS, STEPS)
+OTHERS = (EXTENSION, RECALL, DECODING, OPS, STEPS)
 BEGIN, END = "<!-- results -->\n", "<!-- end of results -->\n"
 # Rows of the README's table: recipe, measurement, and a function that reads it from a record.
 HEADLINES = [
@@ -84,7 +85,7 @@ def results_page(records: list[dict], experiments: list[dict], others: dict[str,
     """docs/results.md; `others` are the records of OTHERS."""
     page = HEADER + (runs_section(records) if records else "No run is recorded yet.\n")
     page += experiments_section(experiments) + recall_section(others[RECALL]) + extension_section(others[EXTENSION])
-    return page + ops_section(others[OPS], others[STEPS])
+    return page + decoding_section(others[DECODING]) + ops_section(others[OPS], others[STEPS])
 
 
 def runs_section(records: list[dict]) -> str:
@@ -291,6 +292,8 @@ def main() -> int:
     others = read_others(REPOSITORY)
     if others[OPS] is not None:
         draw_ops(others[OPS], REPOSITORY / IMAGES)
+    if others[DECODING] is not None:
+        draw_decoding(others[DECODING], REPOSITORY / IMAGES)
     page = results_page(records, experiments, others)
     (REPOSITORY / "docs/results.md").write_text(page, encoding="utf-8")
     print(f"docs/results.md: {len(records)} runs, {len(experiments)} experiments")

@@ -1,5 +1,5 @@
-"""The distribution of the next token and drawing from it, in float64: of one row on the CPU, or of a batch on any device
-without waiting for it."""
+"""The distribution of the next token and drawing from it, in float64: of one row on the CPU, or of a batch on any
+device, without waiting for it."""
 
 import math
 from dataclasses import dataclass

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from fusedlm.generation.sampling import Sampling, draw
-from fusedlm.generation.weights import CastWeights
+from fusedlm.model.cast_weights import CastWeights
 from fusedlm.model.precision import autocast
 
 _log = logging.getLogger("fusedlm.generation")
@@ -261,6 +261,6 @@ class _Reader:
 
 
 def _uniform(rows: list[Row], n: int) -> torch.Tensor:
-    """(rows, n) float64, the next n random numbers of each row, from its own generator on the CPU: the same ones however
-    many are taken at a time."""
+    """(rows, n) float64, the next n random numbers of each row, from its own generator on the CPU: the same ones
+    however many are taken at a time."""
     return torch.stack([torch.rand(n, generator=row.generator, dtype=torch.float64) for row in rows])

@@ -106,7 +106,13 @@ class State:
             ValueError: the state has a mark, documents, or no tokens, or the capacity is too small.
         """
         if self._mark is not None or self.packed or not min(self.lengths):
-            why = "has a mark" if self._mark is not None else "has documents" if self.packed else "has rows without tokens"
+            why = (
+                "has a mark"
+                if self._mark is not None
+                else "has documents"
+                if self.packed
+                else "has rows without tokens"
+            )
             raise ValueError(f"a state that {why} cannot be static")
         least = self.length + 1 if self.capacity is None else self.capacity
         if capacity < least:

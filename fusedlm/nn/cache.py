@@ -181,7 +181,9 @@ def write(rows_BS: torch.Tensor, slots_B: torch.Tensor, new_B1: torch.Tensor) ->
 
 
 def _resized(rows: torch.Tensor, n_tokens: int) -> torch.Tensor:
-    """Exactly n_tokens per row, zeros where there were none; in contiguous memory of its own."""
+    """Exactly n_tokens per row, zeros where there were none."""
+    if rows.shape[1] == n_tokens:
+        return rows.contiguous()
     resized = rows.new_zeros(len(rows), n_tokens, *rows.shape[2:])
     n = min(rows.shape[1], n_tokens)
     resized[:, :n] = rows[:, :n]

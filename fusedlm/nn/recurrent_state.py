@@ -12,8 +12,8 @@ class RecurrentState:
     """memory: the matrix of each head, (B, H, K, V) float32. carried: the last inputs of a convolution (B, size - 1,
     C), or a working memory (B, C). Both None before the first token.
 
-    The tensors are replaced, never written to, unless the state is static. After `mark`, every append leaves a function that runs its tokens again;
-    `rollback` starts from the marked tensors and replays the tokens that are kept.
+    The tensors are replaced, never written to, unless the state is static. After `mark`, every append leaves a function
+    that runs its tokens again; `rollback` starts from the marked tensors and replays the tokens that are kept.
     """
 
     def __init__(self):

@@ -8,8 +8,8 @@ from fusedlm.generation import generate
 from fusedlm.generation.decode import BatchDecoder
 from fusedlm.generation.sampling import Sampling
 from fusedlm.generation.steps import GrowingSteps, Predictor, Row, StaticSteps, graph_obstacle
-from fusedlm.generation.weights import CastWeights
 from fusedlm.model import build_model
+from fusedlm.model.cast_weights import CastWeights
 from fusedlm.testing import FFN_CASES, MIXER_CASES, every_mixer_config, part_model, randomise_
 from tests.model.test_static_state import HostReads
 

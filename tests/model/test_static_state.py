@@ -1,4 +1,4 @@
-"""A static state: one-token steps give what a growing state gives, in the same memory, without waiting for the device."""
+"""A static state: one-token steps give what a growing state gives, in the same memory, with no wait for the device."""
 
 import pytest
 import torch
