@@ -111,9 +111,8 @@ def main() -> None:
                 named = {"recipe": recipe, "mixer": mixer, "variant": variant}
                 model.use_backends(backends)
                 torch._dynamo.reset()
-                if compilation is not None and device.type == "cuda":
-                    model.compile_steps(**compilation)
-                add("variants", named | measure(model, batch, context, rate, device, dtype))
+                compilation = compilation if device.type == "cuda" else None
+                add("variants", named | measure(model, batch, context, rate, device, dtype, compilation))
             del model
             _clean(device)
 
@@ -140,8 +139,11 @@ def _model(name: str, mixer: dict | None, device: torch.device, tiny: bool):
     return build_model(recipe.model, vocab_size=61 if tiny else VOCAB, device=device, seed=0).eval()
 
 
-def measure(model, batch: int, context: int, rate: float, device: torch.device, dtype: torch.dtype) -> dict:
-    """Steps of a batch whose rows have `context` tokens, or the reason why there are none."""
+def measure(model, batch: int, context: int, rate: float, device, dtype, compilation: dict | None = None) -> dict:
+    """Steps of a batch whose rows have `context` tokens, or the reason why there are none.
+
+    rate: bytes per second of a copy. compilation: as of `StaticSteps`.
+    """
     found = {"batch": batch, "context": context, "parameters": sum(p.numel() for p in model.parameters())}
     needed = model_state_bytes(model, batch, context + _SPARE, dtype)
     if device.type == "cuda":
@@ -149,16 +151,17 @@ def measure(model, batch: int, context: int, rate: float, device: torch.device, 
         if needed > free - _RESERVE * torch.cuda.get_device_properties(device).total_memory:
             return found | {"reason": f"the state takes {needed / 2**30:.0f} GiB, {free / 2**30:.0f} GiB are free"}
     try:
-        return found | _measured(model, batch, context, rate, device, dtype)
+        return found | _measured(model, batch, context, rate, device, dtype, compilation)
     except torch.OutOfMemoryError:
         return found | {"reason": "out of memory"}
     finally:
         _clean(device)
 
 
-def _measured(model, batch: int, context: int, rate: float, device, dtype) -> dict:
+def _measured(model, batch: int, context: int, rate: float, device, dtype, compilation) -> dict:
+    graph = graph_obstacle(model, device) is None
     steps = StaticSteps(
-        Predictor(model, _AnyIds, device, dtype), SAMPLING, batch, graph=graph_obstacle(model, device) is None
+        Predictor(model, _AnyIds, device, dtype), SAMPLING, batch, graph=graph, compilation=compilation
     )
     steps.adopt(filled_state(model, batch, context, device, dtype), context + _SPARE)
     for _ in range(4):  # compiles and captures
@@ -245,7 +248,7 @@ def _print(row: dict, seconds: float) -> None:
     graph = "" if row["graph"] else f"  NO GRAPH: {row['graph_reason']}"
     print(
         f"{start} {row['milliseconds']:8.3f} ms {row['tokens_per_second']:10,.0f} tokens/s  "
-        f"{row['floor_milliseconds'] / row['milliseconds']:4.0%} of the floor, weights {row['weight_rate']:4.0%}{graph}",
+        f"{row['floor_milliseconds'] / row['milliseconds']:4.0%} of floor, weights {row['weight_rate']:4.0%}{graph}",
         flush=True,
     )
 

@@ -66,6 +66,9 @@ def generate(
             show_default=False,
         ),
     ] = None,
+    compile: Annotated[
+        bool, typer.Option("--compile", help="Compile the steps first, which takes tens of seconds.")
+    ] = False,
     yarn: YaRNOption = None,
     checkpoint: CheckpointOption = "last",
     weights: WeightsOption = "model",
@@ -86,6 +89,7 @@ def generate(
         "top_p": top_p,
         "dtype": loaded.dtype,
         "cuda_graph": cuda_graph,
+        "compile": compile,
     }
     if texts is None:
         pieces = generate(loaded.model, loaded.tokenizer, prompt, seed=seed, stream=True, **options)

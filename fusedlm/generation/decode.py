@@ -27,17 +27,22 @@ class BatchDecoder:
         device: torch.device,
         dtype: torch.dtype,
         cuda_graph: bool | None = None,
+        compile: bool = False,
     ):
-        """cuda_graph: None: where possible.
+        """cuda_graph: None: where possible. compile: with torch.compile, of steps with a graph.
 
         Raises:
-            ValueError: cuda_graph is True, and is not possible here.
+            ValueError: cuda_graph or compile is True, and a graph is not possible here.
         """
         self._model, self._tokenizer, self._sampling = model, tokenizer, sampling
         self._device, self._dtype = device, dtype
         obstacle = graph_obstacle(model, device)
-        if cuda_graph and obstacle:
-            raise ValueError(f"cuda_graph=True: {obstacle}; leave it out to decode without a graph")
+        if compile and cuda_graph is False:
+            raise ValueError("compile=True compiles the steps of a CUDA graph; leave out cuda_graph=False")
+        for name, wanted in (("cuda_graph", cuda_graph), ("compile", compile)):
+            if wanted and obstacle:
+                raise ValueError(f"{name}=True: {obstacle}; leave it out to decode without a graph")
+        self._compilation = {} if compile else None
         self._required = bool(cuda_graph)
         self._graph = obstacle is None if cuda_graph is None else cuda_graph
         self._predictor: Predictor | None = None
@@ -90,5 +95,7 @@ class BatchDecoder:
         if self._static is None or self._static.n_rows != n_rows:
             self._graphed_before = self.graphed_steps
             self._static = None  # its memory is needed
-            self._static = StaticSteps(self._predictor, self._sampling, n_rows, graph=True)
+            self._static = StaticSteps(
+                self._predictor, self._sampling, n_rows, graph=True, compilation=self._compilation
+            )
         return self._static

@@ -37,6 +37,7 @@ def generate(
     device: torch.device | str | None = None,
     dtype: torch.dtype | str = "auto",
     cuda_graph: bool | None = None,
+    compile: bool = False,
 ):
     """Continue a prompt, or a list of prompts.
 
@@ -63,6 +64,7 @@ def generate(
         dtype: of autocast, or its name as in `recipe.runtime.dtype`; "auto": bfloat16 on CUDA devices, float32
             elsewhere.
         cuda_graph: whether a step is one CUDA graph; None: where the device and all layers of the model allow it.
+        compile: the steps of a CUDA graph with torch.compile, which takes tens of seconds and pays for many tokens.
 
     Returns:
         The continuation, without the prompt; a list of them for a list of prompts. With `stream` an iterator of
@@ -71,8 +73,8 @@ def generate(
         the prompt, piece).
 
     Raises:
-        ValueError: at the call, a value is out of range, a prompt is not text, or cuda_graph=True is not possible here;
-            in decoding, the model's logits are not finite.
+        ValueError: at the call, a value is out of range, a prompt is not text, or cuda_graph or compile is not possible
+            here; in decoding, the model's logits are not finite.
     """
     check_sampling(temperature, top_k, top_p)
     for name, value in (("max_tokens", max_tokens), ("batch_size", batch_size)):
@@ -88,7 +90,7 @@ def generate(
     device = _device_of(model) if device is None else resolve_device(device)
     dtype = resolve_dtype(dtype, device) if isinstance(dtype, str) else dtype
     sampling = Sampling(max_tokens, temperature, top_k, top_p)
-    decoder = BatchDecoder(model, tokenizer, sampling, device, dtype, cuda_graph)
+    decoder = BatchDecoder(model, tokenizer, sampling, device, dtype, cuda_graph, compile)
     for index, text in enumerate(prompts):
         _check_text(text, index)
     rows = [Row(i, [tokenizer.eot_id, *tokenizer.encode(text)], _generator(seed + i)) for i, text in enumerate(prompts)]

@@ -120,9 +120,14 @@ class StaticSteps:
     reason: why the last capture failed; None: it did not.
     """
 
-    def __init__(self, predictor: Predictor, sampling: Sampling, n_rows: int, *, graph: bool):
-        """graph: capture steps; needs `graph_obstacle` to be None."""
+    def __init__(
+        self, predictor: Predictor, sampling: Sampling, n_rows: int, *, graph: bool, compilation: dict | None = None
+    ):
+        """graph: capture steps; needs `graph_obstacle` to be None. compilation: options of torch.compile for the
+        layers and the draw; None: they run uncompiled."""
         device = predictor.device
+        predictor.model.compile_steps(compilation)
+        self._draw = draw if compilation is None else torch.compile(draw, dynamic=False, **compilation)
         self._predictor, self._sampling, self.n_rows = predictor, sampling, n_rows
         self._captures, self._graph, self._warm = graph, None, 0
         self.graphed, self.reason = 0, None
@@ -232,7 +237,7 @@ class StaticSteps:
         if self._sampling.temperature > 0:
             uniform_B = self._uniform_BK.index_select(1, self._n_drawn)[:, 0]
             self._n_drawn += 1
-        tokens_B = draw(logits_BV, uniform_B, self._sampling)
+        tokens_B = self._draw(logits_BV, uniform_B, self._sampling)
         tokens_B = tokens_B.masked_fill(self._ended_B, self._predictor.eot_id)
         self._ended_B |= (tokens_B == self._predictor.eot_id) | (tokens_B < 0)
         self.state.growing_B.copy_(~self._ended_B)

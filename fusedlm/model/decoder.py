@@ -1,7 +1,7 @@
 """The decoder: embedding, blocks by a pattern, language-model head."""
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 import torch
@@ -76,7 +76,7 @@ class Decoder(Module):
             dim=dim, n_rows=n_rows, vocab_size=vocab_size, cap=logit_softcap, norm_eps=norm_eps, tied=tied
         )
         self.tied = tie_embeddings
-        self._compiled_steps = False
+        self._step_calls: list | None = None
         self.rope_specs = set().union(*(block.mixer.rope_specs() for block in self.blocks))
 
     def _apply(self, fn, recurse=True):
@@ -122,7 +122,7 @@ class Decoder(Module):
         """
         n_new = self._check(tokens, documents, state, lengths)
         context = self._context(tokens, documents, state, n_new, select)
-        with self._stance(state):
+        with self._compilation(state):
             x = self.embedding(tokens) * self.embedding_scale
             if torch.is_autocast_enabled(x.device.type):
                 x = x.to(torch.get_autocast_dtype(x.device.type))  # a float32 residual stream would double its traffic
@@ -220,21 +220,40 @@ class Decoder(Module):
             block.compile(fullgraph=True, backend=backend)
         self.head.compile(fullgraph=True, backend=backend)
 
-    def compile_steps(self, **options) -> None:
-        """torch.compile each block and the head for steps over a static state. options: of torch.compile."""
-        self._compiled_steps = True
-        torch._dynamo.config.recompile_limit = torch._dynamo.config.accumulated_recompile_limit
-        for part in (*self.blocks, self.head):
-            part.compile(fullgraph=True, dynamic=False, **options)
+    def compile_steps(self, options: dict | None) -> None:
+        """torch.compile each block and the head for one-token steps over a static state, whatever is compiled for
+        training. options: of torch.compile; None: steps run uncompiled again.
 
-    def _stance(self, state: State | None) -> contextlib.AbstractContextManager:
-        """Uncompiled without gradients, whatever was compiled, unless for such steps."""
-        compiled = any(part._compiled_call_impl is not None for part in (*self.blocks, self.head))
-        if self._compiled_steps and state is not None and state.capacity is not None:
-            return contextlib.nullcontext()
-        if not compiled or torch.is_grad_enabled() or torch.compiler.is_compiling():
-            return contextlib.nullcontext()
-        return torch.compiler.set_stance("force_eager")
+        Raises the process's recompile limit, as `compile_blocks`.
+        """
+        if options is None:
+            self._step_calls = None
+            return
+        config = torch._dynamo.config
+        config.recompile_limit = max(config.recompile_limit, config.accumulated_recompile_limit)
+        self._step_calls = [
+            torch.compile(part._call_impl, fullgraph=True, dynamic=False, **options)
+            for part in (*self.blocks, self.head)
+        ]
+
+    @contextlib.contextmanager
+    def _compilation(self, state: State | None) -> Iterator[None]:
+        """Without gradients only steps run compiled, whatever else was compiled."""
+        parts = (*self.blocks, self.head)
+        trained = [part._compiled_call_impl for part in parts]
+        if self._step_calls is not None and state is not None and state.capacity is not None:
+            try:
+                for part, call in zip(parts, self._step_calls, strict=True):
+                    part._compiled_call_impl = call
+                yield
+            finally:
+                for part, call in zip(parts, trained, strict=True):
+                    part._compiled_call_impl = call
+        elif not any(trained) or torch.is_grad_enabled() or torch.compiler.is_compiling():
+            yield
+        else:
+            with torch.compiler.set_stance("force_eager"):
+                yield
 
     def _context(self, tokens, documents, state, n_new: list[int] | None, select) -> Context:
         batch, n_tokens = tokens.shape

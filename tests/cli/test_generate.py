@@ -78,6 +78,8 @@ def test_a_graph_that_cannot_be_captured_is_one_line(workspace: Path, fusedlm):
     assert outcome.err == (
         "error: cuda_graph=True: needs a CUDA device, not cpu; leave it out to decode without a graph\n"
     )
+    outcome = fusedlm("generate", RUN, "--prompt", "a", "--compile", "--device", "cpu")
+    assert (outcome.code, outcome.out) == (2, "") and outcome.err.startswith("error: compile=True: needs a CUDA device")
     assert fusedlm("generate", RUN, "--prompt", "a", "--no-cuda-graph", "--device", "cpu").code == 0
 
 

@@ -141,6 +141,20 @@ def test_routers_stay_in_their_precision():
     assert set(routers.values()) == {torch.float32} and torch.bfloat16 in dtypes.values()
 
 
+@pytest.mark.parametrize("case", [cases[0] for cases in MIXER_CASES.values()], ids=list(MIXER_CASES))
+def test_compiled_steps_have_the_same_tokens(case):
+    model = _model(case)
+    predictor = Predictor(model, ByteTokenizer(), CPU, torch.float32)
+    expected = list(StaticSteps(predictor, SAMPLED, len(PROMPTS), graph=False).run(_rows(PROMPTS)))
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    steps = StaticSteps(predictor, SAMPLED, len(PROMPTS), graph=False, compilation={"backend": "aot_eager"})
+    assert list(steps.run(_rows(PROMPTS))) == expected
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 3  # a block, the head, the draw
+    assert all(part._compiled_call_impl is None for part in (*model.blocks, model.head))
+    model.compile_steps(None)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("sampling", [GREEDY, SAMPLED], ids=["greedy", "sampled"])
 @pytest.mark.parametrize("case", CASES)
