@@ -63,7 +63,8 @@ class GatedDeltaNet(Module):
         log_decay = -self.log_rate.exp() * F.softplus(step + self.dt_bias)
         beta = strength.sigmoid()
         valid_BT, reset_BT = context.valid_BT, context.reset_BT
-        y, after = self._rule(q, k, v, log_decay, beta, memory, reset_BT, valid_BT)
+        in_place = state is not None and state.static
+        y, after = self._rule(q, k, v, log_decay, beta, memory, reset_BT, valid_BT, in_place)
         if state is not None:
 
             def replay(memory, tail, n_kept_B):
@@ -74,8 +75,9 @@ class GatedDeltaNet(Module):
             state.update(after, next_tail, replay)
         return self.out(self.norm(y, self.z(x_BTD)))
 
-    def _rule(self, q, k, v, log_decay, beta, memory, reset_BT, taken_BT):
-        """Outputs and the state after the tokens taken (None: all); the others leave it as it is."""
+    def _rule(self, q, k, v, log_decay, beta, memory, reset_BT, taken_BT, in_place=False):
+        """Outputs and the state after the tokens taken (None: all); the others leave it as it is. in_place: memory
+        becomes that state."""
         reset_BT, log_decay, beta = hold(taken_BT, reset_BT, log_decay, beta)
         return gated_delta_rule(
             q,
@@ -86,6 +88,7 @@ class GatedDeltaNet(Module):
             state_BHKV=memory,
             reset_BT=reset_BT,
             chunk_size=self.chunk_size,
+            in_place=in_place,
             backend=self.backend("gated_delta_rule"),
         )
 

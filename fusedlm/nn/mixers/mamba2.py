@@ -63,7 +63,8 @@ class Mamba2(Module):
         dt = F.softplus(dt.to(self.log_rate.dtype) + self.dt_bias)
         value, log_decay = (x * dt[..., None]).to(x.dtype), -self.log_rate.exp() * dt
         reset_BT = context.reset_BT
-        y, after = self._rule(c, b, value, log_decay, memory, reset_BT, context.valid_BT)
+        in_place = state is not None and state.static
+        y, after = self._rule(c, b, value, log_decay, memory, reset_BT, context.valid_BT, in_place)
         if state is not None:
 
             def replay(memory, tail, n_kept_B):
@@ -74,8 +75,9 @@ class Mamba2(Module):
             state.update(after, next_tail, replay)
         return self.out(self.norm(y, z, x, self.skip))
 
-    def _rule(self, c, b, value, log_decay, memory, reset_BT, taken_BT):
-        """Outputs and the state after the tokens taken (None: all); the others leave it as it is."""
+    def _rule(self, c, b, value, log_decay, memory, reset_BT, taken_BT, in_place=False):
+        """Outputs and the state after the tokens taken (None: all); the others leave it as it is. in_place: memory
+        becomes that state."""
         reset_BT, value, log_decay = hold(taken_BT, reset_BT, value, log_decay)
         return decayed_linear_attention(
             c,
@@ -85,6 +87,7 @@ class Mamba2(Module):
             state_BHKV=memory,
             reset_BT=reset_BT,
             chunk_size=self.chunk_size,
+            in_place=in_place,
             backend=self.backend("decayed_linear_attention"),
         )
 

@@ -3,6 +3,7 @@
 import torch
 
 from fusedlm.ops.common import Backend, Call, Op, needs_triton, resolve
+from fusedlm.ops.common.states import check_in_place
 from fusedlm.ops.delta_rule import reference
 
 _WIDEST = 256
@@ -38,6 +39,7 @@ def gated_delta_rule(
     state_BHKV=None,
     reset_BT=None,
     chunk_size=64,
+    in_place: bool = False,
     backend: str = "auto",
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """S_t = a_t (I - b_t k_t k_t^T) S_{t-1} + b_t k_t v_t^T;  o_t = S_t^T q_t  (arXiv 2412.06464, eq. 10).
@@ -51,17 +53,23 @@ def gated_delta_rule(
         state_BHKV: (B, H, K, V) float32 state before the first token; None: zeros.
         reset_BT: (B or 1, T) bool, tokens before which the state is set to zero; None: none.
         chunk_size: tokens computed in parallel by the reference; the triton backend takes 64.
+        in_place: without gradients, write the state after the last token into state_BHKV, which must be contiguous
+            and of the dtype of the result, and is returned.
         backend: auto, triton or reference.
 
     Returns:
         (B, T, H, V) in the dtype of v, and the state after the last token, float32 (float64 for float64 inputs).
 
     Raises:
-        ValueError: the shapes do not match, or the backend cannot run this call.
+        ValueError: the shapes do not match, or the backend cannot run this call; in_place without such a state, or with gradients.
     """
     _check(q_BTGK, k_BTGK, v_BTHV, log_decay_BTH, beta_BTH, state_BHKV, reset_BT)
     run = resolve("gated_delta_rule", backend, v_BTHV, key_dim=q_BTGK.shape[-1], value_dim=v_BTHV.shape[-1])
-    return run(q_BTGK, k_BTGK, v_BTHV, log_decay_BTH, beta_BTH, state_BHKV, reset_BT, chunk_size)
+    arguments = (q_BTGK, k_BTGK, v_BTHV, log_decay_BTH, beta_BTH, state_BHKV, reset_BT, chunk_size)
+    if in_place:
+        check_in_place(state_BHKV, v_BTHV)
+        return run(*arguments, in_place=True)
+    return run(*arguments)
 
 
 def _check(q, k, v, log_decay, beta, state, reset) -> None:

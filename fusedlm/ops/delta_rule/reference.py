@@ -72,16 +72,17 @@ def chunked(q_BTHK, k_BTHK, v_BTHV, log_decay_BTH, beta_BTH, state_BHKV, reset_B
     return out.movedim(1, 3).flatten(1, 2)[:, :n_tokens], state
 
 
-def gated_delta_rule(q_BTGK, k_BTGK, v_BTHV, log_decay_BTH, beta_BTH, state_BHKV, reset_BT, chunk_size):
+def gated_delta_rule(q_BTGK, k_BTGK, v_BTHV, log_decay_BTH, beta_BTH, state_BHKV, reset_BT, chunk_size, in_place=False):
     compute_dtype = torch.promote_types(q_BTGK.dtype, torch.float32)
     with torch.autocast(q_BTGK.device.type, enabled=False):
         q, k, v, log_decay, beta = (x.to(compute_dtype) for x in (q_BTGK, k_BTGK, v_BTHV, log_decay_BTH, beta_BTH))
         if q.shape[2] != v.shape[2]:
             q, k = (x.repeat_interleave(v.shape[2] // x.shape[2], dim=2) for x in (q, k))
+        given = state_BHKV
         if state_BHKV is None:
             state_BHKV = q.new_zeros(q.shape[0], q.shape[2], q.shape[3], v.shape[3])
         if q.shape[1] == 1:
             out, state = recurrent(q, k, v, log_decay, beta, state_BHKV, reset_BT)
         else:
             out, state = chunked(q, k, v, log_decay, beta, state_BHKV, reset_BT, chunk_size)
-    return out.to(v_BTHV.dtype), state
+    return out.to(v_BTHV.dtype), given.copy_(state) if in_place else state

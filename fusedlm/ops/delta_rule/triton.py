@@ -164,7 +164,8 @@ def _inference(
     reset: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     if q.shape[1] == 1:
-        return _step(q, k, v, log_decay, beta, state, reset)
+        after = v.new_empty(v.shape[0], v.shape[2], q.shape[3], v.shape[3], dtype=torch.float32)
+        return _step(q, k, v, log_decay, beta, state, reset, after), after
     return _run(q, k, v, log_decay, beta, state, reset, False)[:2]
 
 
@@ -173,11 +174,30 @@ def _(q, k, v, log_decay, beta, state, reset):
     return _fake_results(q, v)
 
 
-def _step(q, k, v, log_decay, beta, state, reset) -> tuple[torch.Tensor, torch.Tensor]:
+@torch.library.custom_op("fusedlm::gated_delta_rule_step_", mutates_args=("state",))
+def _step_in_place(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    log_decay: torch.Tensor,
+    beta: torch.Tensor,
+    state: torch.Tensor,
+    reset: torch.Tensor | None,
+) -> torch.Tensor:
+    return _step(q, k, v, log_decay, beta, state, reset, state)
+
+
+@_step_in_place.register_fake
+def _(q, k, v, log_decay, beta, state, reset):
+    return _fake_results(q, v)[0]
+
+
+def _step(q, k, v, log_decay, beta, state, reset, after) -> torch.Tensor:
+    """The output of one token. after: where the state after it is written, perhaps the state itself: a program reads
+    only the part that it writes."""
     shape = _Shape(q, k, v, reset)
     q, k, v = _rows_first(q, k, v)
     out = torch.empty(v.shape, dtype=v.dtype, device=v.device)
-    after = shape.empty(shape.batch, shape.heads, shape.keys, shape.values)
     if out.numel():
         block_v = min(32, triton.next_power_of_2(shape.values))
         forward_kernels.step_kernel[(triton.cdiv(shape.values, block_v), shape.rows)](
@@ -187,7 +207,7 @@ def _step(q, k, v, log_decay, beta, state, reset) -> tuple[torch.Tensor, torch.T
             V=shape.values, BK=triton.next_power_of_2(shape.keys), BV=block_v, STATE=state is not None, num_warps=4,
             **shape.common,
         )  # fmt: skip
-    return out, after
+    return out
 
 
 @torch.library.custom_op("fusedlm::gated_delta_rule_backward", mutates_args=())
@@ -287,9 +307,14 @@ _forward.register_autograd(_gradients, setup_context=_setup_context)
 
 
 def gated_delta_rule(
-    q_BTGK, k_BTGK, v_BTHV, log_decay_BTH, beta_BTH, state_BHKV, reset_BT, chunk_size
+    q_BTGK, k_BTGK, v_BTHV, log_decay_BTH, beta_BTH, state_BHKV, reset_BT, chunk_size, in_place=False
 ) -> tuple[torch.Tensor, torch.Tensor]:
     q, k = q_BTGK.to(v_BTHV.dtype), k_BTGK.to(v_BTHV.dtype)
+    if in_place:
+        if q.shape[1] == 1:
+            return _step_in_place(q, k, v_BTHV, log_decay_BTH, beta_BTH, state_BHKV, reset_BT), state_BHKV
+        out, after = _inference(q, k, v_BTHV, log_decay_BTH, beta_BTH, state_BHKV, reset_BT)
+        return out, state_BHKV.copy_(after)
     leaves = (q, k, v_BTHV, log_decay_BTH, beta_BTH, state_BHKV)
     training = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in leaves)
     run = _forward if training else _inference

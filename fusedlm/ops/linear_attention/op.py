@@ -3,6 +3,7 @@
 import torch
 
 from fusedlm.ops.common import Backend, Call, Op, needs_triton, resolve
+from fusedlm.ops.common.states import check_in_place
 from fusedlm.ops.linear_attention import reference
 
 MAX_KEY_DIM = 256  # of the kernels, whose programs hold all rows of a state
@@ -36,6 +37,7 @@ def decayed_linear_attention(
     state_BHKV=None,
     reset_BT=None,
     chunk_size=64,
+    in_place: bool = False,
     backend: str = "auto",
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """S_t = a_t S_{t-1} + k_t v_t^T;  o_t = S_t^T q_t  (arXiv 2405.21060, section 6).
@@ -47,6 +49,8 @@ def decayed_linear_attention(
         state_BHKV: (B, H, K, V) float32 state before the first token; None: zeros.
         reset_BT: (B or 1, T) bool, tokens before which the state is set to zero; None: none.
         chunk_size: tokens that the reference computes in parallel; the kernels have their own chunks.
+        in_place: without gradients, write the state after the last token into state_BHKV, which must be contiguous
+            and of the dtype of the result, and is returned.
         backend: auto, triton or reference.
 
     Returns:
@@ -54,12 +58,16 @@ def decayed_linear_attention(
         kernels multiply in bfloat16 and add in float32.
 
     Raises:
-        ValueError: the shapes do not match, or the backend cannot run this call.
+        ValueError: the shapes do not match, or the backend cannot run this call; in_place without such a state, or with gradients.
     """
     check_shapes(q_BTGK, k_BTGK, v_BTHV, log_decay_BTH, state_BHKV, reset_BT)
     key_dim, value_dim = k_BTGK.shape[3], v_BTHV.shape[3]
     run = resolve("decayed_linear_attention", backend, v_BTHV, key_dim=key_dim, value_dim=value_dim)
-    return run(q_BTGK, k_BTGK, v_BTHV, log_decay_BTH, state_BHKV, reset_BT, chunk_size)
+    arguments = (q_BTGK, k_BTGK, v_BTHV, log_decay_BTH, state_BHKV, reset_BT, chunk_size)
+    if in_place:
+        check_in_place(state_BHKV, v_BTHV)
+        return run(*arguments, in_place=True)
+    return run(*arguments)
 
 
 def check_shapes(q, k, v, log_decay, state, reset) -> None:

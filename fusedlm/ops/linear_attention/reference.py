@@ -72,14 +72,15 @@ def chunked(q_BTGK, k_BTGK, v_BTHV, log_decay_BTH, state_BHKV, reset_BT=None, ch
     return out.permute(0, 2, 4, 1, 3, 5).flatten(3, 4).flatten(1, 2)[:, :n_tokens], state.flatten(1, 2)
 
 
-def decayed_linear_attention(q_BTGK, k_BTGK, v_BTHV, log_decay_BTH, state_BHKV, reset_BT, chunk_size):
+def decayed_linear_attention(q_BTGK, k_BTGK, v_BTHV, log_decay_BTH, state_BHKV, reset_BT, chunk_size, in_place=False):
     compute_dtype = torch.promote_types(v_BTHV.dtype, torch.float32)
     with torch.autocast(q_BTGK.device.type, enabled=False):
         q, k, v, log_decay = (x.to(compute_dtype) for x in (q_BTGK, k_BTGK, v_BTHV, log_decay_BTH))
+        given = state_BHKV
         if state_BHKV is None:
             state_BHKV = v.new_zeros(v.shape[0], v.shape[2], k.shape[3], v.shape[3])
         if q.shape[1] == 1:
             out, state = recurrent(q, k, v, log_decay, state_BHKV, reset_BT)
         else:
             out, state = chunked(q, k, v, log_decay, state_BHKV, reset_BT, chunk_size)
-    return out.to(v_BTHV.dtype), state
+    return out.to(v_BTHV.dtype), given.copy_(state) if in_place else state

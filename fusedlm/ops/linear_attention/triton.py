@@ -181,6 +181,27 @@ def _step(q, k, v, log_decay, state, reset, out, final) -> None:
     )  # fmt: skip
 
 
+@torch.library.custom_op("fusedlm::decayed_linear_attention_step_", mutates_args=("state",))
+def _step_in_place(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    log_decay: torch.Tensor,
+    state: torch.Tensor,
+    reset: torch.Tensor | None,
+) -> torch.Tensor:
+    """One token; a program reads only the part of the state that it writes."""
+    out = torch.empty(v.shape, dtype=v.dtype, device=v.device)
+    if v.numel():
+        _step(_rows(q), _rows(k), _rows(v), log_decay, state, _contiguous(reset), out, state)
+    return out
+
+
+@_step_in_place.register_fake
+def _(q, k, v, log_decay, state, reset):
+    return torch.empty(v.shape, dtype=v.dtype, device=v.device)
+
+
 @torch.library.custom_op("fusedlm::decayed_linear_attention", mutates_args=())
 def _forward(
     q: torch.Tensor,
@@ -266,9 +287,16 @@ def _gradients(ctx, upstream, d_final, _):
 _forward.register_autograd(_gradients, setup_context=_setup_context)
 
 
-def decayed_linear_attention(q, k, v, log_decay, state, reset, chunk_size=None) -> tuple[torch.Tensor, torch.Tensor]:
+def decayed_linear_attention(
+    q, k, v, log_decay, state, reset, chunk_size=None, in_place=False
+) -> tuple[torch.Tensor, torch.Tensor]:
     """chunk_size is that of the reference: the kernels have their own."""
     q, k = q.to(v.dtype), k.to(v.dtype)
+    if in_place:
+        if v.shape[1] == 1:
+            return _step_in_place(q, k, v, log_decay, state, reset), state
+        out, after, _ = _forward(q, k, v, log_decay, state, reset, False)
+        return out, state.copy_(after)
     state = None if state is None else state.float()
     save = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (q, k, v, log_decay, state))
     return _forward(q, k, v, log_decay, state, reset, save)[:2]
