@@ -160,9 +160,7 @@ def measure(model, batch: int, context: int, rate: float, device, dtype, compila
 
 def _measured(model, batch: int, context: int, rate: float, device, dtype, compilation) -> dict:
     graph = graph_obstacle(model, device) is None
-    steps = StaticSteps(
-        Predictor(model, _AnyIds, device, dtype), SAMPLING, batch, graph=graph, compilation=compilation
-    )
+    steps = StaticSteps(Predictor(model, _AnyIds, device, dtype), SAMPLING, batch, graph=graph, compilation=compilation)
     steps.adopt(filled_state(model, batch, context, device, dtype), context + _SPARE)
     for _ in range(4):  # compiles and captures
         steps.step()

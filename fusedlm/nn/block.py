@@ -10,6 +10,7 @@ from fusedlm.nn.ffn import FFNS
 from fusedlm.nn.mixers import MIXERS
 from fusedlm.nn.module import Module, OpUse
 from fusedlm.nn.norm import RMSNorm
+from fusedlm.nn.pending import PendingNorm, PendingProduct
 from fusedlm.nn.report import Report, with_report
 
 
@@ -36,6 +37,9 @@ class Block(Module):
         self.ffn = FFNS[ffn["type"]](dim=dim, **_without_type(ffn))
         self.dropout = torch.nn.Dropout(dropout)
         self.recomputes = False
+        for part in (self.mixer, self.ffn):
+            if part.branch_end is not None:
+                getattr(part, part.branch_end).ends_branch = True
 
     def forward(self, x_BTD: torch.Tensor, context: Context, state=None) -> tuple[torch.Tensor, Report]:
         if self.recomputes and state is None and torch.is_grad_enabled():
@@ -44,14 +48,24 @@ class Block(Module):
             )
         else:
             mixed = self._mix(x_BTD, context, state)
-        x_BTD = x_BTD + self.dropout(mixed)
-        y, report = with_report(self.ffn(self.ffn_norm(x_BTD), context))
-        return x_BTD + self.dropout(y), report
+        x_BTD = self._add(x_BTD, mixed)
+        y, report = with_report(self.ffn(self._normed(self.ffn_norm, x_BTD, self.ffn), context))
+        return self._add(x_BTD, y), report
 
     def _mix(self, x_BTD: torch.Tensor, context: Context, state) -> torch.Tensor:
-        fuses_norm = getattr(self.mixer, "fuses_norm", None)
-        pending = fuses_norm is not None and fuses_norm(x_BTD)
-        return self.mixer(self.mixer_norm(x_BTD, pending=pending), context, state)
+        return self.mixer(self._normed(self.mixer_norm, x_BTD, self.mixer), context, state)
+
+    @staticmethod
+    def _normed(norm: RMSNorm, x_BTD: torch.Tensor, part: torch.nn.Module) -> torch.Tensor | PendingNorm:
+        fuses_norm = getattr(part, "fuses_norm", None)
+        return norm(x_BTD, pending=fuses_norm is not None and fuses_norm(x_BTD))
+
+    def _add(self, x_BTD: torch.Tensor, y_BTD: torch.Tensor | PendingProduct) -> torch.Tensor:
+        if not isinstance(y_BTD, PendingProduct):
+            return x_BTD + self.dropout(y_BTD)
+        if self.training and self.dropout.p:
+            return x_BTD + self.dropout(y_BTD.compute())
+        return y_BTD.compute(x_BTD, x_BTD.dtype)
 
     def recompute_mixer(self, recompute: bool = True) -> None:
         """See `Decoder.recompute_mixers`.
@@ -70,7 +84,7 @@ class Block(Module):
         return self.mixer.flops(n_tokens) + self.ffn.flops(n_tokens)
 
     def ops(self, device: torch.device) -> list[OpUse]:
-        return [*self.mixer.ops(device), *self.ffn.ops(device)]
+        return [*self.mixer.ops(device), *self.ffn.ops(device), OpUse("token_linear", "token_linear", {})]
 
 
 def _without_type(arguments: dict) -> dict:

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 
 from fusedlm.nn.module import Constant, Init, Module, Normal, OpUse, Role
-from fusedlm.nn.pending import PendingActivation, PendingNorm
+from fusedlm.nn.pending import PendingActivation, PendingInput, PendingNorm, PendingProduct, fuses_token
 from fusedlm.ops.common import runs_fused
 
 
@@ -17,7 +17,8 @@ class Linear(Module, torch.nn.Linear):
     `fuses` to False where it takes no pending input.
     """
 
-    fuses = True  # whether `forward` takes a PendingNorm or a PendingActivation
+    fuses = True  # whether `forward` takes pending inputs
+    ends_branch = False  # whether the output is added to the residual stream: then it may be a PendingProduct
 
     def __init__(
         self,
@@ -45,7 +46,7 @@ class Linear(Module, torch.nn.Linear):
 
     def forward(
         self,
-        x: torch.Tensor | PendingNorm | PendingActivation,
+        x: torch.Tensor | PendingNorm | PendingActivation | PendingInput,
         *,
         part: str | None = None,
         groups: int | None = None,
@@ -66,10 +67,15 @@ class Linear(Module, torch.nn.Linear):
             dtype: x and W are converted to it; None: as they are, or as autocast has it.
         """
         if isinstance(x, PendingNorm):
-            return x.project(self.weight_of(), product_dtype(x.x), self.backend("rmsnorm_linear"))
+            op = "token_linear" if self.fuses_token(x.x) else "rmsnorm_linear"
+            return x.project(self.weight_of(), product_dtype(x.x), self.backend(op))
+        if isinstance(x, PendingInput):
+            return PendingProduct(x.x, self.weight_of(), x.activation, self.backend("token_linear"))
         if isinstance(x, PendingActivation):
             return x.project(self.weight_of(), product_dtype(x.x), self.backend(x.activation.op))
         weight = self.weight_of(part)
+        if ends_token(self, x):
+            return PendingProduct(x, weight, None, self.backend("token_linear"))
         if dtype is not None:
             x, weight = x.to(dtype), weight.to(dtype)
         if then is not None:
@@ -89,8 +95,14 @@ class Linear(Module, torch.nn.Linear):
         """Whether the norm of x can be left pending for this layer."""
         if not self.fuses:
             return False
+        if self.fuses_token(x):
+            return True
         sizes = {"in_features": self.in_features, "out_features": self.out_features}
         return runs_fused("rmsnorm_linear", self.backend("rmsnorm_linear"), x, dtype=product_dtype(x), **sizes)
+
+    def fuses_token(self, x: torch.Tensor) -> bool:
+        """Whether x is one token, whose projection is fused with what is before and after it."""
+        return self.fuses and fuses_token(x, self.backend("token_linear"), product_dtype(x))
 
     def norm_op(self) -> OpUse:
         """The op that `fuses_norm` asks for."""
@@ -107,13 +119,21 @@ def fuses_norm(layer: torch.nn.Module, x: torch.Tensor) -> bool:
     return isinstance(layer, Linear) and layer.fuses_norm(x)
 
 
-def mlp(x: torch.Tensor, up: torch.nn.Module, down: torch.nn.Module, activation) -> torch.Tensor:
-    """down(activation(up(x))), as one op where a fused backend runs and both layers support it."""
+def mlp(x: torch.Tensor | PendingNorm, up: torch.nn.Module, down: torch.nn.Module, activation):
+    """down(activation(up(x))), as one op where a fused backend runs and both layers support it. A PendingProduct if
+    `down` ends a branch and x is one token."""
+    if isinstance(x, PendingNorm) or ends_token(down, x):
+        return down(PendingInput(up(x), activation))
     if isinstance(up, Linear) and isinstance(down, Linear) and up.fuses and down.fuses:
         sizes = activation.sizes(up.in_features, down.in_features)
         if runs_fused(activation.op, down.backend(activation.op), x, dtype=product_dtype(x), **sizes):
             return down(up(x, then=activation))
     return down(activation(up(x)))
+
+
+def ends_token(layer: torch.nn.Module, x: torch.Tensor) -> bool:
+    """Whether a layer, perhaps a replacement of ours, returns a PendingProduct for the residual stream."""
+    return isinstance(layer, Linear) and layer.ends_branch and layer.fuses_token(x)
 
 
 def product_dtype(x: torch.Tensor) -> torch.dtype:

@@ -7,6 +7,7 @@ from fusedlm.nn.ids import check_ids
 from fusedlm.nn.linear import product_dtype
 from fusedlm.nn.module import Constant, Module, OpUse, Role
 from fusedlm.nn.norm import RMSNorm
+from fusedlm.nn.pending import fuses_token
 from fusedlm.ops import linear_softcap_cross_entropy
 from fusedlm.ops.common import runs_fused
 from fusedlm.ops.cross_entropy.reference import IGNORE_INDEX, softcap
@@ -63,9 +64,9 @@ class LMHead(Module):
         Raises:
             ValueError: on the CPU, a target is neither in [0, vocab_size) nor -100.
         """
-        x = self.norm(hidden_ND)
         if targets_N is None:
-            return softcap(F.linear(x, self.weight), self.cap)[..., : self.vocab_size]
+            return softcap(self._project(hidden_ND), self.cap)[..., : self.vocab_size]
+        x = self.norm(hidden_ND)
         check_ids("targets", targets_N, self.vocab_size, ignored=IGNORE_INDEX)
         x = x.to(product_dtype(x))
         if torch.is_grad_enabled() or runs_fused(_OP, self.backend(_OP), x):  # a fused one never holds all logits
@@ -76,6 +77,12 @@ class LMHead(Module):
             strict=True,
         )
         return torch.stack(sums).sum(), torch.cat(nll)
+
+    def _project(self, hidden_ND: torch.Tensor) -> torch.Tensor:
+        if fuses_token(hidden_ND, self.backend("token_linear"), product_dtype(hidden_ND)):
+            pending = self.norm(hidden_ND, pending=True)
+            return pending.project(self.weight, product_dtype(hidden_ND), self.backend("token_linear"))
+        return F.linear(self.norm(hidden_ND), self.weight)
 
     def _loss(self, x_ND, targets_N, token_weight) -> tuple[torch.Tensor, torch.Tensor]:
         return linear_softcap_cross_entropy(
@@ -92,4 +99,4 @@ class LMHead(Module):
         return 2 * self.weight.numel() * n_tokens
 
     def ops(self, device: torch.device) -> list[OpUse]:
-        return [OpUse(_OP, _OP, {})]
+        return [OpUse(_OP, _OP, {}), OpUse("token_linear", "token_linear", {})]

@@ -2,6 +2,9 @@
 
 A norm may return its input with its gain, a projection its input with its weight and the activation that follows. Only
 layers that can fuse the step get these; every module is still entered by its own `__call__`.
+
+One token, as in decoding, costs the reading of the weights and the launches of kernels. There norms, activations and
+the sum with the residual stream are left to the projection before or after them (`token_linear`).
 """
 
 from dataclasses import dataclass
@@ -10,7 +13,8 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from fusedlm.ops import relu2_mlp, rmsnorm_linear, swiglu_mlp
+from fusedlm.ops import relu2_mlp, rmsnorm_linear, swiglu_mlp, token_linear
+from fusedlm.ops.common import runs_fused
 
 
 class PendingNorm(NamedTuple):
@@ -21,7 +25,9 @@ class PendingNorm(NamedTuple):
     eps: float
 
     def project(self, weight: torch.Tensor, dtype: torch.dtype, backend: str) -> torch.Tensor:
-        """norm(x) weight^T in dtype."""
+        """norm(x) weight^T in dtype. backend: of rmsnorm_linear, or of token_linear for one token."""
+        if is_one_token(self.x):
+            return token_linear(self.x, weight, gain_D=self.gain, eps=self.eps, dtype=dtype, backend=backend)
         return rmsnorm_linear(self.x, self.gain, weight, eps=self.eps, dtype=dtype, backend=backend)
 
 
@@ -41,6 +47,10 @@ class SquaredReLU:
     def sizes(self, dim: int, hidden: int) -> dict[str, int]:
         return {"dim": dim, "hidden": hidden}
 
+    def of_token(self) -> dict:
+        """Options of `token_linear`."""
+        return {"activation": "relu2", "slope": self.slope}
+
 
 @dataclass(frozen=True)
 class SwiGLUActivation:
@@ -58,6 +68,10 @@ class SwiGLUActivation:
     def sizes(self, dim: int, hidden: int) -> dict[str, int]:
         return {}
 
+    def of_token(self) -> dict:
+        """Options of `token_linear`."""
+        return {"activation": "swiglu"}
+
 
 class PendingActivation(NamedTuple):
     """activation(x weight^T), not computed yet."""
@@ -71,3 +85,34 @@ class PendingActivation(NamedTuple):
         x_ND = self.x.to(dtype).flatten(0, -2)
         y_ND = self.activation.mlp(x_ND, self.weight, weight, backend)
         return y_ND.view(*self.x.shape[:-1], weight.shape[0])
+
+
+class PendingInput(NamedTuple):
+    """An activation of one token, not computed yet."""
+
+    x: torch.Tensor
+    activation: SquaredReLU | SwiGLUActivation
+
+
+class PendingProduct(NamedTuple):
+    """The projection of one token, perhaps after an activation, not computed yet; for the residual stream."""
+
+    x: torch.Tensor
+    weight: torch.Tensor
+    activation: SquaredReLU | SwiGLUActivation | None
+    backend: str
+
+    def compute(self, residual: torch.Tensor | None = None, dtype: torch.dtype | None = None) -> torch.Tensor:
+        """residual + activation(x) weight^T, in dtype; None: that of x."""
+        options = {} if self.activation is None else self.activation.of_token()
+        return token_linear(self.x, self.weight, **options, residual=residual, dtype=dtype, backend=self.backend)
+
+
+def is_one_token(x: torch.Tensor) -> bool:
+    """Whether x is one token alone, without gradients."""
+    return not torch.is_grad_enabled() and x.numel() == x.shape[-1]
+
+
+def fuses_token(x: torch.Tensor, backend: str, dtype: torch.dtype) -> bool:
+    """Whether what is around the projection of x is left to `token_linear`, of that backend and in that dtype."""
+    return is_one_token(x) and runs_fused("token_linear", backend, x, dtype=dtype)

@@ -29,4 +29,4 @@ class Report(NamedTuple):
 
 def with_report(output: torch.Tensor | tuple[torch.Tensor, Report]) -> tuple[torch.Tensor, Report]:
     """The output of a part that may report something, and its report."""
-    return output if isinstance(output, tuple) else (output, Report({}, {}))
+    return output if type(output) is tuple else (output, Report({}, {}))

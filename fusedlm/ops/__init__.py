@@ -17,6 +17,7 @@ from fusedlm.ops.norm_linear.op import rmsnorm_linear
 from fusedlm.ops.relu2.op import relu2_mlp
 from fusedlm.ops.scan.op import gated_scan
 from fusedlm.ops.swiglu.op import swiglu_mlp
+from fusedlm.ops.token_linear.op import token_linear
 
 __all__ = [
     "OPS",
@@ -38,4 +39,5 @@ __all__ = [
     "short_conv_tail",
     "softcap_cross_entropy",
     "swiglu_mlp",
+    "token_linear",
 ]

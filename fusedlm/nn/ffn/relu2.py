@@ -3,13 +3,15 @@
 import torch
 
 from fusedlm.nn.context import Context
-from fusedlm.nn.linear import Linear, mlp
+from fusedlm.nn.linear import Linear, ends_token, fuses_norm, mlp
 from fusedlm.nn.module import Module, OpUse
 from fusedlm.nn.pending import SquaredReLU
 
 
 class ReLU2(Module):
     """down(leaky_relu(up(x), slope)^2); hidden: None: 4 * dim."""
+
+    branch_end = "down"
 
     def __init__(self, *, dim: int, hidden: int | None = None, slope: float = 0.0):
         super().__init__()
@@ -20,6 +22,10 @@ class ReLU2(Module):
 
     def forward(self, x_BTD: torch.Tensor, context: Context | None = None) -> torch.Tensor:
         return mlp(x_BTD, self.up, self.down, self.activation)
+
+    def fuses_norm(self, x_BTD: torch.Tensor) -> bool:
+        """For one token, where `down` ends the branch."""
+        return ends_token(self.down, x_BTD) and fuses_norm(self.up, x_BTD)
 
     def flops(self, n_tokens: int) -> int:
         return self.up.flops(n_tokens) + self.down.flops(n_tokens)

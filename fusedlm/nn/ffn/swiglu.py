@@ -3,7 +3,7 @@
 import torch
 
 from fusedlm.nn.context import Context
-from fusedlm.nn.linear import Linear, mlp
+from fusedlm.nn.linear import Linear, ends_token, fuses_norm, mlp
 from fusedlm.nn.module import Module, OpUse
 from fusedlm.nn.pending import SwiGLUActivation
 
@@ -11,6 +11,8 @@ from fusedlm.nn.pending import SwiGLUActivation
 class SwiGLU(Module):
     """down(silu(gate(x)) * up(x)); gate and up are one packed projection. hidden: None: 8/3 of dim, rounded up to a
     multiple of 64."""
+
+    branch_end = "down"
 
     def __init__(self, *, dim: int, hidden: int | None = None):
         super().__init__()
@@ -21,6 +23,10 @@ class SwiGLU(Module):
 
     def forward(self, x_BTD: torch.Tensor, context: Context | None = None) -> torch.Tensor:
         return mlp(x_BTD, self.gate_up, self.down, self.activation)
+
+    def fuses_norm(self, x_BTD: torch.Tensor) -> bool:
+        """For one token, where `down` ends the branch."""
+        return ends_token(self.down, x_BTD) and fuses_norm(self.gate_up, x_BTD)
 
     def flops(self, n_tokens: int) -> int:
         return self.gate_up.flops(n_tokens) + self.down.flops(n_tokens)

@@ -19,6 +19,8 @@ Q_GAIN = 1.5  # initial learnt gain on normalised queries: unit vectors alone ca
 class Attention(Module):
     """Multi-head attention, its keys and values shared by groups of query heads."""
 
+    branch_end = "out"
+
     def __init__(
         self,
         *,

@@ -22,6 +22,8 @@ class GatedDeltaNet(Module):
     and the output is W_o (norm(y) silu(z)), the norm per head.
     """
 
+    branch_end = "out"
+
     def __init__(
         self,
         *,

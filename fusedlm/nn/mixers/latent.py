@@ -26,6 +26,7 @@ class LatentMixer(Module, ABC):
     `absorbed`, which attends to the latents themselves, the up-projections moved to query and output.
     """
 
+    branch_end = "out"
     # Whether everything after attention is recomputed in the backward pass instead of saved.
     recomputes_output = False
     # Whether `combined` reads x.

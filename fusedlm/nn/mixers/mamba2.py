@@ -21,6 +21,8 @@ class Mamba2(Module):
     and the output is W_o norm(y silu(z)), one norm per group of heads that share B and C, as in the published models
     with several groups. The convolution has no bias; the published one has."""
 
+    branch_end = "out"
+
     def __init__(
         self,
         *,

@@ -48,6 +48,8 @@ class SelectiveDifferentialLinearAttention(Module):
     y = W_o (gamma o + (1 - gamma) W_m h) with gamma = sigmoid(W_gamma [x, h]).
     """
 
+    branch_end = "out"
+
     def __init__(
         self,
         *,

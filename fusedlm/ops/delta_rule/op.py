@@ -61,7 +61,8 @@ def gated_delta_rule(
         (B, T, H, V) in the dtype of v, and the state after the last token, float32 (float64 for float64 inputs).
 
     Raises:
-        ValueError: the shapes do not match, or the backend cannot run this call; in_place without such a state, or with gradients.
+        ValueError: the shapes do not match, the backend cannot run this call, or in_place comes without such a state or
+            with gradients.
     """
     _check(q_BTGK, k_BTGK, v_BTHV, log_decay_BTH, beta_BTH, state_BHKV, reset_BT)
     run = resolve("gated_delta_rule", backend, v_BTHV, key_dim=q_BTGK.shape[-1], value_dim=v_BTHV.shape[-1])

@@ -58,7 +58,8 @@ def decayed_linear_attention(
         kernels multiply in bfloat16 and add in float32.
 
     Raises:
-        ValueError: the shapes do not match, or the backend cannot run this call; in_place without such a state, or with gradients.
+        ValueError: the shapes do not match, the backend cannot run this call, or in_place comes without such a state or
+            with gradients.
     """
     check_shapes(q_BTGK, k_BTGK, v_BTHV, log_decay_BTH, state_BHKV, reset_BT)
     key_dim, value_dim = k_BTGK.shape[3], v_BTHV.shape[3]

@@ -1,0 +1,1 @@
+"""The projection of one token, with what is before and after it."""
