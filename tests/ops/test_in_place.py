@@ -69,7 +69,7 @@ def test_states_that_cannot_be_overwritten(op):
     ):
         with pytest.raises(ValueError, match=words):
             op(*tensors, state_BHKV=given, in_place=True)
-    with pytest.raises(ValueError, match="overwrites the state"):
+    with pytest.raises(ValueError, match="overwrites a state"):
         op(*tensors, state_BHKV=state.requires_grad_(), in_place=True)
     with torch.no_grad():
         op(*tensors, state_BHKV=state, in_place=True)
