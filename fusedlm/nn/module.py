@@ -101,9 +101,7 @@ class Module(torch.nn.Module):
     """
 
     backends: Mapping[str, str] = {}
-    branch_end: str | None = (
-        None  # of mixers and feed-forwards: the linear layer whose output is theirs, if there is one
-    )
+    branch_end: str | None = None  # of mixers and feed-forwards: the linear layer whose output is theirs
     waits_for_device = False  # whether a forward pass needs numbers on the host, which a CUDA graph cannot give
 
     def add_parameter(self, name: str, shape: tuple[int, ...], role: Role, init: Init) -> None:

@@ -10,6 +10,4 @@ def check_in_place(state: torch.Tensor | None, like: torch.Tensor) -> None:
         given = "None" if state is None else f"{state.dtype}{'' if state.is_contiguous() else ', not contiguous'}"
         raise ValueError(f"in_place=True with state {given}; give a contiguous state of {dtype}")
     if torch.is_grad_enabled() and (state.requires_grad or like.requires_grad):
-        raise ValueError(
-            "in_place=True overwrites the state, which gradients need; use torch.no_grad() or leave it out"
-        )
+        raise ValueError("in_place=True overwrites a state that gradients need; leave it out or use torch.no_grad()")
