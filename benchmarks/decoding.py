@@ -20,7 +20,6 @@ import sys
 import time
 from pathlib import Path
 
-import numpy as np
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -53,16 +52,6 @@ VARIED = [("gpt-350m", None, 1, 2048), ("kepler-wiki", "mla", 1, 2048), ("kepler
 _SPARE = 256  # tokens of room for the steps that are timed
 _MILLISECONDS = 150  # of timed steps
 _RESERVE = 0.05  # of the memory that a state must leave
-
-
-class _AnyIds:
-    """What steps ask of a tokenizer: here every id has a token, and none ends a text."""
-
-    eot_id = -2
-
-    @staticmethod
-    def unused_ids(limit: int) -> np.ndarray:
-        return np.arange(0)
 
 
 def main() -> None:
@@ -160,7 +149,7 @@ def measure(model, batch: int, context: int, rate: float, device, dtype, compila
 
 def _measured(model, batch: int, context: int, rate: float, device, dtype, compilation) -> dict:
     graph = graph_obstacle(model, device) is None
-    steps = StaticSteps(Predictor(model, _AnyIds, device, dtype), SAMPLING, batch, graph=graph, compilation=compilation)
+    steps = StaticSteps(Predictor(model, None, device, dtype), SAMPLING, batch, graph=graph, compilation=compilation)
     steps.adopt(filled_state(model, batch, context, device, dtype), context + _SPARE)
     for _ in range(4):  # compiles and captures
         steps.step()

@@ -2,10 +2,12 @@
 
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
+from fusedlm.generation.sampling import Sampling
+from fusedlm.generation.steps import Predictor, StaticSteps, graph_obstacle
 from fusedlm.model import Decoder
 from fusedlm.model.precision import autocast
 
@@ -19,7 +21,8 @@ def measure_decoding(
 ) -> dict[int, tuple[int, float] | None]:
     """Measure decoding of one sequence after each number of tokens.
 
-    The prompt is random. Steps are those of `generate`: one token, caches reserved, float32 weights under autocast.
+    The prompt is random. Steps are those of `generate`: one token, and on a GPU the choice of the most likely next one,
+    as a CUDA graph where that is possible.
 
     Returns:
         length -> (bytes of the state's live tensors, tokens per second from the median step), or None if the device is
@@ -52,17 +55,25 @@ def _state(model: Decoder, length: int, max_tokens: int | None, device: torch.de
 
 
 def _step_seconds(model: Decoder, length: int, device: torch.device, dtype: torch.dtype) -> float:
-    state = _state(model, length, length + _WARM_UP + _STEPS, device, dtype)
-    token = torch.zeros(1, 1, dtype=torch.int64, device=device)
+    step = _step(model, length, length + _WARM_UP + _STEPS, device, dtype)
     seconds = []
     for _ in range(_WARM_UP + _STEPS):
         _synchronize(device)
         start = time.perf_counter()
-        with autocast(device, dtype):
-            model(token, state=state)
+        step()
         _synchronize(device)
         seconds.append(time.perf_counter() - start)
     return statistics.median(seconds[_WARM_UP:])
+
+
+def _step(model: Decoder, length: int, capacity: int, device: torch.device, dtype: torch.dtype) -> Callable[[], None]:
+    predictor, state = Predictor(model, None, device, dtype), _state(model, length, capacity, device, dtype)
+    if graph_obstacle(model, device) is None:
+        steps = StaticSteps(predictor, Sampling(capacity, 0.0, None, None), 1, graph=True)
+        steps.adopt(state, capacity)
+        return steps.step
+    token = torch.zeros(1, 1, dtype=torch.int64, device=device)
+    return lambda: predictor.logits(token, state)
 
 
 def _synchronize(device: torch.device) -> None:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
+_LARGEST_FRACTION = 1 - 1e-12  # of a cumulative sum, so that the last token exceeds it whatever the rounding
 NOT_FINITE = "the logits are not finite; the weights are damaged or diverged, or values overflow in this precision"
 
 
@@ -66,12 +67,11 @@ def draw(logits_BV: torch.Tensor, uniform_B: torch.Tensor | None, sampling: Samp
         logits_BV: (B, V) of any float dtype, -inf for ids that are never drawn.
         uniform_B: (B,) float64 random numbers; None with temperature 0.
     """
-    if sampling.temperature == 0:
-        tokens_B = logits_BV.argmax(-1)
-    else:
+    highest_B, tokens_B = logits_BV.max(-1)
+    if sampling.temperature > 0:
         weights_BV = _weights(logits_BV.double(), sampling.temperature, sampling.top_k, sampling.top_p)
         tokens_B = _invert(weights_BV, uniform_B)
-    return tokens_B.masked_fill(~logits_BV.amax(-1).isfinite(), -1)
+    return torch.where(highest_B - highest_B == 0, tokens_B, -1)  # infinity and NaN minus themselves are NaN
 
 
 def _weights(logits_BV: torch.Tensor, temperature: float, top_k: int | None, top_p: float | None) -> torch.Tensor:
@@ -97,6 +97,6 @@ def _weights(logits_BV: torch.Tensor, temperature: float, top_k: int | None, top
 def _invert(weights_BV: torch.Tensor, uniform_B: torch.Tensor) -> torch.Tensor:
     """The first id of each row whose cumulative weight exceeds the uniform fraction of the sum."""
     cumulative = weights_BV.cumsum(-1)
-    # Parallel sums may rise a little where the weight is 0, and the fraction may round to the whole.
-    exceeds = (cumulative > uniform_B[:, None] * cumulative[:, -1:]) & (weights_BV > 0)
-    return torch.where(exceeds.any(-1), exceeds.byte().argmax(-1), weights_BV.argmax(-1))
+    fraction = uniform_B[:, None].clamp(max=_LARGEST_FRACTION) * cumulative[:, -1:]
+    # Parallel sums may rise a little where the weight is 0.
+    return ((cumulative > fraction) & (weights_BV > 0)).byte().argmax(-1)

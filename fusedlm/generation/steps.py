@@ -15,6 +15,7 @@ _log = logging.getLogger("fusedlm.generation")
 _RESERVED_TOKENS = 2**16  # a longer state grows as tokens come: max_tokens=1000000000 is rarely meant to be reached
 _LEAST_CAPACITY = 256  # tokens of a row of a static state, which doubles when they do not suffice
 _DRAWS = 64  # random numbers of a row that are on the device at a time
+_NO_ID = -2  # -1 stands for logits that are not finite
 _WARM_UPS = 2  # steps before a capture, which compile and allocate
 
 
@@ -37,14 +38,16 @@ class Predictor:
 
     Args:
         model: with `init_state`, called as a `Decoder`.
-        tokenizer: ids that it has no token for are never drawn.
+        tokenizer: ids that it has no token for are never drawn; None: every id has one, and none is end-of-text.
         dtype: of autocast.
     """
 
     def __init__(self, model, tokenizer, device: torch.device, dtype: torch.dtype):
-        self.model, self.eot_id = model, tokenizer.eot_id
+        self.model, self.eot_id = model, _NO_ID if tokenizer is None else tokenizer.eot_id
         self.device, self.dtype = device, dtype
-        self._unused = torch.from_numpy(tokenizer.unused_ids(model.vocab_size)).to(device)
+        self._unused = None
+        if tokenizer is not None:
+            self._unused = torch.from_numpy(tokenizer.unused_ids(model.vocab_size)).to(device)
         self._weights = CastWeights(model, dtype)
 
     @torch.no_grad()
@@ -52,7 +55,7 @@ class Predictor:
         """(..., vocab) float32; the tokens are appended to the state. -inf for ids without a token."""
         with self._weights.in_use(), autocast(self.device, self.dtype):
             logits = self.model(tokens_BT, state=state, **arguments).logits.float()
-        return logits.index_fill(-1, self._unused, -torch.inf)
+        return logits if self._unused is None else logits.index_fill(-1, self._unused, -torch.inf)
 
     def last_logits(self, new: dict[int, list[int]], state) -> torch.Tensor:
         """(len(new), vocab) logits after the new ids of each row; all ids are appended to the state, whose other rows

@@ -14,10 +14,11 @@ from fusedlm.ops.latent.reference import quantise_latent
 from fusedlm.ops.linear_attention.op import decayed_linear_attention
 from fusedlm.ops.linear_cross_entropy.op import linear_softcap_cross_entropy
 from fusedlm.ops.norm_linear.op import rmsnorm_linear
+from fusedlm.ops.one_token.op import token_linear
 from fusedlm.ops.relu2.op import relu2_mlp
+from fusedlm.ops.rotary.op import rmsnorm_rope
 from fusedlm.ops.scan.op import gated_scan
 from fusedlm.ops.swiglu.op import swiglu_mlp
-from fusedlm.ops.token_linear.op import token_linear
 
 __all__ = [
     "OPS",
@@ -35,6 +36,7 @@ __all__ = [
     "quantise_latent",
     "relu2_mlp",
     "rmsnorm_linear",
+    "rmsnorm_rope",
     "short_conv",
     "short_conv_tail",
     "softcap_cross_entropy",

@@ -8,7 +8,7 @@ from fusedlm.nn.pending import PendingNorm, PendingProduct
 from fusedlm.ops.common.dispatch import recorded
 from fusedlm.testing import FFN_CASES, MIXER_CASES, assert_close, backend_of, part_model, randomise_
 
-kernels = pytest.importorskip("fusedlm.ops.token_linear.triton")
+kernels = pytest.importorskip("fusedlm.ops.one_token.triton")
 PARTS = [(case, "{type: swiglu, hidden: 24}") for cases in MIXER_CASES.values() for case in cases]
 PARTS += [("{type: gdn, n_heads: 2, chunk_size: 8}", case) for cases in FFN_CASES.values() for case in cases]
 TOKENS = torch.randint(61, (1, 5), generator=torch.Generator().manual_seed(0))
@@ -88,6 +88,16 @@ def test_a_replaced_layer_gets_tensors():
             module.fuses = False
     with backend_of("token_linear", kernels.token_linear):
         assert_close(_decoded(model), expected, 1e-5)
+
+
+def test_rotation_in_one_kernel():
+    rotary = pytest.importorskip("fusedlm.ops.rotary.triton")
+    for case in (case for name in ("attention", "mla", "diff_mla", "cmd_mla") for case in MIXER_CASES[name]):
+        model = _model(case, "{type: swiglu, hidden: 24}")
+        expected = _decoded(model)
+        with backend_of("rmsnorm_rope", rotary.rmsnorm_rope), recorded() as ran:
+            assert_close(_decoded(model), expected, 1e-5)
+        assert ran.count(("rmsnorm_rope", "test", {})) > 3
 
 
 def test_full_graph():

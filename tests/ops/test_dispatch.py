@@ -28,6 +28,8 @@ def _heads(width=8):
 
 # A small call of every public function that selects a backend.
 CALLS = {
+    "token_linear": lambda run, **options: run(torch.ones(1, 4), torch.ones(3, 4), **options),
+    "rmsnorm_rope": lambda run, **options: run(_heads(), torch.ones(1, 3, 1, 1), torch.ones(1, 3, 1, 1), **options),
     "cached_attention": lambda run, **options: run(_heads(), _heads(), _heads(), scale=1.0, **options),
     "causal_attention": lambda run, **options: run(_heads(), _heads(), _heads(), scale=1.0, **options),
     "packed_attention": lambda run, **options: run(

@@ -4,10 +4,10 @@ import pytest
 import torch
 
 from fusedlm.ops import token_linear
-from fusedlm.ops.token_linear import reference
+from fusedlm.ops.one_token import reference
 from fusedlm.testing import assert_close, error_ratio
 
-kernels = pytest.importorskip("fusedlm.ops.token_linear.triton")
+kernels = pytest.importorskip("fusedlm.ops.one_token.triton")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 CASES = [
     {},

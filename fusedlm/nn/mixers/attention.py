@@ -11,7 +11,8 @@ from fusedlm.nn.norm import rms_norm
 from fusedlm.nn.rope import apply_rope
 from fusedlm.nn.value_residual import ValueResidual
 from fusedlm.nn.xsa import exclude_own_value
-from fusedlm.ops import cached_attention
+from fusedlm.ops import cached_attention, rmsnorm_rope
+from fusedlm.ops.common import runs_fused
 
 Q_GAIN = 1.5  # initial learnt gain on normalised queries: unit vectors alone cannot give sharp attention
 
@@ -65,10 +66,7 @@ class Attention(Module):
     def forward(self, x_BTD, context: Context, state: list | None = None) -> torch.Tensor:
         qkv = self.qkv(x_BTD).unflatten(-1, (-1, self.head_dim))
         q, k, v = qkv.split(self.heads, dim=2)
-        if self.q_gain is not None:
-            q = (rms_norm(q, self.eps) * self.q_gain[:, None]).to(qkv.dtype)
-            k = rms_norm(k, self.eps)
-        q, k = (apply_rope(x, context.rope[self.rope]) for x in (q, k))
+        q, k = self._rotated(qkv, q, k, context)
         if self.value_residual is not None:
             v = self.value_residual(v.flatten(-2), context).view_as(v)
         own = v
@@ -92,6 +90,19 @@ class Attention(Module):
             y = exclude_own_value(y, own)
         return self.out(y.flatten(-2))
 
+    def _rotated(self, qkv, q, k, context: Context) -> tuple[torch.Tensor, torch.Tensor]:
+        """Queries and keys with norm, gain and rotary embedding."""
+        table, backend = context.rope[self.rope], self.backend("rmsnorm_rope")
+        if not torch.is_grad_enabled() and runs_fused("rmsnorm_rope", backend, qkv):
+            eps = None if self.q_gain is None else self.eps
+            qk = qkv[:, :, : self.n_heads + self.n_kv_heads]
+            rotated = rmsnorm_rope(qk, *table, eps=eps, gain_H=self.q_gain, backend=backend)
+            return rotated.split(self.heads[:2], dim=2)
+        if self.q_gain is not None:
+            q = (rms_norm(q, self.eps) * self.q_gain[:, None]).to(qkv.dtype)
+            k = rms_norm(k, self.eps)
+        return apply_rope(q, table), apply_rope(k, table)
+
     def init_state(self, batch_size: int, max_tokens: int | None = None) -> list[TokenCache | WindowCache]:
         if self.window is not None:
             return [WindowCache(self.window), WindowCache(self.window)]
@@ -109,4 +120,4 @@ class Attention(Module):
 
     def ops(self, device: torch.device) -> list[OpUse]:
         cached = OpUse("cached_attention", "cached_attention", self.attend.sizes)
-        return [*self.attend.ops(device), cached, self.qkv.norm_op()]
+        return [*self.attend.ops(device), cached, self.qkv.norm_op(), OpUse("rmsnorm_rope", "rmsnorm_rope", {})]

@@ -11,10 +11,11 @@ from fusedlm.nn.linear import Linear, fuses_norm
 from fusedlm.nn.mixers.softmax import SoftmaxAttention
 from fusedlm.nn.module import Module, OpUse
 from fusedlm.nn.norm import RMSNorm
-from fusedlm.nn.rope import apply_rope
+from fusedlm.nn.rope import RopeTable, apply_rope
 from fusedlm.nn.value_residual import ValueResidual
 from fusedlm.nn.xsa import exclude_own_value
-from fusedlm.ops import latent_decode
+from fusedlm.ops import latent_decode, rmsnorm_rope
+from fusedlm.ops.common import runs_fused
 
 
 class LatentMixer(Module, ABC):
@@ -104,7 +105,7 @@ class LatentMixer(Module, ABC):
         if self.value_residual is not None:
             latent = self.value_residual(latent, context)
         table = context.rope[self.rope]
-        q_rope, k_rope = apply_rope(q_rope, table), apply_rope(k_rope[:, :, None], table)
+        q_rope, k_rope = self._rotated(q_rope, table), self._rotated(k_rope[:, :, None], table)
         memory = None if state is None else state.append(torch.cat([latent, k_rope[:, :, 0]], dim=-1), context)
         if context.past == 0:
             k, v, k_noise = self.kv_up(latent).split(self.kv_widths, dim=-1)
@@ -121,6 +122,12 @@ class LatentMixer(Module, ABC):
         if self.q_norm is None:
             return self.q_up(x_BTD)
         return self.q_up(self.q_norm(q_latent_BTR, pending=fuses_norm(self.q_up, q_latent_BTR)))
+
+    def _rotated(self, x_BTHR: torch.Tensor, table: RopeTable) -> torch.Tensor:
+        backend = self.backend("rmsnorm_rope")
+        if not torch.is_grad_enabled() and runs_fused("rmsnorm_rope", backend, x_BTHR) and x_BTHR.shape[3]:
+            return rmsnorm_rope(x_BTHR, *table, backend=backend)
+        return apply_rope(x_BTHR, table)
 
     def _combined_output(self, x_BTD, v_BTGE, *streams) -> torch.Tensor:
         return self._output(self.combined(x_BTD, *streams), v_BTGE)
@@ -199,6 +206,7 @@ class LatentMixer(Module, ABC):
     def ops(self, device: torch.device) -> list[OpUse]:
         sizes = {"rank": self.rank, "rope_dim": self.rope[0]}
         used = [*self.attend.ops(device), OpUse("latent_decode", "latent_decode", sizes)]
+        used.append(OpUse("rmsnorm_rope", "rmsnorm_rope", {}))
         if self.q_norm is not None:
             used.append(self.q_up.norm_op()._replace(name="q_rmsnorm_linear"))
             if not self.combines_with_input:

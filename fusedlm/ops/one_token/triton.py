@@ -10,7 +10,7 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from fusedlm.ops.common.device import pdl_options
-from fusedlm.ops.token_linear import reference
+from fusedlm.ops.one_token import reference
 
 ROWS, COLUMNS = 4, 1024  # of the weight that a program loads at a time, and at most so many columns
 _WARPS = 4

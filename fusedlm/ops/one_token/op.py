@@ -3,14 +3,14 @@
 import torch
 
 from fusedlm.ops.common import Backend, Op, needs_triton, resolve
-from fusedlm.ops.token_linear import reference
+from fusedlm.ops.one_token import reference
 
 ACTIVATIONS = ("relu2", "swiglu")
 
 TOKEN_LINEAR = Op(
     "token_linear",
     [
-        Backend("triton", "fusedlm.ops.token_linear.triton:token_linear", needs_triton),
+        Backend("triton", "fusedlm.ops.one_token.triton:token_linear", needs_triton),
         Backend("reference", reference.token_linear, fused=False),
     ],
 )
