@@ -1,11 +1,11 @@
 """Decoding of full models: tokens per second of every mixer, by batch size and context.
 
-    python benchmarks/decoding.py [--out benchmarks/results/decoding.json] [--mixers gdn mla] [--no-variants]
+    python benchmarks/decoding.py [--out benchmarks/results/decoding.json] [--mixers gdn mla] [--parts table]
 
 Steps are those of `fusedlm.generate` on a GPU, one token of each row and the draw of the next in one CUDA graph, after
 states that are filled without computing the tokens. The first table is kepler-wiki with each mixer; the second is
 gpt-350m and hybrid-350m at batch 1, with the fraction of a copy's rate at which weights are read. The third compares
-how a step is run: as it is, with norms fused into projections, and with torch.compile.
+how a step is run: as it is, with all layers separate, with norms fused into projections, and with torch.compile.
 
 The floor counts bytes that must move: matrices that a step multiplies by, in bfloat16, and other parameters as they are
 (of an embedding that is not tied only the rows of the tokens, which are left out), the cached tokens once, and
@@ -40,15 +40,19 @@ VOCAB = 50257
 SAMPLING = Sampling(2**30, 1.0, None, None)
 ALONE = ("gpt-350m", "hybrid-350m")  # at batch 1
 FUSED = {"rmsnorm_linear": "auto", "swiglu_mlp": "auto"}
+SEPARATE = dict.fromkeys(("token_linear", "rmsnorm_rope", "relu2_mlp"), "reference")
 # How a step is run: backends of ops, and options of torch.compile (None: not compiled).
 VARIANTS = {
     "default": ({}, None),
+    "separate layers": (SEPARATE, None),
     "fused norms": (FUSED, None),
     "compiled": ({}, {}),
     "compiled, fused norms": (FUSED, {}),
-    "compiled, tuned": ({}, {"options": {"coordinate_descent_tuning": True}}),
+    "compiled, separate layers": (SEPARATE, {}),
+    "compiled, separate layers, tuned": (SEPARATE, {"options": {"coordinate_descent_tuning": True}}),
 }
-VARIED = [("gpt-350m", None, 1, 2048), ("kepler-wiki", "mla", 1, 2048), ("kepler-wiki", "gdn", 1, 2048)]
+VARIED = [("gpt-350m", None, 1, 2048), ("kepler-wiki", "mla", 32, 32768), ("kepler-wiki", "gdn", 1, 2048)]
+PARTS = ("table", "alone", "variants")
 _SPARE = 256  # tokens of room for the steps that are timed
 _MILLISECONDS = 150  # of timed steps
 _RESERVE = 0.05  # of the memory that a state must leave
@@ -57,10 +61,12 @@ _RESERVE = 0.05  # of the memory that a state must leave
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--out", type=Path)
-    parser.add_argument("--mixers", nargs="*", metavar="mixer", help="default: all")
+    parser.add_argument("--mixers", nargs="+", metavar="mixer", help="default: all")
     parser.add_argument("--batches", nargs="+", type=int, default=BATCHES)
     parser.add_argument("--contexts", nargs="+", type=int, default=CONTEXTS)
-    parser.add_argument("--no-variants", action="store_true")
+    parser.add_argument("--compile", action="store_true", help="compile the steps of the first two tables")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, help="default: all")
+    parser.add_argument("--add", action="store_true", help="keep the other parts of the record in --out")
     parser.add_argument("--tiny", action="store_true", help="small models, to try the script on a CPU")
     arguments = parser.parse_args()
     known = mixers(_recipe("kepler-wiki", arguments.tiny).model.dim)
@@ -72,7 +78,11 @@ def main() -> None:
     print(f"a copy moves {rate / 1e9:,.0f} GB/s", flush=True)
     started = time.perf_counter()
     record = {"name": "decoding", "command": _command(arguments), "environment": environment(device, dtype)}
-    record |= {"copy_bytes_per_second": rate, "table": [], "alone": [], "variants": []}
+    record |= {"copy_bytes_per_second": rate} | {part: [] for part in PARTS}
+    if arguments.add and arguments.out and arguments.out.exists():
+        before = json.loads(arguments.out.read_text(encoding="utf-8"))
+        record |= {part: before[part] for part in PARTS if part not in arguments.parts}
+        record["command"] = f"{before['command']} && {record['command']}"
 
     def add(part: str, row: dict) -> None:
         record[part].append(row)
@@ -80,39 +90,41 @@ def main() -> None:
         if arguments.out:  # so that a run that is stopped leaves a record
             write_atomic(arguments.out, json.dumps(record, indent=1) + "\n")
 
-    for name in known if arguments.mixers is None else arguments.mixers:
+    compilation = {} if arguments.compile and device.type == "cuda" else None
+    for name in (arguments.mixers or known) if "table" in arguments.parts else ():
         model = _model("kepler-wiki", known[name], device, arguments.tiny)
         for context in arguments.contexts:
             for batch in arguments.batches:
-                add("table", {"mixer": name} | measure(model, batch, context, rate, device, dtype))
+                add("table", {"mixer": name} | measure(model, batch, context, rate, device, dtype, compilation))
         del model
         _clean(device)
-    for name in ALONE:
+    for name in ALONE if "alone" in arguments.parts else ():
         model = _model(name, None, device, arguments.tiny)
-        add("alone", {"recipe": name} | measure(model, 1, min(arguments.contexts), rate, device, dtype))
+        context = min(arguments.contexts)
+        add("alone", {"recipe": name} | measure(model, 1, context, rate, device, dtype, compilation))
         del model
         _clean(device)
-    if not arguments.no_variants:
+    if "variants" in arguments.parts:
         for recipe, mixer, batch, context in VARIED:
             context = min(context, max(arguments.contexts))
             model = _model(recipe, mixer and known[mixer], device, arguments.tiny)
-            for variant, (backends, compilation) in VARIANTS.items():
+            for variant, (backends, options) in VARIANTS.items():
                 named = {"recipe": recipe, "mixer": mixer, "variant": variant}
                 model.use_backends(backends)
                 torch._dynamo.reset()
-                compilation = compilation if device.type == "cuda" else None
-                add("variants", named | measure(model, batch, context, rate, device, dtype, compilation))
+                options = options if device.type == "cuda" else None
+                add("variants", named | measure(model, batch, context, rate, device, dtype, options))
             del model
             _clean(device)
 
 
 def _command(arguments) -> str:
-    options = [f"--mixers {' '.join(arguments.mixers)}"] if arguments.mixers is not None else []
-    for name, default in (("batches", BATCHES), ("contexts", CONTEXTS)):
+    options = [f"--mixers {' '.join(arguments.mixers)}"] if arguments.mixers else []
+    for name, default in (("batches", BATCHES), ("contexts", CONTEXTS), ("parts", PARTS)):
         found = getattr(arguments, name)
         if tuple(found) != default:
             options.append(f"--{name} {' '.join(map(str, found))}")
-    flags = [f"--{flag.replace('_', '-')}" for flag in ("no_variants", "tiny") if getattr(arguments, flag)]
+    flags = [f"--{flag}" for flag in ("compile", "add", "tiny") if getattr(arguments, flag)]
     return " ".join(["python benchmarks/decoding.py", *options, *flags])
 
 

@@ -71,7 +71,7 @@ def draw(logits_BV: torch.Tensor, uniform_B: torch.Tensor | None, sampling: Samp
     if sampling.temperature > 0:
         weights_BV = _weights(logits_BV.double(), sampling.temperature, sampling.top_k, sampling.top_p)
         tokens_B = _invert(weights_BV, uniform_B)
-    return torch.where(highest_B - highest_B == 0, tokens_B, -1)  # infinity and NaN minus themselves are NaN
+    return tokens_B.masked_fill(highest_B - highest_B != 0, -1)  # infinity and NaN minus themselves are NaN
 
 
 def _weights(logits_BV: torch.Tensor, temperature: float, top_k: int | None, top_p: float | None) -> torch.Tensor:

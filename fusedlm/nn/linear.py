@@ -67,8 +67,9 @@ class Linear(Module, torch.nn.Linear):
             dtype: x and W are converted to it; None: as they are, or as autocast has it.
         """
         if isinstance(x, PendingNorm):
-            op = "token_linear" if self.fuses_token(x.x) else "rmsnorm_linear"
-            return x.project(self.weight_of(), product_dtype(x.x), self.backend(op))
+            if self.fuses_token(x.x):
+                return x.project_token(self.weight_of(), product_dtype(x.x), self.backend("token_linear"))
+            return x.project(self.weight_of(), product_dtype(x.x), self.backend("rmsnorm_linear"))
         if isinstance(x, PendingInput):
             return PendingProduct(x.x, self.weight_of(), x.activation, self.backend("token_linear"))
         if isinstance(x, PendingActivation):

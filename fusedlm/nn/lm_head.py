@@ -81,7 +81,7 @@ class LMHead(Module):
     def _project(self, hidden_ND: torch.Tensor) -> torch.Tensor:
         if fuses_token(hidden_ND, self.backend("token_linear"), product_dtype(hidden_ND)):
             pending = self.norm(hidden_ND, pending=True)
-            return pending.project(self.weight, product_dtype(hidden_ND), self.backend("token_linear"))
+            return pending.project_token(self.weight, product_dtype(hidden_ND), self.backend("token_linear"))
         return F.linear(self.norm(hidden_ND), self.weight)
 
     def _loss(self, x_ND, targets_N, token_weight) -> tuple[torch.Tensor, torch.Tensor]:

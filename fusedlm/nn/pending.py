@@ -25,10 +25,12 @@ class PendingNorm(NamedTuple):
     eps: float
 
     def project(self, weight: torch.Tensor, dtype: torch.dtype, backend: str) -> torch.Tensor:
-        """norm(x) weight^T in dtype. backend: of rmsnorm_linear, or of token_linear for one token."""
-        if is_one_token(self.x):
-            return token_linear(self.x, weight, gain_D=self.gain, eps=self.eps, dtype=dtype, backend=backend)
+        """norm(x) weight^T in dtype."""
         return rmsnorm_linear(self.x, self.gain, weight, eps=self.eps, dtype=dtype, backend=backend)
+
+    def project_token(self, weight: torch.Tensor, dtype: torch.dtype, backend: str) -> torch.Tensor:
+        """The same for one token."""
+        return token_linear(self.x, weight, gain_D=self.gain, eps=self.eps, dtype=dtype, backend=backend)
 
 
 @dataclass(frozen=True)

@@ -24,6 +24,8 @@ def record(tmp_path, monkeypatch):
         "torch": "2.11", "triton": "3.6", "git_commit": "0123456789",
     })  # fmt: skip
     decoding.main()
+    monkeypatch.setattr("sys.argv", ["decoding.py", *arguments, "--parts", "alone", "--add"])
+    decoding.main()
     return json.loads(out.read_text())
 
 
@@ -36,7 +38,7 @@ def test_the_record_becomes_a_section_and_a_plot(record, tmp_path):
     assert [row["variant"] for row in record["variants"]] == list(decoding.VARIANTS)
     record["table"][1] = {"mixer": "attention", "batch": 2, "context": 9, "reason": "out of memory"}
     page = decoding_section(record)
-    assert f"    {record['command']}\n" in page and "--tiny" in record["command"]
+    assert f"    {record['command']}\n" in page and record["command"].count("--tiny") == 2
     assert "| mixer | 9 tokens, batch 1 | 9 tokens, batch 2 |" in page
     assert "attention, 9 tokens, batch 2: out of memory" in page and "no graph" in page
     draw_decoding(record, tmp_path)

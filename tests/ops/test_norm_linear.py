@@ -314,7 +314,7 @@ def test_in_a_model(mixer):
     with torch.no_grad(), _packed(calls):
         separate = model(tokens).logits
         assert calls == [], "models fuse it only where it is named"
-        model.use_backends({"rmsnorm_linear": "auto"})
+        model.use_backends({"rmsnorm_linear": "auto", "token_linear": "reference"})
         assert_close(model(tokens).logits, separate, 1e-5)
         n_fused = len(calls)
         assert n_fused == 2 * (1 + ("q_rank" in mixer)), "per layer the input, and the queries' latent"
