@@ -79,7 +79,8 @@ def _weights(logits_BV: torch.Tensor, temperature: float, top_k: int | None, top
     if temperature == 0:
         return torch.zeros_like(logits_BV).scatter_(-1, logits_BV.argmax(-1, keepdim=True), 1.0)
     # Subtract the maximum before dividing: a tiny temperature then gives -inf for the others, and never NaN.
-    weights_BV = torch.exp((logits_BV - logits_BV.amax(-1, keepdim=True)) / temperature)
+    shifted_BV = logits_BV - logits_BV.amax(-1, keepdim=True)
+    weights_BV = torch.exp(shifted_BV if temperature == 1 else shifted_BV / temperature)
     if top_k is None and top_p is None:
         return weights_BV
     n = weights_BV.shape[-1] if top_k is None else min(top_k, weights_BV.shape[-1])

@@ -135,6 +135,8 @@ class StaticSteps:
         self._captures, self._graph, self._warm = graph, None, 0
         self.graphed, self.reason = 0, None
         self.state = None
+        self._rows: list[Row] = []  # whose random numbers are drawn; without any they are 0
+        self._n_used = 0
         self._fed_B1 = torch.zeros(n_rows, 1, dtype=torch.int64, device=device)
         self._tokens_B = torch.zeros(n_rows, dtype=torch.int64, device=device)
         self._ended_B = torch.zeros(n_rows, dtype=torch.bool, device=device)
@@ -145,8 +147,8 @@ class StaticSteps:
     def run(self, rows: list[Row]) -> Iterator[list[int]]:
         """As `GrowingSteps.run`, of n_rows rows."""
         longest = max(len(row.ids) for row in rows)
+        self._rows, self._n_used = rows, 0
         for i in range(self._sampling.max_tokens):
-            self._refill(rows, i)
             if i == 0:
                 self._prefill(rows, longest)
             else:
@@ -167,6 +169,7 @@ class StaticSteps:
             self._make_room(longest + 1, longest)
             self.state.load(prompt_state)
         self._ended_B.zero_()
+        self._refill()
         self._accept(logits)
 
     def adopt(self, state, capacity: int) -> None:
@@ -189,17 +192,20 @@ class StaticSteps:
     def _forget_graph(self) -> None:
         self._graph, self._warm = None, 0
 
-    def _refill(self, rows: list[Row], i: int) -> None:
-        """The random numbers of the next steps, on the device."""
-        if self._sampling.temperature > 0 and i % _DRAWS == 0:
-            uniform = _uniform(rows, _DRAWS)
-            if self._uniform_BK.is_cuda:
-                uniform = uniform.pin_memory()
-            self._uniform_BK.copy_(uniform, non_blocking=True)
+    def _refill(self) -> None:
+        """Before each draw: when the random numbers on the device are used up, the next ones."""
+        if self._sampling.temperature > 0 and self._n_used % _DRAWS == 0:
+            if self._rows:
+                uniform = _uniform(self._rows, _DRAWS)
+                if self._uniform_BK.is_cuda:
+                    uniform = uniform.pin_memory()
+                self._uniform_BK.copy_(uniform, non_blocking=True)
             self._n_drawn.zero_()
+        self._n_used += 1
 
     def step(self) -> None:
         """Feed the last token of every row, and draw the next one."""
+        self._refill()
         if self._graph is not None:
             self._replay()
         elif not self._captures or self._warm < _WARM_UPS:

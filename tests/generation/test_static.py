@@ -72,6 +72,22 @@ def test_the_room_of_a_static_state_follows_its_tokens():
     assert short.state.capacity == 10 + 2
 
 
+def test_random_numbers_last_for_any_number_of_tokens(monkeypatch):
+    monkeypatch.setattr("fusedlm.generation.steps._DRAWS", 4)
+    predictor, sampling = (
+        Predictor(_model(CASES[0]), ByteTokenizer(), CPU, torch.float32),
+        Sampling(21, 1.0, None, None),
+    )
+    static = StaticSteps(predictor, sampling, 2, graph=False)
+    for prompts in (["a", "b"], ["c", "de"]):
+        found = _until_ended(static, _rows(prompts, 7))
+        assert found == _until_ended(GrowingSteps(predictor, sampling), _rows(prompts, 7))
+        assert max(map(len, found)) > 4
+    static.state.make_static(99)
+    for _ in range(9):  # beyond the last token
+        static.step()
+
+
 @pytest.mark.parametrize("sampling", [GREEDY, SAMPLED, Sampling(12, 1.0, None, 0.5)], ids=["greedy", "top_k", "top_p"])
 def test_a_step_needs_nothing_from_the_device(sampling, monkeypatch):
     monkeypatch.setattr("fusedlm.nn.embedding.check_ids", lambda *_: None)  # on the CPU alone
