@@ -2,9 +2,12 @@
 
 from benchmarks.cases import (
     differential_combine,
+    differential_linear,
     gated_delta_rule,
     gated_rmsnorm,
+    gated_scan,
     latent_decode,
+    linear_attention,
     linear_softcap_cross_entropy,
     relu2_mlp,
     rmsnorm_linear,
@@ -25,5 +28,8 @@ _MODULES = (
     short_conv,
     gated_rmsnorm,
     latent_decode,
+    linear_attention,
+    differential_linear,
+    gated_scan,
 )
 OPS: dict[str, Op] = {module.OP.name: module.OP for module in _MODULES}

@@ -147,8 +147,8 @@ def test_segments(n, with_state, resets, small_chunks, poisoned):
 
 @pytest.mark.parametrize("decay", [0.0, 1e-3, 20.0])
 def test_weak_and_strong_decay(decay, small_chunks, poisoned):
-    """Where nothing is left of earlier tokens, the gradients of the log decay and the weight are small against the terms
-    of which they are sums, and so exact to the rounding error of these only."""
+    """Where nothing is left of earlier tokens, the gradients of log decay and weight are small against what they
+    are sums of, and exact to the rounding error of that only."""
     _check(*_inputs((1, 40, 1, 16, 16, 16), decay=decay), small_floor=2e-3 if decay == 20 else None)
 
 
