@@ -11,8 +11,8 @@ MAX_DIM = 64  # of the kernels, whose programs hold the states of both streams
 def _supports(call: Call, *, head_dim: int, value_dim: int, rope_dim: int) -> str | None:
     if reason := needs_triton(call):
         return reason
-    if call.dtype == torch.float16:
-        return "needs bfloat16 or float32: states may exceed the range of float16"
+    if call.dtype != torch.bfloat16:
+        return f"needs bfloat16, not {str(call.dtype).removeprefix('torch.')}"  # float16: states may exceed its range
     for name, size in (("head_dim", head_dim), ("value_dim", value_dim), ("rope_dim", rope_dim)):
         if size > MAX_DIM:
             return f"needs a {name} of at most {MAX_DIM}, not {size}"
@@ -76,7 +76,7 @@ def differential_linear_attention(
 
     Returns:
         (B, T, H, V) in the dtype of v, and the state after the last token, float32 (float64 for float64 inputs). The
-        kernels multiply in the dtype of v (float32 as three TF32 products) and add in float32.
+        kernels multiply in bfloat16 and add in float32.
 
     Raises:
         ValueError: the shapes do not match, or the backend cannot run this call.
