@@ -1,4 +1,4 @@
-"""Kernels of differential linear attention: both streams in one program.
+"""Kernels of differential linear attention.
 
 Per head and stream i, with M_i = D * (phi(Q_i) phi(K_i)^T) and the symbols of ../linear_attention/kernels.py, and with
 the sums of features z_i (a column of the state) beside S_i:
@@ -6,9 +6,8 @@ the sums of features z_i (a column of the state) beside S_i:
     Z_i = M_i 1 + gamma * (phi(Q_i) z_i),  E_1 = 1 / Z_1,  E_2 = -lambda / Z_2,
     Y = (E_1 M_1 + E_2 M_2) V + gamma * (E_1 (phi(Q_1) S_1) + E_2 (phi(Q_2) S_2)),  O = norm(Y).
 
-The values are read once, and so is their product with dY, which both streams share. With P = dY V^T and the part of dY
-that changes no normalised sum removed, delta_i = dY . (stream i alone, normalised), a pair of tokens receives
-X_i = E_i D * (P - delta_i), and
+With P = dY V^T and the part of dY that changes no normalised sum removed, delta_i = dY . (stream i alone, normalised),
+a pair of tokens receives X_i = E_i D * (P - delta_i), and
 
     dV = sum_i (E_i M_i)^T dY + to_end * (phi(K_i) dS_i'),
     dphi(Q_i) = X_i phi(K_i) + gamma E_i * (dY S_i^T - delta_i z_i^T),
@@ -16,16 +15,20 @@ X_i = E_i D * (P - delta_i), and
     dS_i = e^{g_C} dS_i' + phi(Q_i)^T (gamma E_i dY),  dz_i = e^{g_C} dz_i' - phi(Q_i)^T (gamma E_i delta_i).
 
 What a token receives from all tokens up to itself, weighted by M_i, adds up to 0: a common factor of its weights does
-not change its output. So the gradient of the log decay needs only what each token sends to later ones.
+not change its output. So the gradient of the log decay needs only what each token sends to later ones, which is
+phi(K_i) . dphi(K_i).
 
-Features have a part with rotary embedding and one without, so that 16 + 64 of them are not padded to 128.
+Features have a part with rotary embedding and one without, so that 16 + 64 of them are not padded to 128. States are
+transposed, (V, R) and (V, D): tensor cores take 64 rows and any number of columns. Strides of tokens are constants of
+the compiled kernels: rows of a tile then share one address in registers.
 """
 
 import triton
 import triton.language as tl
 
-from fusedlm.ops.linear_attention.kernels import boundary_decays, chunk_decays, load_tile, pair_decays, store_tile
+from fusedlm.ops.linear_attention.kernels import boundary_decays, load_tile, pair_decays, store_tile
 
+LOG2_E = tl.constexpr(1.4426950408889634)
 PRECISION = tl.constexpr("tf32x3")  # of products of float32
 
 
@@ -63,58 +66,51 @@ def rotated(base, cos, sin, row, column, stride, n_rows, R: tl.constexpr, FULL: 
 
 
 @triton.jit
-def _key_features(
-    base, row, column, stride, n_rows, inside, scale, WIDTH: tl.constexpr, FULL: tl.constexpr, KEEP: tl.constexpr
-):
-    """phi(scale k) in float32; 0 for tokens that are not written and beyond WIDTH, where phi(0) is 1. KEEP: none."""
-    features = phi(load_tile(base, row, column, stride, n_rows, WIDTH, FULL), scale)
-    if not KEEP:
-        features = tl.where(inside[:, None] & (column < WIDTH)[None, :], features, 0.0)
-    return features
+def masked(features, inside, column, WIDTH: tl.constexpr, KEEP: tl.constexpr):
+    """0 for keys of tokens that are not written and beyond WIDTH, where phi(0) is 1. KEEP: there are none."""
+    if KEEP:
+        return features
+    return tl.where(inside[:, None] & (column < WIDTH)[None, :], features, 0.0)
 
 
 @triton.jit
-def column_sums(weight, x, C: tl.constexpr):
-    """Sums of the rows of x, each times its weight, by the tensor cores."""
-    first_row = (tl.arange(0, 16) == 0)[:, None]
-    weights = tl.where(first_row, tl.broadcast_to(weight[None, :], (16, C)), 0.0).to(x.dtype)
-    return tl.sum(tl.dot(weights, x, input_precision=PRECISION), 0)
-
-
-@triton.jit
-def _forward_stream(
-    y, q, k, k_rope, cos, sin, values, added, decay, from_start, to_end, through,
-    state, total, rope_state, rope_total, q_t, k_t, r_t, n_rows, inside, scale,
-    D: tl.constexpr, R: tl.constexpr, C: tl.constexpr, BD: tl.constexpr, BR: tl.constexpr,
-    FULL: tl.constexpr, KEEP: tl.constexpr,
+def decays_kernel(
+    log_decay, reset, decays, documents, n_tokens, n_chunks, H, a_b, a_t, a_h, reset_b,
+    C: tl.constexpr, BH: tl.constexpr, RESET: tl.constexpr,
 ):  # fmt: skip
-    """Adds a stream's normalised sum to y. Returns y, the inverse normaliser and the state after the chunk."""
-    token, dd, rr = tl.arange(0, C), tl.arange(0, BD), rope_columns(R, BR)
-    dtype = values.dtype
-    queries = phi(load_tile(q + R, token, dd, q_t, n_rows, D, FULL), scale)
-    keys = _key_features(k, token, dd, k_t, n_rows, inside, scale, D, FULL, KEEP)
-    z = tl.sum(queries * total[None, :], 1)
-    queries, keys = queries.to(dtype), keys.to(dtype)
-    total = total * through + column_sums(to_end, keys, C)
-    scores = tl.dot(queries, tl.trans(keys), input_precision=PRECISION)
-    if R > 0:
-        rope_queries = phi(rotated(q, cos, sin, token, rr, q_t, n_rows, R, FULL), scale)
-        rope_keys = _key_features(k_rope, token, rr, r_t, n_rows, inside, scale, R, FULL, KEEP)
-        z += tl.sum(rope_queries * rope_total[None, :], 1)
-        rope_queries, rope_keys = rope_queries.to(dtype), rope_keys.to(dtype)
-        rope_total = rope_total * through + column_sums(to_end, rope_keys, C)
-        scores = tl.dot(rope_queries, tl.trans(rope_keys), scores, input_precision=PRECISION)
-    weights = scores * decay
-    z = tl.sum(weights, 1) + from_start * z
-    factor = tl.where(z > 0.0, 1.0 / z, 0.0)
-    y = tl.dot((weights * factor[:, None]).to(dtype), values, y, input_precision=PRECISION)
-    before = tl.dot(queries, tl.trans(state.to(dtype)), input_precision=PRECISION)
-    if R > 0:
-        before = tl.dot(rope_queries, tl.trans(rope_state.to(dtype)), before, input_precision=PRECISION)
-        rope_state = tl.dot(tl.trans(added), rope_keys, rope_state * through, input_precision=PRECISION)
-    y += before * (from_start * factor)[:, None]
-    state = tl.dot(tl.trans(added), keys, state * through, input_precision=PRECISION)
-    return y, factor, state, total, rope_state, rope_total
+    """Running sums of the log decays of each chunk, in base 2: decays (B, H, n_chunks, C), tokens beyond the last decay
+    nothing; and, with RESET, of the documents begun in it: documents (B, n_chunks, C). Grid (B, n_chunks)."""
+    b, i = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    token, head = tl.arange(0, C), tl.arange(0, BH)
+    row = tl.cast(i, tl.int64) * C
+    inside = token < n_tokens - row
+    at = log_decay + b * a_b + (row + token)[:, None] * a_t + head[None, :] * a_h
+    log_a = tl.load(at, mask=inside[:, None] & (head < H)[None, :], other=0.0).to(tl.float32)
+    at = decays + ((b * H + head[None, :]) * n_chunks + i) * C + token[:, None]
+    tl.store(at, tl.cumsum(log_a * LOG2_E, 0), mask=(head < H)[None, :])
+    if RESET:
+        begun = tl.load(reset + b * reset_b + row + token, mask=inside, other=0).to(tl.int32)
+        tl.store(documents + (b * n_chunks + i) * C + token, tl.cumsum(begun, 0))
+
+
+@triton.jit
+def load_decays(decays, documents, C: tl.constexpr, RESET: tl.constexpr):
+    """What `chunk_decays` returns, from `decays_kernel`: loads, unlike sums, are cheap to repeat in each layout."""
+    token = tl.arange(0, C)
+    total, last = tl.load(decays + token), tl.load(decays + C - 1)
+    document, last_document = tl.zeros((C,), dtype=tl.int32), 0
+    if RESET:
+        document, last_document = tl.load(documents + token), tl.load(documents + C - 1)
+    return total, document, last, last_document
+
+
+@triton.jit
+def program_stream(H):
+    """Sequence, stream and head of a program of a grid (B * H * 2, ...), and its index in (B, 2, H): both streams of a
+    head follow each other, so that the second finds the values in the L2 cache."""
+    program = tl.program_id(0)
+    b, h, stream = (program // (2 * H)).to(tl.int64), program // 2 % H, program % 2
+    return b, h, stream, (b * 2 + stream) * H + h
 
 
 @triton.jit
@@ -143,143 +139,52 @@ def store_state(
 
 
 @triton.jit
-def _save_state(
-    states, totals, state, total, rope_state, rope_total, dd, rr, vv, D: tl.constexpr, R: tl.constexpr, V: tl.constexpr
-):
-    """A state (R + D, V) in the dtype of the inputs and its normalisers (R + D,) in float32."""
-    at = states + (R + dd)[None, :] * V + vv[:, None]
-    tl.store(at, state.to(states.dtype.element_ty), mask=(dd < D)[None, :] & (vv < V)[:, None])
+def save_state(states, totals, state, total, rope_state, rope_total, D: tl.constexpr, R: tl.constexpr, V: tl.constexpr,
+               BD: tl.constexpr, BR: tl.constexpr, BV: tl.constexpr):  # fmt: skip
+    """Stores a state as (V, R), then (V, D), in the dtype of the inputs, and its normalisers (R + D,) in float32."""
+    dd, vv, rr = tl.arange(0, BD), tl.arange(0, BV), rope_columns(R, BR)
+    store_tile(states + V * R, vv, dd, D, V, state, D, (BD == D) and (BV == V))
     tl.store(totals + R + dd, total, mask=dd < D)
     if R > 0:
-        at = states + rr[None, :] * V + vv[:, None]
-        tl.store(at, rope_state.to(states.dtype.element_ty), mask=(rr < R)[None, :] & (vv < V)[:, None])
+        store_tile(states, vv, rr, R, V, rope_state, R, (BR == R) and (BV == V))
         tl.store(totals + rr, rope_total, mask=rr < R)
 
 
 @triton.jit
-def forward_kernel(
-    q, k, k_rope, v, log_decay, cos, sin, weight, gamma, reset, written, start,
-    out, difference, noise, inverses, states, totals, final,
-    n_tokens, n_chunks, per_segment, H, scale, eps,
-    q_b, q_t, q_h, k_b, k_t, k_h, r_b, r_t, r_h, v_b, v_t, v_h, a_b, a_t, a_h, table_b, reset_b,
+def states_kernel(
+    k, k_rope, v, decays, documents, written, start, states, totals, final, ends, factors,
+    n_tokens, n_chunks, per_segment, H: tl.constexpr, scale,
+    k_b, k_t: tl.constexpr, k_h, r_b, r_t: tl.constexpr, r_h, v_b, v_t: tl.constexpr, v_h,
     D: tl.constexpr, R: tl.constexpr, V: tl.constexpr, C: tl.constexpr,
     BD: tl.constexpr, BR: tl.constexpr, BV: tl.constexpr,
-    RESET: tl.constexpr, WRITTEN: tl.constexpr, START: tl.constexpr, SAVE: tl.constexpr, FULL: tl.constexpr,
+    RESET: tl.constexpr, WRITTEN: tl.constexpr, START: tl.constexpr, ENDS: tl.constexpr, FULL: tl.constexpr,
     STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Grid (B * H, segments). q: (B, T, 2 H, R + D), k: (B, T, 2 H, D), stream by stream; k_rope: (B, T, 2, R),
-    rotated. start, final: (B * 2 * H, segments or 1, R + D, V + 1), float32, the normalisers in the last column.
+    """States that enter the chunks, states (B, 2, H, n_chunks, (R + D) V) and totals (B, 2, H, n_chunks, R + D), and
+    that after the last token, final. start, with START, and final: (B * 2 * H, segments or 1, R + D, V + 1) float32,
+    the sums of features in the last column. Grid (B * H * 2, segments).
 
-    With SAVE: difference (B, T, H, V), the outputs before the norm, and noise (B, T, H, V), the second stream; inverses
-    (B, 2, H, T) of the normalisers; states and totals (B, 2, H, n_chunks, R + D, V) and (B, 2, H, n_chunks, R + D),
-    those that enter the chunks.
+    ENDS: instead, what each segment but the last adds to the state that passes it, ends (B * 2 * H, segments, R + D,
+    V + 1), and the factor by which that decays, factors (B * 2 * H, segments). Grid (B * H * 2, segments - 1).
     """
     segment, n_segments = tl.program_id(1), tl.num_programs(1)
-    b, h = (tl.program_id(0) // H).to(tl.int64), tl.program_id(0) % H
-    token, dd, vv, rr = tl.arange(0, C), tl.arange(0, BD), tl.arange(0, BV), rope_columns(R, BR)
-    q += b * q_b + h * q_h
-    k += b * k_b + h * k_h
-    k_rope += b * r_b
-    v += b * v_b + h * v_h
-    log_decay += b * a_b + h * a_h
-    cos += b * table_b
-    sin += b * table_b
-    reset += b * reset_b
-    written += b * n_tokens
-    at_out = (b * n_tokens * H + h) * V
-    stream_1 = b * 2 * H + h  # of (B, 2, H)
-    stream_2 = stream_1 + H
-    K: tl.constexpr = R + D
-    KEEP: tl.constexpr = FULL and not WRITTEN
-    lam = tl.load(weight + h).to(tl.float32)
-    gain = tl.load(gamma + vv, mask=vv < V, other=0.0).to(tl.float32)
-
-    state_1, state_2 = tl.zeros((BV, BD), dtype=tl.float32), tl.zeros((BV, BD), dtype=tl.float32)
-    total_1, total_2 = tl.zeros((BD,), dtype=tl.float32), tl.zeros((BD,), dtype=tl.float32)
-    rope_state_1, rope_state_2 = tl.zeros((BV, BR), dtype=tl.float32), tl.zeros((BV, BR), dtype=tl.float32)
-    rope_total_1, rope_total_2 = tl.zeros((BR,), dtype=tl.float32), tl.zeros((BR,), dtype=tl.float32)
-    if START:
-        base = start + (stream_1 * n_segments + segment) * (K * (V + 1))
-        state_1, total_1, rope_state_1, rope_total_1 = load_state(base, dd, rr, vv, D, R, V)
-        base = start + (stream_2 * n_segments + segment) * (K * (V + 1))
-        state_2, total_2, rope_state_2, rope_total_2 = load_state(base, dd, rr, vv, D, R, V)
-    visible = token[:, None] >= token[None, :]
-    first = segment * per_segment
-    for i in tl.range(first, tl.minimum(first + per_segment, n_chunks), num_stages=STAGES):
-        row = tl.cast(i, tl.int64) * C
-        n_rows = n_tokens - i * C
-        inside = token < n_rows
-        values = load_tile(v + row * v_t, token, vv, v_t, n_rows, V, FULL)
-        dtype = values.dtype
-        total, document, last, last_document = chunk_decays(log_decay + row * a_t, reset + row, a_t, n_rows, C, RESET)
-        from_start, to_end, through = boundary_decays(total, document, last, last_document, RESET)
-        decay = pair_decays(total[:, None], total[None, :], document[:, None], document[None, :], visible, RESET)
-        keys_inside = inside
-        if WRITTEN:
-            keys_inside = inside & (tl.load(written + row + token, mask=inside, other=0) != 0)
-        added = (values * to_end[:, None]).to(dtype)
-        if SAVE:
-            at = stream_1 * n_chunks + i
-            _save_state(
-                states + at * K * V, totals + at * K, state_1, total_1, rope_state_1, rope_total_1,
-                dd, rr, vv, D, R, V,
-            )  # fmt: skip
-            at = stream_2 * n_chunks + i
-            _save_state(
-                states + at * K * V, totals + at * K, state_2, total_2, rope_state_2, rope_total_2,
-                dd, rr, vv, D, R, V,
-            )  # fmt: skip
-        angle = row * (R // 2)
-        zero = tl.zeros((C, BV), dtype=tl.float32)
-        second, inverse_2, state_2, total_2, rope_state_2, rope_total_2 = _forward_stream(
-            zero, q + row * q_t + H * q_h, k + row * k_t + H * k_h, k_rope + row * r_t + r_h, cos + angle, sin + angle,
-            values, added, decay, from_start, to_end, through, state_2, total_2, rope_state_2, rope_total_2,
-            q_t, k_t, r_t, n_rows, keys_inside, scale, D, R, C, BD, BR, FULL, KEEP,
-        )  # fmt: skip
-        at = at_out + row * H * V
-        if SAVE:
-            store_tile(noise + at, token, vv, H * V, n_rows, second, V, FULL)
-        y, inverse_1, state_1, total_1, rope_state_1, rope_total_1 = _forward_stream(
-            -lam * second, q + row * q_t, k + row * k_t, k_rope + row * r_t, cos + angle, sin + angle,
-            values, added, decay, from_start, to_end, through, state_1, total_1, rope_state_1, rope_total_1,
-            q_t, k_t, r_t, n_rows, keys_inside, scale, D, R, C, BD, BR, FULL, KEEP,
-        )  # fmt: skip
-        if SAVE:
-            store_tile(difference + at, token, vv, H * V, n_rows, y, V, FULL)
-            tl.store(inverses + stream_1 * n_tokens + row + token, inverse_1, mask=inside)
-            tl.store(inverses + stream_2 * n_tokens + row + token, inverse_2, mask=inside)
-        inverse = 1.0 / tl.sqrt(tl.sum(y * y, 1) / V + eps)
-        store_tile(out + at, token, vv, H * V, n_rows, y * inverse[:, None] * gain[None, :], V, FULL)
-    if segment == n_segments - 1:
-        base = final + stream_1 * (K * (V + 1))
-        store_state(base, state_1, total_1, rope_state_1, rope_total_1, dd, rr, vv, D, R, V)
-        base = final + stream_2 * (K * (V + 1))
-        store_state(base, state_2, total_2, rope_state_2, rope_total_2, dd, rr, vv, D, R, V)
-
-
-@triton.jit
-def ends_kernel(
-    k, k_rope, v, log_decay, reset, written, ends, factors, n_tokens, n_chunks, per_segment, H, scale,
-    k_b, k_t, k_h, r_b, r_t, r_h, v_b, v_t, v_h, a_b, a_t, a_h, reset_b,
-    D: tl.constexpr, R: tl.constexpr, V: tl.constexpr, C: tl.constexpr,
-    BD: tl.constexpr, BR: tl.constexpr, BV: tl.constexpr,
-    RESET: tl.constexpr, WRITTEN: tl.constexpr, FULL: tl.constexpr, STAGES: tl.constexpr,
-):  # fmt: skip
-    """What each segment but the last adds to the state of a stream that passes it, (B * 2 * H, segments, R + D, V + 1),
-    and the factor by which it decays, (B * 2 * H, segments). Grid (B * 2 * H, segments - 1)."""
-    segment, n_segments = tl.program_id(1), tl.num_programs(1) + 1
-    b, stream, h = (tl.program_id(0) // (2 * H)).to(tl.int64), tl.program_id(0) // H % 2, tl.program_id(0) % H
+    if ENDS:
+        n_segments += 1
+    b, h, stream, index = program_stream(H)
     token, dd, vv, rr = tl.arange(0, C), tl.arange(0, BD), tl.arange(0, BV), rope_columns(R, BR)
     k += b * k_b + (stream * H + h) * k_h
     k_rope += b * r_b + stream * r_h
     v += b * v_b + h * v_h
-    log_decay += b * a_b + h * a_h
-    reset += b * reset_b
+    decays += (b * H + h) * n_chunks * C
+    documents += b * n_chunks * C
     written += b * n_tokens
     K: tl.constexpr = R + D
     KEEP: tl.constexpr = FULL and not WRITTEN
     state, total = tl.zeros((BV, BD), dtype=tl.float32), tl.zeros((BD,), dtype=tl.float32)
     rope_state, rope_total = tl.zeros((BV, BR), dtype=tl.float32), tl.zeros((BR,), dtype=tl.float32)
+    if START:
+        base = start + (index * n_segments + segment) * (K * (V + 1))
+        state, total, rope_state, rope_total = load_state(base, dd, rr, vv, D, R, V)
     factor = 1.0
     first = segment * per_segment
     for i in tl.range(first, tl.minimum(first + per_segment, n_chunks), num_stages=STAGES):
@@ -288,23 +193,116 @@ def ends_kernel(
         inside = token < n_rows
         if WRITTEN:
             inside = inside & (tl.load(written + row + token, mask=inside, other=0) != 0)
+        keys = load_tile(k + row * k_t, token, dd, k_t, n_rows, D, FULL)
         values = load_tile(v + row * v_t, token, vv, v_t, n_rows, V, FULL)
-        decays, document, last, last_document = chunk_decays(log_decay + row * a_t, reset + row, a_t, n_rows, C, RESET)
-        from_start, to_end, through = boundary_decays(decays, document, last, last_document, RESET)
-        added = (values * to_end[:, None]).to(values.dtype)
-        keys = _key_features(k + row * k_t, token, dd, k_t, n_rows, inside, scale, D, FULL, KEEP)
-        keys = keys.to(values.dtype)
-        state = tl.dot(tl.trans(added), keys, state * through, input_precision=PRECISION)
-        total = total * through + column_sums(to_end, keys, C)
+        running, document, last, last_document = load_decays(decays + row, documents + row, C, RESET)
+        from_start, to_end, through = boundary_decays(running, document, last, last_document, RESET)
+        if not ENDS:
+            at = (index * n_chunks + i) * K
+            save_state(states + at * V, totals + at, state, total, rope_state, rope_total, D, R, V, BD, BR, BV)
+        features = masked(phi(keys, scale), inside, dd, D, KEEP) * to_end[:, None]
+        total = total * through + tl.sum(features, 0)
+        state = tl.dot(tl.trans(values), features.to(values.dtype), state * through, input_precision=PRECISION)
         if R > 0:
-            keys = _key_features(k_rope + row * r_t, token, rr, r_t, n_rows, inside, scale, R, FULL, KEEP)
-            keys = keys.to(values.dtype)
-            rope_state = tl.dot(tl.trans(added), keys, rope_state * through, input_precision=PRECISION)
-            rope_total = rope_total * through + column_sums(to_end, keys, C)
+            keys = load_tile(k_rope + row * r_t, token, rr, r_t, n_rows, R, FULL)
+            features = masked(phi(keys, scale), inside, rr, R, KEEP) * to_end[:, None]
+            rope_total = rope_total * through + tl.sum(features, 0)
+            features = features.to(values.dtype)
+            rope_state = tl.dot(tl.trans(values), features, rope_state * through, input_precision=PRECISION)
         factor *= through
-    at = tl.program_id(0).to(tl.int64) * n_segments + segment
-    store_state(ends + at * (K * (V + 1)), state, total, rope_state, rope_total, dd, rr, vv, D, R, V)
-    tl.store(factors + at, factor)
+    if ENDS:
+        at = index * n_segments + segment
+        store_state(ends + at * (K * (V + 1)), state, total, rope_state, rope_total, dd, rr, vv, D, R, V)
+        tl.store(factors + at, factor)
+    elif segment == n_segments - 1:
+        store_state(final + index * (K * (V + 1)), state, total, rope_state, rope_total, dd, rr, vv, D, R, V)
+
+
+@triton.jit
+def outputs_kernel(
+    q, k, k_rope, v, decays, documents, cos, sin, weight, gamma, written, states, totals,
+    out, difference, noise, inverses, n_tokens, n_chunks, H: tl.constexpr, scale, eps,
+    q_b, q_t: tl.constexpr, q_h, k_b, k_t: tl.constexpr, k_h, r_b, r_t: tl.constexpr, r_h,
+    v_b, v_t: tl.constexpr, v_h, table_b,
+    D: tl.constexpr, R: tl.constexpr, V: tl.constexpr, C: tl.constexpr,
+    BD: tl.constexpr, BR: tl.constexpr, BV: tl.constexpr,
+    RESET: tl.constexpr, WRITTEN: tl.constexpr, SAVE: tl.constexpr, FULL: tl.constexpr,
+):  # fmt: skip
+    """Outputs of one chunk of a head, out (B, T, H, V). Grid (B * n_chunks * H,). q: (B, T, 2 H, R + D), k: (B, T, 2 H,
+    D), stream by stream; k_rope: (B, T, 2, R), rotated.
+
+    With SAVE: difference (B, T, H, V), the outputs before the norm, and noise (B, T, H, V), the second stream; inverses
+    (B, 2, H, T) of the normalisers.
+    """
+    program = tl.program_id(0)
+    h, i, b = program % H, program // H % n_chunks, (program // H // n_chunks).to(tl.int64)
+    token, dd, vv, rr = tl.arange(0, C), tl.arange(0, BD), tl.arange(0, BV), rope_columns(R, BR)
+    K: tl.constexpr = R + D
+    KEEP: tl.constexpr = FULL and not WRITTEN
+    WIDE: tl.constexpr = (BD == D) and (BV == V)
+    WIDE_ROPE: tl.constexpr = (BR == R) and (BV == V)
+    row = tl.cast(i, tl.int64) * C
+    n_rows = n_tokens - i * C
+    inside = token < n_rows
+    q += b * q_b + row * q_t + h * q_h
+    k += b * k_b + row * k_t + h * k_h
+    k_rope += b * r_b + row * r_t
+    cos += b * table_b + row * (R // 2)
+    sin += b * table_b + row * (R // 2)
+    at_out = ((b * n_tokens + row) * H + h) * V
+    keys_inside = inside
+    if WRITTEN:
+        keys_inside = inside & (tl.load(written + b * n_tokens + row + token, mask=inside, other=0) != 0)
+    values = load_tile(v + b * v_b + row * v_t + h * v_h, token, vv, v_t, n_rows, V, FULL)
+    dtype = values.dtype
+    at = ((b * H + h) * n_chunks + i) * C
+    running, document, last, last_document = load_decays(decays + at, documents + (b * n_chunks + i) * C, C, RESET)
+    from_start, to_end, through = boundary_decays(running, document, last, last_document, RESET)
+    y = tl.zeros((C, BV), dtype=tl.float32)
+    for stream in tl.static_range(1, -1, -1):
+        index = (b * 2 + stream) * H + h
+        at = (index * n_chunks + i) * K
+        queries = load_tile(q + stream * H * q_h + R, token, dd, q_t, n_rows, D, FULL)
+        keys = load_tile(k + stream * H * k_h, token, dd, k_t, n_rows, D, FULL)
+        state = load_tile(states + at * V + V * R, vv, dd, D, V, D, WIDE)
+        total = tl.load(totals + at + R + dd, mask=dd < D, other=0.0)
+        features = phi(queries, scale)
+        z = tl.sum(features * total[None, :], 1)
+        features = features.to(dtype)
+        key_features = masked(phi(keys, scale), keys_inside, dd, D, KEEP).to(dtype)
+        scores = tl.dot(features, tl.trans(key_features), input_precision=PRECISION)
+        sums = tl.dot(features, tl.trans(state), input_precision=PRECISION)
+        if R > 0:
+            keys = load_tile(k_rope + stream * r_h, token, rr, r_t, n_rows, R, FULL)
+            rope_state = load_tile(states + at * V, vv, rr, R, V, R, WIDE_ROPE)
+            rope_total = tl.load(totals + at + rr, mask=rr < R, other=0.0)
+            features = phi(rotated(q + stream * H * q_h, cos, sin, token, rr, q_t, n_rows, R, FULL), scale)
+            z += tl.sum(features * rope_total[None, :], 1)
+            features = features.to(dtype)
+            key_features = masked(phi(keys, scale), keys_inside, rr, R, KEEP).to(dtype)
+            scores = tl.dot(features, tl.trans(key_features), scores, input_precision=PRECISION)
+            sums = tl.dot(features, tl.trans(rope_state), sums, input_precision=PRECISION)
+        scores *= pair_decays(
+            running[:, None], running[None, :], document[:, None], document[None, :], token[:, None] >= token[None, :],
+            RESET,
+        )  # fmt: skip
+        z = tl.sum(scores, 1) + from_start * z
+        inverse = tl.where(z > 0.0, 1.0 / z, 0.0)
+        sums = tl.dot(scores.to(dtype), values, sums * from_start[:, None], input_precision=PRECISION)
+        sums *= inverse[:, None]
+        if SAVE:
+            tl.store(inverses + index * n_tokens + row + token, inverse, mask=inside)
+        if stream == 1:
+            if SAVE:
+                store_tile(noise + at_out, token, vv, H * V, n_rows, sums, V, FULL)
+            y = sums * -tl.load(weight + h).to(tl.float32)
+        else:
+            y += sums
+    if SAVE:
+        store_tile(difference + at_out, token, vv, H * V, n_rows, y, V, FULL)
+    inverse = 1.0 / tl.sqrt(tl.sum(y * y, 1) / V + eps)
+    gain = tl.load(gamma + vv, mask=vv < V, other=0.0).to(tl.float32)
+    store_tile(out + at_out, token, vv, H * V, n_rows, y * inverse[:, None] * gain[None, :], V, FULL)
 
 
 @triton.jit
