@@ -5,7 +5,7 @@ import torch
 from fusedlm.ops.common import Backend, Call, Op, needs_triton, resolve
 from fusedlm.ops.differential_linear import reference
 
-MAX_DIM = 64  # of the kernels, whose programs hold the states of both streams
+MAX_DIM = 64  # of the kernels, whose programs hold a state in registers
 
 
 def _supports(call: Call, *, head_dim: int, value_dim: int, rope_dim: int) -> str | None:
