@@ -157,16 +157,6 @@ def _store_unrotated(
 
 
 @triton.jit
-def _load_tile_again(base, row, column, stride, n_rows, WIDTH: tl.constexpr, FULL: tl.constexpr):
-    """`load_tile`, from the cache. Another cache modifier, or the compiler keeps the first load in registers."""
-    at = base + row[:, None] * stride + column[None, :]
-    if FULL:
-        return tl.load(at, cache_modifier=".ca")
-    inside = (row < n_rows)[:, None] & (column < WIDTH)[None, :]
-    return tl.load(at, mask=inside, other=0.0, cache_modifier=".ca")
-
-
-@triton.jit
 def _slope(x, scale):
     """Derivative of phi(scale x) by x."""
     return x.to(tl.float32) * (scale * scale) + scale
@@ -224,9 +214,9 @@ def backward_kernel(
     gradient = load_tile(dy + at_head * V, token, vv, H * V, n_rows, V, FULL)
     values = load_tile(v + b * v_b + row * v_t + h * v_h, token, vv, v_t, n_rows, V, FULL)
     dtype = values.dtype
-    passing = tl.sum(state.to(tl.float32) * d_state.to(tl.float32), 1)
     query_features = phi(queries, scale).to(dtype)
     key_features = masked(phi(keys, scale), keys_inside, dd, D, KEEP).to(dtype)
+    passing = tl.sum(state.to(tl.float32) * d_state.to(tl.float32), 1)
     running, document, last, last_document = load_decays(decays, documents, C, RESET)
     from_start, to_end, through = boundary_decays(running, document, last, last_document, RESET)
     d_sent = tl.dot(d_state, tl.trans(key_features), input_precision=PRECISION)
@@ -265,14 +255,14 @@ def backward_kernel(
     passing_total = tl.sum(total * d_total, 0)
     d_queries = (d_queries - delta[:, None] * total[None, :]) * from_state[:, None]
     d_queries = tl.dot(d_scores, key_features, d_queries, input_precision=PRECISION)
-    queries = _load_tile_again(q + R, token, dd, q_t, n_rows, D, FULL)
+    queries = load_tile(q + R, token, dd, q_t, n_rows, D, FULL)  # again: registers are for what is summed
     d_queries *= _slope(queries, scale)
     store_tile(dq + at_token * K + R, token, dd, 2 * H * K, n_rows, d_queries, D, FULL)
 
     later = tl.trans(d_scores)
     d_keys = tl.dot(values, d_state, input_precision=PRECISION)
     d_keys = (d_keys + d_total[None, :]) * to_end[:, None]
-    keys = _load_tile_again(k, token, dd, k_t, n_rows, D, FULL)
+    keys = load_tile(k, token, dd, k_t, n_rows, D, FULL)
     slope = _slope(keys, scale)
     d_keys = tl.dot(later, query_features, d_keys, input_precision=PRECISION)
     d_features = d_keys
@@ -292,7 +282,7 @@ def backward_kernel(
         _store_unrotated(dq + at_token * K, d_queries, cos, sin, token, 2 * H * K, n_rows, R, BR, C)
         d_keys = tl.dot(values, rope_d_state, input_precision=PRECISION)
         d_keys = (d_keys + rope_d_total[None, :]) * to_end[:, None]
-        rope_keys = _load_tile_again(k_rope, token, rr, r_t, n_rows, R, FULL)
+        rope_keys = load_tile(k_rope, token, rr, r_t, n_rows, R, FULL)
         slope = _slope(rope_keys, scale)
         d_keys = tl.dot(later, rope_query_features, d_keys, input_precision=PRECISION)
         d_features = d_keys
