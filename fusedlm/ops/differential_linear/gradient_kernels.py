@@ -5,9 +5,11 @@ import triton.language as tl
 
 from fusedlm.ops.differential_linear.kernels import (
     PRECISION,
+    add_sums,
     load_decays,
     load_state,
     masked,
+    no_sums,
     phi,
     program_stream,
     rope_columns,
@@ -97,11 +99,11 @@ def state_gradients_kernel(
     inverses += index * n_tokens
     K: tl.constexpr = R + D
     sign = tl.where(stream == 0, 1.0, -tl.load(weight + h).to(tl.float32))
-    state, total = tl.zeros((BV, BD), dtype=tl.float32), tl.zeros((BD,), dtype=tl.float32)
-    rope_state, rope_total = tl.zeros((BV, BR), dtype=tl.float32), tl.zeros((BR,), dtype=tl.float32)
+    state, total = no_sums(BD, BV), tl.zeros((BD,), dtype=tl.float32)
+    rope_state, rope_total = no_sums(BR, BV), tl.zeros((BR,), dtype=tl.float32)
     if LEAVING:
         base = leaving + (index * n_segments + segment) * (K * (V + 1))
-        state, total, rope_state, rope_total = load_state(base, dd, rr, vv, D, R, V)
+        state, total, rope_state, rope_total = load_state(base, dd, rr, vv, D, R, V, BD, BR, BV)
     factor = 1.0
     first = segment * per_segment
     n_steps = tl.minimum(per_segment, n_chunks - first)
@@ -121,22 +123,22 @@ def state_gradients_kernel(
             save_state(states + at * V, totals + at, state, total, rope_state, rope_total, D, R, V, BD, BR, BV)
         queries *= received[:, None]
         total = total * through - tl.sum(queries * delta[:, None], 0)
-        queries = queries.to(gradient.dtype)
-        state = tl.dot(tl.trans(gradient), queries, state * through, input_precision=PRECISION)
+        state = add_sums(state * through, gradient, queries.to(gradient.dtype), BD, BV)
         if R > 0:
             angle = row * (R // 2)
             queries = phi(rotated(q + row * q_t, cos + angle, sin + angle, token, rr, q_t, n_rows, R, FULL), scale)
             queries *= received[:, None]
             rope_total = rope_total * through - tl.sum(queries * delta[:, None], 0)
-            queries = queries.to(gradient.dtype)
-            rope_state = tl.dot(tl.trans(gradient), queries, rope_state * through, input_precision=PRECISION)
+            rope_state = add_sums(rope_state * through, gradient, queries.to(gradient.dtype), BR, BV)
         factor *= through
     if ENDS:
         at = index * n_segments + segment
-        store_state(ends + at * (K * (V + 1)), state, total, rope_state, rope_total, dd, rr, vv, D, R, V)
+        store_state(ends + at * (K * (V + 1)), state, total, rope_state, rope_total, dd, rr, vv, D, R, V, BD, BR, BV)
         tl.store(factors + at, factor)
     elif START and segment == 0:
-        store_state(d_start + index * (K * (V + 1)), state, total, rope_state, rope_total, dd, rr, vv, D, R, V)
+        store_state(
+            d_start + index * (K * (V + 1)), state, total, rope_state, rope_total, dd, rr, vv, D, R, V, BD, BR, BV
+        )
 
 
 @triton.jit

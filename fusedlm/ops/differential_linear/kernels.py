@@ -18,8 +18,9 @@ What a token receives from all tokens up to itself, weighted by M_i, adds up to 
 not change its output. So the gradient of the log decay needs only what each token sends to later ones, which is
 phi(K_i) . dphi(K_i).
 
-Features have a part with rotary embedding and one without, so that 16 + 64 of them are not padded to 128. States are
-transposed, (V, R) and (V, D): tensor cores take 64 rows and any number of columns. Strides of tokens are constants of
+Features have a part with rotary embedding and one without, so that 16 + 64 of them are not padded to 128. Sums of a
+state are held transposed, (V, features), unless the features are fewer: for 64 rows and fewer than 64 columns, Triton
+3.6 makes products in a loop read a wrong address. Strides of tokens are constants of
 the compiled kernels: rows of a tile then share one address in registers.
 """
 
@@ -114,39 +115,85 @@ def program_stream(H):
 
 
 @triton.jit
-def load_state(base, dd, rr, vv, D: tl.constexpr, R: tl.constexpr, V: tl.constexpr):
-    """A state (R + D, V + 1) as tiles (V, D) and (V, R) of sums and vectors of normalisers."""
-    at = base + (R + dd)[None, :] * (V + 1) + vv[:, None]
-    state = tl.load(at, mask=(dd < D)[None, :] & (vv < V)[:, None], other=0.0)
+def state_tile(
+    feature, value, BF: tl.constexpr, BV: tl.constexpr, stride_f, stride_v, F: tl.constexpr, V: tl.constexpr
+):
+    """Offsets of a tile of sums as it is held, and which of them exist."""
+    if BF < BV:
+        at = feature[:, None] * stride_f + value[None, :] * stride_v
+        inside = (feature < F)[:, None] & (value < V)[None, :]
+    else:
+        at = feature[None, :] * stride_f + value[:, None] * stride_v
+        inside = (feature < F)[None, :] & (value < V)[:, None]
+    return at, inside
+
+
+@triton.jit
+def no_sums(BF: tl.constexpr, BV: tl.constexpr):
+    if BF < BV:
+        return tl.zeros((BF, BV), dtype=tl.float32)
+    else:
+        return tl.zeros((BV, BF), dtype=tl.float32)
+
+
+@triton.jit
+def add_sums(sums, values, features, BF: tl.constexpr, BV: tl.constexpr):
+    """sums + features^T values, of values (C, V) and features (C, F)."""
+    if BF < BV:
+        return tl.dot(tl.trans(features), values, sums, input_precision=PRECISION)
+    else:
+        return tl.dot(tl.trans(values), features, sums, input_precision=PRECISION)
+
+
+@triton.jit
+def load_state(
+    base, dd, rr, vv, D: tl.constexpr, R: tl.constexpr, V: tl.constexpr,
+    BD: tl.constexpr, BR: tl.constexpr, BV: tl.constexpr,
+):  # fmt: skip
+    """The sums of a state (R + D, V + 1) as tiles of D and of R features, and those of features."""
+    at, inside = state_tile(dd, vv, BD, BV, V + 1, 1, D, V)
+    state = tl.load(base + R * (V + 1) + at, mask=inside, other=0.0)
     total = tl.load(base + (R + dd) * (V + 1) + V, mask=dd < D, other=0.0)
-    at = base + rr[None, :] * (V + 1) + vv[:, None]
-    rope_state = tl.load(at, mask=(rr < R)[None, :] & (vv < V)[:, None], other=0.0)
+    at, inside = state_tile(rr, vv, BR, BV, V + 1, 1, R, V)
+    rope_state = tl.load(base + at, mask=inside, other=0.0)
     rope_total = tl.load(base + rr * (V + 1) + V, mask=rr < R, other=0.0)
     return state, total, rope_state, rope_total
 
 
 @triton.jit
 def store_state(
-    base, state, total, rope_state, rope_total, dd, rr, vv, D: tl.constexpr, R: tl.constexpr, V: tl.constexpr
-):
-    at = base + (R + dd)[None, :] * (V + 1) + vv[:, None]
-    tl.store(at, state, mask=(dd < D)[None, :] & (vv < V)[:, None])
+    base, state, total, rope_state, rope_total, dd, rr, vv, D: tl.constexpr, R: tl.constexpr, V: tl.constexpr,
+    BD: tl.constexpr, BR: tl.constexpr, BV: tl.constexpr,
+):  # fmt: skip
+    at, inside = state_tile(dd, vv, BD, BV, V + 1, 1, D, V)
+    tl.store(base + R * (V + 1) + at, state, mask=inside)
     tl.store(base + (R + dd) * (V + 1) + V, total, mask=dd < D)
     if R > 0:
-        at = base + rr[None, :] * (V + 1) + vv[:, None]
-        tl.store(at, rope_state, mask=(rr < R)[None, :] & (vv < V)[:, None])
+        at, inside = state_tile(rr, vv, BR, BV, V + 1, 1, R, V)
+        tl.store(base + at, rope_state, mask=inside)
         tl.store(base + rr * (V + 1) + V, rope_total, mask=rr < R)
 
 
 @triton.jit
-def save_state(states, totals, state, total, rope_state, rope_total, D: tl.constexpr, R: tl.constexpr, V: tl.constexpr,
-               BD: tl.constexpr, BR: tl.constexpr, BV: tl.constexpr):  # fmt: skip
-    """Stores a state as (V, R), then (V, D), in the dtype of the inputs, and its normalisers (R + D,) in float32."""
+def save_state(
+    states, totals, state, total, rope_state, rope_total, D: tl.constexpr, R: tl.constexpr, V: tl.constexpr,
+    BD: tl.constexpr, BR: tl.constexpr, BV: tl.constexpr,
+):  # fmt: skip
+    """Stores a state as (V, R), then (V, D), in the dtype of the inputs; float32 sums of features (R + D,)."""
     dd, vv, rr = tl.arange(0, BD), tl.arange(0, BV), rope_columns(R, BR)
-    store_tile(states + V * R, vv, dd, D, V, state, D, (BD == D) and (BV == V))
+    dtype = states.dtype.element_ty
+    at, inside = state_tile(dd, vv, BD, BV, 1, D, D, V)
+    if BD == D and BV == V:
+        tl.store(states + V * R + at, state.to(dtype))
+    else:
+        tl.store(states + V * R + at, state.to(dtype), mask=inside)
     tl.store(totals + R + dd, total, mask=dd < D)
     if R > 0:
-        store_tile(states, vv, rr, R, V, rope_state, R, (BR == R) and (BV == V))
+        at, inside = state_tile(rr, vv, BR, BV, 1, R, R, V)
+        if BR == R and BV == V:
+            tl.store(states + at, rope_state.to(dtype))
+        else:
+            tl.store(states + at, rope_state.to(dtype), mask=inside)
         tl.store(totals + rr, rope_total, mask=rr < R)
 
 
@@ -180,11 +227,11 @@ def states_kernel(
     written += b * n_tokens
     K: tl.constexpr = R + D
     KEEP: tl.constexpr = FULL and not WRITTEN
-    state, total = tl.zeros((BV, BD), dtype=tl.float32), tl.zeros((BD,), dtype=tl.float32)
-    rope_state, rope_total = tl.zeros((BV, BR), dtype=tl.float32), tl.zeros((BR,), dtype=tl.float32)
+    state, total = no_sums(BD, BV), tl.zeros((BD,), dtype=tl.float32)
+    rope_state, rope_total = no_sums(BR, BV), tl.zeros((BR,), dtype=tl.float32)
     if START:
         base = start + (index * n_segments + segment) * (K * (V + 1))
-        state, total, rope_state, rope_total = load_state(base, dd, rr, vv, D, R, V)
+        state, total, rope_state, rope_total = load_state(base, dd, rr, vv, D, R, V, BD, BR, BV)
     factor = 1.0
     first = segment * per_segment
     for i in tl.range(first, tl.minimum(first + per_segment, n_chunks), num_stages=STAGES):
@@ -202,20 +249,21 @@ def states_kernel(
             save_state(states + at * V, totals + at, state, total, rope_state, rope_total, D, R, V, BD, BR, BV)
         features = masked(phi(keys, scale), inside, dd, D, KEEP) * to_end[:, None]
         total = total * through + tl.sum(features, 0)
-        state = tl.dot(tl.trans(values), features.to(values.dtype), state * through, input_precision=PRECISION)
+        state = add_sums(state * through, values, features.to(values.dtype), BD, BV)
         if R > 0:
             keys = load_tile(k_rope + row * r_t, token, rr, r_t, n_rows, R, FULL)
             features = masked(phi(keys, scale), inside, rr, R, KEEP) * to_end[:, None]
             rope_total = rope_total * through + tl.sum(features, 0)
-            features = features.to(values.dtype)
-            rope_state = tl.dot(tl.trans(values), features, rope_state * through, input_precision=PRECISION)
+            rope_state = add_sums(rope_state * through, values, features.to(values.dtype), BR, BV)
         factor *= through
     if ENDS:
         at = index * n_segments + segment
-        store_state(ends + at * (K * (V + 1)), state, total, rope_state, rope_total, dd, rr, vv, D, R, V)
+        store_state(ends + at * (K * (V + 1)), state, total, rope_state, rope_total, dd, rr, vv, D, R, V, BD, BR, BV)
         tl.store(factors + at, factor)
     elif segment == n_segments - 1:
-        store_state(final + index * (K * (V + 1)), state, total, rope_state, rope_total, dd, rr, vv, D, R, V)
+        store_state(
+            final + index * (K * (V + 1)), state, total, rope_state, rope_total, dd, rr, vv, D, R, V, BD, BR, BV
+        )
 
 
 @triton.jit
