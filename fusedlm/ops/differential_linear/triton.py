@@ -24,7 +24,7 @@ from fusedlm.ops.linear_attention.kernels import combine_kernel
 
 _SEGMENT_CHUNKS = 8  # a segment has at least so many chunks
 _COMBINED_ELEMENTS = 256  # of a state, per program that adds up segments
-_NORM_ROWS, _NORM_TILES, _NORM_STAGES = 32, 16, 3  # of the norm's backward: tokens per tile, tiles per program
+_NORM_ROWS, _NORM_TILES, _NORM_STAGES = 64, 8, 3  # of the norm's backward: tokens per tile, tiles per program
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class Tilings:
 
 
 TILINGS = {
-    torch.bfloat16: Tilings(64, Tiling(4, 1, 4, 128), Tiling(4, 1, 2), Tiling(4, 1, 3, 168), Tiling(4, 1, 3, 168)),
+    torch.bfloat16: Tilings(64, Tiling(4, 1, 4, 128), Tiling(4, 1, 3, 168), Tiling(4, 1, 4, 128), Tiling(4, 1, 3, 168)),
     torch.float32: Tilings(32, Tiling(4, 1, 2), Tiling(4, 1, 2), Tiling(4, 1, 2), Tiling(8, 1, 1)),
 }
 
