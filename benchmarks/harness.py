@@ -179,7 +179,10 @@ def _runner(problem: Problem, contender) -> Callable[[], Tensors]:
         upstream = problem.upstream
         if len(out) > 1:
             upstream = upstream.split([part.shape[-1] for part in out], dim=-1)
-        return [*(part.detach() for part in out), *torch.autograd.grad(out, inputs, upstream)]
+        # A part of the work may use some leaves alone.
+        is_part = problem.part is not None and contender is problem.part[1]
+        gradients = torch.autograd.grad(out, inputs, upstream, allow_unused=is_part)
+        return [*(part.detach() for part in out), *gradients]
 
     return forward if problem.upstream is None else both
 

@@ -1,16 +1,18 @@
 """Time the ops against eager PyTorch, torch.compile and other libraries, in one run on one device.
 
-    python benchmarks/run.py [op ...] [--quick] [--device cuda] [--out FILE]
+    python benchmarks/run.py [op ...] [--contenders NAME ...] [--quick] [--device cuda] [--out FILE]
 
 Every contender is checked against float64 first. A kernel of ours that is less exact than twice eager PyTorch has no
 time; a peer's time is marked and shown with its error. The floor is the time of the fewest bytes at the bandwidth of a
 copy, or of the FLOPs at the rate of a large matrix product, whichever is longer; both rates are measured in the same
-run. --quick uses tiny shapes, to try the script where there is no GPU (TRITON_INTERPRET=1).
+run. --contenders: those alone, and eager PyTorch, whose error sets the bound. --quick uses tiny shapes, to try the
+script where there is no GPU (TRITON_INTERPRET=1).
 """
 
 import argparse
 import gc
 import json
+import shlex
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -29,6 +31,7 @@ from fusedlm.runs.hardware import environment  # noqa: E402
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("ops", nargs="*", metavar="op", help=f"{', '.join(OPS)}; default: all")
+    parser.add_argument("--contenders", nargs="+", metavar="name", help="such as fusedlm; default: all")
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
     parser.add_argument("--out", type=Path)
@@ -41,13 +44,18 @@ def main() -> None:
     ceilings = measure_ceilings(device, dtype, arguments.quick)
     rates = f"copy {ceilings.bytes_per_second / 1e9:,.0f} GB/s, matrix product "
     print(f"{rates}{ceilings.flops_per_second / 1e12:,.1f} TFLOP/s", flush=True)
-    command = ["python benchmarks/run.py", *arguments.ops, *(["--quick"] if arguments.quick else [])]
-    record = {"name": "ops", "command": " ".join(command), "environment": environment(device, dtype)}
+    command = ["python", "benchmarks/run.py", *arguments.ops]
+    if arguments.contenders:
+        command += ["--contenders", *arguments.contenders]
+    command += ["--quick"] * arguments.quick
+    record = {"name": "ops", "command": shlex.join(command), "environment": environment(device, dtype)}
     record |= {"ceilings": asdict(ceilings), "cases": []}
     for name in arguments.ops or OPS:
         op = OPS[name]
         for shape in op.quick_shapes if arguments.quick else op.shapes:
             for problem in op.problems(shape, device, dtype):
+                if arguments.contenders:
+                    problem.contenders = _chosen(problem.contenders, arguments.contenders)
                 record["cases"].append(_record(problem, ceilings, measure(problem, device, arguments.quick)))
                 print(_lines(record["cases"][-1]), flush=True)
             del problem
@@ -57,6 +65,12 @@ def main() -> None:
                 torch.cuda.empty_cache()
             if arguments.out:  # after every shape, so that a run that is stopped leaves a record
                 write_atomic(arguments.out, json.dumps(record, indent=1) + "\n")
+
+
+def _chosen(contenders: dict, names: list[str]) -> dict:
+    """The first, eager PyTorch, and those of the names."""
+    first, *others = contenders
+    return {name: contenders[name] for name in [first, *(name for name in others if name in names)]}
 
 
 def _record(problem: Problem, ceilings: Ceilings, measured: list[Measured]) -> dict:

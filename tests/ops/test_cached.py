@@ -136,6 +136,18 @@ def test_more_tokens_and_gradients_run_torch_attention(n_new, requires_grad, mon
             assert kernels.cached_attention(q, k, v, SCALE, None, None) == "operator"
 
 
+@pytest.mark.parametrize(
+    "batch, heads, groups, masked, runs_torch",
+    [(1, 4, 4, False, True), (1, 4, 4, True, False), (3, 4, 2, False, False), (32, 4, 2, False, True)],
+)
+def test_torch_runs_where_it_is_faster(batch, heads, groups, masked, runs_torch, monkeypatch):
+    q, k, v, starts = _qkv(batch=batch, heads=heads, groups=groups, lengths=[40] * batch if masked else None)
+    monkeypatch.setattr(kernels, "_cached_attention", lambda *given: "operator")
+    monkeypatch.setattr(kernels.sdpa, "cached", lambda *given: "torch")
+    found = kernels.cached_attention(q, k, v, SCALE, None, starts)
+    assert found == ("torch" if runs_torch else "operator")
+
+
 @pytest.mark.parametrize("size", [{"batch": 0}, {"heads": 0, "groups": 1}])
 def test_empty(size):
     q, k, v, _ = _qkv(**size)
@@ -165,6 +177,8 @@ def test_full_graph():
 
 
 def test_bad_input():
+    with pytest.raises(ValueError, match="stages=1 with TMA; it needs at least 2"):
+        Config(64, stages=1, warps=4, per_processor=1)
     q, k, v, _ = _qkv()
     for given in ((q[0], k, v), (q, k[:2], v), (q, k[..., :4], v), (q, k, v[:, :30]), (q[:, :, :3], k, v)):
         with pytest.raises(ValueError, match=r"q \(.*\), k \(.*\) and v \(.*\) must be \(B, T, H, D\)"):

@@ -197,14 +197,18 @@ def test_empty_tensors(shape):
         assert a.shape == e.shape and not a.any()
 
 
-def test_saved_for_backward():
-    """Beside the inputs G, beta, the inverses and the states that enter the chunks."""
-    tensors, _ = _inputs(SHAPES[0])
+@pytest.mark.parametrize("width", [16, 80])
+def test_saved_for_backward(width):
+    """q and k; G, beta, W, and the inverses and states of chunks, with the scores of wide keys. Not v."""
+    tensors, _ = _inputs((2, 70, 1, 2, width, 16))
     saved = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(tuple(x.shape)) or x, lambda x: x):
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x) or x, lambda x: x):
         kernels.gated_delta_rule(*(x.requires_grad_() for x in tensors), None, 64)
-    of_inputs = [tuple(x.shape) for x in tensors[:3]]
-    assert sorted(saved) == sorted([*of_inputs, (2, 2, 128), (2, 2, 128), (2, 2, 2, 64, 64), (2, 2, 2, 16, 16)])
+    assert all(x.data_ptr() != tensors[2].data_ptr() for x in saved)
+    squares = [(2, 2, 2, 64, 64)] * (2 if width > 64 else 1)
+    of_inputs = [tuple(x.shape) for x in tensors[:3]]  # W is like v
+    expected = [*of_inputs, (2, 2, 128), (2, 2, 128), *squares, (2, 2, 2, 16, width)]
+    assert sorted(tuple(x.shape) for x in saved if x.numel()) == sorted(expected)
 
 
 def test_operators_pass_opcheck():
@@ -213,9 +217,9 @@ def test_operators_pass_opcheck():
     torch.library.opcheck(torch.ops.fusedlm.gated_delta_rule.default, (*leaves, None))
     detached = [x.detach() for x in tensors]
     torch.library.opcheck(torch.ops.fusedlm.gated_delta_rule_inference.default, (*detached, None))
-    q, k, v, *_ = detached
+    q, k, *_ = detached
     saved = torch.ops.fusedlm.gated_delta_rule(*detached, None)[2:]
-    arguments = (d_out, d_end, q, k, v, *saved, None)
+    arguments = (d_out, d_end, q, k, *saved, None)
     torch.library.opcheck(torch.ops.fusedlm.gated_delta_rule_backward.default, arguments)
 
 
@@ -252,7 +256,7 @@ def test_resets_are_bool():
 
 
 GPU_SHAPES = [
-    (1, 1, 1, 1, 64, 64), (2, 63, 2, 2, 32, 32), (1, 64, 2, 2, 96, 48), (2, 65, 1, 2, 64, 64), (1, 300, 1, 1, 256, 256),
+    (8, 1, 2, 4, 64, 64), (2, 63, 2, 2, 32, 32), (1, 64, 2, 2, 96, 48), (2, 65, 1, 2, 64, 64), (1, 300, 1, 1, 256, 256),
     (1, 1000, 2, 4, 128, 128), (1, 4097, 1, 2, 64, 128), (1, 4097, 1, 1, 128, 64), (1, 70_000, 1, 1, 64, 64),
 ]  # fmt: skip
 
@@ -261,12 +265,12 @@ GPU_SHAPES = [
 @pytest.mark.parametrize("decay", [0.01, 1.0, 20.0])
 @pytest.mark.parametrize("shape", GPU_SHAPES, ids=str)
 def test_bfloat16(shape, decay):
-    """Products have bfloat16 operands, each rounded by up to 2^-9, where the reference computes in float32. A single
-    token has too few terms for their errors to average."""
+    """Products have bfloat16 operands, each rounded by up to 2^-9, where the reference computes in float32. Eight rows
+    of a single token: the gradient of one beta is a sum whose terms may cancel."""
     torch.full((2**28,), float("nan"), device=DEVICE)  # what is allocated next
     tensors, upstream = _inputs(shape, decay=decay, dtype=torch.bfloat16)
     reset = torch.rand(1, shape[1], device=DEVICE, generator=torch.Generator(DEVICE).manual_seed(0)) < 0.01
-    _check(tensors, upstream, reset, floor=8e-3 if shape[1] > 1 else 3e-2)
+    _check(tensors, upstream, reset, floor=8e-3)
 
 
 @pytest.mark.gpu

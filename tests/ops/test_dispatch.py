@@ -348,11 +348,14 @@ def test_auto_on_a_gpu_is_the_kernel():
                     call(lambda *tensors, name=name, **rest: getattr(fusedlm.ops, name)(*map(_half, tensors), **rest))
     tuned = torch.cuda.get_device_capability()[0] in (9, 10)
     assert {op: backend for op, backend, _ in found} == {
+        "cached_attention": "triton",
         "decayed_linear_attention": "triton",
         "differential_combine": "triton",
         "differential_linear_attention": "triton",
+        "gated_delta_rule": "triton",
         "gated_rmsnorm": "triton",
         "gated_scan": "triton",
+        "latent_decode": "triton",
         "linear_softcap_cross_entropy": "chunked",
         "relu2_mlp": "triton" if tuned else "reference",
         "rmsnorm_linear": "packed",

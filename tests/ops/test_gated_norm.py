@@ -93,7 +93,6 @@ def test_kernel_on_empty_tensors(shape, grouped, skip, gate_first):
 def test_programs_with_several_tiles(groups, n_programs, grouped, skip, poisoned, monkeypatch):
     """Four rows per tile; 2 programs are fewer than some numbers of groups need."""
     monkeypatch.setattr(kernels, "_PROGRAMS", n_programs)
-    monkeypatch.setattr(kernels, "_FORWARD_PROGRAMS", n_programs)
     monkeypatch.setattr(kernels, "_TILE", 32)
     tensors, upstream = _inputs((1, 11, groups, 8), grouped, skip, per_head=4)
     _check(kernels.gated_rmsnorm, tensors, upstream, True, 2e-6)

@@ -21,8 +21,9 @@ PARTS = {  # widths, and width and scales of heads that are normalised
 @pytest.fixture
 def small(monkeypatch):
     """Several strips, spans and walkers at small sizes."""
-    for name, value in {"_STRIP": 16, "_SPAN": 4, "_ROWS": 2}.items():
-        monkeypatch.setattr(kernels, name, value)
+    monkeypatch.setattr(kernels, "_STRIP", 16)
+    for name in ("_FORWARD", "_BACKWARD"):
+        monkeypatch.setattr(kernels, name, getattr(kernels, name)._replace(span=4, rows=2))
 
 
 def _inputs(batch, n_tokens, size, parts, with_tail, packed, dtype=torch.float32):

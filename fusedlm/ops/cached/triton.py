@@ -12,15 +12,18 @@ from fusedlm.ops.common.device import supports_pdl
 from fusedlm.ops.common.split_keys import Config, Workspace, can_use_tma, combine, n_programs, row_strides, strides
 
 _MOST_NEW = 8  # tokens per row
+_MANY_ROWS = 64  # of the batch, times key heads
 _ACCUMULATOR = {2: 16384, 4: 8192}  # elements of a program's accumulator at most, by bytes of an element of q
 
 
 def config_of(block_e: int, rows: int, dtype: torch.dtype) -> Config:
-    """By the width of the values (a power of two) and the queries of a program."""
+    """By the width of the values (a power of two) and the queries of a program; measured on an H100."""
     if dtype == torch.float32:
         return Config(32, 1, 4, 2, tma=False)
     if block_e <= 64 and rows <= 32:
         return Config(128, 3, 4, 2)
+    if block_e == 128 and rows <= 32:
+        return Config(128, 3, 8, 1)
     return Config(64, 3, 4 if rows <= 32 else 8, 1 if block_e > 128 else 2)
 
 
@@ -85,5 +88,14 @@ def _descriptor(x: torch.Tensor, block: int, columns: int) -> TensorDescriptor:
 
 def cached_attention(q, k, v, scale: float, visible, starts) -> torch.Tensor:
     differentiable = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
-    run_of = sdpa.cached if differentiable or q.shape[1] > _MOST_NEW else _cached_attention
+    needs_torch = differentiable or q.shape[1] > _MOST_NEW
+    run_of = sdpa.cached if needs_torch or _prefers_torch(q, k, visible, starts) else _cached_attention
     return run_of(q, k, v, scale, visible, starts)
+
+
+def _prefers_torch(q, k, visible, starts) -> bool:
+    """Where nothing is masked, torch's kernels are up to 14% faster on an H100 if each query head has its own keys or
+    rows alone fill half the multiprocessors. Otherwise they are up to 14 times slower."""
+    (batch, n_new, n_heads, _), groups = q.shape, k.shape[2]
+    has_mask = visible is not None or starts is not None or n_new > 1
+    return not has_mask and (n_heads == groups or batch * groups >= _MANY_ROWS)

@@ -25,10 +25,9 @@ class Config:
     """Of a kernel that attends.
 
     block: keys of a step.
+    stages: of the software pipeline. A single one with TMA accessed illegal memory (Triton 3.6 on an H100).
     per_processor: programs that run at a time on one multiprocessor.
     tma: load keys by the tensor memory accelerator (TMA), where they are aligned and the device has one.
-    registers: with TMA, let tiles reach the tensor cores through registers. They then need one buffer less, since the
-        tensor cores read no shared memory that the next load may overwrite.
     """
 
     block: int
@@ -36,7 +35,10 @@ class Config:
     warps: int
     per_processor: int
     tma: bool = True
-    registers: bool = False
+
+    def __post_init__(self):
+        if self.tma and self.stages < 2:
+            raise ValueError(f"stages={self.stages} with TMA; it needs at least 2")
 
 
 def n_programs(n_rows: int, n_keys: int, row_blocks: int, config: Config, device: torch.device) -> int:

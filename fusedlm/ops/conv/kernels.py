@@ -50,7 +50,7 @@ def _input(row, tail_end, t, n, inside, SIZE: tl.constexpr, N: tl.constexpr, HAS
     """Token t of each walker, of n. row: where it is in x; from the tail where t < 0, which ends before tail_end."""
     now = tl.load(row, mask=_is_token(t, n) & inside, other=0.0)
     if HAS_TAIL:
-        before = tl.load(tail_end + t * N, mask=(t < 0) & (n > 0) & inside, other=0.0)
+        before = tl.load(tail_end + t * N, mask=(t < 0) & (t > -SIZE) & (n > 0) & inside, other=0.0)
         now = tl.where(t < 0, before, now)
     return now
 
@@ -59,7 +59,7 @@ def _input(row, tail_end, t, n, inside, SIZE: tl.constexpr, N: tl.constexpr, HAS
 def _position(at, t, n, PACKED: tl.constexpr):
     """In its document, of token t of each walker."""
     if PACKED:
-        return tl.load(at, mask=t < n, other=0)
+        return tl.load(at, mask=_is_token(t, n), other=0)
     else:
         return 0
 
@@ -205,6 +205,7 @@ def _backward_strip(
     SIZE: tl.constexpr, N: tl.constexpr, X_T: tl.constexpr, SILU: tl.constexpr, NORM: tl.constexpr, EPS: tl.constexpr,
     PARTS: tl.constexpr, WIDTH: tl.constexpr, HAS_TAIL: tl.constexpr, PACKED: tl.constexpr, WALKERS: tl.constexpr,
     HEADS: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
+    PREFETCH: tl.constexpr,
 ):  # fmt: skip
     b, start, n = _spans(block, batch, n_tokens, n_spans, span, WALKERS)
     dy, pitch, scale, channel, first, inside = _part_of(strip, upstreams, PARTS, WIDTH, HEADS, BLOCK)
@@ -235,21 +236,38 @@ def _backward_strip(
         upstream = tl.load(up + ahead * pitch, mask=(t < n) & inside, other=0.0)
         position = _position(position_at + ahead, t, n, PACKED)
         _, _, inputs, owed = _step(now, upstream, position, scale, taps, inputs, owed, SIZE, SILU, NORM, EPS, PACKED)
+    ahead = ()
+    ups_ahead = ()
+    places_ahead = ()
+    if PREFETCH:
+        for u in tl.static_range(ROWS):
+            t = last - u
+            ahead = ahead + (_input(row - u * X_T, tail_end, t - (SIZE - 1), n, inside, SIZE, N, HAS_TAIL),)
+            ups_ahead = ups_ahead + (tl.load(up, mask=(t < n) & inside, other=0.0),)
+            places_ahead = places_ahead + (_position(position_at - u, t, n, PACKED),)
+            up -= pitch
+        row -= ROWS * X_T
+    AHEAD: tl.constexpr = ROWS if PREFETCH else 0
     for i in range(0, span, ROWS):
         rows = ()
         ups = ()
         places = ()
         for u in tl.static_range(ROWS):
-            t = last - i - u
+            t = last - i - AHEAD - u
             rows = rows + (_input(row - u * X_T, tail_end, t - (SIZE - 1), n, inside, SIZE, N, HAS_TAIL),)
-            ups = ups + (tl.load(up, mask=(t < n) & inside, other=0.0),)
-            places = places + (_position(position_at - i - u, t, n, PACKED),)
+            ups = ups + (tl.load(up, mask=_is_token(t, n) & inside, other=0.0),)
+            places = places + (_position(position_at - i - AHEAD - u, t, n, PACKED),)
             up -= pitch
         row -= ROWS * X_T
+        if PREFETCH:
+            current, current_ups, current_places = ahead, ups_ahead, places_ahead
+            ahead, ups_ahead, places_ahead = rows, ups, places
+        else:
+            current, current_ups, current_places = rows, ups, places
         for u in tl.static_range(ROWS):
             t = last - i - u
             d_now, d_taps, inputs, owed = _step(
-                rows[u], ups[u], places[u], scale, taps, inputs, owed, SIZE, SILU, NORM, EPS, PACKED
+                current[u], current_ups[u], current_places[u], scale, taps, inputs, owed, SIZE, SILU, NORM, EPS, PACKED
             )
             totals = ()
             for back in tl.static_range(SIZE):
@@ -271,10 +289,11 @@ def backward_kernel(
     SIZE: tl.constexpr, N: tl.constexpr, X_T: tl.constexpr, SILU: tl.constexpr, EPS: tl.constexpr,
     PARTS: tl.constexpr, N_STRIPS: tl.constexpr, NORM_STRIPS: tl.constexpr, HEAD_DIM: tl.constexpr,
     ALIGN: tl.constexpr, HAS_TAIL: tl.constexpr, PACKED: tl.constexpr, WALKERS: tl.constexpr, HEADS: tl.constexpr,
-    BLOCK: tl.constexpr, ROWS: tl.constexpr, PDL: tl.constexpr,
+    BLOCK: tl.constexpr, ROWS: tl.constexpr, PREFETCH: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """d_weight: a row of partial sums (SIZE, N) per block of walkers. PDL: the reduction may start
-    before this ends. The rest as in the forward kernel."""
+    """d_weight: a row of partial sums (SIZE, N) per block of walkers. PREFETCH: the next tokens are loaded before these
+    are computed, some past the span too. PDL: the reduction may start before this ends. The rest as in the forward
+    kernel."""
     if PDL:
         gdc_launch_dependents()
     x_b = x_b.to(tl.int64) * ALIGN
@@ -283,11 +302,11 @@ def backward_kernel(
         _backward_strip(
             x, weight, tail, positions, upstreams, dx, d_tail, d_weight, batch, n_tokens, n_spans, span, x_b,
             positions_b, strip, block, SIZE, N, X_T, SILU, True, EPS, PARTS, HEAD_DIM, HAS_TAIL, PACKED,
-            WALKERS, HEADS, BLOCK, ROWS,
+            WALKERS, HEADS, BLOCK, ROWS, PREFETCH,
         )  # fmt: skip
     else:
         _backward_strip(
             x, weight, tail, positions, upstreams, dx, d_tail, d_weight, batch, n_tokens, n_spans, span, x_b,
             positions_b, strip, block, SIZE, N, X_T, SILU, False, EPS, PARTS, BLOCK, HAS_TAIL, PACKED,
-            WALKERS, HEADS, BLOCK, ROWS,
+            WALKERS, HEADS, BLOCK, ROWS, PREFETCH,
         )  # fmt: skip

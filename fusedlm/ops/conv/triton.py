@@ -6,6 +6,7 @@ keeps partial sums of the weight's gradient; a second kernel reduces them in a f
 """
 
 import math
+from typing import NamedTuple
 
 import torch
 import triton
@@ -17,9 +18,21 @@ from fusedlm.ops.conv.reference import EPS, next_tail
 
 _STRIP = 128  # channels per program, more for wider heads
 _WALKERS = 4  # per program, one warp each
-_SPAN = 64  # tokens per walker, fewer where that leaves multiprocessors without work
-_ROWS = 4  # tokens loaded at a time
 _WALKERS_PER_SM = 16  # at which a multiprocessor is busy
+
+
+class _Schedule(NamedTuple):
+    """How a walker goes through its tokens."""
+
+    span: int  # tokens per walker, fewer where that leaves multiprocessors without work
+    rows: int  # tokens loaded at a time
+    prefetch: bool = False  # whether the next ones are loaded before these are computed
+    registers: int | None = None  # of a thread at most; with fewer, more walkers run at a time
+
+
+_FORWARD = _Schedule(span=64, rows=8)
+_BACKWARD = _Schedule(span=128, rows=4, prefetch=True, registers=128)
+_BACKWARD_OF_DOCUMENTS = _Schedule(span=128, rows=2)  # a tail or boundaries take registers that tokens ahead need
 
 
 def _dense_channels(x: torch.Tensor) -> torch.Tensor:
@@ -62,15 +75,17 @@ def _launch(x, weight, tail, positions, silu: bool, parts, head_dim: int, scales
     }
 
 
-def _walkers(x: torch.Tensor, n_strips: int) -> tuple[int, list[int], dict]:
+def _walkers(x: torch.Tensor, n_strips: int, schedule: _Schedule) -> tuple[int, list[int], dict]:
     """The number of blocks of walkers, the arguments that say what each walker does, and the constants."""
     batch, n_tokens, _ = x.shape
     busy = n_multiprocessors(x.device) * _WALKERS_PER_SM
     span = triton.next_power_of_2(triton.cdiv(batch * n_tokens * n_strips, busy))
-    span = min(_SPAN, span, triton.next_power_of_2(n_tokens))
+    span = min(schedule.span, span, triton.next_power_of_2(n_tokens))
     n_spans = triton.cdiv(n_tokens, span)
     walkers = min(_WALKERS, triton.next_power_of_2(batch * n_spans))
-    constants = {"WALKERS": walkers, "ROWS": min(_ROWS, span), "num_warps": walkers}
+    constants = {"WALKERS": walkers, "ROWS": min(schedule.rows, span), "num_warps": walkers}
+    if schedule.registers is not None:
+        constants["maxnreg"] = schedule.registers
     return triton.cdiv(batch * n_spans, walkers), [batch, n_tokens, n_spans, span], constants
 
 
@@ -91,7 +106,7 @@ def _run_forward(x, weight, tail, positions, lengths, carry: bool, silu, widths,
         after = torch.empty(len(x), len(weight) - 1, x.shape[2], dtype=x.dtype, device=x.device)
     if x.numel():
         launch = _launch(x, weight, tail, positions, silu, parts, *norm)
-        n_blocks, work, constants = _walkers(x, launch["N_STRIPS"])
+        n_blocks, work, constants = _walkers(x, launch["N_STRIPS"], _FORWARD)
         forward_kernel[(launch["N_STRIPS"] * n_blocks,)](
             x, weight, x if tail is None else tail, x if positions is None else positions,
             x if lengths is None else lengths, tuple(parts), x if after is None else after,
@@ -167,12 +182,13 @@ def _backward(
     if not x.numel():
         return dx, weight.new_zeros(weight.shape), d_tail.zero_()
     launch = _launch(x, weight, tail, positions, silu, upstreams, head_dim, scales, n_normed)
-    n_blocks, work, constants = _walkers(x, launch["N_STRIPS"])
+    schedule = _BACKWARD if tail is None and positions is None else _BACKWARD_OF_DOCUMENTS
+    n_blocks, work, constants = _walkers(x, launch["N_STRIPS"], schedule)
     d_weight = torch.empty(n_blocks, weight.numel(), dtype=torch.float32, device=x.device)
     backward_kernel[(launch["N_STRIPS"] * n_blocks,)](
         x, weight, x if tail is None else tail, x if positions is None else positions, tuple(upstreams), dx,
-        d_tail, d_weight, *work, *_strides(x, launch["ALIGN"], positions), PDL=supports_pdl(x.device),
-        **launch, **constants,
+        d_tail, d_weight, *work, *_strides(x, launch["ALIGN"], positions), PREFETCH=schedule.prefetch,
+        PDL=supports_pdl(x.device), **launch, **constants,
     )  # fmt: skip
     return dx, column_sums(d_weight, weight.dtype).view(weight.shape), d_tail
 

@@ -21,8 +21,8 @@ from fusedlm.ops.delta_rule.chunks import (
 
 @triton.jit
 def backward_state_kernel(
-    q, k, g, beta, inverse, reset, d_out, d_end, d_states, d_written_out, d_start, n_tokens, n_chunks, n_segments,
-    per_segment, q_b, q_t, q_h, k_b, k_t, k_h, reset_b, d_out_b, d_out_t, d_out_h,
+    q, k, g, beta, inverse, scores, reset, d_out, d_end, d_states, d_written_out, d_start, n_tokens, n_chunks,
+    n_segments, per_segment, q_b, q_t, q_h, k_b, k_t, k_h, reset_b, d_out_b, d_out_t, d_out_h,
     H: tl.constexpr, GROUP: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
     PREPARE: tl.constexpr, END: tl.constexpr, RESETS: tl.constexpr, PRECISION: tl.constexpr, C: tl.constexpr,
     STAGES: tl.constexpr,
@@ -53,6 +53,7 @@ def backward_state_kernel(
     g += at_chunk * C
     beta += at_chunk * C
     inverse += at_chunk * C * C
+    scores += at_chunk * C * C
     d_states += at_chunk * K * V
     reset += b * reset_b + first
     is_last = part == n_segments - 1
@@ -70,12 +71,13 @@ def backward_state_kernel(
         keys = load_tokens(k, key, k_t, n_inside, K, BH, C)
         d_read = load_columns(d_out, value, d_out_t, n_inside, V, BV, PREPARE, C)
         t_matrix = load_square(inverse, C)
-        scores = tl.dot(queries, tl.trans(keys), input_precision=PRECISION)
         if SPLIT:
+            weights = load_square(scores, C)
             queries_2 = load_tokens(q, BH + key, q_t, n_inside, K, BH, C)
             keys_2 = load_tokens(k, BH + key, k_t, n_inside, K, BH, C)
-            scores = tl.dot(queries_2, tl.trans(keys_2), scores, input_precision=PRECISION)
-        scores *= pair_decays(g_t, g_t, segment, segment, i[:, None] >= i[None, :], RESETS)
+        else:
+            weights = tl.dot(queries, tl.trans(keys), input_precision=PRECISION)
+            weights *= pair_decays(g_t, g_t, segment, segment, i[:, None] >= i[None, :], RESETS)
         leaving = d_state.to(keys.dtype)
         d_updates = tl.dot(leaving, tl.trans(keys), input_precision=PRECISION)
         if not PREPARE:
@@ -86,7 +88,7 @@ def backward_state_kernel(
             if not PREPARE:
                 store_state(d_states, leaving, value, BH + key, K, 1, V, BV, K, BH)
         d_updates *= delta[None, :]
-        d_updates = tl.dot(d_read, scores.to(keys.dtype), d_updates, input_precision=PRECISION)
+        d_updates = tl.dot(d_read, weights.to(keys.dtype), d_updates, input_precision=PRECISION)
         d_written = tl.dot(d_updates.to(keys.dtype), t_matrix, input_precision=PRECISION)
         if not PREPARE:
             store_columns(d_written_out, d_written, value, H * V, n_inside, V, BV, C)
@@ -104,6 +106,7 @@ def backward_state_kernel(
         g -= C
         beta -= C
         inverse -= C * C
+        scores -= C * C
         d_states -= K * V
         reset -= C
         n_inside += C
@@ -115,41 +118,32 @@ def backward_state_kernel(
 
 @triton.jit
 def _value_columns(
-    k, v, d_out, states, dv, t_matrix, value, gamma, strength, n_inside,
-    k_t: tl.constexpr, v_t: tl.constexpr, d_out_t: tl.constexpr, H: tl.constexpr, K: tl.constexpr, BK: tl.constexpr,
+    differences, d_out, dv, t_matrix, value, strength, n_inside, d_out_t: tl.constexpr, H: tl.constexpr,
     V: tl.constexpr, BV: tl.constexpr, PRECISION: tl.constexpr, C: tl.constexpr,
 ):  # fmt: skip
-    """From BV columns of the values: U, dO U^T, dR U^T, and the sums over the columns of (V - gamma K S) dR and of
-    gamma K S dR. dv, which holds dR, becomes the gradient of v."""
-    key = tl.arange(0, BK)
-    keys = load_tokens(k, key, k_t, n_inside, K, BK, C)
-    state = load_state(states, value, key, K, 1, V, BV, K, BK)
-    recalled = tl.dot(keys, tl.trans(state), input_precision=PRECISION) * gamma[:, None]
-    values = load_tokens(v, value, v_t, n_inside, V, BV, C)
+    """From BV columns of the values: U, dO U^T, dR U^T, and the sum over the columns of W dR. dv, which holds dR,
+    becomes the gradient of v."""
     d_written = load_tokens(dv, value, H * V, n_inside, V, BV, C)
-    from_recalled = tl.sum(recalled * d_written, 1)
-    difference = values - recalled
-    from_difference = tl.sum(difference * d_written, 1)
-    written = (strength[:, None] * difference).to(values.dtype)
-    updates = tl.dot(t_matrix, written, input_precision=PRECISION).to(values.dtype)
-    store_tokens(dv, strength[:, None] * d_written, value, H * V, n_inside, V, BV, C)
-    written_updates = tl.dot(d_written, tl.trans(updates), input_precision=PRECISION)
+    difference = load_tokens(differences, value, H * V, n_inside, V, BV, C)
     d_read = load_tokens(d_out, value, d_out_t, n_inside, V, BV, C)
+    written = (strength[:, None] * difference).to(difference.dtype)
+    updates = tl.dot(t_matrix, written, input_precision=PRECISION).to(written.dtype)
+    d_strength = tl.sum(difference.to(tl.float32) * d_written, 1)
+    written_updates = tl.dot(d_written, tl.trans(updates), input_precision=PRECISION)
     read_updates = tl.dot(d_read, tl.trans(updates), input_precision=PRECISION)
-    return updates, read_updates, written_updates, from_difference, from_recalled
+    store_tokens(dv, strength[:, None] * d_written, value, H * V, n_inside, V, BV, C)
+    return updates, read_updates, written_updates, d_strength
 
 
 # Strides of tokens are constants, which saves registers. The numbers of blocks never are: an unrolled loop would load
 # everything first and run out of them.
 @triton.jit(do_not_specialize=["n_key_blocks", "n_value_blocks"])
 def gradients_kernel(
-    q, k, v, g, beta, inverse, reset, states, d_out, d_states, updates_out, dq, dk, dv, d_decay, d_beta, n_tokens,
-    n_chunks, n_key_blocks, n_value_blocks,
-    q_b, q_h, k_b, k_h, v_b, v_h, reset_b, d_out_b, d_out_h,
-    q_t: tl.constexpr, k_t: tl.constexpr, v_t: tl.constexpr, d_out_t: tl.constexpr, H: tl.constexpr,
-    GROUP: tl.constexpr, K: tl.constexpr, V: tl.constexpr, ALL_K: tl.constexpr, BK: tl.constexpr,
-    ALL_V: tl.constexpr, BV: tl.constexpr, RESETS: tl.constexpr, PRECISION: tl.constexpr, C: tl.constexpr,
-    STAGES: tl.constexpr,
+    q, k, g, beta, inverse, reset, states, differences, updates_out, d_out, d_states, dq, dk, dv, d_decay, d_beta,
+    n_tokens, n_chunks, n_key_blocks, n_value_blocks, q_b, q_h, k_b, k_h, reset_b, d_out_b, d_out_h,
+    q_t: tl.constexpr, k_t: tl.constexpr, d_out_t: tl.constexpr, H: tl.constexpr, GROUP: tl.constexpr,
+    K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, ALL_V: tl.constexpr, BV: tl.constexpr, RESETS: tl.constexpr,
+    PRECISION: tl.constexpr, C: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Gradients of a chunk from the state that enters it and the gradient of the state that leaves it: dq and dk of
     each value head (B, T, H, K), d_decay and d_beta (B, T, H) float32, and dv (B, T, H, V), which holds dR before.
@@ -162,13 +156,13 @@ def gradients_kernel(
     at_token = (b * n_tokens + first) * H + h
     q += b * q_b + first * q_t + (h // GROUP) * q_h
     k += b * k_b + first * k_t + (h // GROUP) * k_h
-    v += b * v_b + first * v_t + h * v_h
     d_out += b * d_out_b + first * d_out_t + h * d_out_h
     states += at_chunk * K * V
     d_states += at_chunk * K * V
     dq += at_token * K
     dk += at_token * K
     dv += at_token * V
+    differences += at_token * V
     updates_out += at_token * V
     segment, last_segment = documents(reset + b * reset_b + first, n_inside, RESETS, C)
     g_t, gamma, delta, whole = chunk_decays(g + at_chunk * C, segment, last_segment, RESETS, C)
@@ -177,26 +171,23 @@ def gradients_kernel(
     dtype = t_matrix.dtype
 
     if BV == ALL_V:
-        updates, d_query_key, d_a, d_strength, from_recalled = _value_columns(
-            k, v, d_out, states, dv, t_matrix, tl.arange(0, BV), gamma, strength, n_inside,
-            k_t, v_t, d_out_t, H, K, ALL_K, V, BV, PRECISION, C,
-        )  # fmt: skip
+        updates, d_query_key, d_a, d_strength = _value_columns(
+            differences, d_out, dv, t_matrix, tl.arange(0, BV), strength, n_inside, d_out_t, H, V, BV, PRECISION, C
+        )
     else:
         d_query_key, d_a = tl.zeros((C, C), tl.float32), tl.zeros((C, C), tl.float32)
-        d_strength, from_recalled = tl.zeros((C,), tl.float32), tl.zeros((C,), tl.float32)
+        d_strength = tl.zeros((C,), tl.float32)
         for block in range(n_value_blocks):
             value = block * BV + tl.arange(0, BV)
-            some, of_read, of_written, of_difference, of_recalled = _value_columns(
-                k, v, d_out, states, dv, t_matrix, value, gamma, strength, n_inside,
-                k_t, v_t, d_out_t, H, K, ALL_K, V, BV, PRECISION, C,
-            )  # fmt: skip
+            some, of_read, of_written, of_strength = _value_columns(
+                differences, d_out, dv, t_matrix, value, strength, n_inside, d_out_t, H, V, BV, PRECISION, C
+            )
             store_tokens(updates_out, some, value, H * V, n_inside, V, BV, C)
             d_query_key += of_read
             d_a += of_written
-            d_strength += of_difference
-            from_recalled += of_recalled
-    d_g = -strength * from_recalled
+            d_strength += of_strength
 
+    pairs = pair_decays(g_t, g_t, segment, segment, i[:, None] >= i[None, :], RESETS)
     query_key, key_key = tl.zeros((C, C), tl.float32), tl.zeros((C, C), tl.float32)
     for block in range(n_key_blocks):
         key = block * BK + tl.arange(0, BK)
@@ -204,10 +195,9 @@ def gradients_kernel(
         queries = load_tokens(q, key, q_t, n_inside, K, BK, C)
         query_key += tl.dot(queries, tl.trans(keys), input_precision=PRECISION)
         key_key += tl.dot(keys, tl.trans(keys), input_precision=PRECISION)
-    pairs = pair_decays(g_t, g_t, segment, segment, i[:, None] >= i[None, :], RESETS)
     d_query_key *= pairs
     through = d_query_key * query_key
-    d_g += tl.sum(through, 1) - tl.sum(through, 0)
+    d_g = tl.sum(through, 1) - tl.sum(through, 0)
     d_query_key = d_query_key.to(dtype)
     d_a *= tl.where(i[:, None] > i[None, :], -pairs, 0.0)
     through = d_a * key_key
@@ -245,7 +235,9 @@ def gradients_kernel(
         from_delta = tl.sum(keys * d_keys, 1)
         d_g -= from_delta
         to_end += tl.sum(from_delta, 0) + whole * kept
-        d_keys -= d_recall * gamma[:, None]
+        d_recall *= gamma[:, None]
+        d_g -= tl.sum(keys * d_recall, 1)
+        d_keys -= d_recall
         d_keys += tl.dot(tl.trans(d_query_key), queries, input_precision=PRECISION)
         d_keys += tl.dot(d_key_key, keys, input_precision=PRECISION)
         d_keys += tl.dot(tl.trans(d_key_key), keys, input_precision=PRECISION)

@@ -84,6 +84,12 @@ def load_square(pointer, C: tl.constexpr):
 
 
 @triton.jit
+def store_square(pointer, x, C: tl.constexpr):
+    i = tl.arange(0, C)
+    tl.store(pointer + (i[:, None] * C + i[None, :]), x.to(pointer.dtype.element_ty))
+
+
+@triton.jit
 def documents(reset, n_inside, RESETS: tl.constexpr, C: tl.constexpr):
     """Documents begun so far in the chunk that `reset` is at, for each token, and in all of it."""
     if RESETS:

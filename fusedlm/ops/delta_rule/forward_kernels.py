@@ -10,11 +10,12 @@ and with dS' the gradient of S':
 
     dU = M^T dO + delta K dS',  dR = T^T dU,  dS = e^{G_C} dS' + (gamma Q)^T dO - K^T (gamma b dR).
 
-T of every chunk is computed in parallel. Two kernels pass over the chunks in order, one forward and one backward, with
-the state in registers; both hold it transposed, (V, K), so that each product takes the result of the one before from
-registers. Everything else of the backward pass is again parallel. Where sequences are few, each is cut into segments:
-one pass computes the end of every segment from a state of zero and its transition matrix, and a small kernel the state
-that enters each.
+T of every chunk, and M of wide keys, are computed in parallel. Two kernels pass over the chunks in order, one forward
+and one backward, with the state in registers; both hold it transposed, (V, K), so that each product takes the result of
+the one before from registers. Everything else of the backward pass is again parallel, from W = V - gamma K S, which the
+forward pass saves: neither V nor K S is needed again. Where sequences are few, each is cut into segments: one pass
+computes the end of every segment from a state of zero and its transition matrix, and a small kernel the state that
+enters each.
 
 A document that begins in a chunk removes every term that would cross its first token. Exponents are never positive, and
 in base 2: G is stored times log2(e).
@@ -35,6 +36,7 @@ from fusedlm.ops.delta_rule.chunks import (
     pair_decays,
     store_columns,
     store_outer,
+    store_square,
     store_state,
 )
 
@@ -65,13 +67,14 @@ def _inverse(a, PRECISION: tl.constexpr, C: tl.constexpr):
 
 
 @triton.jit
-def invert_kernel(
-    k, log_decay, beta, reset, g_out, beta_out, inverse_out, n_tokens, n_chunks,
-    k_b, k_t, k_h, decay_b, decay_t, decay_h, beta_b, beta_t, beta_h, reset_b,
+def prepare_kernel(
+    q, k, log_decay, beta, reset, g_out, beta_out, inverse_out, scores_out, n_tokens, n_chunks,
+    q_b, q_t, q_h, k_b, k_t, k_h, decay_b, decay_t, decay_h, beta_b, beta_t, beta_h, reset_b,
     H: tl.constexpr, GROUP: tl.constexpr, K: tl.constexpr, BK: tl.constexpr, RESETS: tl.constexpr,
     PRECISION: tl.constexpr, C: tl.constexpr,
 ):  # fmt: skip
-    """G and beta (B, H, N C) float32, zero beyond the last token, and T (B, H, N, C, C)."""
+    """G and beta (B, H, N C) float32, zero beyond the last token, and T (B, H, N, C, C), and M where keys are wider
+    than 64: those kernels have no registers left to compute it."""
     chunk, bh = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
     b, h = bh // H, bh % H
     i = tl.arange(0, C)
@@ -87,28 +90,34 @@ def invert_kernel(
     tl.store(g_out + row + i, g)
     tl.store(beta_out + row + i, strength)
     segment, _ = documents(reset + b * reset_b + first, n_inside, RESETS, C)
+    q += b * q_b + first * q_t + (h // GROUP) * q_h
     k += b * k_b + first * k_t + (h // GROUP) * k_h
-    products = tl.zeros((C, C), tl.float32)
+    products, scores = tl.zeros((C, C), tl.float32), tl.zeros((C, C), tl.float32)
     for start in tl.static_range(0, K, BK):
         keys = load_tokens(k, start + tl.arange(0, BK), k_t, n_inside, K, BK, C)
         products += tl.dot(keys, tl.trans(keys), input_precision=PRECISION)
-    a = strength[:, None] * products * pair_decays(g, g, segment, segment, i[:, None] > i[None, :], RESETS)
-    inverse = _inverse(a, PRECISION, C)
-    to = inverse_out + row * C + (i[:, None] * C + i[None, :])
-    tl.store(to, inverse.to(inverse_out.dtype.element_ty))
+        if K > 64:
+            queries = load_tokens(q, start + tl.arange(0, BK), q_t, n_inside, K, BK, C)
+            scores += tl.dot(queries, tl.trans(keys), input_precision=PRECISION)
+    pairs = pair_decays(g, g, segment, segment, i[:, None] >= i[None, :], RESETS)
+    if K > 64:
+        store_square(scores_out + row * C, scores * pairs, C)
+    a = tl.where(i[:, None] > i[None, :], strength[:, None] * products * pairs, 0.0)
+    store_square(inverse_out + row * C, _inverse(a, PRECISION, C), C)
 
 
 @triton.jit
 def forward_kernel(
-    q, k, v, g, beta, inverse, reset, start, out, states, end, n_tokens, n_chunks, n_segments, per_segment,
+    q, k, v, g, beta, inverse, scores, reset, start, out, states, differences_out, end,
+    n_tokens, n_chunks, n_segments, per_segment,
     q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h, reset_b, out_b, out_t, out_h,
     H: tl.constexpr, GROUP: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
     PREPARE: tl.constexpr, START: tl.constexpr, SAVE: tl.constexpr, RESETS: tl.constexpr, PRECISION: tl.constexpr,
     C: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Outputs (B, T, H, V), `end`, the state after the last chunk (B, H, K, V), and with SAVE the states that enter the
-    chunks, (B, H, N, V, K). A program takes a segment of a head and BV columns of the values. Keys wider than 64 are
-    held in halves, which takes fewer registers.
+    chunks, (B, H, N, V, K), and W (B, T, H, V). A program takes a segment of a head and BV columns of the values. Keys
+    wider than 64 are held in halves, which takes fewer registers.
 
     START: "none", "state" (B, H, K, V), or "segments" (B, H, segments, V, K).
     PREPARE: instead, the end of the first segment and those of the others from a state of zero, and in programs of
@@ -129,7 +138,9 @@ def forward_kernel(
     g += at_chunk * C
     beta += at_chunk * C
     inverse += at_chunk * C * C
+    scores += at_chunk * C * C
     states += at_chunk * K * V
+    differences_out += ((b * n_tokens + first) * H + h) * V
     reset += b * reset_b + first
     n_here = tl.minimum(per_segment, n_chunks - first_chunk)
     if PREPARE:  # the first segment needs no transition
@@ -151,23 +162,27 @@ def forward_kernel(
             keys_2 = load_tokens(k, BH + key, k_t, n_inside, K, BH, C)
             entering_2 = state_2.to(keys.dtype)
             recalled = tl.dot(entering_2, tl.trans(keys_2), recalled, input_precision=PRECISION)
-        written = strength[None, :] * (values - gamma[None, :] * recalled)
-        updates = tl.dot(written.to(keys.dtype), tl.trans(t_matrix), input_precision=PRECISION)
+        difference = values - gamma[None, :] * recalled
+        if SAVE and not PREPARE:
+            store_columns(differences_out, difference, value, H * V, n_inside, V, BV, C)
+        written = (strength[None, :] * difference).to(keys.dtype)
+        updates = tl.dot(written, tl.trans(t_matrix), input_precision=PRECISION)
         if not PREPARE:
             queries = load_tokens(q, key, q_t, n_inside, K, BH, C)
-            scores = tl.dot(keys, tl.trans(queries), input_precision=PRECISION)
             read = tl.dot(entering, tl.trans(queries), input_precision=PRECISION)
             if SAVE:
                 store_state(states, entering, value, key, K, 1, V, BV, K, BH)
             if SPLIT:
                 queries_2 = load_tokens(q, BH + key, q_t, n_inside, K, BH, C)
-                scores = tl.dot(keys_2, tl.trans(queries_2), scores, input_precision=PRECISION)
+                weights = tl.trans(load_square(scores, C))
                 read = tl.dot(entering_2, tl.trans(queries_2), read, input_precision=PRECISION)
                 if SAVE:
                     store_state(states, entering_2, value, BH + key, K, 1, V, BV, K, BH)
-            scores *= tl.trans(pair_decays(g_t, g_t, segment, segment, i[:, None] >= i[None, :], RESETS))
+            else:
+                weights = tl.dot(keys, tl.trans(queries), input_precision=PRECISION)
+                weights *= tl.trans(pair_decays(g_t, g_t, segment, segment, i[:, None] >= i[None, :], RESETS))
             read *= gamma[None, :]
-            read = tl.dot(updates.to(keys.dtype), scores.to(keys.dtype), read, input_precision=PRECISION)
+            read = tl.dot(updates.to(keys.dtype), weights.to(keys.dtype), read, input_precision=PRECISION)
             store_columns(out, read, value, out_t, n_inside, V, BV, C)
         updates = (updates * delta[None, :]).to(keys.dtype)
         state = tl.dot(updates, keys, whole * state, input_precision=PRECISION)
@@ -180,7 +195,9 @@ def forward_kernel(
         g += C
         beta += C
         inverse += C * C
+        scores += C * C
         states += K * V
+        differences_out += C * H * V
         reset += C
         n_inside -= C
     if PREPARE or part == n_segments - 1:

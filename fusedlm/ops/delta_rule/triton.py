@@ -1,5 +1,6 @@
-"""The gated delta rule in Triton: launches and operators. Saved for backward beside the inputs: the running sums of log
-decays, the inverse of each chunk and the state that enters it."""
+"""The gated delta rule in Triton: launches and operators. Saved for backward are q, k, the running sums of log decays,
+beta, and of each chunk the inverse, the decayed scores, the state that enters it and the values less what it recalls.
+"""
 
 import torch
 import triton
@@ -12,7 +13,7 @@ _VALUE_BLOCK = 64  # columns of the values that a program of the passes in order
 _KEY_BLOCK = 64  # columns of the keys that are loaded at a time where all chunks are computed in parallel
 _WIDEST_CUT = 128  # key width up to which sequences are cut into segments
 _MIN_CHUNKS = 8  # of a segment
-_INVERT = {"num_warps": 4}
+_PREPARE = {"num_warps": 4}
 _FORWARD = {"STAGES": 2, "num_warps": 4}
 _BACKWARD = {"STAGES": 2, "num_warps": 4}
 _GRADIENTS = {"STAGES": 2, "num_warps": 4, "num_stages": 1}
@@ -59,16 +60,25 @@ def _rows_first(*tensors: torch.Tensor) -> list[torch.Tensor]:
     return [x if x.stride(-1) == 1 else x.contiguous() for x in tensors]
 
 
-def _invert(shape: _Shape, k, log_decay, beta, reset) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    padded = shape.chunks * CHUNK
-    g, strength = (shape.empty(shape.batch, shape.heads, padded) for _ in range(2))
-    inverse = shape.empty(shape.batch, shape.heads, shape.chunks, CHUNK, CHUNK, dtype=shape.dtype)
-    forward_kernels.invert_kernel[(shape.chunks, shape.rows)](
-        k, log_decay, beta, _as_bytes(reset, g), g, strength, inverse, shape.tokens, shape.chunks,
-        *k.stride()[:3], *log_decay.stride(), *beta.stride(), shape.reset_stride,
-        BK=min(_KEY_BLOCK, shape.block_k), PRECISION=shape.precision, C=CHUNK, **_INVERT, **shape.common,
+def _empty_saved(q, v, save: bool = True) -> tuple[torch.Tensor, ...]:
+    """What is computed for later passes: G and beta (B, H, N C) float32, T and M (B, H, N, C, C), M empty up to keys of
+    64, and with `save` the states (B, H, N, V, K) and W (B, T, H, V), else empty."""
+    batch, tokens, heads, values = v.shape
+    keys, chunks = q.shape[3], triton.cdiv(tokens, CHUNK)
+    g, strength = (v.new_empty(batch, heads, chunks * CHUNK, dtype=torch.float32) for _ in range(2))
+    inverse = v.new_empty(batch, heads, chunks, CHUNK, CHUNK)
+    scores = v.new_empty(inverse.shape if keys > 64 else 0)
+    states = v.new_empty((batch, heads, chunks, values, keys) if save else 0)
+    return g, strength, inverse, scores, states, v.new_empty(v.shape if save else 0)
+
+
+def _prepare(shape: _Shape, q, k, log_decay, beta, reset, g, strength, inverse, scores) -> None:
+    forward_kernels.prepare_kernel[(shape.chunks, shape.rows)](
+        q, k, log_decay, beta, _as_bytes(reset, g), g, strength, inverse, scores, shape.tokens, shape.chunks,
+        *q.stride()[:3], *k.stride()[:3], *log_decay.stride(), *beta.stride(), shape.reset_stride,
+        BK=min(_KEY_BLOCK, shape.block_k), PRECISION=shape.precision, C=CHUNK,
+        **_PREPARE, **shape.common,
     )  # fmt: skip
-    return g, strength, inverse
 
 
 def _combine(shape: _Shape, first, ends, reverse: bool) -> torch.Tensor:
@@ -86,23 +96,22 @@ def _prepare_blocks(shape: _Shape) -> int:
 
 
 def _run(q, k, v, log_decay, beta, state, reset, save: bool) -> tuple[torch.Tensor, ...]:
-    """out, the last state, and what is saved for backward: G, beta, inverses, states (empty unless `save`)."""
+    """out, the last state, and what is saved for backward."""
     shape = _Shape(q, k, v, reset)
     q, k, v = _rows_first(q, k, v)
     out = torch.empty(v.shape, dtype=v.dtype, device=v.device)
+    saved = g, strength, inverse, scores, states, differences = _empty_saved(q, v, save)
     if not out.numel():
         end = shape.empty(shape.batch, shape.heads, shape.keys, shape.values)
         end.zero_() if state is None else end.copy_(state)
-        return out, end, *(shape.empty(0, dtype=dtype) for dtype in (torch.float32, torch.float32, v.dtype, v.dtype))
-    g, strength, inverse = _invert(shape, k, log_decay, beta, reset)
-    per_chunk = (shape.batch, shape.heads, shape.chunks, shape.values, shape.keys) if save else (0,)
-    states = torch.empty(per_chunk, dtype=v.dtype, device=v.device)
+        return out, end, *saved
+    _prepare(shape, q, k, log_decay, beta, reset, g, strength, inverse, scores)
     start = None if state is None else state.contiguous()
 
     def launch(blocks, start, begins, end, prepare):
         forward_kernels.forward_kernel[(blocks, shape.segments - prepare, shape.rows)](
-            q, k, v, g, strength, inverse, _as_bytes(reset, g), end if start is None else start, out, states, end,
-            shape.tokens, shape.chunks, shape.segments, shape.per_segment,
+            q, k, v, g, strength, inverse, scores, _as_bytes(reset, g), end if start is None else start, out, states,
+            differences, end, shape.tokens, shape.chunks, shape.segments, shape.per_segment,
             *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], shape.reset_stride, *out.stride()[:3],
             V=shape.values, BK=shape.block_k, BV=shape.block_v, PREPARE=prepare, START=begins, SAVE=save,
             PRECISION=shape.precision, C=CHUNK, **_FORWARD, **shape.common,
@@ -115,7 +124,7 @@ def _run(q, k, v, log_decay, beta, state, reset, save: bool) -> tuple[torch.Tens
         start, begins = _combine(shape, start, ends, False), "segments"
     end = shape.empty(shape.batch, shape.heads, shape.keys, shape.values)
     launch(shape.value_blocks, start, begins, end, False)
-    return out, end, g, strength, inverse, states
+    return out, end, *saved
 
 
 @torch.library.custom_op("fusedlm::gated_delta_rule", mutates_args=())
@@ -127,7 +136,9 @@ def _forward(
     beta: torch.Tensor,
     state: torch.Tensor | None,
     reset: torch.Tensor | None,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+) -> tuple[
+    torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor
+]:
     return _run(q, k, v, log_decay, beta, state, reset, True)
 
 
@@ -139,11 +150,7 @@ def _fake_results(q, v) -> tuple[torch.Tensor, torch.Tensor]:
 
 @_forward.register_fake
 def _(q, k, v, log_decay, beta, state, reset):
-    batch, tokens, heads, values = v.shape
-    chunks = (tokens + CHUNK - 1) // CHUNK
-    g, strength = (v.new_empty(batch, heads, chunks * CHUNK, dtype=torch.float32) for _ in range(2))
-    inverse = v.new_empty(batch, heads, chunks, CHUNK, CHUNK)
-    return *_fake_results(q, v), g, strength, inverse, v.new_empty(batch, heads, chunks, values, q.shape[3])
+    return *_fake_results(q, v), *_empty_saved(q, v)
 
 
 @torch.library.custom_op("fusedlm::gated_delta_rule_inference", mutates_args=())
@@ -189,17 +196,18 @@ def _backward(
     d_end: torch.Tensor | None,
     q: torch.Tensor,
     k: torch.Tensor,
-    v: torch.Tensor,
     g: torch.Tensor,
     strength: torch.Tensor,
     inverse: torch.Tensor,
+    scores: torch.Tensor,
     states: torch.Tensor,
+    differences: torch.Tensor,
     reset: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Gradients of q, k, v, the log decays and beta (B, T, H) float32, and the state (B, H, K, V) float32."""
-    shape = _Shape(q, k, v, reset)
-    q, k, v, d_out = _rows_first(q, k, v, d_out)
-    dv = torch.empty(v.shape, dtype=v.dtype, device=v.device)
+    shape = _Shape(q, k, differences, reset)
+    q, k, d_out = _rows_first(q, k, d_out)
+    dv = torch.empty_like(differences)
     d_decay, d_beta = (shape.empty(shape.batch, shape.tokens, shape.heads) for _ in range(2))
     d_state = shape.empty(shape.batch, shape.heads, shape.keys, shape.values)
     dq, dk = (torch.empty(*q.shape[:2], shape.heads, shape.keys, dtype=q.dtype, device=q.device) for _ in range(2))
@@ -213,7 +221,7 @@ def _backward(
 
     def launch(blocks, leaves, ends, d_start, prepare):
         backward_kernels.backward_state_kernel[(blocks, shape.segments - prepare, shape.rows)](
-            q, k, g, strength, inverse, reset_bytes, d_out, d_start if leaves is None else leaves, d_states, dv,
+            q, k, g, strength, inverse, scores, reset_bytes, d_out, d_start if leaves is None else leaves, d_states, dv,
             d_start,
             shape.tokens, shape.chunks, shape.segments, shape.per_segment,
             *q.stride()[:3], *k.stride()[:3], shape.reset_stride, *d_out.stride()[:3],
@@ -232,11 +240,11 @@ def _backward(
         block_k = _KEY_BLOCK  # on Triton 3.6 narrower products in a loop read a wrong address
     updates = torch.empty_like(dv) if block_v < shape.all_v else dv
     backward_kernels.gradients_kernel[(shape.chunks, shape.rows)](
-        q, k, v, g, strength, inverse, reset_bytes, states, d_out, d_states, updates, dq, dk, dv, d_decay, d_beta,
-        shape.tokens, shape.chunks, triton.cdiv(shape.keys, block_k), triton.cdiv(shape.values, block_v),
-        q.stride(0), q.stride(2), k.stride(0), k.stride(2), v.stride(0), v.stride(2), shape.reset_stride,
-        d_out.stride(0), d_out.stride(2), q.stride(1), k.stride(1), v.stride(1), d_out.stride(1),
-        V=shape.values, ALL_K=shape.block_k, BK=block_k, ALL_V=shape.all_v, BV=block_v, PRECISION=shape.precision,
+        q, k, g, strength, inverse, reset_bytes, states, differences, updates, d_out, d_states, dq, dk, dv, d_decay,
+        d_beta, shape.tokens, shape.chunks, triton.cdiv(shape.keys, block_k), triton.cdiv(shape.values, block_v),
+        q.stride(0), q.stride(2), k.stride(0), k.stride(2), shape.reset_stride, d_out.stride(0), d_out.stride(2),
+        q.stride(1), k.stride(1), d_out.stride(1),
+        V=shape.values, BK=block_k, ALL_V=shape.all_v, BV=block_v, PRECISION=shape.precision,
         C=CHUNK, **_GRADIENTS, **shape.common,
     )  # fmt: skip
     return _per_group(dq, q), _per_group(dk, k), dv, d_decay, d_beta, d_state
@@ -250,10 +258,11 @@ def _per_group(gradient: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
 
 
 @_backward.register_fake
-def _(d_out, d_end, q, k, v, g, strength, inverse, states, reset):
-    dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
-    d_decay, d_beta = (v.new_empty(v.shape[:3], dtype=torch.float32) for _ in range(2))
-    return dq, dk, dv, d_decay, d_beta, v.new_empty(v.shape[0], v.shape[2], q.shape[3], v.shape[3], dtype=torch.float32)
+def _(d_out, d_end, q, k, g, strength, inverse, scores, states, differences, reset):
+    dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, differences))
+    batch, tokens, heads, values = differences.shape
+    d_decay, d_beta = (differences.new_empty(batch, tokens, heads, dtype=torch.float32) for _ in range(2))
+    return dq, dk, dv, d_decay, d_beta, differences.new_empty(batch, heads, q.shape[3], values, dtype=torch.float32)
 
 
 def _setup_context(ctx, inputs, output):
@@ -261,14 +270,14 @@ def _setup_context(ctx, inputs, output):
     ctx.mark_non_differentiable(*output[2:])
     ctx.set_materialize_grads(False)
     ctx.dtypes = log_decay.dtype, beta.dtype, None if state is None else state.dtype
-    ctx.save_for_backward(q, k, v, reset, *output[2:])
+    ctx.save_for_backward(q, k, reset, *output[2:])
 
 
 def _gradients(ctx, d_out, d_end, *_):
-    q, k, v, reset, *saved = ctx.saved_tensors
+    q, k, reset, *saved = ctx.saved_tensors
     if d_out is None:
-        d_out = torch.zeros_like(v)
-    dq, dk, dv, d_decay, d_beta, d_state = _backward(d_out, d_end, q, k, v, *saved, reset)
+        d_out = torch.zeros_like(saved[5])
+    dq, dk, dv, d_decay, d_beta, d_state = _backward(d_out, d_end, q, k, *saved, reset)
     decay_dtype, beta_dtype, state_dtype = ctx.dtypes
     d_state = None if state_dtype is None else d_state.to(state_dtype)
     return dq, dk, dv, d_decay.to(decay_dtype), d_beta.to(beta_dtype), d_state, None

@@ -16,11 +16,11 @@ from fusedlm.ops.common.activations import sigmoid
 from fusedlm.ops.common.device import supports_pdl
 from fusedlm.ops.common.sums import column_sums, column_sums_of_two
 
-_TILE = 1024  # elements
-_PER_WARP = 512  # elements
-_FORWARD_PROGRAMS = 2112  # 16 per multiprocessor of an H100
+_TILE = 2048  # elements
+_PER_WARP = 256  # elements
 _PROGRAMS = 528  # of the backward pass, 4 per multiprocessor of an H100: as many partial sums to reduce
-_STAGES = 1  # software pipeline of the backward pass
+_STAGES = 3  # software pipeline of the backward pass where a tile is one row; with several it is slower than none
+_STAGE_BYTES = 8192  # of a row at most, beyond which the pipeline would not fit into shared memory
 
 
 @triton.jit
@@ -45,33 +45,26 @@ def _elements(tensor, g, column, GROUPED: tl.constexpr, WIDTH: tl.constexpr):
 
 @triton.jit
 def _forward_kernel(
-    y, z, gamma, x, skip, out, n_rows, n_tiles, y_t, y_g, z_t, z_g, x_t, x_g, eps,
+    y, z, gamma, x, skip, out, n_rows, y_t, y_g, z_t, z_g, x_t, x_g, eps,
     N_GROUPS: tl.constexpr, WIDTH: tl.constexpr, GAMMA_GROUPED: tl.constexpr, GROUPED: tl.constexpr,
     SKIP: tl.constexpr, GATE_FIRST: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
+    row, t, g, row_inside = _rows(tl.program_id(0), n_rows, N_GROUPS, ROWS)
     column = tl.arange(0, BLOCK)
-    if not GAMMA_GROUPED:
-        scale = _elements(gamma, column, column, False, WIDTH)
-    if SKIP and not GROUPED:
-        factor = _elements(skip, column, column, False, WIDTH)
-    for tile in range(tl.program_id(0), n_tiles, tl.num_programs(0)):
-        row, t, g, row_inside = _rows(tile, n_rows, N_GROUPS, ROWS)
-        inside = row_inside[:, None] & (column < WIDTH)[None, :]
-        value = _load(y, t, g, y_t, y_g, column, inside)
-        gate = _load(z, t, g, z_t, z_g, column, inside)
-        gate *= sigmoid(gate)
-        if GAMMA_GROUPED:
-            scale = _elements(gamma, g, column, True, WIDTH)
-        if SKIP:
-            if GROUPED:
-                factor = _elements(skip, g, column, True, WIDTH)
-            value += factor * _load(x, t, g, x_t, x_g, column, inside)
-        if GATE_FIRST:
-            value *= gate
-        value *= tl.rsqrt(tl.sum(value * value, 1) / WIDTH + eps)[:, None] * scale
-        if not GATE_FIRST:
-            value *= gate
-        tl.store(out + row[:, None] * WIDTH + column[None, :], value.to(out.dtype.element_ty), mask=inside)
+    inside = row_inside[:, None] & (column < WIDTH)[None, :]
+    value = _load(y, t, g, y_t, y_g, column, inside)
+    gate = _load(z, t, g, z_t, z_g, column, inside)
+    gate *= sigmoid(gate)
+    if SKIP:
+        factor = _elements(skip, g, column, GROUPED, WIDTH)
+        value += factor * _load(x, t, g, x_t, x_g, column, inside)
+    if GATE_FIRST:
+        value *= gate
+    scale = _elements(gamma, g, column, GAMMA_GROUPED, WIDTH)
+    value *= tl.rsqrt(tl.sum(value * value, 1) / WIDTH + eps)[:, None] * scale
+    if not GATE_FIRST:
+        value *= gate
+    tl.store(out + row[:, None] * WIDTH + column[None, :], value.to(out.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -193,10 +186,9 @@ def _forward(
         y, z, x = _tokens(y), _tokens(z), None if x is None else _tokens(x)
         launch = _launch(y, gamma, skip, gate_first)
         n_rows = y.shape[:2].numel()
-        n_tiles = triton.cdiv(n_rows, launch["ROWS"])
-        _forward_kernel[(min(n_tiles, _FORWARD_PROGRAMS),)](
+        _forward_kernel[(triton.cdiv(n_rows, launch["ROWS"]),)](
             y, z, gamma.contiguous(), y if x is None else x, gamma if skip is None else _per_channel(skip, y), out,
-            n_rows, n_tiles, *y.stride()[:2], *z.stride()[:2], *(y if x is None else x).stride()[:2], eps, **launch,
+            n_rows, *y.stride()[:2], *z.stride()[:2], *(y if x is None else x).stride()[:2], eps, **launch,
         )  # fmt: skip
     return out
 
@@ -227,6 +219,7 @@ def _backward(
     launch = _launch(y, gamma, skip, gate_first)
     rows, n_rows = launch["ROWS"], y.shape[:2].numel()
     n_tiles = triton.cdiv(n_rows, rows)
+    pipelined = rows == 1 and launch["BLOCK"] * y.element_size() <= _STAGE_BYTES
     per_row = launch["GAMMA_GROUPED"] or (skip is not None and launch["GROUPED"])
     period = y.shape[1] if per_row else 1
     n_programs = _n_programs(n_tiles, rows, period)
@@ -236,8 +229,8 @@ def _backward(
     _backward_kernel[(n_programs,)](
         upstream, y, z, gamma.contiguous(), y if x is None else x, gamma if skip is None else _per_channel(skip, y),
         dy, dz, d_gamma, d_skip, n_rows, n_tiles, *upstream.stride()[:2], *y.stride()[:2], *z.stride()[:2],
-        *(y if x is None else x).stride()[:2], eps, PER_ROW=per_row, STAGES=_STAGES, PDL=supports_pdl(y.device),
-        **launch,
+        *(y if x is None else x).stride()[:2], eps, PER_ROW=per_row, STAGES=_STAGES if pipelined else 1,
+        PDL=supports_pdl(y.device), **launch,
     )  # fmt: skip
     shared = per_row and gamma.ndim == 1  # by groups whose partial sums are apart
     dtype = torch.float32 if shared else gamma.dtype

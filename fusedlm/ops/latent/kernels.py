@@ -11,12 +11,6 @@ from triton.language.extra.cuda import gdc_launch_dependents
 from fusedlm.ops.common.split_keys import count_blocks, pick, seen_keys, share_blocks
 
 
-@triton.jit
-def _tile(source, row, key, KEYS: tl.constexpr, COLUMNS: tl.constexpr, REGISTERS: tl.constexpr):
-    tile = source.load([row, key, 0, 0]) if REGISTERS else source.load([row, key, 0])
-    return tl.reshape(tile, (KEYS, COLUMNS))
-
-
 @triton.jit(do_not_specialize=["batch", "n_keys", "n_programs"])
 def attend_kernel(
     q, latent, rope, token_scale, page_table, starts, visible, out, partial, log_sum, pieces,
@@ -25,16 +19,14 @@ def attend_kernel(
     N_NEW: tl.constexpr, N_HEADS: tl.constexpr, RANK: tl.constexpr, ROPE: tl.constexpr,
     LATENT_STRIDE: tl.constexpr, ROPE_STRIDE: tl.constexpr, PAGE_SIZE: tl.constexpr,
     HAS_STARTS: tl.constexpr, HAS_VISIBLE: tl.constexpr, QUANTISED: tl.constexpr, PARTIAL: tl.constexpr,
-    SPLIT: tl.constexpr, TMA: tl.constexpr, REGISTERS: tl.constexpr, DOT: tl.constexpr,
+    SPLIT: tl.constexpr, TMA: tl.constexpr, DOT: tl.constexpr,
     BATCH: tl.constexpr, BLOCK_T: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
     BLOCK_C: tl.constexpr, BLOCK_R: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Program (i, p) computes ROWS of the N_NEW * N_HEADS queries of each row of the batch on part p of the keys.
 
     latent and rope: tensor descriptors (batch, keys, columns) with TMA, else pointers; their major strides are those of
-    a row of the batch or of a page. REGISTERS: descriptors have one more dimension, (batch, keys, 1, columns): Triton
-    gives tiles of three dimensions to the tensor cores as they are in shared memory, and reads others into registers.
-    factor: of the scores, for exp2. DOT: dtype of the operands of products.
+    a row of the batch or of a page. factor: of the scores, for exp2. DOT: dtype of the operands of products.
     SPLIT: otherwise program (i, p) has all keys of row p. PARTIAL: write no final outputs.
     """
     if PDL:
@@ -107,7 +99,7 @@ def attend_kernel(
                 major = tl.load(pages, mask=inside, other=0).to(tl.int64)
                 minor = (key % PAGE_SIZE).to(tl.int64)
             if TMA:
-                tile = _tile(latent, row, base, BLOCK, BLOCK_C, REGISTERS)
+                tile = tl.reshape(latent.load([row, base, 0]), (BLOCK, BLOCK_C))
             else:
                 tile = tl.load(
                     latent + (major * latent_major + minor * LATENT_STRIDE)[:, None] + c[None, :],
@@ -120,7 +112,7 @@ def attend_kernel(
                 scores *= peak[None, :] * token[:, None]
             if ROPE > 0:
                 if TMA:
-                    k_rope = _tile(rope, row, base, BLOCK, BLOCK_R, REGISTERS)
+                    k_rope = tl.reshape(rope.load([row, base, 0]), (BLOCK, BLOCK_R))
                 else:
                     k_rope = tl.load(
                         rope + (major * rope_major + minor * ROPE_STRIDE)[:, None] + r[None, :],

@@ -17,13 +17,19 @@ _ACCUMULATOR = {2: 32768, 4: 8192}  # elements of a program's accumulator at mos
 _DOTS = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
 
 
-def config_of(block_c: int, rows: int, dtype: torch.dtype, quantised: bool) -> Config:
+def config_of(block_c: int, rows: int, dtype: torch.dtype, quantised: bool, paged: bool) -> Config:
     """By the width of the latent (a power of two) and the queries of a program."""
     if dtype == torch.float32:
         return Config(32, 1, 8, 1, tma=False)
     if quantised:
-        return Config(128, 2, 8, 1, tma=False)
-    return Config(64, 2, 4 if rows <= 16 else 8, 1)
+        return Config(32, 3, 4, 2, tma=False) if rows <= 16 else Config(128, 2, 8, 1, tma=False)
+    if rows > 32:
+        return Config(32, 3, 8, 1)
+    if paged:
+        return Config(32, 3, 4, 2)
+    if block_c <= 256:
+        return Config(64, 4, 4, 2) if block_c <= 128 else Config(64, 3, 4, 1)
+    return Config(64, 2, 4, 1)
 
 
 @torch.library.custom_op("fusedlm::latent_decode", mutates_args=())
@@ -73,7 +79,7 @@ def run(
     rows = min(128, _ACCUMULATOR[q.element_size()] // block_c, max(16, triton.next_power_of_2(n_new * n_heads)))
     row_blocks = triton.cdiv(n_new * n_heads, rows)
     if config is None:
-        config = config_of(block_c, rows, q.dtype, quantised)
+        config = config_of(block_c, rows, q.dtype, quantised, page_table is not None)
     if programs is None:
         programs = n_programs(batch, n_keys, row_blocks, config, q.device)
     tma = config.tma and page_table is None and can_use_tma(latent, rope)
@@ -91,7 +97,6 @@ def run(
         N_NEW=n_new, N_HEADS=n_heads, RANK=rank, ROPE=rope_width, LATENT_STRIDE=latent.stride(1),
         ROPE_STRIDE=rope.stride(1), PAGE_SIZE=page_size, HAS_STARTS=starts is not None,
         HAS_VISIBLE=visible is not None, QUANTISED=quantised, PARTIAL=differs, SPLIT=split, TMA=tma,
-        REGISTERS=config.registers,
         DOT=tl.float16 if quantised and q.dtype != torch.float32 else _DOTS[q.dtype],
         BATCH=max(64, triton.next_power_of_2(batch)), BLOCK_T=triton.next_power_of_2(n_new), ROWS=rows,
         BLOCK=config.block, BLOCK_C=block_c, BLOCK_R=block_r, STAGES=config.stages, PDL=pdl, num_warps=config.warps,
@@ -102,10 +107,7 @@ def run(
 
 
 def _descriptor(x: torch.Tensor, config: Config, columns: int) -> TensorDescriptor:
-    block = [1, config.block, columns]
-    if config.registers:
-        x, block = x.unsqueeze(2), [1, config.block, 1, columns]
-    return TensorDescriptor(x, list(x.shape), [*strides(x), 1], block)
+    return TensorDescriptor(x, list(x.shape), [*strides(x), 1], [1, config.block, columns])
 
 
 def latent_decode(
