@@ -2,8 +2,10 @@
 
 from benchmarks.cases import (
     differential_combine,
+    differential_linear,
     gated_delta_rule,
     gated_rmsnorm,
+    gated_scan,
     latent_decode,
     linear_attention,
     linear_softcap_cross_entropy,
@@ -23,9 +25,11 @@ _MODULES = (
     rmsnorm_linear,
     differential_combine,
     gated_delta_rule,
-    linear_attention,
     short_conv,
     gated_rmsnorm,
     latent_decode,
+    linear_attention,
+    differential_linear,
+    gated_scan,
 )
 OPS: dict[str, Op] = {module.OP.name: module.OP for module in _MODULES}

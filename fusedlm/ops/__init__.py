@@ -8,6 +8,7 @@ from fusedlm.ops.conv.op import short_conv, short_conv_tail
 from fusedlm.ops.cross_entropy.op import softcap_cross_entropy
 from fusedlm.ops.delta_rule.op import gated_delta_rule
 from fusedlm.ops.differential.op import differential_combine
+from fusedlm.ops.differential_linear.op import differential_linear_attention
 from fusedlm.ops.gated_norm.op import gated_rmsnorm
 from fusedlm.ops.latent.op import latent_decode
 from fusedlm.ops.latent.reference import quantise_latent
@@ -26,6 +27,7 @@ __all__ = [
     "causal_attention",
     "decayed_linear_attention",
     "differential_combine",
+    "differential_linear_attention",
     "explain",
     "gated_delta_rule",
     "gated_rmsnorm",

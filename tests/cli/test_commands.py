@@ -208,7 +208,10 @@ def test_doctor_says_why_a_backend_runs_or_does_not():
         "sdpa": "runs (the fastest that can)",
         "reference": "can run; sdpa is faster",
     }
-    assert status("gated_scan") == {"reference": "runs (the only one)"}
+    assert status("gated_scan") == {
+        "triton": "cannot run: needs a CUDA device, not cpu",
+        "reference": "runs (the fastest that can)",
+    }
     with backend_of("attention", lambda *arguments: None, name="faster"):
         assert status("attention")["faster"] == "runs (the fastest that can)"
         assert status("attention")["sdpa"] == "can run; faster is faster"

@@ -1,6 +1,10 @@
 """Ops as they are defined, in matrix products that torch's FLOP counter counts."""
 
+from functools import partial
+
 import torch
+
+from fusedlm.ops.differential_linear import reference
 
 
 def delta_rule(q, k, v, log_decay, beta, state, reset, chunk_size):
@@ -28,6 +32,9 @@ def linear_attention(q, k, v, log_decay, state, reset, chunk_size):
         state = state * log_decay[:, t].exp().flatten()[:, None, None] + torch.bmm(k_t.mT, v_t)
         outputs.append(torch.bmm(q_t, state)[:, 0].unflatten(0, (batch, heads)))
     return torch.stack(outputs, 1).to(v.dtype), state.unflatten(0, (batch, heads))
+
+
+differential_linear_attention = partial(reference.differential_linear_attention, attend=linear_attention)
 
 
 def window_attention(q, k, v, scale, positions, window, boundaries):

@@ -13,13 +13,19 @@ from fusedlm.nn.mixers.gdn import GatedDeltaNet
 from fusedlm.nn.mixers.mamba2 import Mamba2
 from fusedlm.nn.mixers.sdla import SelectiveDifferentialLinearAttention
 from fusedlm.testing import MIXER_CASES, assert_close, backend_of, part_model
-from tests.laws.definitions import delta_rule, linear_attention, window_attention
+from tests.laws.definitions import (
+    delta_rule,
+    differential_linear_attention,
+    linear_attention,
+    window_attention,
+)
 from tests.laws.models import ALL_MODELS, N_TOKENS, VOCAB, some_tokens
 
 LINEAR_TIME = (GatedDeltaNet, Mamba2, SelectiveDifferentialLinearAttention)
 DEFINITIONS = {
     "gated_delta_rule": delta_rule,
     "decayed_linear_attention": linear_attention,
+    "differential_linear_attention": differential_linear_attention,
     "packed_attention": window_attention,
 }
 

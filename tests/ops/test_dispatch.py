@@ -38,6 +38,17 @@ CALLS = {
     "decayed_linear_attention": lambda run, **options: run(
         _heads(), _heads(), _heads(), torch.zeros(1, 3, 2), **options
     ),
+    "differential_linear_attention": lambda run, **options: run(
+        torch.ones(1, 3, 4, 10),
+        torch.ones(1, 3, 4, 8),
+        torch.ones(1, 3, 2, 2),
+        _heads(),
+        torch.zeros(1, 3, 2),
+        torch.ones(2),
+        torch.ones(8),
+        rope=(torch.ones(1, 3, 1, 1), torch.zeros(1, 3, 1, 1)),
+        **options,
+    ),
     "differential_combine": lambda run, **options: run(_heads(), _heads(), torch.ones(2), **options),
     "gated_delta_rule": lambda run, **options: run(
         _heads(), _heads(), _heads(), torch.zeros(1, 3, 2), torch.zeros(1, 3, 2), **options
@@ -339,8 +350,14 @@ def test_auto_on_a_gpu_is_the_kernel():
                     call(lambda *tensors, name=name, **rest: getattr(fusedlm.ops, name)(*map(_half, tensors), **rest))
     tuned = torch.cuda.get_device_capability()[0] in (9, 10)
     assert {op: backend for op, backend, _ in found} == {
+        "cached_attention": "triton",
+        "decayed_linear_attention": "triton",
         "differential_combine": "triton",
+        "differential_linear_attention": "triton",
+        "gated_delta_rule": "triton",
         "gated_rmsnorm": "triton",
+        "gated_scan": "triton",
+        "latent_decode": "triton",
         "linear_softcap_cross_entropy": "chunked",
         "relu2_mlp": "triton" if tuned else "reference",
         "rmsnorm_linear": "packed",

@@ -10,10 +10,9 @@ from fusedlm.nn.context import Context, first_tokens
 from fusedlm.nn.linear import Linear, fuses_norm
 from fusedlm.nn.mixers.lambda_init import initial_lambda
 from fusedlm.nn.module import Constant, Module, OpUse, Role
-from fusedlm.nn.norm import RMSNorm, rms_norm
+from fusedlm.nn.norm import RMSNorm
 from fusedlm.nn.recurrent_state import RecurrentState, hold
-from fusedlm.nn.rope import apply_rope
-from fusedlm.ops import decayed_linear_attention, gated_scan
+from fusedlm.ops import differential_linear_attention, gated_scan
 
 DECAY_ROOT = 16  # the decay is this root of a sigmoid: a sigmoid near 1/2 then remembers tens of tokens
 HALF_LIVES = 16.0, 1024.0  # tokens, of the first and the last head at the start
@@ -102,14 +101,15 @@ class SelectiveDifferentialLinearAttention(Module):
         projected = self.down(x_BTD)
         latent, k_rope, decay, gamma_x = projected.split(self.down_widths, dim=-1)
         latent = self.c_norm(latent)
-        q, k = self._features(latent, k_rope, context)
-        log_decay = F.logsigmoid(decay.to(q.dtype) + self.decay_bias) / DECAY_ROOT
-        v = F.pad(self.v_up(latent).to(q.dtype).unflatten(-1, (self.n_heads, -1)), (0, 1), value=1.0)  # sums of 1 are z
-        streams = (q, k, v.repeat(1, 1, 2, 1), log_decay.repeat(1, 1, 2))
+        q, k = (y.unflatten(-1, (2 * self.n_heads, -1)) for y in self.qk_up(latent).split(self.qk_widths, dim=-1))
+        k_rope, v = k_rope.unflatten(-1, (2, self.rope[0])), self.v_up(latent).unflatten(-1, (self.n_heads, -1))
+        wide = torch.promote_types(decay.dtype, torch.float32)
+        log_decay = F.logsigmoid(decay.to(wide) + self.decay_bias) / DECAY_ROOT
+        streams, rope = (q, k, k_rope, v, log_decay), self._rope(context)
         sums, working = (None, None) if state is None else (state.memory, state.carried)
         valid_BT, reset_BT = context.valid_BT, context.reset_BT
-        out, sums_after = self._attend(*streams, sums, reset_BT, valid_BT)
-        o = self._differ(out).to(projected.dtype)
+        o, sums_after = self._attend(*streams, rope, sums, reset_BT, valid_BT)
+        o = o.flatten(-2).to(projected.dtype)
         scanned = None
         if self.read is not None:
             new, gate = self.write(o).chunk(2, dim=-1)
@@ -124,44 +124,37 @@ class SelectiveDifferentialLinearAttention(Module):
                 kept_BT = first_tokens(n_kept_B, k.shape[1])
                 if scanned is not None:
                     working = self._scan(*scanned, working, reset_BT, kept_BT)[1]
-                return self._attend(k, *streams[1:], sums, reset_BT, kept_BT)[1], working
+                return self._attend(*streams, rope, sums, reset_BT, kept_BT)[1], working
 
             state.update(sums_after, working, replay)
         return self.out(o)
 
-    def _features(self, latent, k_rope, context: Context) -> tuple[torch.Tensor, torch.Tensor]:
-        """phi of queries and keys, (B, T, 2 H, K) float32, stream by stream; rotary dimensions first."""
-        wide = torch.promote_types(latent.dtype, torch.float32)
-        scale = self.key_dim**-0.25
-        rope_scale = math.sqrt(context.scale_scores(1.0, self.rope[0]))
-        table = context.rope[self.rope]
-        q, k = self.qk_up(latent * scale).split(self.qk_widths, dim=-1)
-        q = apply_rope(q.to(wide).unflatten(-1, (2 * self.n_heads, -1)), _scaled(table, rope_scale))
-        k_rope = k_rope.to(wide).unflatten(-1, (2, -1)) * scale
-        k_rope = apply_rope(k_rope, _scaled(table, rope_scale)).repeat_interleave(self.n_heads, dim=2)
-        k = torch.cat([k_rope, k.to(wide).unflatten(-1, (2 * self.n_heads, -1))], dim=-1)
-        return _phi(q), _phi(k)
+    def _rope(self, context: Context) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """The table of rotations, times the square root of YaRN's gain on scores; None without rotary dimensions."""
+        if not self.rope[0]:
+            return None
+        gain = math.sqrt(context.scale_scores(1.0, self.rope[0]))
+        cos, sin = context.rope[self.rope]
+        return (cos, sin) if gain == 1 else (cos * gain, sin * gain)
 
-    def _attend(self, q, k, v, log_decay, sums, reset_BT, taken_BT):
-        """Weighted sums and normalisers (B, T, 2 H, V + 1) and their state after the tokens taken (None: all)."""
-        reset_BT, v, log_decay = hold(taken_BT, reset_BT, v, log_decay)
-        return decayed_linear_attention(
+    def _attend(self, q, k, k_rope, v, log_decay, rope, sums, reset_BT, taken_BT):
+        """Outputs of the heads (B, T, H, V), and the sums of both streams after the tokens taken (None: all)."""
+        return differential_linear_attention(
             q,
             k,
+            k_rope,
             v,
             log_decay,
-            state_BHKV=sums,
+            self.lambda_head * self.lambda_layer,
+            self.head_norm * self.kept,
+            rope=rope,
+            eps=self.eps,
+            state_BNKE=sums,
             reset_BT=reset_BT,
+            written_BT=taken_BT,
             chunk_size=self.chunk_size,
-            backend=self.backend("decayed_linear_attention"),
+            backend=self.backend("differential_linear_attention"),
         )
-
-    def _differ(self, out: torch.Tensor) -> torch.Tensor:
-        """Normalised outputs of all heads, (B, T, H V) float32."""
-        weighted, z = out.split([self.head_dim, 1], dim=-1)
-        signal, noise = (weighted / z).chunk(2, dim=2)
-        o = signal - (self.lambda_head * self.lambda_layer)[:, None] * noise
-        return rms_norm(o, self.eps, self.head_norm * self.kept).flatten(-2)
 
     def _scan(self, gate, new, working, reset_BT, taken_BT):
         """The working memory at every token, and after the tokens taken (None: all)."""
@@ -186,17 +179,8 @@ class SelectiveDifferentialLinearAttention(Module):
         return {self.rope}
 
     def ops(self, device: torch.device) -> list[OpUse]:
-        sizes = {"key_dim": self.key_dim, "value_dim": self.head_dim + 1}
-        used = [OpUse("decayed_linear_attention", "decayed_linear_attention", sizes)]
+        sizes = {"head_dim": self.head_dim, "value_dim": self.head_dim, "rope_dim": self.rope[0]}
+        used = [OpUse("differential_linear_attention", "differential_linear_attention", sizes)]
         if self.read is not None:
             used.append(OpUse("gated_scan", "gated_scan", {}))
         return [*used, self.down.norm_op()]
-
-
-def _phi(u: torch.Tensor) -> torch.Tensor:
-    """1 + u + u^2 / 2, the exponential to second order."""
-    return torch.addcmul(1 + u, u, u, value=0.5)
-
-
-def _scaled(table, scale: float):
-    return table if scale == 1 else tuple(x * scale for x in table)

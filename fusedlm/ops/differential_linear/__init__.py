@@ -1,0 +1,1 @@
+"""Differential linear attention: two normalised streams of linear attention, subtracted and normalised."""
