@@ -21,6 +21,7 @@ GREEDY, SAMPLED = Sampling(12, 0.0, None, None), Sampling(12, 0.9, 40, 0.95)
 
 
 def _model(mixer, ffn=FFN):
+    torch.manual_seed(0)  # when rows end does not depend on the tests before
     model = part_model(mixer, ffn, vocab_size=ByteTokenizer.vocab_size, extra="tie_embeddings: false").double()
     model = randomise_(model, scale=0.3).eval()
     with torch.no_grad():  # some rows end before others
