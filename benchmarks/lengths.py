@@ -11,6 +11,7 @@ tried again with `runtime.recompute=mixer`, which the record says.
 import argparse
 import gc
 import json
+import shlex
 import sys
 from pathlib import Path
 
@@ -62,7 +63,8 @@ def main() -> None:
     if unknown := [name for name in arguments.mixers or () if name not in known]:
         parser.error(f"unknown mixer {', '.join(unknown)}; one of {', '.join(known)}")
     device = resolve_device(base.runtime.device)
-    record = {"name": base.name, "overrides": arguments.overrides, "tokens": arguments.tokens}
+    record = {"name": base.name, "command": shlex.join(["python", "benchmarks/lengths.py", *sys.argv[1:]])}
+    record |= {"overrides": arguments.overrides, "tokens": arguments.tokens}
     record |= {"environment": environment(device, resolve_dtype(base.runtime.dtype, device)), "rows": []}
     for name in arguments.mixers or mixers(base.model.dim):
         for length in arguments.lengths:

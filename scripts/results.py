@@ -12,6 +12,7 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REPOSITORY))
 
 from scripts.decoding_section import DECODING, decoding_section, draw_decoding  # noqa: E402
+from scripts.lengths_section import LENGTHS, draw_lengths, lengths_section, read_lengths  # noqa: E402
 from scripts.ops_section import IMAGES, OPS, STEPS, draw_ops, ops_section  # noqa: E402
 
 RUNS, EXPERIMENTS = "benchmarks/results", "benchmarks/results/experiments"
@@ -29,7 +30,6 @@ HEADLINES = [
         lambda r: f"{r['best_val_nll_per_token']:.4f}",
     ),
     ("gpt-350m", "model-FLOPs utilisation", lambda r: f"{r['mfu']:.1%}"),
-    ("hybrid-350m", "model-FLOPs utilisation", lambda r: f"{r['mfu']:.1%}"),
 ]
 COLUMNS = [
     "recipe",
@@ -56,10 +56,14 @@ MEASURES = [
 ]
 HEADER = """# Results
 
-Written by `python scripts/results.py` from the records in benchmarks/results. `python benchmarks/record_run.py` makes
-records of finished runs; a record that was made differently has a note. Rates are medians over the steps after the
-first tenth. decisions.md defines utilisation. Bits per byte are on the validation text of the recipe, and are
-comparable only between recipes with the same text.
+Written by `python scripts/results.py` from the records in benchmarks/results.
+
+"""
+ABOUT_RUNS = """# Runs
+
+`python benchmarks/record_run.py` makes records of finished runs; a record that was made differently has a note. Rates
+are medians over the steps after the first tenth. decisions.md defines utilisation. Bits per byte are on the validation
+text of the recipe, and are comparable only between recipes with the same text.
 
 """
 
@@ -81,9 +85,12 @@ def headline_table(records: list[dict]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def results_page(records: list[dict], experiments: list[dict], others: dict[str, dict | None]) -> str:
-    """docs/results.md; `others` are the records of OTHERS."""
-    page = HEADER + (runs_section(records) if records else "No run is recorded yet.\n")
+def results_page(
+    records: list[dict], experiments: list[dict], others: dict[str, dict | None], lengths: list[dict]
+) -> str:
+    """docs/results.md; `others` are the records of OTHERS, `lengths` those of LENGTHS."""
+    page = HEADER + lengths_section(lengths)
+    page += ABOUT_RUNS + (runs_section(records) if records else "No run is recorded yet.\n")
     page += experiments_section(experiments) + recall_section(others[RECALL]) + extension_section(others[EXTENSION])
     return page + decoding_section(others[DECODING]) + ops_section(others[OPS], others[STEPS])
 
@@ -294,7 +301,9 @@ def main() -> int:
         draw_ops(others[OPS], REPOSITORY / IMAGES)
     if others[DECODING] is not None:
         draw_decoding(others[DECODING], REPOSITORY / IMAGES)
-    page = results_page(records, experiments, others)
+    lengths = read_lengths(REPOSITORY / LENGTHS)
+    draw_lengths(lengths, REPOSITORY / IMAGES)
+    page = results_page(records, experiments, others, lengths)
     (REPOSITORY / "docs/results.md").write_text(page, encoding="utf-8")
     print(f"docs/results.md: {len(records)} runs, {len(experiments)} experiments")
     return 0

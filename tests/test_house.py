@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from scripts.import_graph import RECORD, REPOSITORY, edges, find_imports
+from scripts.lengths_section import LENGTHS, read_lengths
 from scripts.results import (
     EXPERIMENTS,
     HEADLINES,
@@ -35,7 +36,8 @@ def test_published_numbers_are_those_of_the_records():
     assert replace_table(readme, headline_table(records)) == readme, "python scripts/results.py"
     page = (REPOSITORY / "docs/results.md").read_text(encoding="utf-8")
     experiments = read_experiments(REPOSITORY / EXPERIMENTS)
-    assert page == results_page(records, experiments, read_others(REPOSITORY)), "python scripts/results.py"
+    lengths = read_lengths(REPOSITORY / LENGTHS)
+    assert page == results_page(records, experiments, read_others(REPOSITORY), lengths), "python scripts/results.py"
 
 
 def test_headlines_come_from_records():
