@@ -256,6 +256,7 @@ def step_kernel(
         if RESETS:
             decay = tl.where(tl.load(reset + b * reset_b) != 0, 0.0, decay)
         current = tl.load(state + at, mask=mask, other=0.0) * decay
+        tl.debug_barrier()  # `new_state` may be `state`, and threads may have loaded the same elements
     update = strength * (values - tl.sum(current * keys[:, None], 0))
     current += keys[:, None] * update[None, :]
     tl.store(new_state + at, current, mask=mask)

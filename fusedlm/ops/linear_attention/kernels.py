@@ -340,6 +340,7 @@ def step_kernel(
         if RESET:
             before = tl.where(tl.load(reset + b * reset_b) != 0, 0.0, before)
         state += decay * before
+        tl.debug_barrier()  # `final` may be `start`, and threads may have loaded the same elements
     tl.store(final + at, state, mask=inside)
     y = tl.sum(state * query[:, None], 0)
     tl.store(out + head.to(tl.int64) * V + vv, y.to(out.dtype.element_ty), mask=v_inside)
