@@ -245,8 +245,7 @@ def test_dtypes_of_gradients():
     assert [x.dtype for x in found] == [torch.float32] * 2 + [x.dtype for x in leaves]
 
 
-@pytest.mark.parametrize("rope_dim", [4, 0])
-@pytest.mark.parametrize("with_state", [True, False])
+@pytest.mark.parametrize("with_state, rope_dim", [(True, 4), (False, 0)])
 def test_operators_pass_opcheck(with_state, rope_dim):
     leaves, (rope, reset, _), (upstream, d_final) = _inputs(
         (1, 9, 2, 8, rope_dim, 4), with_state=with_state, resets=0.2
