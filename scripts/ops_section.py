@@ -3,7 +3,7 @@
 import itertools
 from pathlib import Path
 
-OPS = "benchmarks/results/ops.json"
+OPS = ("benchmarks/results/ops.json", "benchmarks/results/ops-linear-time.json")
 STEPS = "benchmarks/results/steps.json"
 IMAGES = "docs/images"
 _OURS = "fusedlm"
@@ -12,8 +12,8 @@ _OUR_COLOUR, _PEER_COLOUR = "#b03060", "#90a8d8"
 _COLUMNS = 2  # of panels
 
 
-def ops_section(record: dict | None, steps: dict | None) -> str:
-    return _ops(record) + _steps(steps)
+def ops_section(records: list[dict], steps: dict | None) -> str:
+    return "".join(_ops(record, i == 0) for i, record in enumerate(records)) + _steps(steps)
 
 
 def _environment(record: dict) -> str:
@@ -24,17 +24,18 @@ def _environment(record: dict) -> str:
     )
 
 
-def _ops(record: dict | None) -> str:
-    if record is None:
-        return ""
+def _ops(record: dict, is_first: bool) -> str:
     ceilings = record["ceilings"]
-    page = f"\n# Operations\n\n    {record['command']}\n\n{_environment(record)}. In the same run a copy moves "
-    page += f"{ceilings['bytes_per_second'] / 1e9:,.0f} GB/s and a matrix product of size 8192 runs at "
-    page += f"{ceilings['flops_per_second'] / 1e12:,.0f} TFLOP/s. The floor is the time of the fewest bytes or of the "
-    page += f"FLOPs at these rates, whichever is longer. {_bound(record)} Times are medians of replays of a CUDA "
-    page += "graph, with the contenders interleaved. Liger and cut cross entropy synchronize with the device, which a "
-    page += "graph cannot capture; their times are of plain calls. Memory is the peak beyond inputs, outputs and "
-    page += "gradients.\n"
+    page = f"\n# {record.get('title', 'Operations')}\n\n    {record['command']}\n\n{_environment(record)}. In the same "
+    page += (
+        f"run a copy moves {ceilings['bytes_per_second'] / 1e9:,.0f} GB/s and a matrix product of size 8192 runs at "
+    )
+    page += f"{ceilings['flops_per_second'] / 1e12:,.0f} TFLOP/s. {_bound(record)}\n"
+    if is_first:
+        page += "The floor is the time of the fewest bytes or of the FLOPs at these rates, whichever is longer. Times "
+        page += "are medians of replays of a CUDA graph, with the contenders interleaved. Liger and cut cross entropy "
+        page += "synchronize with the device, which a graph cannot capture; their times are of plain calls. Memory is "
+        page += "the peak beyond inputs, outputs and gradients.\n"
     for op in dict.fromkeys(case["op"] for case in record["cases"]):
         page += f"\n## {op}\n\n| shape | | contender | ms | of the floor | memory, MiB | error |\n" + "|---" * 7 + "|\n"
         for case in record["cases"]:

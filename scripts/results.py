@@ -18,7 +18,7 @@ from scripts.ops_section import IMAGES, OPS, STEPS, draw_ops, ops_section  # noq
 RUNS, EXPERIMENTS = "benchmarks/results", "benchmarks/results/experiments"
 EXTENSION = "benchmarks/results/probes/extend.json"  # as `fusedlm eval RUN --probe extend` wrote it
 RECALL = "benchmarks/results/recall.json"  # as benchmarks/recall.py wrote it, plots beside it
-OTHERS = (EXTENSION, RECALL, DECODING, OPS, STEPS)
+OTHERS = (EXTENSION, RECALL, DECODING, *OPS, STEPS)
 BEGIN, END = "<!-- results -->\n", "<!-- end of results -->\n"
 # Rows of the README's table: recipe, measurement, and a function that reads it from a record.
 HEADLINES = [
@@ -92,7 +92,12 @@ def results_page(
     page = HEADER + lengths_section(lengths)
     page += ABOUT_RUNS + (runs_section(records) if records else "No run is recorded yet.\n")
     page += experiments_section(experiments) + recall_section(others[RECALL]) + extension_section(others[EXTENSION])
-    return page + decoding_section(others[DECODING]) + ops_section(others[OPS], others[STEPS])
+    page += decoding_section(others[DECODING])
+    return page + ops_section(ops_records(others), others[STEPS])
+
+
+def ops_records(others: dict[str, dict | None]) -> list[dict]:
+    return [others[path] for path in OPS if others[path] is not None]
 
 
 def runs_section(records: list[dict]) -> str:
@@ -297,8 +302,8 @@ def main() -> int:
     readme.write_text(replace_table(readme.read_text(encoding="utf-8"), headline_table(records)), encoding="utf-8")
     experiments = read_experiments(REPOSITORY / EXPERIMENTS)
     others = read_others(REPOSITORY)
-    if others[OPS] is not None:
-        draw_ops(others[OPS], REPOSITORY / IMAGES)
+    for record in ops_records(others):
+        draw_ops(record, REPOSITORY / IMAGES)
     if others[DECODING] is not None:
         draw_decoding(others[DECODING], REPOSITORY / IMAGES)
     lengths = read_lengths(REPOSITORY / LENGTHS)

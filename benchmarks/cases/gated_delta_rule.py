@@ -68,7 +68,7 @@ def problems(shape: tuple[int, int, int, int], device: torch.device, dtype: torc
         def attention(q, k, v, log_decay, beta):
             return sdpa.cudnn_causal(q, k, v, 1.0)
 
-        part = "causal attention of the same shape (cuDNN)", attention
+        part = "cuDNN attention", attention
     flops = 3 * 2 * total * heads * width**2
     gates = sum(x.nbytes for x in leaves[3:])
     return [

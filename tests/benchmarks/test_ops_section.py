@@ -37,7 +37,7 @@ def _rows(page):
 
 
 def test_a_less_exact_peer_has_its_time_with_a_mark_and_its_error(record):
-    page = ops_section(record, None)
+    page = ops_section([record], None)
     assert _rows(page)[1:] == [
         "| 4 × 8, bfloat16 | forward | eager | 2.0000 | 10% | 10 | 2.0e-03 |",
         "|  |  | Liger | 0.5000 † | 40% | 4 | 4.6e-02, up to 11× the bound |",
@@ -52,7 +52,7 @@ def test_a_record_from_before_is_read(record):
     for one in record["cases"][0]["contenders"]:
         del one["error_over_bound"]
     record["cases"][0]["contenders"][1] |= {"milliseconds": None, "reason": "wrong"}
-    page = ops_section(record, None)
+    page = ops_section([record], None)
     assert _rows(page)[2] == "|  |  | Liger | wrong | – | 4 | 4.6e-02 |"
     assert "†" not in page and "is wrong and has no time" in page
 
@@ -63,8 +63,8 @@ def test_steps_are_read_by_either_name(record):
     new = {"command": "c", "environment": ENVIRONMENT, "cases": [{"name": "gpt", "variants": variants}]}
     old = copy.deepcopy(new)
     old["cases"][0]["ways"] = old["cases"][0].pop("variants")
-    assert ops_section(None, new) == ops_section(None, old)
-    assert "| gpt | fused | 1,100 | 1.100× | 50.0% | 2.00 GiB |" in ops_section(None, new)
+    assert ops_section([], new) == ops_section([], old)
+    assert "| gpt | fused | 1,100 | 1.100× | 50.0% | 2.00 GiB |" in ops_section([], new)
 
 
 def test_bars_have_their_milliseconds_and_the_chart_its_hardware(record, tmp_path, monkeypatch):
@@ -96,3 +96,12 @@ def test_a_run_prints_the_error_beside_the_time(record):
     lines = _lines(record["cases"][0]).splitlines()
     assert "0.5000 ms" in lines[2] and "error 4.6e-02, less exact: up to 11 times the bound" in lines[2]
     assert "NaN or infinity" in lines[3] and "less exact" not in lines[1]
+
+
+def test_records_follow_each_other_each_with_its_title(record):
+    other = copy.deepcopy(record) | {"title": "Others", "note": "Made elsewhere."}
+    other["cases"][0]["op"] = "another_op"
+    page = ops_section([record, other], None)
+    assert page.index("# Operations") < page.index("## an_op") < page.index("# Others") < page.index("## another_op")
+    assert page.count("The floor is the time of the fewest bytes") == 1 and page.endswith("\nMade elsewhere.\n")
+    assert ops_section([], None) == ""
