@@ -46,6 +46,7 @@ def lengths_section(records: list[dict]) -> str:
             made = record["environment"]
             page += f"\n    {record['command']}\n\n{made['date'][:10]}; {made['device_name']}, {made['dtype']}, torch "
             page += f"{made['torch']}, triton {made['triton']}, commit {made['git_commit'][:7]}.\n"
+        page += "".join(f"\n{note}\n" for note in dict.fromkeys(r["note"] for r in group if "note" in r))
     return page + "\n"
 
 

@@ -241,7 +241,7 @@ class StaticSteps:
         self._accept(self._predictor.logits(self._fed_B1, self.state)[:, -1])
 
     def _accept(self, logits_BV: torch.Tensor) -> None:
-        """Draw the next token of each row. A row that has ended goes on computing, and stays where it is."""
+        """Draw the next token of each row. Finished rows are computed too; their length stays the same."""
         uniform_B = None
         if self._sampling.temperature > 0:
             uniform_B = self._uniform_BK.index_select(1, self._n_drawn)[:, 0]

@@ -1,13 +1,14 @@
 """How a benchmark judges contenders, and that timed calls are interleaved."""
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from types import SimpleNamespace
 
 import pytest
 import torch
 
 from benchmarks import harness
+from benchmarks.run import _chosen
 
 CPU = torch.device("cpu")
 
@@ -88,6 +89,26 @@ def test_a_part_of_the_work_is_timed_too():
     problem.part = ("half", lambda x: x[:500].sin())
     found = _measure(problem)
     assert found[-1].name == "half" and found[-1].milliseconds > 0 and not found[-1].errors
+
+
+def test_a_part_may_use_some_leaves_alone_and_a_contender_may_not():
+    def both(x, y):
+        return x + y
+
+    leaves = [torch.ones(1000).requires_grad_() for _ in range(2)]
+    problem = replace(
+        _problem(torch.ones(1000)), leaves=leaves, contenders={"eager": both}, exact=lambda: [torch.ones(1000)] * 3,
+        sample=lambda found: [x / x.max() for x in found], part=("first", lambda x, y: x.sin()),
+    )  # fmt: skip
+    assert _measure(problem)[-1].milliseconds > 0
+    with pytest.raises(RuntimeError, match="appears to not have been used"):
+        _measure(replace(problem, contenders={"eager": both, "forgets one": lambda x, y: x.sin()}))
+
+
+def test_chosen_contenders_follow_eager():
+    contenders = {"eager": 1, "torch compile": 2, "peer": 3, "fusedlm": 4}
+    assert _chosen(contenders, ["fusedlm", "peer"]) == {"eager": 1, "peer": 3, "fusedlm": 4}
+    assert list(_chosen(contenders, ["eager"])) == ["eager"]
 
 
 def test_calls_are_interleaved_in_an_order_that_changes(monkeypatch):

@@ -60,7 +60,9 @@ def test_unknown_mixers_are_named(run, capsys):
 
 def test_records_become_a_section_and_a_plot(run, tmp_path):
     record, _ = run("--mixers", "gdn", "recipe", "--lengths", "16", "32", "64", "--tokens", "32")
-    page = lengths_section([record])
+    record["note"] = "Made elsewhere."
+    page = lengths_section([record, record])
+    assert page.count("\nMade elsewhere.\n") == 1
     assert f"    {record['command']}\n" in page and f"images/{PLOT}" in page
     assert "| mixer | parameters | 16 | 32 | 64 |" in page
     assert "| gdn | 3 M | 16,000 | 32,000* | out of memory |" in page

@@ -22,8 +22,25 @@ PARTS = {  # widths, and width and scales of heads that are normalised
 def small(monkeypatch):
     """Several strips, spans and walkers at small sizes."""
     monkeypatch.setattr(kernels, "_STRIP", 16)
-    for name in ("_FORWARD", "_BACKWARD"):
+    for name in ("_FORWARD", "_BACKWARD", "_BACKWARD_OF_DOCUMENTS"):
         monkeypatch.setattr(kernels, name, getattr(kernels, name)._replace(span=4, rows=2))
+
+
+def test_only_backward_passes_without_tail_and_documents_load_ahead(monkeypatch):
+    launched = []
+    real = kernels.backward_kernel
+
+    class Spy:
+        def __getitem__(self, grid):
+            return lambda *tensors, **constants: (
+                launched.append(constants["PREFETCH"]) or real[grid](*tensors, **constants)
+            )
+
+    monkeypatch.setattr(kernels, "backward_kernel", Spy())
+    for with_tail, packed in ((False, False), (True, False), (False, True)):
+        tensors, positions, upstreams = _inputs(1, 9, 3, "plain", with_tail, packed)
+        _run(kernels.short_conv, "plain", tensors, positions, upstreams)
+    assert launched == [True, False, False]
 
 
 def _inputs(batch, n_tokens, size, parts, with_tail, packed, dtype=torch.float32):

@@ -55,7 +55,7 @@ def norm_gradient_kernel(
         up *= gain[None, :]
         along = tl.sum(up * normed, 1)
         exact = (up - normed * (along / V)[:, None]) * inverse[:, None]
-        # dy is orthogonal to y but for eps: what it gives for the part of the second stream along y is known exactly.
+        # With eps 0 dy is orthogonal to y, so its product with the component of the second stream along y is exact.
         common = tl.sum(y * second, 1) / tl.where(square > 0.0, square, 1.0)
         weight_sum -= tl.sum(exact * (second - common[:, None] * y), 1) + common * along * inverse * inverse * eps
         up = exact.to(dy.dtype.element_ty)
