@@ -1,5 +1,7 @@
 """A static state: one-token steps give what a growing state gives, in the same memory, with no wait for the device."""
 
+import importlib
+
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -144,3 +146,20 @@ def test_what_a_static_state_cannot_do_is_refused():
         _static(model, 13).load(longer)
     with pytest.raises(ValueError, match="only a static state loads"):
         _prefilled(model).load(_prefilled(model))
+
+
+@pytest.mark.parametrize("mixer, op", [("gdn", "gated_delta_rule"), ("mamba2", "decayed_linear_attention")])
+@torch.no_grad()
+def test_recurrences_overwrite_static_states_alone(mixer, op, monkeypatch):
+    """RecurrentState would copy a state that is not overwritten: the values are the same, the memory is moved twice."""
+    module = importlib.import_module(f"fusedlm.nn.mixers.{mixer}")
+    run, found = getattr(module, op), []
+    monkeypatch.setattr(module, op, lambda *args, **rest: found.append(rest["in_place"]) or run(*args, **rest))
+    model = part_model(MIXER_CASES[mixer][0])
+    state = model.init_state(1)
+    model(torch.tensor([[1, 2, 3]]), state=state)
+    model(torch.tensor([[4]]), state=state)
+    state.make_static(8)
+    model(torch.tensor([[5]]), state=state)
+    n = len(found) // 3
+    assert found == [False] * 2 * n + [True] * n and n > 0
