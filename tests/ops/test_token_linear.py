@@ -36,7 +36,7 @@ def _check(width, n_out, case, dtype, floor):
     assert_close(found.double(), exact, max(2 * error_ratio(same.double(), exact), floor))
 
 
-@pytest.mark.parametrize(("width", "n_out"), [(1, 1), (16, 8), (33, 7), (1024, 5), (1025, 9), (2100, 4)])
+@pytest.mark.parametrize(("width", "n_out"), [(1, 1), (16, 8), (33, 7), (1280, 5), (2048, 9), (2049, 2), (4100, 4)])
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_the_kernel(case, width, n_out):
     _check(width, n_out, case, torch.float32, 1e-6)
@@ -44,10 +44,16 @@ def test_the_kernel(case, width, n_out):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
-@pytest.mark.parametrize(("width", "n_out"), [(1280, 3840), (5120, 1280), (1, 1), (1025, 50304)])
+@pytest.mark.parametrize(("width", "n_out"), [(1280, 3840), (5120, 1280), (1, 1), (1025, 50304), (2049, 7)])
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_the_kernel_on_a_gpu(case, width, n_out, dtype):
     _check(width, n_out, case, dtype, 1e-6)
+
+
+@pytest.mark.parametrize(("width", "rows", "columns"), [(3, 4, 16), (1280, 4, 2048), (2048, 4, 2048), (2049, 1, 2048)])
+def test_rows_of_a_program(width, rows, columns):
+    config = kernels.config_of(width)
+    assert (config["ROWS"], config["COLUMNS"]) == (rows, columns)
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
