@@ -40,7 +40,7 @@ VOCAB = 50257
 SAMPLING = Sampling(2**30, 1.0, None, None)
 ALONE = ("gpt-350m", "hybrid-350m")  # at batch 1
 FUSED = {"rmsnorm_linear": "auto", "swiglu_mlp": "auto"}
-SEPARATE = dict.fromkeys(("token_linear", "rmsnorm_rope", "relu2_mlp"), "reference")
+SEPARATE = dict.fromkeys(("token_linear", "rmsnorm_rope", "rope_append", "relu2_mlp"), "reference")
 # How a step is run: backends of ops, and options of torch.compile (None: not compiled).
 VARIANTS = {
     "default": ({}, None),

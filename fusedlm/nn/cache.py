@@ -4,6 +4,7 @@ seen."""
 import torch
 
 from fusedlm.nn.context import Context
+from fusedlm.ops.common import runs_fused
 
 
 class TokenCache:
@@ -173,6 +174,11 @@ class WindowCache:
 
     def tensors(self) -> list[torch.Tensor]:
         return [] if self.rows is None else [self.rows]
+
+
+def fuses_append(context: Context, backend: str, like: torch.Tensor) -> bool:
+    """Whether one op rotates the tokens of a static state and writes them into the `rows` of its caches."""
+    return context.slots_B is not None and not torch.is_grad_enabled() and runs_fused("rope_append", backend, like)
 
 
 def write(rows_BS: torch.Tensor, slots_B: torch.Tensor, new_B1: torch.Tensor) -> None:

@@ -17,7 +17,7 @@ from fusedlm.ops.linear_cross_entropy.op import linear_softcap_cross_entropy
 from fusedlm.ops.norm_linear.op import rmsnorm_linear
 from fusedlm.ops.one_token.op import token_linear
 from fusedlm.ops.relu2.op import relu2_mlp
-from fusedlm.ops.rotary.op import rmsnorm_rope
+from fusedlm.ops.rotary.op import rmsnorm_rope, rope_append
 from fusedlm.ops.scan.op import gated_scan
 from fusedlm.ops.swiglu.op import swiglu_mlp
 
@@ -39,6 +39,7 @@ __all__ = [
     "relu2_mlp",
     "rmsnorm_linear",
     "rmsnorm_rope",
+    "rope_append",
     "short_conv",
     "short_conv_tail",
     "softcap_cross_entropy",

@@ -100,6 +100,33 @@ def test_rotation_in_one_kernel():
         assert ran.count(("rmsnorm_rope", "test", {})) > 3
 
 
+@torch.no_grad()
+def _static_decoded(model):
+    """Steps of three rows of different lengths, and everything in their caches at the end."""
+    tokens = torch.randint(61, (3, 16), generator=torch.Generator().manual_seed(1))
+    state = model.init_state(3)
+    model(tokens[:, :7], state=state, lengths=[7, 2, 5])
+    state.make_static(16)
+    logits = [model(step, state=state).logits for step in tokens[:, 7:].split(1, dim=1)]
+    return torch.cat(logits, dim=1), [x.clone() for part in state._parts() for x in part.tensors()]
+
+
+@pytest.mark.parametrize(
+    "case", [case for name in ("attention", "mla", "diff_mla", "cmd_mla") for case in MIXER_CASES[name]]
+)
+def test_rotation_and_append_in_one_kernel(case):
+    rotary = pytest.importorskip("fusedlm.ops.rotary.triton")
+    model = _model(case, "{type: swiglu, hidden: 24}")
+    expected, caches = _static_decoded(model)
+    with backend_of("rope_append", rotary.rope_append), recorded() as ran:
+        found, own = _static_decoded(model)
+    without = "mla" in case and "rope_dim: 0" in case  # nothing to rotate
+    assert ran.count(("rope_append", "test", {})) >= 9 * len(model.blocks) * (not without)
+    assert_close(found, expected, 1e-5)
+    for one, other in zip(own, caches, strict=True):
+        assert_close(one, other, 1e-5)
+
+
 def test_full_graph():
     model = _model("{type: gdn, n_heads: 2, chunk_size: 8}", "{type: swiglu, hidden: 24}")
     expected = _decoded(model)

@@ -30,6 +30,17 @@ def _heads(width=8):
 CALLS = {
     "token_linear": lambda run, **options: run(torch.ones(1, 4), torch.ones(3, 4), **options),
     "rmsnorm_rope": lambda run, **options: run(_heads(), torch.ones(1, 3, 1, 1), torch.ones(1, 3, 1, 1), **options),
+    "rope_append": lambda run, **options: run(
+        _heads()[:, :1],
+        _heads()[:, :1],
+        torch.ones(1, 1, 4),
+        _heads(),
+        torch.ones(1, 3, 4),
+        torch.ones(1).long(),
+        torch.ones(1, 1, 1, 1),
+        torch.ones(1, 1, 1, 1),
+        **options,
+    ),  # fmt: skip
     "cached_attention": lambda run, **options: run(_heads(), _heads(), _heads(), scale=1.0, **options),
     "causal_attention": lambda run, **options: run(_heads(), _heads(), _heads(), scale=1.0, **options),
     "packed_attention": lambda run, **options: run(

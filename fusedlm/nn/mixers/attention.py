@@ -2,7 +2,7 @@
 
 import torch
 
-from fusedlm.nn.cache import TokenCache, WindowCache, cached_tokens
+from fusedlm.nn.cache import TokenCache, WindowCache, cached_tokens, fuses_append
 from fusedlm.nn.context import Context
 from fusedlm.nn.linear import Linear, fuses_norm
 from fusedlm.nn.mixers.softmax import SoftmaxAttention, attention_flops
@@ -11,7 +11,7 @@ from fusedlm.nn.norm import rms_norm
 from fusedlm.nn.rope import apply_rope
 from fusedlm.nn.value_residual import ValueResidual
 from fusedlm.nn.xsa import exclude_own_value
-from fusedlm.ops import cached_attention, rmsnorm_rope
+from fusedlm.ops import cached_attention, rmsnorm_rope, rope_append
 from fusedlm.ops.common import runs_fused
 
 Q_GAIN = 1.5  # initial learnt gain on normalised queries: unit vectors alone cannot give sharp attention
@@ -66,12 +66,16 @@ class Attention(Module):
     def forward(self, x_BTD, context: Context, state: list | None = None) -> torch.Tensor:
         qkv = self.qkv(x_BTD).unflatten(-1, (-1, self.head_dim))
         q, k, v = qkv.split(self.heads, dim=2)
-        q, k = self._rotated(qkv, q, k, context)
         if self.value_residual is not None:
             v = self.value_residual(v.flatten(-2), context).view_as(v)
         own = v
         scale = context.scale_scores(self.scale, self.rope[0])
-        if state is not None:
+        appends = fuses_append(context, self.backend("rope_append"), qkv)
+        if appends:
+            q, k, v = self._appended(q, k, v, context, state)
+        else:
+            q, k = self._rotated(qkv, q, k, context)
+        if state is not None and not appends:
             k, v = (cache.append(new, context) for cache, new in zip(state, (k, v), strict=True))
         if context.past == 0:
             y = self.attend(q, k, v, scale, context)
@@ -103,6 +107,23 @@ class Attention(Module):
             k = rms_norm(k, self.eps)
         return apply_rope(q, table), apply_rope(k, table)
 
+    def _appended(self, q, k, v, context: Context, state: list) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Queries, and all keys and values of a static state, in one kernel."""
+        keys, values = (cache.rows for cache in state)
+        q = rope_append(
+            q,
+            k,
+            v.flatten(2),
+            keys,
+            values.flatten(2),
+            context.starts_B,
+            *context.rope[self.rope],
+            eps=None if self.q_gain is None else self.eps,
+            gain_H=self.q_gain,
+            backend=self.backend("rope_append"),
+        )
+        return q, keys, values
+
     def init_state(self, batch_size: int, max_tokens: int | None = None) -> list[TokenCache | WindowCache]:
         if self.window is not None:
             return [WindowCache(self.window), WindowCache(self.window)]
@@ -120,4 +141,5 @@ class Attention(Module):
 
     def ops(self, device: torch.device) -> list[OpUse]:
         cached = OpUse("cached_attention", "cached_attention", self.attend.sizes)
-        return [*self.attend.ops(device), cached, self.qkv.norm_op(), OpUse("rmsnorm_rope", "rmsnorm_rope", {})]
+        rotary = [OpUse(name, name, {}) for name in ("rmsnorm_rope", "rope_append")]
+        return [*self.attend.ops(device), cached, self.qkv.norm_op(), *rotary]

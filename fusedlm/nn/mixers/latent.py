@@ -5,7 +5,7 @@ from abc import ABC, abstractmethod
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from fusedlm.nn.cache import TokenCache
+from fusedlm.nn.cache import TokenCache, fuses_append
 from fusedlm.nn.context import Context
 from fusedlm.nn.linear import Linear, fuses_norm
 from fusedlm.nn.mixers.softmax import SoftmaxAttention
@@ -14,7 +14,7 @@ from fusedlm.nn.norm import RMSNorm
 from fusedlm.nn.rope import RopeTable, apply_rope
 from fusedlm.nn.value_residual import ValueResidual
 from fusedlm.nn.xsa import exclude_own_value
-from fusedlm.ops import latent_decode, rmsnorm_rope
+from fusedlm.ops import latent_decode, rmsnorm_rope, rope_append
 from fusedlm.ops.common import runs_fused
 
 
@@ -101,10 +101,14 @@ class LatentMixer(Module, ABC):
         q, q_noise = self._queries(x_BTD, q_latent).split(self.q_widths, dim=-1)
         q = q.unflatten(-1, (self.n_heads, -1))
         q, q_rope = q.split([self.n_streams * self.head_dim, self.rope[0]], dim=-1)
-        latent = self.kv_norm(latent)
-        if self.value_residual is not None:
-            latent = self.value_residual(latent, context)
         table = context.rope[self.rope]
+        if self.rope[0] and fuses_append(context, self.backend("rope_append"), q):
+            latent, q_rope = self._appended(latent, q_rope, k_rope, context, state)
+            v = self.values(latent) if self.xsa else None
+            return self._output(
+                self.absorbed(x_BTD, self._absorbed_queries(q, q_rope), q_noise, state.rows, context), v
+            )
+        latent = self._normed(latent, context)
         q_rope, k_rope = self._rotated(q_rope, table), self._rotated(k_rope[:, :, None], table)
         memory = None if state is None else state.append(torch.cat([latent, k_rope[:, :, 0]], dim=-1), context)
         if context.past == 0:
@@ -117,6 +121,33 @@ class LatentMixer(Module, ABC):
             return self._combined_output(x_BTD, v, *streams)
         v = self.values(latent) if self.xsa else None
         return self._output(self.absorbed(x_BTD, self._absorbed_queries(q, q_rope), q_noise, memory, context), v)
+
+    def _normed(self, latent_BTR: torch.Tensor, context: Context) -> torch.Tensor:
+        latent = self.kv_norm(latent_BTR)
+        return latent if self.value_residual is None else self.value_residual(latent, context)
+
+    def _appended(self, latent, q_rope, k_rope, context: Context, state: TokenCache):
+        """Latent and rotated queries of the tokens of a static state, latent and rotary key written into it, in one
+        kernel; the latent is returned without its norm where nothing else reads it."""
+        norm = {}
+        if self.xsa or self.value_residual is not None:
+            latent = self._normed(latent, context)
+        else:
+            pending = self.kv_norm(latent, pending=True)
+            norm = {"v_gain_E": pending.gain, "v_eps": pending.eps}
+        values, keys = state.rows.split([self.rank, self.rope[0]], dim=-1)
+        q_rope = rope_append(
+            q_rope,
+            k_rope[:, :, None],
+            latent,
+            keys[:, :, None],
+            values,
+            context.starts_B,
+            *context.rope[self.rope],
+            **norm,
+            backend=self.backend("rope_append"),
+        )
+        return latent, q_rope
 
     def _queries(self, x_BTD, q_latent_BTR: torch.Tensor) -> torch.Tensor:
         if self.q_norm is None:
@@ -206,7 +237,7 @@ class LatentMixer(Module, ABC):
     def ops(self, device: torch.device) -> list[OpUse]:
         sizes = {"rank": self.rank, "rope_dim": self.rope[0]}
         used = [*self.attend.ops(device), OpUse("latent_decode", "latent_decode", sizes)]
-        used.append(OpUse("rmsnorm_rope", "rmsnorm_rope", {}))
+        used += [OpUse(name, name, {}) for name in ("rmsnorm_rope", "rope_append")]
         if self.q_norm is not None:
             used.append(self.q_up.norm_op()._replace(name="q_rmsnorm_linear"))
             if not self.combines_with_input:
