@@ -6,7 +6,9 @@ from dataclasses import dataclass
 
 import torch
 
-_LARGEST_FRACTION = 1 - 1e-12  # of a cumulative sum, so that the last token exceeds it whatever the rounding
+from fusedlm.ops import draw_token
+from fusedlm.ops.draw.reference import checked, invert, weights_of
+
 NOT_FINITE = "the logits are not finite; the weights are damaged or diverged, or values overflow in this precision"
 
 
@@ -56,7 +58,7 @@ def sample(probabilities: torch.Tensor, generator: torch.Generator) -> int:
     """One id drawn from probabilities (vocab,) float64 by inverting the cumulative sum: exactly one random number per
     token, on every device and in every version of torch."""
     uniform = torch.rand((), generator=generator, dtype=torch.float64)
-    return int(_invert(probabilities[None], uniform[None])[0])
+    return int(invert(probabilities[None], uniform[None])[0])
 
 
 def draw(logits_BV: torch.Tensor, uniform_B: torch.Tensor | None, sampling: Sampling) -> torch.Tensor:
@@ -67,20 +69,17 @@ def draw(logits_BV: torch.Tensor, uniform_B: torch.Tensor | None, sampling: Samp
         logits_BV: (B, V) of any float dtype, -inf for ids that are never drawn.
         uniform_B: (B,) float64 random numbers; None with temperature 0.
     """
-    highest_B, tokens_B = logits_BV.max(-1)
-    if sampling.temperature > 0:
-        weights_BV = _weights(logits_BV.double(), sampling.temperature, sampling.top_k, sampling.top_p)
-        tokens_B = _invert(weights_BV, uniform_B)
-    return tokens_B.masked_fill(highest_B - highest_B != 0, -1)  # infinity and NaN minus themselves are NaN
+    if sampling.temperature == 0 or (sampling.top_k is None and sampling.top_p is None):
+        return draw_token(logits_BV, uniform_B, temperature=sampling.temperature)
+    weights_BV = _weights(logits_BV.double(), sampling.temperature, sampling.top_k, sampling.top_p)
+    return checked(invert(weights_BV, uniform_B), logits_BV.amax(-1))
 
 
 def _weights(logits_BV: torch.Tensor, temperature: float, top_k: int | None, top_p: float | None) -> torch.Tensor:
     """Unnormalised probabilities (B, V) from float64 logits."""
     if temperature == 0:
         return torch.zeros_like(logits_BV).scatter_(-1, logits_BV.argmax(-1, keepdim=True), 1.0)
-    # Subtract the maximum before dividing: a tiny temperature then gives -inf for the others, and never NaN.
-    shifted_BV = logits_BV - logits_BV.amax(-1, keepdim=True)
-    weights_BV = torch.exp(shifted_BV if temperature == 1 else shifted_BV / temperature)
+    weights_BV = weights_of(logits_BV, temperature)
     if top_k is None and top_p is None:
         return weights_BV
     n = weights_BV.shape[-1] if top_k is None else min(top_k, weights_BV.shape[-1])
@@ -93,11 +92,3 @@ def _weights(logits_BV: torch.Tensor, temperature: float, top_k: int | None, top
     above, equal = weights_BV > least_B1, weights_BV == least_B1
     first_equal = equal & (equal.cumsum(-1) <= n_kept_B1 - above.sum(-1, keepdim=True))
     return weights_BV.masked_fill(~(above | first_equal), 0.0)
-
-
-def _invert(weights_BV: torch.Tensor, uniform_B: torch.Tensor) -> torch.Tensor:
-    """The first id of each row whose cumulative weight exceeds the uniform fraction of the sum."""
-    cumulative = weights_BV.cumsum(-1)
-    fraction = uniform_B[:, None].clamp(max=_LARGEST_FRACTION) * cumulative[:, -1:]
-    # Parallel sums may rise a little where the weight is 0.
-    return ((cumulative > fraction) & (weights_BV > 0)).byte().argmax(-1)

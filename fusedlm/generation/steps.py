@@ -246,12 +246,11 @@ class StaticSteps:
         if self._sampling.temperature > 0:
             uniform_B = self._uniform_BK.index_select(1, self._n_drawn)[:, 0]
             self._n_drawn += 1
-        tokens_B = self._draw(logits_BV, uniform_B, self._sampling)
-        tokens_B = tokens_B.masked_fill(self._ended_B, self._predictor.eot_id)
-        self._ended_B |= (tokens_B == self._predictor.eot_id) | (tokens_B < 0)
-        self.state.growing_B.copy_(~self._ended_B)
-        self._tokens_B.copy_(tokens_B)
-        self._fed_B1.copy_(tokens_B.clamp(min=0)[:, None])
+        tokens_B, eot_id = self._tokens_B, self._predictor.eot_id
+        tokens_B.copy_(self._draw(logits_BV, uniform_B, self._sampling)).masked_fill_(self._ended_B, eot_id)
+        torch.logical_and(tokens_B != eot_id, tokens_B >= 0, out=self.state.growing_B)
+        torch.logical_not(self.state.growing_B, out=self._ended_B)
+        torch.clamp(tokens_B, min=0, out=self._fed_B1[:, 0])
 
 
 class _Reader:

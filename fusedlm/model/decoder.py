@@ -263,6 +263,8 @@ class Decoder(Module):
         if documents is not None:
             before = (state.last_document_B, state.next_position_B) if past else ()
             positions = document_positions(documents, *before)
+        elif state is not None and state.capacity is not None:
+            positions = state.next_position_B[:, None]
         else:
             positions = torch.arange(n_tokens, device=tokens.device)[None]
             if past:
@@ -279,7 +281,8 @@ class Decoder(Module):
             else:  # for windows
                 context.boundaries = row_boundaries(batch, n_tokens, tokens.device)
         wide = torch.promote_types(self.embedding.weight.dtype, torch.float32)
-        context.add_rope(self.rope_specs, wide, self.yarn)
+        of_next = None if state is None or state.capacity is None else state.rope
+        context.add_rope(self.rope_specs, wide, self.yarn, of_next)
         return context
 
     def _varlen_attention(self, device: torch.device) -> bool:

@@ -7,6 +7,7 @@ import torch
 
 from fusedlm.nn.cache import TokenCache, WindowCache
 from fusedlm.nn.context import Context
+from fusedlm.nn.rope import RopeTable, YaRN, rope_table
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,9 @@ class State:
         self.capacity: int | None = None
         self.lengths_B: torch.Tensor | None = None
         self.growing_B: torch.Tensor | None = None
+        # Of a static state: lengths_B, next_position_B and slots, which advance together, (3, B).
+        self._counters: torch.Tensor | None = None
+        self._tables: dict[tuple, torch.Tensor] = {}
         self._mark: Mark | None = None
 
     @property
@@ -67,16 +71,27 @@ class State:
 
     def slots(self) -> torch.Tensor | None:
         """(B,) int64 places of the next tokens among the B * capacity of a static cache; None: not static."""
-        if self.capacity is None:
-            return None
+        return None if self.capacity is None else self._counters[2]
+
+    def _place(self) -> None:
+        """Set the slots by the lengths."""
         rows_B = torch.arange(len(self.lengths), device=self.lengths_B.device)
-        return rows_B * self.capacity + self.lengths_B
+        self._counters[2] = rows_B * self.capacity + self.lengths_B
+
+    def rope(self, dim: int, base: float, dtype: torch.dtype, yarn: YaRN | None) -> RopeTable:
+        """`rope_table` of the next tokens of a static state: rows of a table of all its positions, which is computed at
+        the first call."""
+        key = (dim, base, dtype, yarn)
+        if key not in self._tables:
+            positions = torch.arange(self.capacity, device=self.lengths_B.device)
+            self._tables[key] = torch.stack(rope_table(positions[None], dim, base, dtype, yarn))[:, 0]
+        cos, sin = self._tables[key].index_select(1, self.next_position_B)
+        return cos[:, None], sin[:, None]
 
     def advance(self, context: Context, documents_BT: torch.Tensor | None, lengths: list[int]) -> None:
         """Count an append of so many tokens per row."""
         if self.capacity is not None:
-            self.lengths_B += self.growing_B
-            self.next_position_B += self.growing_B
+            self._counters += self.growing_B
             return
         after_BT = (context.positions_BT + 1).expand(len(lengths), -1)
         if self._mark is not None:
@@ -118,10 +133,13 @@ class State:
         if capacity < least:
             raise ValueError(f"capacity={capacity} must be at least {least}")
         if self.capacity is None:
-            self.lengths_B = torch.tensor(self.lengths, device=self.next_position_B.device)
+            lengths_B = torch.tensor(self.lengths, device=self.next_position_B.device)
+            self._counters = torch.stack([lengths_B, self.next_position_B, lengths_B])
+            self.lengths_B, self.next_position_B, _ = self._counters
             self.growing_B = torch.ones_like(self.lengths_B)
-            self.next_position_B = self.next_position_B.clone()
         self.capacity = capacity
+        self._tables = {}
+        self._place()
         for part in self._parts():
             part.make_static(capacity, self.lengths_B)
 
@@ -140,6 +158,7 @@ class State:
             )
         self.lengths = list(other.lengths)
         self.lengths_B.copy_(torch.tensor(other.lengths))
+        self._place()
         self.growing_B.fill_(1)
         self.next_position_B.copy_(other.next_position_B)
         for own, part in zip(self._parts(), other._parts(), strict=True):

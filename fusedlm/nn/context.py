@@ -56,10 +56,13 @@ class Context:
             return None
         return self.positions_BT if window is None else self.positions_BT.clamp(max=window - 1)
 
-    def add_rope(self, specs: set[tuple[int, float]], dtype: torch.dtype, yarn: YaRN | None = None) -> None:
-        """Compute the tables of all (dim, base)."""
+    def add_rope(
+        self, specs: set[tuple[int, float]], dtype: torch.dtype, yarn: YaRN | None = None, of_next=None
+    ) -> None:
+        """Tables of all (dim, base). of_next: gives them for the next tokens of a static state; None: computed."""
         for dim, base in sorted(specs):
-            self.rope[dim, base] = rope_table(self.positions_BT, dim, base, dtype, yarn)
+            table = rope_table(self.positions_BT, dim, base, dtype, yarn) if of_next is None else None
+            self.rope[dim, base] = table or of_next(dim, base, dtype, yarn)
         self.score_gain = yarn_score_gain(yarn)
 
     def scale_scores(self, scale: float, rope_dim: int) -> float:

@@ -9,6 +9,7 @@ from fusedlm.ops.cross_entropy.op import softcap_cross_entropy
 from fusedlm.ops.delta_rule.op import gated_delta_rule
 from fusedlm.ops.differential.op import differential_combine
 from fusedlm.ops.differential_linear.op import differential_linear_attention
+from fusedlm.ops.draw.op import draw_token
 from fusedlm.ops.gated_norm.op import gated_rmsnorm
 from fusedlm.ops.latent.op import latent_decode
 from fusedlm.ops.latent.reference import quantise_latent
@@ -28,6 +29,7 @@ __all__ = [
     "decayed_linear_attention",
     "differential_combine",
     "differential_linear_attention",
+    "draw_token",
     "explain",
     "gated_delta_rule",
     "gated_rmsnorm",

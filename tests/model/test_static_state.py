@@ -7,6 +7,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fusedlm.nn.cache import TokenCache
+from fusedlm.nn.rope import YaRN, rope_table
 from fusedlm.testing import MIXER_CASES, assert_close, part_model
 from tests.laws.models import ALL_MODELS, random_model, some_tokens
 
@@ -163,3 +164,23 @@ def test_recurrences_overwrite_static_states_alone(mixer, op, monkeypatch):
     model(torch.tensor([[5]]), state=state)
     n = len(found) // 3
     assert found == [False] * 2 * n + [True] * n and n > 0
+
+
+@torch.no_grad()
+def test_tables_and_places_follow_the_tokens():
+    model = part_model(MIXER_CASES["attention"][0]).double()
+    state = model.init_state(2)
+    model(some_tokens(2, 5, 1) % model.vocab_size, state=state, lengths=[5, 3])
+    yarn = YaRN(factor=4, trained_length=8)
+    for capacity in (7, 9):
+        state.make_static(capacity)
+        state.growing_B.copy_(torch.tensor([1, 0]))
+        model(torch.zeros(2, 1, dtype=torch.int64), state=state)
+        lengths = torch.tensor([6 + (capacity == 9), 3])
+        assert state.slots().tolist() == [lengths[0], capacity + 3]
+        for dim, stretch in ((6, None), (6, yarn), (4, yarn), (0, None)):
+            found = state.rope(dim, 100.0, torch.float32, stretch)
+            expected = rope_table(lengths[:, None], dim, 100.0, torch.float32, stretch)
+            assert all(x.shape == y.shape and x.is_contiguous() for x, y in zip(found, expected, strict=True))
+            for x, y in zip(found, expected, strict=True):
+                torch.testing.assert_close(x, y, rtol=0, atol=1e-6)

@@ -61,6 +61,7 @@ CALLS = {
         **options,
     ),
     "differential_combine": lambda run, **options: run(_heads(), _heads(), torch.ones(2), **options),
+    "draw_token": lambda run, **options: run(torch.ones(2, 3), temperature=0, **options),
     "gated_delta_rule": lambda run, **options: run(
         _heads(), _heads(), _heads(), torch.zeros(1, 3, 2), torch.zeros(1, 3, 2), **options
     ),
