@@ -108,14 +108,15 @@ class SelectiveDifferentialLinearAttention(Module):
         streams, rope = (q, k, k_rope, v, log_decay), self._rope(context)
         sums, working = (None, None) if state is None else (state.memory, state.carried)
         valid_BT, reset_BT = context.valid_BT, context.reset_BT
-        o, sums_after = self._attend(*streams, rope, sums, reset_BT, valid_BT)
+        in_place = state is not None and state.static
+        o, sums_after = self._attend(*streams, rope, sums, reset_BT, valid_BT, in_place)
         o = o.flatten(-2).to(projected.dtype)
         scanned = None
         if self.read is not None:
             new, gate = self.write(o).chunk(2, dim=-1)
             gate = gate.sigmoid()
             scanned = (gate, gate * new.tanh())
-            h, working = self._scan(*scanned, working, reset_BT, valid_BT)
+            h, working = self._scan(*scanned, working, reset_BT, valid_BT, in_place)
             gist, gamma_h = self.read(h.to(o.dtype)).chunk(2, dim=-1)
             o = torch.lerp(gist, o, (gamma_x + gamma_h).sigmoid())
         if state is not None:
@@ -137,8 +138,9 @@ class SelectiveDifferentialLinearAttention(Module):
         cos, sin = context.rope[self.rope]
         return (cos, sin) if gain == 1 else (cos * gain, sin * gain)
 
-    def _attend(self, q, k, k_rope, v, log_decay, rope, sums, reset_BT, taken_BT):
-        """Outputs of the heads (B, T, H, V), and the sums of both streams after the tokens taken (None: all)."""
+    def _attend(self, q, k, k_rope, v, log_decay, rope, sums, reset_BT, taken_BT, in_place=False):
+        """Outputs of the heads (B, T, H, V), and the sums of both streams after the tokens taken (None: all). in_place:
+        the given sums become these."""
         return differential_linear_attention(
             q,
             k,
@@ -153,13 +155,17 @@ class SelectiveDifferentialLinearAttention(Module):
             reset_BT=reset_BT,
             written_BT=taken_BT,
             chunk_size=self.chunk_size,
+            in_place=in_place,
             backend=self.backend("differential_linear_attention"),
         )
 
-    def _scan(self, gate, new, working, reset_BT, taken_BT):
-        """The working memory at every token, and after the tokens taken (None: all)."""
+    def _scan(self, gate, new, working, reset_BT, taken_BT, in_place=False):
+        """The working memory at every token, and after the tokens taken (None: all). in_place: the given one becomes
+        that."""
         reset_BT, gate, new = hold(taken_BT, reset_BT, gate, new)
-        return gated_scan(gate, new, state_BC=working, reset_BT=reset_BT, backend=self.backend("gated_scan"))
+        return gated_scan(
+            gate, new, state_BC=working, reset_BT=reset_BT, in_place=in_place, backend=self.backend("gated_scan")
+        )
 
     def init_state(self, batch_size: int, max_tokens: int | None = None) -> RecurrentState:
         return RecurrentState()

@@ -388,6 +388,7 @@ def step_kernel(
             state += tl.where(decay > 0.0, decay * before, 0.0)
             before = tl.load(start + at_total, mask=dd < D, other=0.0)
             total += tl.where(decay > 0.0, decay * before, 0.0)
+            tl.debug_barrier()  # `final` may be `start`, and threads may have loaded the same elements
         tl.store(final + at, state, mask=inside)
         tl.store(final + at_total, total, mask=dd < D)
         weighted, z = tl.sum(state * query[:, None], 0), tl.sum(total * query, 0)
@@ -411,6 +412,7 @@ def step_kernel(
                 state += tl.where(decay > 0.0, decay * before, 0.0)
                 before = tl.load(start + at_total, mask=inside, other=0.0)
                 total += tl.where(decay > 0.0, decay * before, 0.0)
+                tl.debug_barrier()
             tl.store(final + at, state, mask=inside_tile)
             tl.store(final + at_total, total, mask=inside)
             weighted += tl.sum(state * query[:, None], 0)

@@ -3,6 +3,7 @@
 import torch
 
 from fusedlm.ops.common import Backend, Call, Op, needs_triton, resolve
+from fusedlm.ops.common.states import check_in_place
 from fusedlm.ops.differential_linear import reference
 
 MAX_DIM = 64  # of the kernels, whose programs hold a state in registers
@@ -47,6 +48,7 @@ def differential_linear_attention(
     reset_BT=None,
     written_BT=None,
     chunk_size: int = 64,
+    in_place: bool = False,
     backend: str = "auto",
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """o = norm(o_1 - weight o_2) gamma with two streams of linear attention that share decay and values: for stream i
@@ -72,6 +74,8 @@ def differential_linear_attention(
         reset_BT: (B or 1, T) bool, tokens before which the state is set to zero; None: none.
         written_BT: (B, T) bool; the other tokens leave the state as it is, and their outputs mean nothing; None: all.
         chunk_size: tokens that the reference computes in parallel; the kernels have their own chunks.
+        in_place: without gradients, write the state after the last token into state_BNKE, which must be contiguous and
+            of the returned state's dtype, and return it.
         backend: auto, triton or reference.
 
     Returns:
@@ -79,7 +83,8 @@ def differential_linear_attention(
         kernels multiply in bfloat16 and add in float32.
 
     Raises:
-        ValueError: the shapes do not match, or the backend cannot run this call.
+        ValueError: the shapes do not match, the backend cannot run this call, or in_place comes without such a state or
+            with gradients.
     """
     q, k, k_rope, v = q_BTNK, k_BTND, k_rope_BTSR, v_BTHV
     _check_shapes(q, k, k_rope, v, log_decay_BTH, weight_H, gamma_V, rope, state_BNKE, reset_BT, written_BT)
@@ -91,7 +96,11 @@ def differential_linear_attention(
     sizes = {"head_dim": k.shape[3], "value_dim": v.shape[3], "rope_dim": k_rope.shape[3]}
     run = resolve("differential_linear_attention", backend, v, **sizes)
     options = (rope, scale, eps, state_BNKE, reset_BT, written_BT, chunk_size)
-    return run(q, k, k_rope, v, log_decay_BTH, weight_H, gamma_V, *options)
+    arguments = (q, k, k_rope, v, log_decay_BTH, weight_H, gamma_V, *options)
+    if in_place:
+        check_in_place(state_BNKE, v)
+        return run(*arguments, in_place=True)
+    return run(*arguments)
 
 
 def _check_shapes(q, k, k_rope, v, log_decay, weight, gamma, rope, state, reset, written) -> None:

@@ -23,7 +23,7 @@ def rotate(x: torch.Tensor, rope: tuple[torch.Tensor, torch.Tensor] | None) -> t
 
 def differential_linear_attention(
     q, k, k_rope, v, log_decay, weight, gamma, rope, scale, eps, state, reset, written, chunk_size,
-    attend=linear_attention.decayed_linear_attention,
+    in_place=False, attend=linear_attention.decayed_linear_attention,
 ):  # fmt: skip
     wide = torch.promote_types(v.dtype, torch.float32)
     heads, width = v.shape[2:]
@@ -34,9 +34,10 @@ def differential_linear_attention(
     if written is not None:
         values = values.masked_fill(~written[..., None, None], 0.0)
     streams = (q, k, values.repeat(1, 1, 2, 1), log_decay.repeat(1, 1, 2))
-    sums, state = attend(*streams, state, reset, chunk_size)
+    sums, after = attend(*streams, state, reset, chunk_size)
     weighted, normaliser = sums.split([width, 1], dim=-1)
     # Before the first token that is written it is 0, and so is the sum.
     signal, noise = (weighted / normaliser.masked_fill(normaliser == 0, 1.0)).chunk(2, dim=2)
     difference = signal - weight.to(wide)[:, None] * noise
-    return F.rms_norm(difference, (width,), gamma.to(wide), eps).to(v.dtype), state
+    out = F.rms_norm(difference, (width,), gamma.to(wide), eps).to(v.dtype)
+    return out, state.copy_(after) if in_place else after

@@ -189,6 +189,37 @@ def _step(q, k, k_rope, v, log_decay, cos, sin, weight, gamma, state, reset, wri
     )  # fmt: skip
 
 
+@torch.library.custom_op("fusedlm::differential_linear_attention_step_", mutates_args=("state",))
+def _step_in_place(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    k_rope: torch.Tensor,
+    v: torch.Tensor,
+    log_decay: torch.Tensor,
+    cos: torch.Tensor | None,
+    sin: torch.Tensor | None,
+    weight: torch.Tensor,
+    gamma: torch.Tensor,
+    state: torch.Tensor,
+    reset: torch.Tensor | None,
+    written: torch.Tensor | None,
+    scale: float,
+    eps: float,
+) -> torch.Tensor:
+    """One token; a program reads only the part of the state that it writes."""
+    q, k, k_rope, v = _rows(q), _rows(k), _rows(k_rope), _rows(v)
+    cos, sin, weight, gamma, reset, written = map(_contiguous, (cos, sin, weight, gamma, reset, written))
+    out = torch.empty(v.shape, dtype=v.dtype, device=v.device)
+    if v.numel():
+        _step(q, k, k_rope, v, log_decay, cos, sin, weight, gamma, state, reset, written, scale, eps, out, state)
+    return out
+
+
+@_step_in_place.register_fake
+def _(q, k, k_rope, v, log_decay, cos, sin, weight, gamma, state, reset, written, scale, eps):
+    return torch.empty(v.shape, dtype=v.dtype, device=v.device)
+
+
 @torch.library.custom_op("fusedlm::differential_linear_attention", mutates_args=())
 def _forward(
     q: torch.Tensor,
@@ -350,14 +381,21 @@ _forward.register_autograd(_gradients, setup_context=_setup_context)
 
 
 def differential_linear_attention(
-    q, k, k_rope, v, log_decay, weight, gamma, rope, scale, eps, state, reset, written, chunk_size=None
-) -> tuple[torch.Tensor, torch.Tensor]:
+    q, k, k_rope, v, log_decay, weight, gamma, rope, scale, eps, state, reset, written, chunk_size=None,
+    in_place=False,
+) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
     """chunk_size is that of the reference: the kernels have their own."""
     q, k = q.to(v.dtype), k.to(v.dtype)
     cos = sin = None
     if rope is not None:
         cos, sin = (x.detach().float() for x in rope)
     k_rope = rotate(k_rope.float(), None if rope is None else (cos, sin))
+    if in_place:
+        inputs = (q, k, k_rope, v, log_decay, cos, sin, weight, gamma, state, reset, written, scale, eps)
+        if v.shape[1] == 1:
+            return _step_in_place(*inputs), state
+        out, after = _forward(*inputs, False)[:2]
+        return out, state.copy_(after)
     state = None if state is None else state.float()
     leaves = (q, k, k_rope, v, log_decay, weight, gamma, state)
     save = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in leaves)

@@ -35,7 +35,7 @@ def blocked(keep_BTC, input_BTC, state_BC, block_size=8):
     return states.flatten(1, 2)[:, :n_tokens]
 
 
-def gated_scan(gate_BTC, input_BTC, state_BC, reset_BT):
+def gated_scan(gate_BTC, input_BTC, state_BC, reset_BT, in_place=False):
     compute_dtype = torch.promote_types(input_BTC.dtype, torch.float32)
     keep, new = 1 - gate_BTC.to(compute_dtype), input_BTC.to(compute_dtype)
     if reset_BT is not None:
@@ -43,4 +43,6 @@ def gated_scan(gate_BTC, input_BTC, state_BC, reset_BT):
     if state_BC is None:
         state_BC = new.new_zeros(new.shape[0], new.shape[2])
     states = blocked(keep, new, state_BC)
+    if in_place:
+        return states, state_BC.copy_(states[:, -1])
     return states, states[:, -1].clone()  # a view would keep all the others alive

@@ -110,6 +110,7 @@ def _forward_kernel(
         tl.store(out + (b * n_tokens + token)[:, None] * C + column[None, :], x, mask=inside)
         state = tl.sum(tl.where((tl.arange(0, BT) == BT - 1)[:, None], x, 0.0), 0)
     if segment == n_segments - 1:
+        tl.debug_barrier()  # `final` may be `outer` with a single segment, and all warps may have loaded it
         tl.store(final + b * C + column, state, mask=column < C)
 
 
@@ -201,21 +202,38 @@ def _forward(
     gate: torch.Tensor, new: torch.Tensor, state: torch.Tensor | None, reset: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """All states and the last one, float32."""
-    gate, new, state, reset = _rows(gate), _rows(new), _contiguous(state), _contiguous(reset)
-    out = torch.empty(new.shape, dtype=torch.float32, device=new.device)
     final = torch.empty(new.shape[0], new.shape[2], dtype=torch.float32, device=new.device)
+    return _run(gate, new, _contiguous(state), reset, final), final
+
+
+def _run(gate, new, state, reset, final) -> torch.Tensor:
+    """All states. final: where the last one is written, for one token perhaps the state itself."""
+    gate, new, reset = _rows(gate), _rows(new), _contiguous(reset)
+    out = torch.empty(new.shape, dtype=torch.float32, device=new.device)
     if new.numel():
         launch = _Launch(new, reset)
         products, ends = launch.segments(new, gate, reverse=False)
         pointers = (new, gate, launch.reset, state, products, ends, out, final)
         launch.run(_forward_kernel, pointers, new, gate, launch.n_segments, OUTER=state is not None)
-    return out, final
+    return out
 
 
 @_forward.register_fake
 def _(gate, new, state, reset):
     out = torch.empty(new.shape, dtype=torch.float32, device=new.device)
     return out, torch.empty(new.shape[0], new.shape[2], dtype=torch.float32, device=new.device)
+
+
+@torch.library.custom_op("fusedlm::gated_scan_step_", mutates_args=("state",))
+def _step_in_place(
+    gate: torch.Tensor, new: torch.Tensor, state: torch.Tensor, reset: torch.Tensor | None
+) -> torch.Tensor:
+    return _run(gate, new, state, reset, state)
+
+
+@_step_in_place.register_fake
+def _(gate, new, state, reset):
+    return torch.empty(new.shape, dtype=torch.float32, device=new.device)
 
 
 @torch.library.custom_op("fusedlm::gated_scan_backward", mutates_args=())
@@ -268,5 +286,10 @@ def _gradients(ctx, upstream, d_final):
 _forward.register_autograd(_gradients, setup_context=_setup_context)
 
 
-def gated_scan(gate, new, state, reset) -> tuple[torch.Tensor, torch.Tensor]:
+def gated_scan(gate, new, state, reset, in_place=False) -> tuple[torch.Tensor, torch.Tensor]:
+    if in_place and new.shape[1] == 1:
+        return _step_in_place(gate, new, state, reset), state
+    if in_place:
+        out, after = _forward(gate, new, state, reset)
+        return out, state.copy_(after)
     return _forward(gate, new, None if state is None else state.float(), reset)
