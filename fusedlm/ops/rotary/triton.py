@@ -82,11 +82,11 @@ def append_kernel(
         place = (b * N_HEADS + h[:, None]) * WIDTH + d[None, :]
         tl.store(out + place, rotated.to(out.dtype.element_ty), mask=inside)
     else:
-        place = tl.load(starts + b).to(tl.int64) % n_places
+        slot = tl.load(starts + b).to(tl.int64) % n_places
         if part < Q_PARTS + K_PARTS:
             h = (part - Q_PARTS) * HEADS + tl.arange(0, HEADS)
             rotated, inside = _rotated(k + b * k_b, k_h, cos, sin, h, N_GROUPS, eps, WIDTH, HALF, NORM, BLOCK)
-            at = keys + b * keys_b + place * keys_s + h[:, None] * keys_h + d[None, :]
+            at = keys + b * keys_b + slot * keys_s + h[:, None] * keys_h + d[None, :]
             tl.store(at, rotated.to(keys.dtype.element_ty), mask=inside)
         else:
             e = (part - Q_PARTS - K_PARTS) * COLUMNS + tl.arange(0, COLUMNS)
@@ -94,7 +94,7 @@ def append_kernel(
             if V_NORM:
                 y /= tl.sqrt(tl.sum(y * y, 0) / VALUE + v_eps)
                 y *= tl.load(v_gain + e, mask=e < VALUE, other=0.0).to(tl.float32)
-            tl.store(values + b * values_b + place * values_s + e, y.to(values.dtype.element_ty), mask=e < VALUE)
+            tl.store(values + b * values_b + slot * values_s + e, y.to(values.dtype.element_ty), mask=e < VALUE)
 
 
 def _table(cos: torch.Tensor, sin: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
