@@ -205,8 +205,9 @@ class LatentMixer(Module, ABC):
         """What the queries (B, T, heads, rank + rope_dim) read of the latents, in one pass over the memory: (B, T,
         heads, rank). With a noise weight the queries after the first H are the noise of each head or of all, and the
         weighted noise is subtracted: (B, T, H, rank)."""
+        queries = queries[0] if len(queries) == 1 else torch.cat(queries, dim=2)
         return latent_decode(
-            torch.cat(queries, dim=2).to(memory.dtype),
+            queries.to(memory.dtype),
             memory,
             rank=self.rank,
             scale=context.scale_scores(self.scale, self.rope[0]),

@@ -8,7 +8,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from fusedlm.ops.attention import sdpa
 from fusedlm.ops.cached.kernels import attend_kernel
-from fusedlm.ops.common.device import supports_pdl
+from fusedlm.ops.common.device import pdl_options
 from fusedlm.ops.common.split_keys import Config, Workspace, can_use_tma, combine, n_programs, row_strides, strides
 
 _MOST_NEW = 8  # tokens per row
@@ -64,7 +64,6 @@ def run(
     if programs is None:
         programs = n_programs(batch * n_groups, n_keys, row_blocks, config, q.device)
     tma, split = config.tma and can_use_tma(k, v), programs > 0
-    pdl = split and supports_pdl(q.device)
     work = Workspace(batch * n_groups, n_queries, value_dim, programs, split, q.device)
     attend_kernel[(row_blocks, programs if split else batch * n_groups)](
         q, _descriptor(k, config.block, block_d) if tma else k, _descriptor(v, config.block, block_e) if tma else v,
@@ -74,11 +73,11 @@ def run(
         N_NEW=n_new, N_HEADS=n_heads, N_GROUPS=n_groups, HEAD=head_dim, VALUE=value_dim,
         K_STRIDE=k.stride(1), V_STRIDE=v.stride(1), HAS_STARTS=starts is not None, HAS_VISIBLE=visible is not None,
         SPLIT=split, TMA=tma, BATCH=max(64, triton.next_power_of_2(batch)), BLOCK_T=triton.next_power_of_2(n_new),
-        ROWS=rows, BLOCK=config.block, BLOCK_D=block_d, BLOCK_E=block_e, STAGES=config.stages, PDL=pdl,
-        num_warps=config.warps,
+        ROWS=rows, BLOCK=config.block, BLOCK_D=block_d, BLOCK_E=block_e, STAGES=config.stages,
+        num_warps=config.warps, **pdl_options(q.device),
     )  # fmt: skip
     if split:
-        combine(work, out, starts, visible, n_keys, n_heads, n_groups, programs, pdl=pdl)
+        combine(work, out, starts, visible, n_keys, n_heads, n_groups, programs)
     return out
 
 

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 import torch
 import triton
 import triton.language as tl
-from triton.language.extra.cuda import gdc_wait
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from fusedlm.ops.common.device import n_multiprocessors
+from fusedlm.ops.common.device import n_multiprocessors, pdl_options
 
 _TILE = 8192  # elements of a step of the combining kernel
 _COMBINING = 512  # its programs at least
@@ -187,6 +187,7 @@ def combine_kernel(
     """Program (i, j) computes columns of output i, (row, token, signal head) in order: the sum of the signal's pieces,
     minus the noise weight times that of the noise head. Outputs that the first kernel has written stay."""
     if PDL:
+        gdc_launch_dependents()
         gdc_wait()
     row = tl.program_id(0) // (N_NEW * N_SIGNAL)
     t = tl.program_id(0) // N_SIGNAL % N_NEW
@@ -219,7 +220,7 @@ def combine_kernel(
 
 def combine(
     work: Workspace, out: torch.Tensor, starts, visible, n_keys: int, n_heads: int, n_groups: int, programs: int,
-    noise_weight=None, *, pdl: bool,
+    noise_weight=None,
 ) -> None:  # fmt: skip
     """Launch the second kernel. out: (B, T, signal heads, width)."""
     batch, n_new, n_signal, width = out.shape
@@ -233,8 +234,8 @@ def combine(
         N_NEW=n_new, N_HEADS=n_heads, N_GROUPS=n_groups, N_SIGNAL=n_signal, WIDTH=width,
         HAS_STARTS=starts is not None, HAS_VISIBLE=visible is not None, SPLIT=programs > 0,
         BLOCK_T=triton.next_power_of_2(n_new), PIECES=triton.next_power_of_2(max(1, programs)),
-        GROUP=min(_TILE // columns, group), COLUMNS=columns, PDL=pdl, num_warps=4,
-        **({"launch_pdl": True} if pdl else {}),
+        GROUP=min(_TILE // columns, group), COLUMNS=columns, num_warps=4,
+        **pdl_options(out.device),
     )  # fmt: skip
 
 

@@ -6,7 +6,7 @@ of both products, in shared memory, and its 64 or more keys and columns fill the
 
 import triton
 import triton.language as tl
-from triton.language.extra.cuda import gdc_launch_dependents
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from fusedlm.ops.common.split_keys import count_blocks, pick, seen_keys, share_blocks
 
@@ -31,6 +31,7 @@ def attend_kernel(
     """
     if PDL:
         gdc_launch_dependents()
+        gdc_wait()
     program = tl.program_id(1)
     if SPLIT:
         b = tl.arange(0, BATCH)

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from fusedlm.ops.common.device import supports_pdl
+from fusedlm.ops.common.device import pdl_options
 from fusedlm.ops.common.split_keys import Config, Workspace, can_use_tma, combine, n_programs, row_strides, strides
 from fusedlm.ops.latent import sdpa
 from fusedlm.ops.latent.kernels import attend_kernel
@@ -84,7 +84,6 @@ def run(
         programs = n_programs(batch, n_keys, row_blocks, config, q.device)
     tma = config.tma and page_table is None and can_use_tma(latent, rope)
     split, differs = programs > 0, n_signal < n_heads
-    pdl = supports_pdl(q.device) and (split or differs)
     work = Workspace(batch, n_new * n_heads, rank, programs, split or differs, q.device)
     attend_kernel[(row_blocks, programs if split else batch)](
         q,
@@ -99,10 +98,11 @@ def run(
         HAS_VISIBLE=visible is not None, QUANTISED=quantised, PARTIAL=differs, SPLIT=split, TMA=tma,
         DOT=tl.float16 if quantised and q.dtype != torch.float32 else _DOTS[q.dtype],
         BATCH=max(64, triton.next_power_of_2(batch)), BLOCK_T=triton.next_power_of_2(n_new), ROWS=rows,
-        BLOCK=config.block, BLOCK_C=block_c, BLOCK_R=block_r, STAGES=config.stages, PDL=pdl, num_warps=config.warps,
+        BLOCK=config.block, BLOCK_C=block_c, BLOCK_R=block_r, STAGES=config.stages, num_warps=config.warps,
+        **pdl_options(q.device),
     )  # fmt: skip
     if split or differs:
-        combine(work, out, starts, visible, n_keys, n_heads, 1, programs, noise_weight, pdl=pdl)
+        combine(work, out, starts, visible, n_keys, n_heads, 1, programs, noise_weight)
     return out
 
 
