@@ -18,6 +18,14 @@ def _train(model, tokens=None):
     model.train()(tokens, targets=tokens.roll(-1, 1)).total().backward()
 
 
+@torch.no_grad()
+def _decode_static(model):
+    state = model.init_state(2)
+    model(some_tokens(2, 4), state=state)
+    state.make_static(5)
+    model(some_tokens(2, 1), state=state)
+
+
 def _evaluate(model):
     document = some_tokens(1, 12)[0].numpy()
     score_documents(model, [(document, 11)], window=8, device="cpu", dtype=torch.float32)
@@ -172,6 +180,7 @@ def test_the_ops_that_run_are_those_that_are_declared(make):
             model.train()(tokens[:, :n], targets=tokens[:, :n]).total().backward()
         model(tokens, targets=tokens, documents=documents).total().backward()
         _decode(model)
+        _decode_static(model)
         _evaluate(model)
     assert {(op, tuple(sorted(sizes.items()))) for op, _, sizes in found} == declared
     explained = {(choice.op, choice.backend) for choice in model.explain(device, torch.float32).values()}

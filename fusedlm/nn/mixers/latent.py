@@ -102,7 +102,7 @@ class LatentMixer(Module, ABC):
         q = q.unflatten(-1, (self.n_heads, -1))
         q, q_rope = q.split([self.n_streams * self.head_dim, self.rope[0]], dim=-1)
         table = context.rope[self.rope]
-        if self.rope[0] and fuses_append(context, self.backend("rope_append"), q):
+        if fuses_append(context, self.backend("rope_append"), q) and self.rope[0]:
             latent, q_rope = self._appended(latent, q_rope, k_rope, context, state)
             v = self.values(latent) if self.xsa else None
             return self._output(
