@@ -72,7 +72,8 @@ def _run(function, tensors, options, upstream, dtype=None):
 
 def _uncancelled(q, k, k_rope, v, log_decay, weight, gamma, rope, scale, eps, state, reset, written, chunk_size):
     """The reference with normalisers and the root mean square of the norm as constants: its gradients are the terms
-    that cancel in those of q and weight. That of log_decay includes what tokens keep for themselves."""
+    that cancel in those of q and weight, here (B, T, H, V). That of log_decay includes what tokens keep for
+    themselves."""
     heads, width = v.shape[2:]
     k = torch.cat([reference.rotate(k_rope, rope).repeat_interleave(heads, dim=2), k], dim=-1)
     q, k = (reference.features(x * scale) for x in (reference.rotate(q, rope), k))
@@ -84,24 +85,30 @@ def _uncancelled(q, k, k_rope, v, log_decay, weight, gamma, rope, scale, eps, st
     sums, state = linear_attention.decayed_linear_attention(*streams, state, reset, chunk_size)
     weighted, normaliser = sums.split([width, 1], dim=-1)
     signal, noise = (weighted / normaliser.detach().masked_fill(normaliser == 0, 1.0)).chunk(2, dim=2)
-    y = signal - weight[:, None] * noise
+    y = signal - weight * noise
     return y * (y.detach().square().mean(-1, keepdim=True) + eps).rsqrt() * gamma, state
 
 
 def _check(tensors, options, upstream, floor=1e-5, function=kernels.differential_linear_attention):
     """Within four times the error of the reference in the same precision, or within the floor: relative to what is
-    compared or, for gradients of q, log_decay and weight, to the terms that cancel in it."""
+    compared or, for gradients of q, log_decay and weight, to the terms that cancel in it. In bfloat16 the gradient of
+    weight sums products of tensors that are rounded to 2^-9 where they are saved; such errors are independent and add
+    up as the norm of the products does, of which 2^-7 are allowed."""
     found = _run(function, tensors, options, upstream)
     same = _run(reference.differential_linear_attention, tensors, options, upstream)
     exact = _run(reference.differential_linear_attention, tensors, options, upstream, torch.float64)
-    terms = _run(_uncancelled, tensors, options, upstream, torch.float64)
+    weight, values = tensors[5], tensors[3]
+    each = [*tensors[:5], weight[:, None].expand(values.shape), *tensors[6:]]
+    terms = _run(_uncancelled, each, options, upstream, torch.float64)
     for name, a, s, e, t in zip(NAMES, found, same, exact, terms, strict=False):
         assert a.dtype == s.dtype and a.shape == s.shape, name
         if not e.any():  # the log decay of a first token, from which nothing was there before
             assert not a.numel() or a.abs().max() < 1e-6, name
         else:
-            cancelled = max(1.0, float(t.norm() / e.norm())) if name in ("q", "log_decay", "weight") else 1.0
-            assert_close(a, e, max(4 * error_ratio(s, e), floor * cancelled), name)
+            summed = t.sum((0, 1, 3)) if name == "weight" else t
+            cancelled = max(1.0, float(summed.norm() / e.norm())) if name in ("q", "log_decay", "weight") else 1.0
+            rounded = 2**-7 * float(t.norm() / e.norm()) if name == "weight" and values.dtype == torch.bfloat16 else 0.0
+            assert_close(a, e, max(4 * error_ratio(s, e), floor * cancelled, rounded), name)
 
 
 @pytest.fixture
