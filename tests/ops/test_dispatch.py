@@ -366,6 +366,7 @@ def test_auto_on_a_gpu_is_the_kernel():
         "decayed_linear_attention": "triton",
         "differential_combine": "triton",
         "differential_linear_attention": "triton",
+        "draw_token": "triton",
         "gated_delta_rule": "triton",
         "gated_rmsnorm": "triton",
         "gated_scan": "triton",
@@ -373,9 +374,12 @@ def test_auto_on_a_gpu_is_the_kernel():
         "linear_softcap_cross_entropy": "chunked",
         "relu2_mlp": "triton" if tuned else "reference",
         "rmsnorm_linear": "packed",
+        "rmsnorm_rope": "triton",
+        "rope_append": "triton",
         "short_conv": "triton",
         "softcap_cross_entropy": "triton",
         "swiglu_mlp": "triton",
+        "token_linear": "triton",
     }
 
 

@@ -2,6 +2,7 @@
 
 import torch
 
+_LOWEST_TEMPERATURE = 1e-300  # below, its inverse, by which GPUs multiply, would be infinite
 LARGEST_FRACTION = 1 - 1e-12  # of a cumulative sum, so that the last token exceeds it whatever the rounding
 
 
@@ -9,7 +10,7 @@ def weights_of(logits_BV: torch.Tensor, temperature: float) -> torch.Tensor:
     """Unnormalised probabilities, the highest 1; temperature above 0."""
     # Subtract the maximum before dividing: a tiny temperature then gives -inf for the others, and never NaN.
     shifted_BV = logits_BV - logits_BV.amax(-1, keepdim=True)
-    return torch.exp(shifted_BV if temperature == 1 else shifted_BV / temperature)
+    return torch.exp(shifted_BV if temperature == 1 else shifted_BV / max(temperature, _LOWEST_TEMPERATURE))
 
 
 def invert(weights_BV: torch.Tensor, uniform_B: torch.Tensor) -> torch.Tensor:
