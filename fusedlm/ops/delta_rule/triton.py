@@ -256,7 +256,7 @@ def _backward(
         leaves, ends = _combine(shape, leaves, local, True), "segments"
     launch(shape.value_blocks, leaves, ends, d_state, False)
     block_k, block_v = min(_KEY_BLOCK, shape.block_k), min(_VALUE_BLOCK, shape.all_v)
-    if block_v < shape.all_v:
+    if shape.all_v > block_k:
         block_k = _KEY_BLOCK  # on Triton 3.6 narrower products in a loop read a wrong address
     updates = torch.empty_like(dv) if block_v < shape.all_v else dv
     backward_kernels.gradients_kernel[(shape.chunks, shape.rows)](
