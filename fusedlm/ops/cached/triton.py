@@ -13,17 +13,19 @@ from fusedlm.ops.common.split_keys import Config, Workspace, can_use_tma, combin
 
 _MOST_NEW = 8  # tokens per row
 _MANY_ROWS = 64  # of the batch, times key heads
+_FEW_KEYS = 32768  # of all rows and key heads: about two blocks a multiprocessor
 _ACCUMULATOR = {2: 16384, 4: 8192}  # elements of a program's accumulator at most, by bytes of an element of q
 
 
-def config_of(block_e: int, rows: int, dtype: torch.dtype) -> Config:
-    """By the width of the values (a power of two) and the queries of a program; measured on an H100."""
+def config_of(block_e: int, rows: int, dtype: torch.dtype, n_keys: int) -> Config:
+    """By the width of the values (a power of two), the queries of a program and the keys of all rows and key heads
+    together; measured on an H100."""
     if dtype == torch.float32:
         return Config(32, 1, 4, 2, tma=False)
     if block_e <= 64 and rows <= 32:
         return Config(128, 3, 4, 2)
     if block_e == 128 and rows <= 32:
-        return Config(128, 3, 8, 1)
+        return Config(64, 3, 4, 1) if n_keys <= _FEW_KEYS else Config(128, 3, 8, 1)
     return Config(64, 3, 4 if rows <= 32 else 8, 1 if block_e > 128 else 2)
 
 
@@ -60,7 +62,7 @@ def run(
     rows = min(128, _ACCUMULATOR[q.element_size()] // block_e, max(16, triton.next_power_of_2(n_queries)))
     row_blocks = triton.cdiv(n_queries, rows)
     if config is None:
-        config = config_of(block_e, rows, q.dtype)
+        config = config_of(block_e, rows, q.dtype, batch * n_groups * n_keys)
     if programs is None:
         programs = n_programs(batch * n_groups, n_keys, row_blocks, config, q.device)
     tma, split = config.tma and can_use_tma(k, v), programs > 0
