@@ -104,7 +104,7 @@ def draw_lengths(records: list[dict], folder: Path) -> None:
             face = colour if r["recompute"] == "none" else "white"
             axes.plot(n, r["tokens_per_second"], marker, color=colour, markerfacecolor=face, ms=7)
         ticks |= set(lengths)
-    rates = (20_000, 50_000, 100_000, 200_000)
+    rates = (10_000, 20_000, 50_000, 100_000, 200_000)
     axes.set(xscale="log", yscale="log", xlabel="tokens per sequence", ylabel="training tokens per second")
     axes.set_xticks(sorted(ticks), [f"{n // 1024}k" for n in sorted(ticks)])
     axes.set_yticks(rates, [f"{rate // 1000}k" for rate in rates])
@@ -112,7 +112,7 @@ def draw_lengths(records: list[dict], folder: Path) -> None:
     axes.grid(alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False, loc="lower left")
-    made = drawn[0]["environment"]
+    made = max((record["environment"] for record in drawn), key=lambda environment: environment["date"])
     title = "Models of 350 M parameters, whole training steps; open markers recompute the mixers"
     axes.set_title(f"{title}\n{made['device_name']}, torch {made['torch']}, {made['date'][:10]}", fontsize=10)
     figure.savefig(folder / PLOT, dpi=110, metadata={"Software": None})
