@@ -13,7 +13,7 @@ from fusedlm.ops.common.split_keys import Config, Workspace, can_use_tma, combin
 
 _MOST_NEW = 8  # tokens per row
 _MANY_ROWS = 64  # of the batch, times key heads
-_FEW_KEYS = 32768  # of all rows and key heads: about two blocks a multiprocessor
+_FEW_KEYS = 32768  # of all rows and key heads: four blocks of 64 a multiprocessor
 _ACCUMULATOR = {2: 16384, 4: 8192}  # elements of a program's accumulator at most, by bytes of an element of q
 
 
