@@ -149,7 +149,15 @@ def test_what_a_static_state_cannot_do_is_refused():
         _prefilled(model).load(_prefilled(model))
 
 
-@pytest.mark.parametrize("mixer, op", [("gdn", "gated_delta_rule"), ("mamba2", "decayed_linear_attention")])
+@pytest.mark.parametrize(
+    "mixer, op",
+    [
+        ("gdn", "gated_delta_rule"),
+        ("mamba2", "decayed_linear_attention"),
+        ("sdla", "differential_linear_attention"),
+        ("sdla", "gated_scan"),
+    ],
+)
 @torch.no_grad()
 def test_recurrences_overwrite_static_states_alone(mixer, op, monkeypatch):
     """RecurrentState would copy a state that is not overwritten: the values are the same, the memory is moved twice."""
@@ -164,6 +172,21 @@ def test_recurrences_overwrite_static_states_alone(mixer, op, monkeypatch):
     model(torch.tensor([[5]]), state=state)
     n = len(found) // 3
     assert found == [False] * 2 * n + [True] * n and n > 0
+
+
+@torch.no_grad()
+def test_static_steps_look_rotations_up(monkeypatch):
+    """They would have the same values computed from the positions, by more kernels."""
+    model = part_model(MIXER_CASES["attention"][0])
+    state = model.init_state(1)
+    model(torch.tensor([[1, 2, 3]]), state=state)
+    state.make_static(8)
+    calls = []
+    for module in ("fusedlm.model.state", "fusedlm.nn.context"):
+        monkeypatch.setattr(f"{module}.rope_table", lambda *args, at=module: calls.append(at) or rope_table(*args))
+    for token in (4, 5):
+        model(torch.tensor([[token]]), state=state)
+    assert calls == ["fusedlm.model.state"]
 
 
 @torch.no_grad()
