@@ -210,3 +210,9 @@ def test_a_cuda_graph_serves_other_lengths():
         starts.copy_(torch.tensor(lengths) - 1)
         graph.replay()
         assert_close(out, reference.cached_attention(*(x.double() for x in (q, k, v)), SCALE, None, starts), 1e-5)
+
+
+@pytest.mark.parametrize(("n_keys", "block"), [(10 * 2304, 64), (32768, 64), (32769, 128)])
+def test_few_keys_are_read_in_smaller_blocks(n_keys, block):
+    """More programs share them."""
+    assert kernels.config_of(128, 16, torch.bfloat16, n_keys).block == block
