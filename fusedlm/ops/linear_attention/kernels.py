@@ -80,8 +80,9 @@ def pair_decays(total_later, total_earlier, document_later, document_earlier, vi
 
 @triton.jit
 def forward_kernel(
-    q, k, v, log_decay, reset, start, out, states, final, n_tokens, n_chunks, per_segment, H, R,
-    q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h, a_b, a_t, a_h, reset_b,
+    q, k, v, log_decay, reset, start, out, states, final, n_tokens, n_chunks, per_segment, H: tl.constexpr, R,
+    q_b, q_t: tl.constexpr, q_h, k_b, k_t: tl.constexpr, k_h, v_b, v_t: tl.constexpr, v_h,
+    a_b, a_t: tl.constexpr, a_h, reset_b,
     K: tl.constexpr, V: tl.constexpr, N_BLOCKS: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
     RESET: tl.constexpr, START: tl.constexpr, SAVE: tl.constexpr, FULL: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
@@ -132,8 +133,8 @@ def forward_kernel(
 
 @triton.jit
 def segment_kernel(
-    x, y, log_decay, reset, ends, factors, n_tokens, n_chunks, per_segment, H, R,
-    x_b, x_t, x_h, y_b, y_t, y_h, a_b, a_t, a_h, reset_b,
+    x, y, log_decay, reset, ends, factors, n_tokens, n_chunks, per_segment, H: tl.constexpr, R,
+    x_b, x_t: tl.constexpr, x_h, y_b, y_t: tl.constexpr, y_h, a_b, a_t: tl.constexpr, a_h, reset_b,
     K: tl.constexpr, V: tl.constexpr, N_BLOCKS: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
     REVERSE: tl.constexpr, RESET: tl.constexpr, FULL: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
@@ -222,8 +223,9 @@ def combine_kernel(
 @triton.jit
 def backward_kernel(
     upstream, q, k, v, log_decay, reset, states, leaving, dq, dk, dv, d_log_decay, d_start,
-    n_tokens, n_chunks, per_segment, H, R, up_b, up_t, up_h,
-    q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h, a_b, a_t, a_h, reset_b,
+    n_tokens, n_chunks, per_segment, H: tl.constexpr, R, up_b, up_t: tl.constexpr, up_h,
+    q_b, q_t: tl.constexpr, q_h, k_b, k_t: tl.constexpr, k_h, v_b, v_t: tl.constexpr, v_h,
+    a_b, a_t: tl.constexpr, a_h, reset_b,
     K: tl.constexpr, V: tl.constexpr, N_BLOCKS: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
     RESET: tl.constexpr, LEAVING: tl.constexpr, START: tl.constexpr, FULL: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip

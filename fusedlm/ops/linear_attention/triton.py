@@ -99,7 +99,7 @@ class _Launch:
             "num_warps": tiling.num_warps,
         }
 
-    def _run(self, kernel, name: str, n_segments: int, pointers, strided, extra=(), **constants) -> None:
+    def _run(self, kernel, name: str, n_segments: int, pointers, strided, **constants) -> None:
         """A kernel whose arguments are pointers, sizes, and strides; the log decay and the resets are the last."""
         log_decay = strided[-1]
         reset_b = 0
