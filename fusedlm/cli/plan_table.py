@@ -101,7 +101,7 @@ def _sentences(estimate: dict) -> list[str]:
     if estimate["state_dtype"] == "float32":
         sentences.append("The peak is that of bfloat16; float32 has a lower one and takes longer.")
     note = "Activations are estimated from shapes, for compiled training with fused kernels; peaks on a GPU differed "
-    note += "by up to 13%."
+    note += "by up to 11%."
     if not estimate["compile"]:
         note += " This recipe is not compiled (runtime.compile=false) and takes more, by a third or more."
     return [*sentences, note]

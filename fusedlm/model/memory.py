@@ -13,7 +13,7 @@ def activation_bytes(model: Decoder, n_tokens: int, dtype: torch.dtype, recomput
     """Bytes saved for backward in a forward pass over n_tokens, an estimate for compiled training with fused kernels.
 
     Every projection saves its input, and what follows it saves its output; attention also saves queries and keys after
-    their norm and rotary embedding; linear-time mixers save their chunked recurrence in float32. Norms and elementwise
+    their norm and rotary embedding; linear-time mixers what the kernels of their recurrence save. Norms and elementwise
     work are recomputed.
 
     Args:
@@ -41,32 +41,19 @@ def weight_copy_bytes(model: Decoder, dtype: torch.dtype) -> int:
 
 def _mixer(mixer, dim: int, dtype: torch.dtype) -> float:
     """Bytes per token of a mixer."""
-    saved = _linears(mixer, dim, dtype)
-    chunk = getattr(mixer, "chunk_size", None)
-    if chunk is None:
-        return saved + dtype.itemsize * _queries_and_keys(mixer)
-    width = mixer.out.in_features
-    recurrence = 7 * width + 3 * mixer.n_heads * chunk + mixer.state_bytes(1, torch.float32) / 4 / chunk
-    return saved + 4 * recurrence
+    return _linears(mixer, dim, dtype) + dtype.itemsize * mixer.saved_elements()
 
 
 def _recomputed_mixer(mixer, dtype: torch.dtype) -> float:
-    dim, attention = mixer.out.out_features, mixer.out.in_features
-    return dtype.itemsize * (dim + (0 if hasattr(mixer, "chunk_size") else attention) + dim)  # input, attention, output
+    """Bytes per token of the input of a mixer and of what its attention returns, which is not recomputed."""
+    dim, attention = mixer.out.out_features, mixer.out.in_features * getattr(mixer, "n_streams", 1)
+    return dtype.itemsize * (dim + (0 if hasattr(mixer, "chunk_size") else attention))
 
 
 def _feed_forward(ffn, dim: int, dtype: torch.dtype) -> float:
     """Bytes per token of a feed-forward. Squared ReLU saves one matrix of its hidden layer."""
     shared = ffn.up.out_features if isinstance(ffn, ReLU2) else 0
     return _linears(ffn, dim, dtype) - dtype.itemsize * shared
-
-
-def _queries_and_keys(mixer) -> int:
-    """Elements per token of the queries and keys that attention reads."""
-    if hasattr(mixer, "n_kv_heads"):
-        return (mixer.n_heads + mixer.n_kv_heads) * mixer.head_dim
-    heads = mixer.n_heads + mixer.n_groups
-    return heads * mixer.n_streams * (mixer.head_dim + mixer.rope[0])
 
 
 def _linears(part: torch.nn.Module, dim: int, dtype: torch.dtype) -> int:

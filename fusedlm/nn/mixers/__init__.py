@@ -6,8 +6,10 @@ appended to those seen before, any number at a time, and the state is updated in
 parts, each with `tensors()`, `mark()` and `rollback(kept)` (nn/cache.py, nn/recurrent_state.py).
 
 `state_bytes(n_tokens, dtype)` is what the state of one sequence holds, `flops(n_tokens)` the matrix-multiply FLOPs of a
-forward pass over one sequence by the mixer's definition, `rope_specs()` the rotary tables that it reads from the
-context, `ops(device)` the ops that it runs, and `fuses_norm(x_BTD)` whether x may be a PendingNorm.
+forward pass over one sequence by the mixer's definition, `saved_elements()` the elements per token that training saves
+for backward beside inputs and outputs of the projections, an estimate for fused kernels, `rope_specs()` the rotary
+tables that it reads from the context, `ops(device)` the ops that it runs, and `fuses_norm(x_BTD)` whether x may be a
+PendingNorm.
 """
 
 from fusedlm.nn.mixers.attention import Attention

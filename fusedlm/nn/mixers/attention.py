@@ -136,6 +136,10 @@ class Attention(Module):
         attend = attention_flops(n_tokens, self.window, self.n_heads, self.head_dim, self.head_dim)
         return self.qkv.flops(n_tokens) + attend + self.out.flops(n_tokens)
 
+    def saved_elements(self) -> float:
+        """Queries and keys after norm and rotary embedding."""
+        return (self.n_heads + self.n_kv_heads) * self.head_dim
+
     def rope_specs(self) -> set[tuple[int, float]]:
         return {self.rope}
 

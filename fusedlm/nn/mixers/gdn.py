@@ -107,6 +107,12 @@ class GatedDeltaNet(Module):
         rule = 3 * 2 * self.n_heads * self.key_dim * self.value_dim * n_tokens
         return rule + sum(linear.flops(n_tokens) for linear in (self.qkv, self.gates, self.z, self.out))
 
+    def saved_elements(self) -> float:
+        """The convolution's output, values less what the state predicts, outputs before the norm and, per chunk, the
+        state, the inverse of the triangular system and, of wide keys, scores."""
+        per_chunk = self.key_dim * self.value_dim / self.chunk_size + self.chunk_size * (1 + (self.key_dim > 64))
+        return self.qkv.out_features + self.n_heads * (2 * self.value_dim + per_chunk)
+
     def rope_specs(self) -> set[tuple[int, float]]:
         return set()
 

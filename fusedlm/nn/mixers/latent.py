@@ -232,6 +232,10 @@ class LatentMixer(Module, ABC):
     def projection_flops(self, n_tokens: int) -> int:
         return sum(linear.flops(n_tokens) for linear in (self.down, self.q_up, self.kv_up, self.out))
 
+    def saved_elements(self) -> float:
+        """Queries and keys as attention reads them."""
+        return (self.n_heads + self.n_groups) * self.n_streams * (self.head_dim + self.rope[0])
+
     def rope_specs(self) -> set[tuple[int, float]]:
         return {self.rope}
 

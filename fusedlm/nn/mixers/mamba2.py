@@ -106,6 +106,11 @@ class Mamba2(Module):
         rule = 2 * 2 * self.n_heads * self.state_dim * self.head_dim * n_tokens
         return rule + self.project.flops(n_tokens) + self.out.flops(n_tokens)
 
+    def saved_elements(self) -> float:
+        """The convolution's output, values times their step, outputs before the norm, and a state per chunk."""
+        inner = self.n_heads * self.head_dim
+        return 3 * inner + 2 * self.n_groups * self.state_dim + inner * self.state_dim / self.chunk_size
+
     def rope_specs(self) -> set[tuple[int, float]]:
         return set()
 

@@ -181,6 +181,13 @@ class SelectiveDifferentialLinearAttention(Module):
         linears = [x for x in (self.down, self.qk_up, self.v_up, self.write, self.read, self.out) if x is not None]
         return rule + sum(linear.flops(n_tokens) for linear in linears)
 
+    def saved_elements(self) -> float:
+        """The difference of the streams before the norm, the second stream, states of both per chunk and, with a
+        working memory, its input, gates and content."""
+        heads = self.n_heads * self.head_dim
+        states = 2 * heads * self.key_dim / self.chunk_size
+        return 2 * heads + states + (heads + 4 * self.memory_dim if self.memory_dim else 0)
+
     def rope_specs(self) -> set[tuple[int, float]]:
         return {self.rope}
 
