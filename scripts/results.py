@@ -30,6 +30,7 @@ HEADLINES = [
         lambda r: f"{r['best_val_nll_per_token']:.4f}",
     ),
     ("gpt-350m", "model-FLOPs utilisation", lambda r: f"{r['mfu']:.1%}"),
+    ("hybrid-350m", "model-FLOPs utilisation", lambda r: f"{r['mfu']:.1%}"),
 ]
 COLUMNS = [
     "recipe",

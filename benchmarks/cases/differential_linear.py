@@ -59,7 +59,7 @@ def problems(shape: tuple[int, int, int, int], device: torch.device, dtype: torc
 
 OP = Op(
     "differential_linear_attention",
-    shapes=[(8, 2048, 16, 64), (1, 16384, 16, 64)],
+    shapes=[(32, 2048, 16, 64), (1, 65536, 16, 64)],
     quick_shapes=[(1, 70, 2, 16)],
     problems=problems,
 )
