@@ -1,11 +1,13 @@
 """Time the ops against eager PyTorch, torch.compile and other libraries, in one run on one device.
 
-    python benchmarks/run.py [op ...] [--contenders NAME ...] [--quick] [--device cuda] [--out FILE]
+    python benchmarks/run.py [op ...] [--contenders NAME ...] [--shapes 32x2048 ...] [--quick] [--device cuda]
+        [--out FILE]
 
 Every contender is checked against float64 first. A kernel of ours that is less exact than twice eager PyTorch has no
 time; a peer's time is marked and shown with its error. The floor is the time of the fewest bytes at the bandwidth of a
 copy, or of the FLOPs at the rate of a large matrix product, whichever is longer; both rates are measured in the same
-run. --contenders: those alone, and eager PyTorch, whose error sets the bound. --quick uses tiny shapes, to try the
+run. --contenders: those alone, and eager PyTorch, whose error sets the bound. --shapes: of each op those that begin or
+end with the sizes. --quick uses tiny shapes, to try the
 script where there is no GPU (TRITON_INTERPRET=1).
 """
 
@@ -32,6 +34,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("ops", nargs="*", metavar="op", help=f"{', '.join(OPS)}; default: all")
     parser.add_argument("--contenders", nargs="+", metavar="name", help="such as fusedlm; default: all")
+    parser.add_argument("--shapes", nargs="+", metavar="sizes", default=[], help="such as 32x2048 or 16x128")
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
     parser.add_argument("--out", type=Path)
@@ -47,12 +50,14 @@ def main() -> None:
     command = ["python", "benchmarks/run.py", *arguments.ops]
     if arguments.contenders:
         command += ["--contenders", *arguments.contenders]
+    if arguments.shapes:
+        command += ["--shapes", *arguments.shapes]
     command += ["--quick"] * arguments.quick
     record = {"name": "ops", "command": shlex.join(command), "environment": environment(device, dtype)}
     record |= {"ceilings": asdict(ceilings), "cases": []}
     for name in arguments.ops or OPS:
         op = OPS[name]
-        for shape in op.quick_shapes if arguments.quick else op.shapes:
+        for shape in _wanted(op.quick_shapes if arguments.quick else op.shapes, arguments.shapes):
             for problem in op.problems(shape, device, dtype):
                 if arguments.contenders:
                     problem.contenders = _chosen(problem.contenders, arguments.contenders)
@@ -65,6 +70,16 @@ def main() -> None:
                 torch.cuda.empty_cache()
             if arguments.out:  # after every shape, so that a run that is stopped leaves a record
                 write_atomic(arguments.out, json.dumps(record, indent=1) + "\n")
+
+
+def _wanted(shapes: list[tuple[int, ...]], parts: list[str]) -> list[tuple[int, ...]]:
+    """The shapes that begin or end with the sizes of a part, such as 32x2048; without parts all."""
+
+    def fits(shape: tuple[int, ...], part: str) -> bool:
+        name, part = f"x{'x'.join(map(str, shape))}x", f"x{part}x"
+        return name.startswith(part) or name.endswith(part)
+
+    return [shape for shape in shapes if not parts or any(fits(shape, part) for part in parts)]
 
 
 def _chosen(contenders: dict, names: list[str]) -> dict:

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from benchmarks import harness
-from benchmarks.run import _chosen
+from benchmarks.run import _chosen, _wanted
 
 CPU = torch.device("cpu")
 
@@ -103,6 +103,14 @@ def test_a_part_may_use_some_leaves_alone_and_a_contender_may_not():
     assert _measure(problem)[-1].milliseconds > 0
     with pytest.raises(RuntimeError, match="appears to not have been used"):
         _measure(replace(problem, contenders={"eager": both, "forgets one": lambda x, y: x.sin()}))
+
+
+def test_shapes_by_their_first_or_last_sizes():
+    shapes = [(32, 2048, 16, 64), (32, 2048, 16, 128), (1, 65536, 16, 64), (132, 2048, 16, 1128)]
+    assert _wanted(shapes, []) == shapes
+    assert _wanted(shapes, ["32x2048"]) == shapes[:2]
+    assert _wanted(shapes, ["128"]) == [shapes[1]]
+    assert _wanted(shapes, ["1x65536x16x64", "16x128"]) == [shapes[1], shapes[2]]
 
 
 def test_chosen_contenders_follow_eager():
