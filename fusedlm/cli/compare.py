@@ -42,6 +42,10 @@ def compare(
         bool, typer.Option("--dry-run", help="Print the runs and the matched sizes; do not train.")
     ] = False,
     report_only: Annotated[bool, typer.Option("--report-only", help="Report finished runs; do not train.")] = False,
+    gpus: Annotated[
+        int,
+        typer.Option(parser=integer, metavar="N", help="GPUs of this machine that runs are spread over."),
+    ] = 1,
     vocab_size: Annotated[
         int | None,
         typer.Option(
@@ -68,12 +72,14 @@ def compare(
     from fusedlm.compare import run_experiment
 
     with outlast_output():
-        outcome = run_experiment(config, recipes, folder, console=make_console(), train=not report_only)
+        outcome = run_experiment(config, recipes, folder, console=make_console(), train=not report_only, gpus=gpus)
         if outcome.report is not None:
             _print_results(outcome.results)
             print(outcome.report)
         if outcome.signal is not None:
-            again = shlex.join(["fusedlm", "compare", str(experiment), *(overrides or []), "--out", str(folder)])
+            spread = ["--gpus", str(gpus)] if gpus > 1 else []
+            command = ["fusedlm", "compare", str(experiment), *(overrides or []), "--out", str(folder), *spread]
+            again = shlex.join(command)
             print(f"stopped; finished runs are kept; resume with: {again}")
             raise typer.Exit(exit_code(outcome.signal))
         if outcome.report is None:

@@ -3,15 +3,18 @@
 import contextlib
 import shutil
 import signal
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from rich.console import Console
 
 from fusedlm.compare.folder import FILES, IDENTITY, ExperimentFolder
+from fusedlm.compare.gpus import choose_gpus
 from fusedlm.compare.identity import identify
 from fusedlm.compare.matching import Variant, match_variants
-from fusedlm.compare.process import Stopped, run_in_process
+from fusedlm.compare.process import Child, Stopped, Task, run_in_process, run_tasks
 from fusedlm.compare.progress import GridDisplay
 from fusedlm.compare.report import write_report
 from fusedlm.compare.results import Results, collect
@@ -58,12 +61,18 @@ def plan_experiment(
 
 
 def run_experiment(
-    experiment: Experiment, recipes: dict[str, Recipe], out: Path, *, console: Console | None = None, train: bool = True
+    experiment: Experiment,
+    recipes: dict[str, Recipe],
+    out: Path,
+    *,
+    console: Console | None = None,
+    train: bool = True,
+    gpus: int = 1,
 ) -> Outcome:
     """Start or resume an experiment, and write OUT/report.html, results.csv and results.json.
 
-    Each run has its own process. On the first SIGINT, SIGTERM or SIGHUP the current run saves and stops; the next call
-    resumes it and does not repeat finished runs. How one run ends does not stop the others: one that diverges is
+    Each run has its own process. On the first SIGINT, SIGTERM or SIGHUP the current runs save and stop; the next call
+    resumes them and does not repeat finished runs. How one run ends does not stop the others: one that diverges is
     recorded as diverged, which is a result; one that fails (its process is killed, memory is too small, the recipe does
     not fit) is recorded as failed, and tried again by the next call.
 
@@ -72,31 +81,40 @@ def run_experiment(
         out: folder of the experiment.
         console: for progress; None: none is shown.
         train: False: only report finished runs.
+        gpus: how many runs, or timings of steps, are made at once, each on a GPU of its own. Decoding is measured on
+            the first GPU alone. Reporting uses none.
 
     Raises:
-        ValueError: the folder holds another experiment, is damaged or in use, a match is impossible, variants have
-            different validation text, or the steps of the baseline cannot be timed.
+        ValueError: this machine or a recipe does not allow `gpus`, the folder holds another experiment, is damaged or
+            in use, a match is impossible, variants have different validation text, or the steps of the baseline cannot
+            be timed.
         OSError: a folder cannot be written, in a run too; finished runs are kept.
     """
     for recipe in recipes.values():
         check_loggers(recipe.train.loggers)
     _check_same_text(recipes)
+    chosen = choose_gpus(gpus if train else min(gpus, 1), recipes)  # any machine can report
     undo = StartUndo(Path(out))
     try:
         with ExperimentFolder(Path(out)) as folder, contextlib.ExitStack() as stack:
             if not (folder.path / IDENTITY).exists():
                 stack.enter_context(undo.taken_back(FILES, folder.holds_work))
-            return _run(experiment, recipes, folder, console, train)
+            return _run(experiment, recipes, folder, console, train, chosen)
     finally:
         undo.remove_empty_folders()
 
 
 def _run(
-    experiment: Experiment, recipes: dict[str, Recipe], folder: ExperimentFolder, console: Console | None, train: bool
+    experiment: Experiment,
+    recipes: dict[str, Recipe],
+    folder: ExperimentFolder,
+    console: Console | None,
+    train: bool,
+    gpus: Sequence[str | None],
 ) -> Outcome:
     vocab_sizes = (_open if train else _reopen)(experiment, recipes, folder, console)
     with StopSignal() as stop:
-        grid = _Grid(experiment, folder, GridDisplay(console), stop)
+        grid = _Grid(experiment, folder, GridDisplay(console), stop, gpus)
         try:
             variants = grid.run(recipes, vocab_sizes) if train else grid.match(recipes, vocab_sizes, timing=False)
         finally:
@@ -106,7 +124,8 @@ def _run(
     results = collect(experiment, variants, folder)
     report = write_report(results, folder.path) if results.has_ended else None
     stopped_by = (stop.received or signal.SIGTERM) if grid.stopped else None
-    return Outcome(results, stopped_by, report, tuple(grid.failed))
+    failed = tuple(f"{name}: {message}" for name, message in grid.failed.items())
+    return Outcome(results, stopped_by, report, failed)
 
 
 def _check_same_text(recipes: dict[str, Recipe]) -> None:
@@ -171,10 +190,19 @@ def _reopen(
 
 
 class _Grid:
-    def __init__(self, experiment: Experiment, folder: ExperimentFolder, display: GridDisplay, stop: StopSignal):
-        self.experiment, self.folder, self.display, self.stop = experiment, folder, display, stop
+    def __init__(
+        self,
+        experiment: Experiment,
+        folder: ExperimentFolder,
+        display: GridDisplay,
+        stop: StopSignal,
+        gpus: Sequence[str | None],
+    ):
+        self.experiment, self.folder, self.display, self.stop, self.gpus = experiment, folder, display, stop, gpus
         self.stopped = False
-        self.failed: list[str] = []
+        self.failed: dict[str, str] = {}  # runs that failed, and why
+        self._n_left = 0  # runs that have not ended
+        self._fault: OSError | None = None  # that the other runs would meet too
         self._untimed: dict[str, str] = {}  # variants whose steps could not be timed, and why
 
     def run(self, recipes: dict[str, Recipe], vocab_sizes: dict[str, int]) -> dict[str, Variant] | None:
@@ -193,8 +221,7 @@ class _Grid:
         if 0 < len(left) < len(runs):
             self.display.note(f"{len(runs) - len(left)} of {len(runs)} runs are already finished")
         try:
-            for variant, seed in left:
-                self._train(variant, seed)
+            self._train(left)
             for variant in variants.values():
                 self._measure(variant)
         except Stopped:
@@ -206,80 +233,114 @@ class _Grid:
         if self.experiment.match != "time":
             return match_variants(self.experiment, recipes, vocab_sizes)
         step_seconds = self.folder.calibration()
-        for name, recipe in recipes.items():
-            if name not in step_seconds:
-                if not timing:
-                    if name == next(iter(recipes)):
-                        raise ValueError(
-                            f"experiment folder {self.folder.path}: steps of {name}, the baseline, are not timed yet; "
-                            "run it without --report-only"
-                        )
-                    continue
+        left = {name: recipe for name, recipe in recipes.items() if name not in step_seconds}
+        baseline = next(iter(recipes))
+        if not timing and baseline in left:
+            raise ValueError(
+                f"experiment folder {self.folder.path}: steps of {baseline}, the baseline, are not timed yet; "
+                "run it without --report-only"
+            )
+        if timing:
+            self._calibrate(left, baseline, step_seconds)
+        return match_variants(self.experiment, recipes, vocab_sizes, step_seconds)
+
+    def _calibrate(self, recipes: dict[str, Recipe], baseline: str, step_seconds: dict[str, float]) -> None:
+        """Time the steps of each recipe, and add them to `step_seconds`. Raises Stopped on a signal."""
+        tasks = (self._timing(name, recipe) for name, recipe in recipes.items())
+        with contextlib.closing(run_tasks(tasks, self.gpus, self._must_stop)) as ended:
+            for child in ended:
+                name = child.task.about
                 try:
-                    step_seconds[name] = self._calibrate(name, recipe)
+                    seconds = child.result()
+                except Stopped:
+                    seconds = None
                 except (ValueError, RuntimeError) as error:
-                    if name == next(iter(recipes)):
+                    if name == baseline:
                         raise ValueError(f"timing of {name}, the baseline: {_reason(error)}") from None
                     self._untimed[name] = f"its steps could not be timed: {_reason(error)}"
                     continue
+                if seconds is None:
+                    self.stopped = True
+                    continue
+                shutil.rmtree(self._timing_folder(name))
+                self.display.note(f"{name}: {1000 * seconds:.4g} ms per step")
+                step_seconds[name] = seconds
                 self.folder.write_calibration(step_seconds)
-        return match_variants(self.experiment, recipes, vocab_sizes, step_seconds)
+        if any(name not in step_seconds and name not in self._untimed for name in recipes):
+            raise Stopped
 
-    def _calibrate(self, name: str, recipe: Recipe) -> float:
+    def _timing(self, name: str, recipe: Recipe) -> Task:
         steps = self.experiment.calibration_steps
         changes = {"steps": steps, "eval_every": 0, "eval_tokens": 64, "checkpoint_every": 0, "loggers": []}
         changes["max_bad_steps"] = steps + 1  # a step takes as long when its loss is not finite
         short = recipe.model_copy(update={"train": recipe.train.model_copy(update=changes)})
-        target = self.folder.path / "calibration" / name
+        target = self._timing_folder(name)
         shutil.rmtree(target, ignore_errors=True)
         self.display.note(f"timing {steps} steps of {name}")
-        seconds = self._run_in_process(calibrate, short, target)
-        if seconds is None:
-            raise Stopped
-        shutil.rmtree(target)
-        self.display.note(f"{name}: {1000 * seconds:.4g} ms per step")
-        return seconds
+        return Task(calibrate, (short, target), partial(self.display.report, name), about=name)
 
-    def _train(self, variant: Variant, seed: int) -> None:
-        name = run_name(variant.name, seed)
-        recipe = variant.recipe
-        recipe = recipe.model_copy(
-            update={
-                "name": f"{self.experiment.name}-{name}",
-                "train": recipe.train.model_copy(update={"seed": seed}),
-            }
-        )
-        self.display.begin(name, recipe.train.steps)
-        record = self._attempt(variant, recipe, seed)
-        if record["outcome"] == "stopped":
+    def _timing_folder(self, name: str) -> Path:
+        return self.folder.path / "calibration" / name
+
+    def _train(self, runs: list[tuple[Variant, int]]) -> None:
+        """Raises Stopped on a signal, and OSError for a fault that other runs would meet too, after those that run have
+        saved and stopped."""
+        self._n_left = len(runs)
+        with contextlib.closing(run_tasks(self._trainings(runs), self.gpus, self._must_stop)) as ended:
+            for child in ended:
+                self._end(*child.task.about, _record(child))
+        names = [run_name(variant.name, seed) for variant, seed in runs]
+        self.failed = {name: self.failed[name] for name in names if name in self.failed}
+        if self._fault is not None:
+            raise self._fault
+        if self._n_left:
             raise Stopped
-        if record["outcome"] == "system":
-            raise OSError(f"{name}: {record['message']}; finished runs are kept")
-        self.folder.write_record(variant.name, seed, record)
+
+    def _trainings(self, runs: list[tuple[Variant, int]]) -> Iterator[Task]:
+        """Tasks of runs; each is shown as begun when it is taken."""
+        for variant, seed in runs:
+            name = run_name(variant.name, seed)
+            recipe = variant.recipe
+            recipe = recipe.model_copy(
+                update={
+                    "name": f"{self.experiment.name}-{name}",
+                    "train": recipe.train.model_copy(update={"seed": seed}),
+                }
+            )
+            self.display.begin(name, recipe.train.steps)
+            if variant.name in self._untimed:
+                self._end(variant, seed, _failed(self._untimed[variant.name]))
+                continue
+            text = self.folder.identity["variants"][variant.name]["text"]
+            arguments = (recipe, self.folder.run(variant.name, seed), text)
+            yield Task(train_run, arguments, partial(self.display.report, name), about=(variant, seed))
+
+    def _end(self, variant: Variant, seed: int, record: dict) -> None:
+        """Keep the record of a run that has ended, or stop the others if it was stopped or met a fault."""
+        name, window = run_name(variant.name, seed), variant.recipe.train.seq_len
+        if record["outcome"] == "stopped":
+            self.stopped = True
+            return
+        try:
+            if record["outcome"] == "system":
+                raise OSError(f"{name}: {record['message']}; finished runs are kept")
+            self.folder.write_record(variant.name, seed, record)
+        except OSError as error:
+            self._fault = self._fault or error
+            return
+        self._n_left -= 1
         final = record["final"]
         if record["outcome"] == "failed":
-            self.failed.append(f"{name}: {record['message']}")
+            self.failed[name] = record["message"]
         self.display.end(
+            name,
             f"validation {final['val_nll_per_token']:.4f} nats per token, {final['val_bpb']:.4f} bits per byte "
-            f"(window {recipe.train.seq_len}, stride {recipe.train.seq_len})"
+            f"(window {window}, stride {window})"
             if final
             else f"diverged at step {record['step']}: {record['message']}"
             if record["outcome"] == "diverged"
-            else f"failed: {record['message']}"
+            else f"failed: {record['message']}",
         )
-
-    def _attempt(self, variant: Variant, recipe: Recipe, seed: int) -> dict:
-        """The record of a run, however its process ends. Raises Stopped."""
-        failed = {"outcome": "failed", "final": None}
-        if variant.name in self._untimed:
-            return failed | {"message": self._untimed[variant.name]}
-        text = self.folder.identity["variants"][variant.name]["text"]
-        try:
-            return self._run_in_process(train_run, recipe, self.folder.run(variant.name, seed), text)
-        except ValueError as error:
-            return failed | {"message": _reason(error)}
-        except RuntimeError as error:  # a defect, or an error of a library such as CUDA
-            return failed | {"message": _reason(error), "traceback": str(error)}
 
     def _measure(self, variant: Variant) -> None:
         lengths = self.experiment.decode_lengths
@@ -298,10 +359,11 @@ class _Grid:
                 length, pair = content
                 found[str(length)] = pair
             else:
-                self.display.report(kind, content)
+                self.display.report(variant.name, kind, content)
 
+        arguments = (variant.recipe, run, variant.vocab_size, left)
         try:
-            self._run_in_process(measure, variant.recipe, run, variant.vocab_size, left, report=keep)
+            run_in_process(measure, *arguments, report=keep, stop=self.stop, gpu=self.gpus[0])
         except (ValueError, RuntimeError) as error:
             missing = _lengths(length for length in left if str(length) not in found)
             self.display.note(f"{variant.name}: decoding after {missing} tokens is not measured: {_reason(error)}")
@@ -309,14 +371,28 @@ class _Grid:
             if found:
                 self.folder.write_decoding(variant.name, known | found)
 
-    def _run_in_process(self, work, *arguments, report=None):
-        if self.stop.received is not None:
-            raise Stopped
-        return run_in_process(work, *arguments, report=report or self.display.report, stop=self.stop)
+    def _must_stop(self) -> bool:
+        return self.stopped or self._fault is not None or self.stop.received is not None
 
 
 def _is_left(record: dict | None) -> bool:
     return record is None or record["outcome"] == "failed"
+
+
+def _record(child: Child) -> dict:
+    """The record of a run, however its process ended."""
+    try:
+        return child.result()
+    except Stopped:
+        return {"outcome": "stopped"}
+    except ValueError as error:
+        return _failed(_reason(error))
+    except RuntimeError as error:  # a defect, or an error of a library such as CUDA
+        return _failed(_reason(error)) | {"traceback": str(error)}
+
+
+def _failed(message: str) -> dict:
+    return {"outcome": "failed", "final": None, "message": message}
 
 
 def _reason(error: Exception) -> str:

@@ -1,4 +1,4 @@
-"""Run a function in a new process: every run starts with the same memory, caches and random state."""
+"""Run functions in new processes: every run starts with the same memory, caches and random state."""
 
 import contextlib
 import functools
@@ -7,11 +7,14 @@ import multiprocessing
 import os
 import signal
 import traceback
-from collections.abc import Callable
-from multiprocessing.connection import Connection
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from multiprocessing.connection import Connection, wait
+from typing import Any
 
 import torch
 
+from fusedlm.compare.gpus import VISIBLE_GPUS
 from fusedlm.runs.signals import StopSignal
 
 Report = Callable[[str, object], None]  # called in this process with (kind, content) from the work
@@ -23,50 +26,135 @@ class Stopped(Exception):
     """The work was stopped by a signal before it had a result."""
 
 
-def run_in_process(work: Callable, *arguments, report: Report, stop: StopSignal):
-    """Call work(*arguments, send) in a new process; `send(kind, content)` there calls `report` here.
+@dataclass(frozen=True)
+class Task:
+    """A function to call in a new process, as work(*arguments, send); `send(kind, content)` there calls `report` here.
 
-    The process is forked from a server that has imported torch and used no GPU: its peak memory is that of the work
-    alone. Warnings that the work logs are reported as ("warning", text). A signal that `stop` receives is passed on
-    once, as SIGINT.
+    work: an importable function whose arguments and result can be pickled.
+    about: what the task is, for the caller.
+    """
 
-    Args:
-        work: an importable function whose arguments and result can be pickled.
+    work: Callable
+    arguments: tuple
+    report: Report
+    about: Any = None
 
-    Returns:
-        The result of `work`.
+
+def run_in_process(work: Callable, *arguments, report: Report, stop: StopSignal, gpu: str | None = None):
+    """Run one task, as `run_tasks` does, and return its result.
 
     Raises:
-        ValueError, OSError: from the work, with its message; ValueError also if the process was killed.
-        Stopped: the work was stopped by the signal.
-        RuntimeError: any other exception of the work, with its traceback.
+        As `Child.result`.
     """
-    context = _context()
-    ours, theirs = context.Pipe(duplex=False)
-    settings = (os.getcwd(), torch.get_num_threads())
-    # Not a daemon: daemons cannot start processes, and compilation may.
-    process = context.Process(target=_run, args=(theirs, settings, work, arguments))
-    process.start()
-    theirs.close()
+    task = Task(work, arguments, report)
+    with contextlib.closing(run_tasks([task], [gpu], lambda: stop.received is not None)) as ended:
+        for child in ended:
+            return child.result()
+    raise Stopped
+
+
+def run_tasks(tasks: Iterable[Task], gpus: Sequence[str | None], must_stop: Callable[[], bool]) -> Iterator["Child"]:
+    """Run tasks in order, each in a process of its own, as many at once as there are `gpus`. Gives each as it ends.
+
+    A task is taken from `tasks` when a GPU is free for it. Once `must_stop` is true no other is taken, and those that
+    run receive SIGINT once; they are given too. Closing the generator kills them instead. All of it happens in the
+    calling thread.
+
+    Args:
+        gpus: values of CUDA_VISIBLE_DEVICES, one for each process that may run; None: the process sees what this one
+            sees.
+    """
+    left, free, running = iter(tasks), list(gpus), []
     try:
-        outcome = _listen(ours, process, report, stop)
-    except BaseException:
-        process.kill()
-        raise
+        while True:
+            while free and not must_stop() and (task := next(left, None)) is not None:
+                running.append(Child(task, free.pop(0), must_stop))
+            if not running:
+                return
+            if must_stop():
+                for child in running:
+                    child.interrupt()
+            ready = wait([child.connection for child in running], _POLL_SECONDS)
+            for child in [child for child in running if child.connection in ready]:
+                if not child.receive():
+                    running.remove(child)
+                    free.append(child.gpu)
+                    yield child
     finally:
-        process.join()
-        ours.close()
-    match outcome:
-        case ("result", result):
-            return result
-        case ("refused", message):
-            raise ValueError(message)
-        case ("failed", text):
-            raise RuntimeError(f"the process of the run failed:\n{text}")
-    if stop.received is not None:
-        raise Stopped
-    reason = f"signal {-process.exitcode}" if process.exitcode < 0 else f"exit code {process.exitcode}"
-    raise ValueError(f"its process ended by {reason}; signal 9 can mean that the machine is out of memory")
+        for child in running:
+            child.kill()
+        for child in running:
+            child.join()
+
+
+class Child:
+    """The process of a task.
+
+    It is forked from a server that has imported torch and used no GPU: its peak memory is that of the work alone.
+    Warnings that the work logs are reported as ("warning", text).
+    """
+
+    def __init__(self, task: Task, gpu: str | None, must_stop: Callable[[], bool]):
+        self.task, self.gpu = task, gpu
+        self._must_stop = must_stop
+        self._interrupted = False
+        self._outcome: tuple[str, Any] | None = None
+        context = _context()
+        self.connection, theirs = context.Pipe(duplex=False)
+        settings = (os.getcwd(), torch.get_num_threads(), gpu)
+        # Not a daemon: daemons cannot start processes, and compilation may.
+        self._process = context.Process(target=_run, args=(theirs, settings, task.work, task.arguments))
+        self._process.start()
+        theirs.close()
+
+    def receive(self) -> bool:
+        """Receive one message, and report it unless it is the last. False: it was, and the process has ended."""
+        try:
+            kind, content = self.connection.recv()
+        except EOFError:  # the process ended without a last message
+            self.join()
+            return False
+        if kind in ("result", "refused", "failed", "stopped"):
+            self._outcome = kind, content
+            self.join()
+            return False
+        self.task.report(kind, content)
+        return True
+
+    def interrupt(self) -> None:
+        """Send SIGINT, once."""
+        if not self._interrupted:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self._process.pid, signal.SIGINT)
+            self._interrupted = True
+
+    def kill(self) -> None:
+        self._process.kill()
+
+    def join(self) -> None:
+        self._process.join()
+        self.connection.close()
+
+    def result(self):
+        """The result of the work, once it has ended.
+
+        Raises:
+            ValueError: from the work (also OSError there), with its message, or the process was killed.
+            Stopped: the work was stopped by the signal.
+            RuntimeError: any other exception of the work, with its traceback.
+        """
+        match self._outcome:
+            case ("result", result):
+                return result
+            case ("refused", message):
+                raise ValueError(message)
+            case ("failed", text):
+                raise RuntimeError(f"the process of the run failed:\n{text}")
+        if self._must_stop():
+            raise Stopped
+        code = self._process.exitcode
+        reason = f"signal {-code}" if code < 0 else f"exit code {code}"
+        raise ValueError(f"its process ended by {reason}; signal 9 can mean that the machine is out of memory")
 
 
 @functools.cache
@@ -74,25 +162,6 @@ def _context():
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["fusedlm.compare.work"])
     return context
-
-
-def _listen(connection: Connection, process, report: Report, stop: StopSignal):
-    """The last message, or None if the process ended without one."""
-    signalled = False
-    while True:
-        if stop.received is not None and not signalled:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(process.pid, signal.SIGINT)
-            signalled = True
-        if not connection.poll(_POLL_SECONDS):
-            continue
-        try:
-            kind, content = connection.recv()
-        except EOFError:
-            return None
-        if kind in ("result", "refused", "failed", "stopped"):
-            return kind, content
-        report(kind, content)
 
 
 class _SendWarnings(logging.Handler):
@@ -109,7 +178,9 @@ def _run(connection: Connection, settings, work: Callable, arguments) -> None:
     os.setpgid(0, 0)
     # Ignored here, if the parent was started in the background of a script; then nothing could stop the work.
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    folder, threads = settings
+    folder, threads, gpu = settings
+    if gpu is not None:  # CUDA reads it when it is initialised, which importing fusedlm does not do
+        os.environ[VISIBLE_GPUS] = gpu
     os.chdir(folder)
     torch.set_num_threads(threads)
 

@@ -1,11 +1,14 @@
 """A tiny experiment whose work runs in this process and is counted."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import pytest
 
 from fusedlm.compare import run_experiment
+from fusedlm.compare.process import Task
 from fusedlm.config import dump_recipe
 from fusedlm.config.experiment import load_experiment
 from tests.train.runs import tiny_recipe
@@ -23,19 +26,35 @@ decode_lengths: [20, 70]
 """
 
 
+@dataclass(frozen=True)
+class Ended:
+    task: Task
+    result: Callable  # runs the task, in this process
+
+
 @dataclass
 class InProcess:
-    """Replaces run_in_process; `calls` are the names of the work and of its folder."""
+    """Replaces run_in_process and run_tasks; `calls` are the names of the work and of its folder."""
 
     calls: list[tuple[str, str]] = field(default_factory=list)
     before: object = None  # called with (name of the work, its arguments, report); may raise or return another report
 
-    def __call__(self, work, *arguments, report, stop):
+    def run_in_process(self, work, *arguments, report, stop=None, gpu=None):
         folder = next((argument.name for argument in arguments if isinstance(argument, Path)), "")
         self.calls.append((work.__name__, folder))
         if self.before is not None:
             report = self.before(work.__name__, arguments, report) or report
         return work(*arguments, report)
+
+    def run_tasks(self, tasks, gpus, must_stop):
+        for task in tasks:
+            yield Ended(task, partial(self.run_in_process, task.work, *task.arguments, report=task.report))
+            if must_stop():
+                return
+
+    def replace(self, patch: pytest.MonkeyPatch) -> None:
+        patch.setattr("fusedlm.compare.experiment.run_in_process", self.run_in_process)
+        patch.setattr("fusedlm.compare.experiment.run_tasks", self.run_tasks)
 
     def trained(self) -> list[str]:
         return [folder for name, folder in self.calls if name == "train_run"]
@@ -44,7 +63,7 @@ class InProcess:
 @pytest.fixture
 def in_process(monkeypatch) -> InProcess:
     stand_in = InProcess()
-    monkeypatch.setattr("fusedlm.compare.experiment.run_in_process", stand_in)
+    stand_in.replace(monkeypatch)
     monkeypatch.setattr("fusedlm.report.style.DPI", 30)
     return stand_in
 
@@ -64,7 +83,7 @@ def finished(experiment_file, tmp_path_factory):
     out = tmp_path_factory.mktemp("finished") / "out"
     with pytest.MonkeyPatch.context() as patch:
         stand_in = InProcess()
-        patch.setattr("fusedlm.compare.experiment.run_in_process", stand_in)
+        stand_in.replace(patch)
         patch.setattr("fusedlm.report.style.DPI", 30)
         outcome = run_experiment(*load_experiment(experiment_file), out)
     return outcome, out, stand_in.calls

@@ -79,7 +79,7 @@ def test_work_ends_with_an_error_of_this_process(tmp_path):
 def start(context, folder, work: str, *arguments):
     """(process, our end of its pipe) of work that sends messages."""
     ours, theirs = context.Pipe(duplex=False)
-    settings = (str(folder), 1)
+    settings = (str(folder), 1, None)
     function = getattr(process_work, work)
     child = context.Process(target=process_module._run, args=(theirs, settings, function, arguments))
     child.start()

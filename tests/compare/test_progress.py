@@ -14,12 +14,12 @@ def play(terminal: bool) -> str:
     display = GridDisplay(Console(file=out, force_terminal=terminal, width=100))
     display.open([10, 10, 20], done=10, n_done=1)
     display.begin("new-seed0", 10)
-    display.report("begin", 5)
-    display.report("step", {"step": 6, "loss": 3.25, "tokens_per_second": 1234.5})
-    display.report("step", {"step": 7, "loss": float("nan"), "skipped": True})
-    display.report("validation", {"step": 10, "val_nll_per_token": 2.5, "val_bpb": 1.75} | SPANS)
-    display.report("note", "a [warning]")
-    display.end("validation 2.5000 nats per token")
+    display.report("new-seed0", "begin", 5)
+    display.report("new-seed0", "step", {"step": 6, "loss": 3.25, "tokens_per_second": 1234.5})
+    display.report("new-seed0", "step", {"step": 7, "loss": float("nan"), "skipped": True})
+    display.report("new-seed0", "validation", {"step": 10, "val_nll_per_token": 2.5, "val_bpb": 1.75} | SPANS)
+    display.report("new-seed0", "note", "a [warning]")
+    display.end("new-seed0", "validation 2.5000 nats per token")
     display.begin("old-seed1", 20)
     display.close()
     return out.getvalue()
@@ -50,14 +50,14 @@ def test_lines_about_steps_are_limited(monkeypatch):
     display.open([100], done=0, n_done=0)
     display.begin("a", 100)
     for step in range(1, 21):
-        display.report("step", {"step": step, "loss": 1.0, "tokens_per_second": 1.0})
+        display.report("a", "step", {"step": step, "loss": 1.0, "tokens_per_second": 1.0})
     assert out.getvalue().count("loss") == 4
 
 
 def test_the_same_warning_of_several_runs_is_logged_once(caplog):
     display = GridDisplay(None)
     for text in ("attention cannot run", "attention cannot run", "another"):
-        display.report("warning", text)
+        display.report("a", "warning", text)
     assert [record.getMessage() for record in caplog.records] == ["attention cannot run", "another"]
 
 
@@ -65,6 +65,6 @@ def test_nothing_without_a_console(capsys):
     display = GridDisplay(None)
     display.open([1], 0, 0)
     display.begin("a", 1)
-    display.end("done")
+    display.end("a", "done")
     display.close()
     assert capsys.readouterr().out == ""
