@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from fusedlm.compare.experiment import Outcome
+
 EXPERIMENT = """
 name: pair
 base: small.yaml
@@ -92,6 +94,17 @@ def test_a_signal_stops_with_its_code_and_the_command_to_resume_is_printed(exper
     assert unfinished.code == 0 and "no run is finished yet" in unfinished.out
 
 
+def test_gpus_reach_the_library_and_the_command_to_resume(experiment: Path, fusedlm, monkeypatch):
+    def run_experiment(config, recipes, folder, *, gpus, **options):
+        assert gpus == 4
+        return Outcome(None, signal.SIGTERM, None)
+
+    monkeypatch.setattr("fusedlm.compare.run_experiment", run_experiment)
+    outcome = fusedlm("compare", "pair.yaml", "--gpus", "4")
+    assert outcome.code == 128 + signal.SIGTERM
+    assert outcome.out.endswith("fusedlm compare pair.yaml --out runs/pair --gpus 4\n")
+
+
 def edited(old: str, new: str):
     def edit():
         assert old in EXPERIMENT
@@ -125,6 +138,8 @@ BAD = {
     "two-texts": (edited("model.pattern=g", "data.split.fraction=0.5"), "differ in data.split"),
     "vocab-size": (lambda: ["pair.yaml", "--vocab-size", "300"], "is only for --dry-run"),
     "vocab-size-zero": (lambda: ["pair.yaml", "--dry-run", "--vocab-size", "0"], "--vocab-size 0"),
+    "gpus-zero": (lambda: ["pair.yaml", "--gpus", "0"], "--gpus 0: must be at least 1"),
+    "gpus-of-a-cpu": (lambda: ["pair.yaml", "--gpus", "2"], "runs on the CPU (runtime.device=cpu); use --gpus 1"),
     "out-is-a-run": (lambda: ["pair.yaml", "--out", "runs/small"], "holds a run"),
     "out-is-a-file": (lambda: ["pair.yaml", "--out", "text.txt"], "text.txt is a file"),
     "out-is-another": (another_folder, "holds another experiment: name is"),

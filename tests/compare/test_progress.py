@@ -42,6 +42,41 @@ def test_bars_on_a_terminal():
     assert "\x1b[" in shown and "2 of 3 runs" in shown and "a [warning]" in shown and "old-seed1" in shown
 
 
+def play_two(terminal: bool) -> str:
+    out = io.StringIO()
+    display = GridDisplay(Console(file=out, force_terminal=terminal, width=100))
+    display.open([10, 10, 20], done=10, n_done=1)
+    display.begin("new-seed0", 10)
+    display.begin("old-seed1", 20)
+    display.report("new-seed0", "step", {"step": 4, "loss": 3.25, "tokens_per_second": 1234.5})
+    display.report("old-seed1", "step", {"step": 12, "loss": 2.25, "tokens_per_second": 10.0})
+    display.report("elsewhere", "step", {"step": 1, "loss": 1.25, "tokens_per_second": 10.0})  # work that is no run
+    display.end("old-seed1", "done")
+    display.report("new-seed0", "note", "still here")
+    display.close()
+    return out.getvalue()
+
+
+def test_lines_of_runs_at_once():
+    assert play_two(terminal=False).splitlines() == [
+        "[2/3] new-seed0: 10 steps",
+        "[2/3] old-seed1: 20 steps",
+        "[2/3] new-seed0: step 4 of 10  loss 3.2500  1,234 tokens/s",
+        "[2/3] old-seed1: step 12 of 20  loss 2.2500  10 tokens/s",
+        "[2/3] old-seed1: done",
+        "new-seed0: still here",
+    ]
+
+
+def test_bars_of_runs_at_once():
+    """The last frame: the grid, at the steps of what is finished and what runs, and the run that is left."""
+    shown = play_two(terminal=True)
+    frame = shown[shown.rindex("2 of 3 runs") :]
+    assert " 85%" in frame  # 10 + 20 + 4 of 40 steps
+    assert "new-seed0" in frame and " 40%" in frame and "old-seed1" not in frame
+    assert "old-seed1" in shown and "loss 2.2500" in shown[: shown.index("done")]
+
+
 def test_lines_about_steps_are_limited(monkeypatch):
     out = io.StringIO()
     now = iter(range(0, 1000))
