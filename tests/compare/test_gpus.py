@@ -25,7 +25,7 @@ RUNS = ["latent-seed0", "softmax-seed0", "latent-seed1", "softmax-seed1"]
 @pytest.fixture
 def two_gpus(monkeypatch):
     """A function that sets the work of the runs of an experiment on two GPUs."""
-    monkeypatch.setattr("fusedlm.compare.experiment.choose_gpus", lambda count, recipes: ["0", "1"])
+    monkeypatch.setattr("fusedlm.compare.experiment.choose_gpus", lambda count, recipes: ["3", "4"])
     monkeypatch.setattr("fusedlm.compare.experiment.write_report", lambda results, folder: None)
     return lambda work: monkeypatch.setattr("fusedlm.compare.experiment.train_run", work)
 
@@ -67,10 +67,12 @@ def test_results_are_those_of_one_after_another(finished, experiment_file, two_g
 def test_a_run_that_fails_stops_no_other_and_timings_are_spread_too(experiment_file, two_gpus, monkeypatch, tmp_path):
     two_gpus(gpu_work.one_fails)
     monkeypatch.setattr("fusedlm.compare.experiment.calibrate", gpu_work.calibrate)
-    outcome = run_on_two(experiment_file, tmp_path / "out", "experiment.match=time")
+    monkeypatch.setattr("fusedlm.compare.experiment.measure", gpu_work.measure)
+    outcome = run_on_two(experiment_file, tmp_path / "out", "experiment.match=time", "experiment.decode_lengths=[20]")
     killed, *others = outcome.failed
     assert killed.startswith("latent-seed0: its process ended by signal 9") and not outcome.stopped
     assert others == [f"{name}: by design" for name in RUNS[1:]]
+    assert outcome.results.decoding == {"latent": {"20": [3, 1.0]}, "softmax": {"20": [3, 1.0]}}
 
 
 def test_a_signal_stops_all_that_run(experiment_file, two_gpus, monkeypatch, tmp_path):
