@@ -46,7 +46,7 @@ TILINGS = {
     torch.bfloat16: [
         Tilings(64, 64, 64, Tiling(64, 4, 2, 4), Tiling(64, 4, 3, 4), Tiling(64, 4, 1, 2)),
         Tilings(64, 128, 64, Tiling(128, 4, 2, 2), Tiling(128, 4, 3, 2), Tiling(64, 4, 1, 2)),
-        Tilings(128, 128, 64, Tiling(64, 4, 2, 2), Tiling(64, 4, 2, 2), Tiling(128, 4, 1, 1)),
+        Tilings(128, 128, 64, Tiling(64, 4, 2, 2), Tiling(64, 4, 2, 2), Tiling(64, 8, 1, 1)),
         Tilings(256, 64, 64, Tiling(64, 8, 1, 1), Tiling(64, 8, 2, 1), Tiling(64, 8, 1, 1)),
     ],
     torch.float32: [
