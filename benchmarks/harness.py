@@ -40,7 +40,7 @@ class Problem:
     sample: Callable[[Tensors], Tensors]
     n_bytes: int  # the fewest that must move through the device's memory
     n_flops: int = 0  # of matrix products
-    min_bound: float = 1e-5  # of the error, where eager PyTorch happens to be exact
+    min_bound: float | list[float] = 1e-5  # of the error, where eager PyTorch happens to be exact; a list: of each
     copies: int = 1  # of the leaves: the CUDA graph that is timed runs the problem on each
     part: tuple[str, Callable] | None = None  # name and function of a part of the work, timed too and not checked
 
@@ -113,7 +113,7 @@ def measure(problem: Problem, device: torch.device, quick: bool) -> list[Measure
         if result.reason is not None:
             continue
         if bounds is None:
-            bounds = [max(2 * error, problem.min_bound) for error in result.errors]
+            bounds = _bounds(problem, result.errors)
         result.error_over_bound = max(error / bound for error, bound in zip(result.errors, bounds, strict=True))
         if result.error_over_bound > 1 and name.startswith(OURS):
             result.reason = "wrong"
@@ -128,6 +128,14 @@ def measure(problem: Problem, device: torch.device, quick: bool) -> list[Measure
     for (result, _), (_, copies), found in zip(timed, functions, milliseconds, strict=True):
         result.milliseconds = found / copies
     return measured
+
+
+def _bounds(problem: Problem, errors: list[float]) -> list[float]:
+    """Of each error, from those of eager PyTorch."""
+    least = problem.min_bound
+    if isinstance(least, float):
+        least = [least] * len(errors)
+    return [max(2 * error, bound) for error, bound in zip(errors, least, strict=True)]
 
 
 def _checked(problem: Problem, name: str, contender, exact: Tensors, device: torch.device) -> Measured:

@@ -105,6 +105,16 @@ def test_a_part_may_use_some_leaves_alone_and_a_contender_may_not():
         _measure(replace(problem, contenders={"eager": both, "forgets one": lambda x, y: x.sin()}))
 
 
+def test_bounds_of_each_result():
+    ours = lambda x: x.sin() + 1e-3 * x.detach()  # noqa: E731  inexact alone in what it returns
+    problem = _problem(torch.ones(1000), fusedlm=ours)
+    assert _measure(problem)[1].reason == "wrong"
+    problem.min_bound = [1e-2, 1e-5]
+    assert _measure(problem)[1].reason is None
+    problem.min_bound = [1e-5, 1e-2]
+    assert _measure(problem)[1].reason == "wrong"
+
+
 def test_shapes_by_their_first_or_last_sizes():
     shapes = [(32, 2048, 16, 64), (32, 2048, 16, 128), (1, 65536, 16, 64), (132, 2048, 16, 1128)]
     assert _wanted(shapes, []) == shapes
