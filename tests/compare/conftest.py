@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from fusedlm.compare import run_experiment
+from fusedlm.compare.plots import draw_plots
 from fusedlm.compare.process import Task
 from fusedlm.config import dump_recipe
 from fusedlm.config.experiment import load_experiment
@@ -62,10 +63,18 @@ class InProcess:
 
 @pytest.fixture
 def in_process(monkeypatch) -> InProcess:
+    """Work runs here, and pages are written without their plots, which take longer than the runs."""
     stand_in = InProcess()
     stand_in.replace(monkeypatch)
-    monkeypatch.setattr("fusedlm.report.style.DPI", 30)
+    monkeypatch.setattr("fusedlm.compare.report.draw_plots", lambda results: [])
     return stand_in
+
+
+@pytest.fixture
+def with_plots(in_process, monkeypatch) -> None:
+    """Pages have their plots."""
+    monkeypatch.setattr("fusedlm.compare.report.draw_plots", draw_plots)
+    monkeypatch.setattr("fusedlm.report.style.DPI", 30)
 
 
 @pytest.fixture(scope="session")

@@ -21,7 +21,7 @@ def outcomes(outcome) -> list[str]:
     return [row["outcome"] for row in outcome.results.rows]
 
 
-def test_a_validation_that_is_not_finite_is_a_result(experiment_file, in_process, tmp_path):
+def test_a_validation_that_is_not_finite_is_a_result(experiment_file, in_process, with_plots, tmp_path):
     """The first update makes the weights overflow; the validation after step 2 is not finite."""
     overrides = [f"experiment.variants={HOT}", "experiment.seeds=2", "experiment.match=none"]
     loaded = load_experiment(experiment_file, overrides)
@@ -62,8 +62,17 @@ def test_verdicts_of_the_surviving_seeds_say_which_are_missing(
     assert "softmax diverged on seed 0 (step 4); diverged runs are in no mean" in results.verdicts()
 
 
-@pytest.mark.parametrize("lost", [["softmax"], ["latent"], ["latent", "softmax"]])
-@pytest.mark.parametrize("outcome", ["diverged", "failed", "not run"])
+@pytest.mark.parametrize(
+    ("lost", "outcome"),
+    [
+        (["softmax"], "diverged"),
+        (["latent"], "failed"),
+        (["latent"], "not run"),
+        (["latent", "softmax"], "diverged"),
+        (["latent", "softmax"], "not run"),
+    ],
+    ids=str,
+)
 @pytest.mark.filterwarnings("error")
 def test_pages_of_variants_without_a_loss(finished, tmp_path, monkeypatch, lost, outcome):
     """Tables and plots when all seeds of a variant, of the baseline or of all ended without a loss."""
@@ -145,7 +154,7 @@ def test_a_full_disk_ends_the_experiment(experiment_file, in_process, monkeypatc
 
 
 def test_a_length_at_which_decoding_is_killed_costs_no_other(
-    finished, experiment_file, in_process, monkeypatch, tmp_path
+    finished, experiment_file, in_process, with_plots, monkeypatch, tmp_path
 ):
     def measure(recipe, run, vocab_size, lengths, report):
         report("decoded", (lengths[0], (100, 5.0)))
