@@ -1,6 +1,7 @@
 """What every test runs under: one torch thread a worker; without a GPU, Triton's interpreter and no GPU tests; signals
 as in a terminal."""
 
+import importlib.util
 import os
 import signal
 
@@ -13,6 +14,10 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before any kernel is defined
+    if importlib.util.find_spec("triton"):
+        from tests.interpreter import hasten
+
+        hasten()
 
 
 def pytest_collection_modifyitems(items):
