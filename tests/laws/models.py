@@ -1,4 +1,4 @@
-"""Every model that the laws run over: each case of each mixer and feed-forward, and one period of each recipe."""
+"""Every model that the laws run over: each case of each mixer and feed-forward, and one period of each recipe, narrow."""
 
 from pathlib import Path
 
@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from fusedlm import build_model, load_recipe
+from fusedlm.config.model import ModelConfig
 from fusedlm.testing import FFN_CASES, MIXER_CASES, part_model, randomise_
 
 RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("*.yaml"))
@@ -34,13 +35,27 @@ def one_period(recipe):
     return recipe.model.model_copy(update={"n_layers": len(pattern), "pattern": pattern})
 
 
-def recipe_models():
+def narrowed(config):
+    """The same with every width divided by one power of two, down to heads of 16."""
+    by = 1
+    while all(config.dim // (2 * by) // block.mixer.n_heads >= 16 for block in config.blocks.values()):
+        by *= 2
+    tree = config.model_dump()
+    tree["dim"] //= by
+    for block in tree["blocks"].values():
+        for part in block.values():
+            for key in part.keys() & {"hidden", "kv_rank", "q_rank", "rope_dim"}:
+                part[key] = part[key] and part[key] // by
+    return ModelConfig.model_validate(tree)
+
+
+def recipe_models(change=lambda config: config):
     for path in RECIPES:
-        config = one_period(load_recipe(path))
+        config = change(one_period(load_recipe(path)))
         yield pytest.param(lambda config=config: build_model(config, vocab_size=VOCAB), id=path.stem)
 
 
-ALL_MODELS = pytest.mark.parametrize("make", [*parts(), *recipe_models()])
+ALL_MODELS = pytest.mark.parametrize("make", [*parts(), *recipe_models(narrowed)])
 
 
 def random_model(make):

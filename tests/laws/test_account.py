@@ -19,7 +19,7 @@ from tests.laws.definitions import (
     linear_attention,
     window_attention,
 )
-from tests.laws.models import ALL_MODELS, N_TOKENS, VOCAB, some_tokens
+from tests.laws.models import ALL_MODELS, N_TOKENS, VOCAB, recipe_models, some_tokens
 
 LINEAR_TIME = (GatedDeltaNet, Mamba2, SelectiveDifferentialLinearAttention)
 DEFINITIONS = {
@@ -57,8 +57,18 @@ def _by_definition():
 
 
 @ALL_MODELS
-@pytest.mark.parametrize("n_tokens", [1, 6, N_TOKENS, 64])
+@pytest.mark.parametrize("n_tokens", [1, 6, 16, N_TOKENS])
 def test_flops(make, n_tokens, monkeypatch):
+    _check_flops(make, n_tokens, monkeypatch)
+
+
+@pytest.mark.parametrize("make", recipe_models())
+def test_recipes_in_their_width(make, monkeypatch):
+    test_parameters(make)
+    _check_flops(make, 3, monkeypatch)
+
+
+def _check_flops(make, n_tokens, monkeypatch):
     monkeypatch.setattr("fusedlm.ops.attention.sdpa.one_width", lambda *heads: heads)  # padding is no work of the model
     model, tokens = make(), some_tokens(batch=3, n=n_tokens)
     for block in model.blocks:

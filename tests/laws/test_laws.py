@@ -18,6 +18,7 @@ def test_every_part_has_a_case():
 
 
 @ALL_MODELS
+@torch.no_grad()
 def test_causality(make):
     model, tokens = random_model(make), some_tokens()
     before = model(tokens).logits
@@ -31,11 +32,12 @@ def test_causality(make):
 
 @ALL_MODELS
 @pytest.mark.parametrize("reserve", [False, True])
+@torch.no_grad()
 def test_state(make, reserve):
     model, tokens = random_model(make), some_tokens()
     expected = model(tokens).logits
     assert torch.isfinite(expected).all()
-    for cuts in ([1, 2, 3], [5, 6, 40], [42], list(range(1, N_TOKENS)), []):
+    for cuts in ([1, 2, 3], [5, 6, 40], [42], list(range(1, 26)), []):
         state = model.init_state(2, max_tokens=N_TOKENS if reserve else None)
         spans = zip([0, *cuts], [*cuts, N_TOKENS], strict=True)
         pieces = [model(tokens[:, a:b], state=state).logits for a, b in spans]
@@ -55,6 +57,7 @@ def _documents():
 
 
 @ALL_MODELS
+@torch.no_grad()
 def test_documents(make):
     model, tokens, documents = random_model(make), some_tokens(), _documents()
     packed = model(tokens, documents=documents).logits
