@@ -29,6 +29,11 @@ def experiment(workspace: Path) -> Path:
     return workspace
 
 
+def without_plots(monkeypatch) -> None:
+    """They take longer than the rest of a report."""
+    monkeypatch.setattr("fusedlm.compare.report.draw_plots", lambda results: [])
+
+
 def test_a_dry_run_prints_the_grid_and_writes_nothing(experiment: Path, fusedlm):
     before = sorted(experiment.rglob("*"))
     outcome = fusedlm("compare", "pair.yaml", "train.steps=77", "--dry-run", "--out", "new")
@@ -60,14 +65,16 @@ def test_an_experiment_runs_reports_and_is_not_repeated(experiment: Path, fusedl
     for name in ("results.csv", "results.json", "experiment.yaml", "plots/final.png"):
         assert (Path("runs/pair") / name).is_file()
     assert fusedlm("eval", "runs/pair/runs/delta-seed0").code == 0
+    without_plots(monkeypatch)
     again = fusedlm("compare", "pair.yaml", "experiment.seeds=1")
     assert "step 2" not in again.out and again.out.splitlines()[-1] == lines[-1]
     more = fusedlm("compare", "pair.yaml", "--report-only")
     assert "2 of 4 runs are not finished yet" in more.out
 
 
-def test_a_run_that_fails_is_one_line_after_the_report(experiment: Path, fusedlm):
+def test_a_run_that_fails_is_one_line_after_the_report(experiment: Path, fusedlm, monkeypatch):
     """The second variant's sequences are longer than the text."""
+    without_plots(monkeypatch)
     Path("pair.yaml").write_text(EXPERIMENT.replace("[model.pattern=g]", "[train.seq_len=1000000]"))
     outcome = fusedlm("compare", "pair.yaml", "experiment.match=none", "experiment.seeds=1")
     assert outcome.code == 2 and outcome.err.startswith("error: run delta-seed0: "), outcome

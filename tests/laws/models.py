@@ -1,4 +1,4 @@
-"""Every model that the laws run over: each case of each mixer and feed-forward, and one period of each recipe, narrow."""
+"""Every model that the laws run over: each case of each mixer and feed-forward, and a narrow period of each recipe."""
 
 from pathlib import Path
 

@@ -1,5 +1,7 @@
 """Every key of the differential mixers, of options on values and of YaRN changes the losses of a run."""
 
+from functools import cache
+
 import pytest
 
 from fusedlm.model import Decoder
@@ -14,6 +16,12 @@ YARN = [
     "model.yarn={factor: 4, trained_length: 64, beta_fast: 8}",
 ]
 TWO_LAYERS = ["model.n_layers=2", "model.pattern=a"]
+
+
+@pytest.fixture(scope="module")
+def losses_of(tmp_path_factory):
+    """Losses of a base, which is trained once."""
+    return cache(lambda *base: short_losses(tmp_path_factory.mktemp("base"), FAST, *base))
 
 
 @pytest.mark.parametrize(
@@ -36,12 +44,8 @@ TWO_LAYERS = ["model.n_layers=2", "model.pattern=a"]
         (YARN, "model.yarn.beta_slow=4"),
     ],
 )
-def test_changes_the_losses(tmp_path, base, change):
-    (tmp_path / "without").mkdir()
-    (tmp_path / "with").mkdir()
-    without = short_losses(tmp_path / "without", FAST, *base)
-    changed = short_losses(tmp_path / "with", FAST, *base, change)
-    assert changed != without
+def test_changes_the_losses(losses_of, tmp_path, base, change):
+    assert short_losses(tmp_path, FAST, *base, change) != losses_of(*base)
 
 
 @pytest.mark.parametrize("wanted", ["none", "mixer"])
