@@ -16,7 +16,7 @@ demo: .venv/installed
 
 test: .venv/installed
 	.venv/bin/ruff check .
-	.venv/bin/python -m pytest -q -n 2 -rs
+	.venv/bin/python -m pytest -q -n 2 --dist worksteal -rs
 
 graph: .venv/installed
 	.venv/bin/python scripts/import_graph.py

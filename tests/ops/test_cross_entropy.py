@@ -106,11 +106,11 @@ def _check(found, exact, same, floor):
         assert a.isfinite().all()
 
 
-# The largest shape takes the interpreter ten seconds, and so has one case there.
+# In the interpreter each shape has every cap with one of the two, in turns, and the largest, which takes seconds, one.
 KERNEL_CASES = [
-    (shape, cap, z_loss)
-    for shape, cap, z_loss in itertools.product(SHAPES, CAPS, (0.0, 1e-3))
-    if shape[2] < 2**18 or torch.cuda.is_available() or (cap, z_loss) == (15.0, 1e-3)
+    (SHAPES[i], CAPS[j], z_loss)
+    for i, j, z_loss in itertools.product(range(len(SHAPES)), range(len(CAPS)), (0.0, 1e-3))
+    if torch.cuda.is_available() or (i + j) % 2 == (z_loss > 0) and (SHAPES[i][2] < 2**18 or CAPS[j] == 15.0)
 ]
 
 
