@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Annotated
 
 import pydantic
+from pydantic import model_validator
 
 from fusedlm.config.data import DataConfig
 from fusedlm.config.errors import describe
@@ -34,6 +35,16 @@ class Recipe(Config):
     """Device, precision and kernels."""
     sample_prompt: Annotated[Text, NEUTRAL] = "The "
     """Prompt of the sample at the end of training."""
+
+    @model_validator(mode="after")
+    def _check(self):
+        head_lr = self.train.optimizer.head_lr
+        if head_lr is not None and self.model.tie_embeddings:
+            raise ValueError(
+                f"train.optimizer.head_lr={head_lr}: the head is the token embedding; set model.tie_embeddings=false "
+                "or remove it"
+            )
+        return self
 
 
 def load_recipe(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Recipe:

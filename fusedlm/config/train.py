@@ -30,6 +30,8 @@ class AdamWConfig(Config):
     """The optimizer."""
     lr: LearningRate = 1e-3
     """Learning rate at the peak of the schedule."""
+    head_lr: LearningRate | None = None
+    """Learning rate of an untied language-model head at the peak of the schedule; null: lr."""
     beta1: float = Field(0.9, ge=0, lt=1)
     """Decay of the mean of gradients."""
     beta2: float = Field(0.95, ge=0, lt=1)
@@ -48,6 +50,8 @@ class SGDConfig(Config):
     """The optimizer."""
     lr: LearningRate = 0.1
     """Learning rate at the peak of the schedule."""
+    head_lr: LearningRate | None = None
+    """Learning rate of an untied language-model head at the peak of the schedule; null: lr."""
     momentum: float = Field(0.9, ge=0, lt=1)
     """Decay of the sum of gradients; 0: no momentum."""
     nesterov: bool = False

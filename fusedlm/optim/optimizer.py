@@ -10,8 +10,9 @@ DECAYED_KINDS = ("matrix", "router")  # roles with weight decay
 _FUSED_DEVICES = ("cpu", "cuda")
 
 
-def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
+def parameter_groups(model: nn.Module, weight_decay: float, head_lr: float | None = None) -> list[dict]:
     """The trainable parameters in two groups by role: with weight decay and without. A shared parameter counts once.
+    With head_lr an untied head is a group of its own, with this learning rate.
 
     Weight decay applies to hidden matrices and routers. It does not apply to embeddings and heads (tied or not), norms,
     biases, convolutions, per-head vectors, and the lambdas of differential mixers. Empty groups are omitted.
@@ -19,17 +20,19 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
     Raises:
         ValueError: a parameter has no role.
     """
-    decayed, kept = [], []
+    decayed, kept, head = [], [], []
     for _, kind, parameter in parameters_by_kind(model):
         if parameter.requires_grad:
-            (decayed if kind in DECAYED_KINDS else kept).append(parameter)
+            own = kind == "head" and head_lr is not None
+            (decayed if kind in DECAYED_KINDS else head if own else kept).append(parameter)
     groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": kept, "weight_decay": 0.0}]
+    groups.append({"params": head, "weight_decay": 0.0, "lr": head_lr})
     return [group for group in groups if group["params"]]
 
 
 def build_optimizer(model: nn.Module, config: OptimizerConfig, device: torch.device) -> torch.optim.Optimizer:
     """The optimizer of a recipe, with parameter groups by role."""
-    groups = parameter_groups(model, config.weight_decay)
+    groups = parameter_groups(model, config.weight_decay, config.head_lr)
     return _BUILDERS[config.type](groups, config, device)
 
 
