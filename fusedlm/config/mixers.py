@@ -34,6 +34,9 @@ class AttentionConfig(Config):
     """Exclusive self-attention: removes the component along the token's own value from the output."""
     value_residual: bool = False
     """Mixes in the values of the first layer that has this and the same value width."""
+    value_embedding: Dim | None = None
+    """Width of a table of all tokens, shared by all layers with this, whose projected rows are added to the values;
+    null: none."""
 
     @model_validator(mode="after")
     def _check(self):

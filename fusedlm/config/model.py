@@ -1,6 +1,6 @@
 """The section `model` of a recipe: named blocks and the pattern of layers."""
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field, model_validator
 
@@ -15,7 +15,6 @@ def _check_block_name(value: str) -> str:
     if len(value) != 1 or not value.isalnum():
         raise ValueError(f"got {value!r}, the name of a block is one letter or digit")
     return value
-
 
 
 BlockName = Annotated[str, AfterValidator(_check_block_name), TypeText("letter")]
@@ -38,6 +37,27 @@ class YaRNConfig(Config):
         if self.beta_slow >= self.beta_fast:
             raise ValueError(f"beta_slow={self.beta_slow} is not below beta_fast={self.beta_fast}")
         return self
+
+
+class BigramConfig(Config):
+    """Hashed bigram embedding: a table of the hashes of a token and the one before it, projected to `dim` and added to
+    the token embedding."""
+
+    rows: int = Field(2048, ge=2, le=2**24)
+    """Rows of the table; the last one is for the first tokens of documents."""
+    dim: Dim = 128
+    """Width of the table."""
+
+
+class RescaleConfig(Config):
+    """Asymmetric cap: logits are scale * sigmoid((logits + shift) / width)."""
+
+    scale: Scale = 23.0
+    """Upper bound of the logits; the lower one is 0."""
+    shift: float = Field(5.0, ge=-1e6, le=1e6)
+    """Added to the logits."""
+    width: Scale = 7.5
+    """Divides them after that."""
 
 
 class BlockConfig(Config):
@@ -64,6 +84,8 @@ class ModelConfig(Config):
     """Whether the language-model head uses the token embedding as its weight."""
     logit_softcap: Scale | None = None
     """Logits are cap * tanh(logits / cap); null: not capped."""
+    logit_rescale: RescaleConfig | None = None
+    """Asymmetric cap of the logits, in place of logit_softcap; null: none."""
     norm_eps: Epsilon = 1e-6
     """Added to the mean square in norms."""
     dropout: float = Field(0.0, ge=0, lt=1)
@@ -74,20 +96,44 @@ class ModelConfig(Config):
     """Root mean square of the input of the first block; null: embedding_std."""
     yarn: YaRNConfig | None = None
     """YaRN, for every mixer with rotary embedding; null: none."""
+    bigram: BigramConfig | None = None
+    """Hashed bigram embedding; null: none."""
+    smear: bool = False
+    """Mixes each embedding with the one before it, by a learned gate per dimension."""
+    x0_mixing: bool = False
+    """Mixes the input of the first block into that of every block, with learned weights per dimension."""
+    unet_skips: bool = False
+    """Adds the outputs of the first half of the blocks, last first, to the inputs of the second half, with learned
+    weights per dimension."""
+    depth_scaled_norms: bool = False
+    """Multiplies the outputs of a block's norms by 1 / sqrt(layer + 1), layers counted from 0."""
+    init: Literal["normal", "orthogonal"] = "normal"
+    """Initial hidden matrices: normal, or orthogonal where both sides of a projection have at least 64."""
     vocab_multiple: int = Field(64, gt=0, le=2**16)
     """The embedding is padded to a multiple of this; padding is never predicted."""
 
     @model_validator(mode="after")
     def _check(self):
+        if self.logit_rescale is not None and self.logit_softcap is not None:
+            raise ValueError(f"logit_softcap={self.logit_softcap}: logits have one cap; remove it or logit_rescale")
+        if self.unet_skips and self.n_layers < 2:
+            raise ValueError(f"unet_skips=true: needs at least 2 layers, not n_layers={self.n_layers}")
         unknown = sorted(set(self.pattern) - set(self.blocks))
         if unknown:
             raise ValueError(f"pattern={self.pattern!r}: no block {unknown[0]!r}; blocks has {sorted(self.blocks)}")
+        value_width = None
         for name, block in self.blocks.items():
             mixer, where = block.mixer, f"blocks.{name}.mixer"
             width = 2 * self.dim if isinstance(mixer, Mamba2Config) else self.dim
             if mixer.head_dim is None and width % mixer.n_heads:
                 raise ValueError(f"{where}: n_heads={mixer.n_heads} does not divide dim={self.dim}; set head_dim")
             if isinstance(mixer, AttentionConfig):
+                value_width = value_width or mixer.value_embedding
+                if mixer.value_embedding not in (None, value_width):
+                    raise ValueError(
+                        f"{where}: value_embedding={mixer.value_embedding} must be {value_width} as in another block: "
+                        "all share one table"
+                    )
                 check_rope_dim(mixer.rope_dim, mixer.head_dim or self.dim // mixer.n_heads)
                 if mixer.rope_dim is None and (mixer.head_dim or self.dim // mixer.n_heads) % 2:
                     raise ValueError(f"{where}: rotary embedding needs an even head_dim; set rope_dim or head_dim")

@@ -33,7 +33,8 @@ def forward_flops(model: Decoder, n_tokens: int) -> int:
     window as that many keys per token; linear-time mixers count the products of their recurrence, token by token, so
     that neither chunks nor solves enter; elementwise work and padding do not count. Routed feed-forwards count at their
     budget, whatever they last ran."""
-    return sum(block.flops(n_tokens) for block in model.blocks) + model.head.flops(n_tokens)
+    embedded = 0 if model.bigram is None else model.bigram.flops(n_tokens)
+    return embedded + sum(block.flops(n_tokens) for block in model.blocks) + model.head.flops(n_tokens)
 
 
 def training_flops_per_token(model: Decoder, seq_len: int) -> float:
@@ -43,4 +44,5 @@ def training_flops_per_token(model: Decoder, seq_len: int) -> float:
 
 def state_bytes(model: Decoder, n_tokens: int, dtype: torch.dtype) -> int:
     """Decoding state of one sequence after n_tokens, activations in dtype."""
-    return sum(block.mixer.state_bytes(n_tokens, dtype) for block in model.blocks)
+    parts = [*model.input_parts(), *(block.mixer for block in model.blocks)]
+    return sum(part.state_bytes(n_tokens, dtype) for part in parts)

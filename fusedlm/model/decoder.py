@@ -8,15 +8,21 @@ import torch
 
 from fusedlm.model.output import Output
 from fusedlm.model.state import State
+from fusedlm.nn.bigram import BigramHash
 from fusedlm.nn.block import Block
 from fusedlm.nn.context import Context, document_positions, row_boundaries
 from fusedlm.nn.embedding import Embedding
+from fusedlm.nn.linear import Linear
 from fusedlm.nn.lm_head import LMHead
 from fusedlm.nn.module import UNFUSED, UNFUSED_REASON, Module, OpUse, use_backends
+from fusedlm.nn.previous import PreviousToken
 from fusedlm.nn.report import Loss, Report
 from fusedlm.nn.rope import YaRN
+from fusedlm.nn.smear import SmearGate
+from fusedlm.nn.value_embedding import STD as VALUE_STD
 from fusedlm.ops.attention.sdpa import varlen_boundaries
 from fusedlm.ops.common import OPS, BackendSelection, Call
+from fusedlm.ops.cross_entropy.reference import SigmoidCap
 
 
 class Decoder(Module):
@@ -32,11 +38,18 @@ class Decoder(Module):
         blocks: dict[str, dict],
         tie_embeddings: bool = True,
         logit_softcap: float | None = None,
+        logit_rescale: dict | None = None,
         norm_eps: float = 1e-6,
         dropout: float = 0.0,
         embedding_std: float | None = None,
         embedding_rms: float | None = 1.0,
         yarn: dict | None = None,
+        bigram: dict | None = None,
+        smear: bool = False,
+        x0_mixing: bool = False,
+        unet_skips: bool = False,
+        depth_scaled_norms: bool = False,
+        init: str = "normal",
         vocab_multiple: int = 64,
     ):
         """Allocates; `init_weights` draws. The arguments are plain values, under the names of `fusedlm.config.model`.
@@ -45,7 +58,13 @@ class Decoder(Module):
             vocab_size: tokens that can be predicted.
             pattern: one letter per layer, tiled to n_layers; each names a block.
             blocks: by letter {"mixer": {"type": ..., ...}, "ffn": {"type": ..., ...}}.
+            logit_rescale: arguments of `SigmoidCap`, in place of a softcap; None: none.
             yarn: arguments of `YaRN`, for every mixer with rotary embedding; None: not stretched.
+            bigram: arguments of `BigramHash`; None: none.
+            init: normal or orthogonal, of hidden matrices.
+
+        Raises:
+            ValueError: blocks have value embeddings of different widths.
         """
         super().__init__()
         self.vocab_size, self.dim = vocab_size, dim
@@ -57,9 +76,14 @@ class Decoder(Module):
         self.embedding_scale = 1.0 if embedding_rms is None else embedding_rms / embedding_std
         n_rows = -(-vocab_size // vocab_multiple) * vocab_multiple
         self.embedding = Embedding(vocab_size, n_rows, dim, embedding_std)
-        self.dropout = torch.nn.Dropout(dropout)
+        self.bigram = None if bigram is None else BigramHash(**bigram, out_dim=dim)
+        self.smear = SmearGate(dim) if smear else None
         self.layer_names = [pattern[i % len(pattern)] for i in range(n_layers)]
+        self.value_table = self._value_table(vocab_size, n_rows, [blocks[name]["mixer"] for name in self.layer_names])
+        self.dropout = torch.nn.Dropout(dropout)
         value_sources: set = set()
+        self.n_skips = n_layers // 2 if unet_skips else 0
+        first_skip = n_layers // 2  # the block that adds the output of the one before it
         self.blocks = torch.nn.ModuleList(
             Block(
                 dim=dim,
@@ -68,16 +92,30 @@ class Decoder(Module):
                 norm_eps=norm_eps,
                 layer=layer,
                 value_sources=value_sources,
+                depth_scaled_norms=depth_scaled_norms,
+                mixes_x0=x0_mixing,
+                takes_skip=0 <= layer - first_skip < self.n_skips,
             )
             for layer, name in enumerate(self.layer_names)
         )
+        cap = logit_softcap if logit_rescale is None else SigmoidCap(**logit_rescale)
         tied = self.embedding if tie_embeddings else None
-        self.head = LMHead(
-            dim=dim, n_rows=n_rows, vocab_size=vocab_size, cap=logit_softcap, norm_eps=norm_eps, tied=tied
-        )
+        self.head = LMHead(dim=dim, n_rows=n_rows, vocab_size=vocab_size, cap=cap, norm_eps=norm_eps, tied=tied)
         self.tied = tie_embeddings
         self._step_calls: list | None = None
         self.rope_specs = set().union(*(block.mixer.rope_specs() for block in self.blocks))
+        if init == "orthogonal":
+            for module in self.modules():
+                if isinstance(module, Linear):
+                    module.init_orthogonal()
+
+    @staticmethod
+    def _value_table(vocab_size: int, n_rows: int, mixers: list[dict]) -> Embedding | None:
+        """The table of the value embeddings of all layers."""
+        widths = {mixer.get("value_embedding") for mixer in mixers} - {None}
+        if len(widths) > 1:
+            raise ValueError(f"blocks share one table of value embeddings, which has one width, not {sorted(widths)}")
+        return Embedding(vocab_size, n_rows, widths.pop(), VALUE_STD) if widths else None
 
     def _apply(self, fn, recurse=True):
         """torch moves each module's parameters alone: off the meta device a tied weight would become two."""
@@ -123,14 +161,16 @@ class Decoder(Module):
         n_new = self._check(tokens, documents, state, lengths)
         context = self._context(tokens, documents, state, n_new, select)
         with self._compilation(state):
-            x = self.embedding(tokens) * self.embedding_scale
-            if torch.is_autocast_enabled(x.device.type):
-                x = x.to(torch.get_autocast_dtype(x.device.type))  # a float32 residual stream would double its traffic
-            x = self.dropout(x)
-            reports = []
+            x = self._embed(tokens, context, {} if state is None else state.inputs)
+            reports, x0, skips = [], x, []
             for index, block in enumerate(self.blocks):
-                x, report = block(x, context, None if state is None else state.layers[index])
+                inputs = {"x0_BTD": x0} if block.mixes_x0 else {}
+                if block.takes_skip:
+                    inputs["skip_BTD"] = skips.pop()
+                x, report = block(x, context, None if state is None else state.layers[index], **inputs)
                 reports.append(report)
+                if index < self.n_skips:
+                    skips.append(x)
             logits, nll, losses = self._head(x, select, targets, loss_weight)
         if state is not None:
             state.advance(context, documents, n_new)
@@ -141,6 +181,24 @@ class Decoder(Module):
                 weight = 1.0 if loss_weight is None else loss_weight
             losses[name] = loss.value * weight
         return Output(logits, nll, losses, metrics)
+
+    def _embed(self, tokens_BT: torch.Tensor, context: Context, states: dict[str, PreviousToken]) -> torch.Tensor:
+        """The input of the first block; the context gets the rows of the value embedding."""
+        x = self.embedding(tokens_BT)
+        if self.bigram is not None:
+            x = x + self.bigram(tokens_BT, context, states.get("bigram"))
+        x = self._cast(x * self.embedding_scale)
+        if self.smear is not None:
+            x = self.smear(x, context, states.get("smear"))
+        if self.value_table is not None:
+            context.value_rows_BTW = self._cast(self.value_table(tokens_BT))
+        return self.dropout(x)
+
+    @staticmethod
+    def _cast(x: torch.Tensor) -> torch.Tensor:
+        """x in autocast's dtype: a float32 residual stream would double its traffic."""
+        device = x.device.type
+        return x.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else x
 
     def _head(self, x_BTD, select, targets, loss_weight):
         if select is not None:
@@ -159,7 +217,16 @@ class Decoder(Module):
         if batch_size < 1 or (max_tokens is not None and max_tokens < 1):
             raise ValueError(f"init_state takes positive sizes, not batch_size={batch_size}, max_tokens={max_tokens}")
         layers = [block.mixer.init_state(batch_size, max_tokens) for block in self.blocks]
-        return State(layers, batch_size, self.embedding.weight.device)
+        inputs = {name: getattr(self, name).init_state() for name in self._stateful_inputs()}
+        return State(layers, batch_size, self.embedding.weight.device, inputs)
+
+    def _stateful_inputs(self) -> list[str]:
+        """Names of the parts before the first block that have a state."""
+        return [name for name in ("bigram", "smear") if getattr(self, name) is not None]
+
+    def input_parts(self) -> list[Module]:
+        """These parts, which like mixers have `state_bytes`."""
+        return [getattr(self, name) for name in self._stateful_inputs()]
 
     def set_yarn(self, yarn: YaRN | None) -> None:
         """Stretch the rotary embedding of all mixers, replacing the recipe's setting; None: not at all.
@@ -216,9 +283,11 @@ class Decoder(Module):
         """
         config = torch._dynamo.config
         config.recompile_limit = max(config.recompile_limit, config.accumulated_recompile_limit)
-        for block in self.blocks:
-            block.compile(fullgraph=True, backend=backend)
-        self.head.compile(fullgraph=True, backend=backend)
+        for part in self._compiled_parts():
+            part.compile(fullgraph=True, backend=backend)
+
+    def _compiled_parts(self) -> tuple[Module, ...]:
+        return (*self.input_parts(), *self.blocks, self.head)
 
     def compile_steps(self, options: dict | None) -> None:
         """torch.compile each block and the head for one-token steps over a static state, whatever is compiled for
@@ -232,14 +301,13 @@ class Decoder(Module):
         config = torch._dynamo.config
         config.recompile_limit = max(config.recompile_limit, config.accumulated_recompile_limit)
         self._step_calls = [
-            torch.compile(part._call_impl, fullgraph=True, dynamic=False, **options)
-            for part in (*self.blocks, self.head)
+            torch.compile(part._call_impl, fullgraph=True, dynamic=False, **options) for part in self._compiled_parts()
         ]
 
     @contextlib.contextmanager
     def _compilation(self, state: State | None) -> Iterator[None]:
         """Without gradients only steps run compiled, whatever else was compiled."""
-        parts = (*self.blocks, self.head)
+        parts = self._compiled_parts()
         trained = [part._compiled_call_impl for part in parts]
         if self._step_calls is not None and state is not None and state.capacity is not None:
             try:

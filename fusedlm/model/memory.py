@@ -27,7 +27,7 @@ def activation_bytes(model: Decoder, n_tokens: int, dtype: torch.dtype, recomput
         mixer = _recomputed_mixer(block.mixer, dtype) if recompute else _mixer(block.mixer, model.dim, dtype)
         per_token += mixer + _feed_forward(block.ffn, model.dim, dtype)
         per_token += 2 * model.dim * (model.dropout.p > 0)  # masks, one byte per element
-    per_token += 2 * model.dim * dtype.itemsize  # embedding, and the input of the head
+    per_token += (2 * model.dim + _input_elements(model)) * dtype.itemsize  # embedding, and the input of the head
     logits = min(4 * n_tokens * model.embedding.weight.shape[0], _LOGITS)
     return round(n_tokens * per_token) + logits
 
@@ -37,6 +37,14 @@ def weight_copy_bytes(model: Decoder, dtype: torch.dtype) -> int:
     if dtype == torch.float32:
         return 0
     return dtype.itemsize * sum(parameter.numel() for parameter in model.parameters())
+
+
+def _input_elements(model: Decoder) -> int:
+    """Elements per token that the parts beside the embedding save. Skips and x0 are saved as inputs of blocks."""
+    bigram = 0 if model.bigram is None else model.bigram.project.in_features + model.dim
+    smear = 0 if model.smear is None else 2 * model.dim
+    values = 0 if model.value_table is None else model.value_table.embedding_dim
+    return bigram + smear + values
 
 
 def _mixer(mixer, dim: int, dtype: torch.dtype) -> float:

@@ -29,6 +29,7 @@ class State:
     steps can be captured in a CUDA graph.
 
     layers: what each mixer's `init_state` gave.
+    inputs: the states of the parts before the first block, by name.
     lengths: tokens seen, of each row; of a static state those before it became static.
     next_position_B, last_document_B: (B,) int64, the next position and the number of each row's last document.
     capacity: most tokens of a row of a static state; None: it is not static.
@@ -37,8 +38,8 @@ class State:
         static state.
     """
 
-    def __init__(self, layers: list, batch_size: int, device: torch.device):
-        self.layers = layers
+    def __init__(self, layers: list, batch_size: int, device: torch.device, inputs: dict[str, WindowCache]):
+        self.layers, self.inputs = layers, inputs
         self.lengths = [0] * batch_size
         self.packed = False
         self.next_position_B = torch.zeros(batch_size, dtype=torch.int64, device=device)
@@ -229,7 +230,7 @@ class State:
         return keep
 
     def nbytes(self) -> int:
-        """Bytes of the mixers' live tensors."""
+        """Bytes of the live tensors of mixers and inputs."""
         return sum(tensor.untyped_storage().nbytes() for part in self._parts() for tensor in part.tensors())
 
     def extend_to(self, n_tokens: int) -> None:
@@ -250,4 +251,5 @@ class State:
         self.lengths = [n_tokens] * len(self.lengths)
 
     def _parts(self) -> list:
-        return [part for layer in self.layers for part in (layer if isinstance(layer, list) else [layer])]
+        layers = [part for layer in self.layers for part in (layer if isinstance(layer, list) else [layer])]
+        return [*self.inputs.values(), *layers]

@@ -8,14 +8,18 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 from fusedlm.nn.context import Context
 from fusedlm.nn.ffn import FFNS
 from fusedlm.nn.mixers import MIXERS
-from fusedlm.nn.module import Module, OpUse
+from fusedlm.nn.module import Constant, Module, OpUse, Role
 from fusedlm.nn.norm import RMSNorm
 from fusedlm.nn.pending import PendingNorm, PendingProduct
 from fusedlm.nn.report import Report, with_report
 
 
 class Block(Module):
-    """x + mixer(norm(x)), then x + ffn(norm(x))."""
+    """x + mixer(norm(x)), then x + ffn(norm(x)).
+
+    With `takes_skip` x is first x + skip_weight * skip, the output of an earlier block; with `mixes_x0` it is then
+    mix_x * x + mix_x0 * x0, x0 the input of the first block. The factors are vectors over dimensions.
+    """
 
     def __init__(
         self,
@@ -27,13 +31,24 @@ class Block(Module):
         norm_eps: float = 1e-6,
         layer: int = 0,
         value_sources: set | None = None,
+        depth_scaled_norms: bool = False,
+        mixes_x0: bool = False,
+        takes_skip: bool = False,
     ):
-        """mixer, ffn: the keyword arguments of each and its `type`."""
+        """mixer, ffn: the keyword arguments of each and its `type`. depth_scaled_norms: the outputs of both norms are
+        multiplied by 1 / sqrt(layer + 1)."""
         super().__init__()
         shared = {"dim": dim, "norm_eps": norm_eps, "layer": layer, "value_sources": value_sources}
-        self.mixer_norm = RMSNorm(dim, norm_eps)
+        norm_scale = (layer + 1) ** -0.5 if depth_scaled_norms else None
+        self.mixes_x0, self.takes_skip = mixes_x0, takes_skip
+        if takes_skip:
+            self.add_parameter("skip_weight", (dim,), Role("gate"), Constant(1.0))
+        if mixes_x0:
+            self.add_parameter("mix_x", (dim,), Role("gate"), Constant(1.0))
+            self.add_parameter("mix_x0", (dim,), Role("gate"), Constant(0.0))
+        self.mixer_norm = RMSNorm(dim, norm_eps, norm_scale)
         self.mixer = MIXERS[mixer["type"]](**shared, **_without_type(mixer))
-        self.ffn_norm = RMSNorm(dim, norm_eps)
+        self.ffn_norm = RMSNorm(dim, norm_eps, norm_scale)
         self.ffn = FFNS[ffn["type"]](dim=dim, **_without_type(ffn))
         self.dropout = torch.nn.Dropout(dropout)
         self.recomputes = False
@@ -41,7 +56,18 @@ class Block(Module):
             if part.branch_end is not None:
                 getattr(part, part.branch_end).ends_branch = True
 
-    def forward(self, x_BTD: torch.Tensor, context: Context, state=None) -> tuple[torch.Tensor, Report]:
+    def forward(
+        self,
+        x_BTD: torch.Tensor,
+        context: Context,
+        state=None,
+        x0_BTD: torch.Tensor | None = None,
+        skip_BTD: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, Report]:
+        if self.takes_skip:
+            x_BTD = x_BTD + self.skip_weight.to(x_BTD.dtype) * skip_BTD
+        if self.mixes_x0:
+            x_BTD = self.mix_x.to(x_BTD.dtype) * x_BTD + self.mix_x0.to(x_BTD.dtype) * x0_BTD
         if self.recomputes and state is None and torch.is_grad_enabled():
             mixed = checkpoint(
                 lambda x: self._mix(x, context, None), x_BTD, use_reentrant=False, context_fn=_save_attention

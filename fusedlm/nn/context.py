@@ -24,6 +24,7 @@ class Context:
     rope: one table for each (dim, base) that the model's mixers use.
     score_gain: factor on the attention scores of mixers with rotary embedding; not 1 with YaRN.
     first_values: values of the first layers with a value residual, by mixer type and width.
+    value_rows_BTW: (B, T, W) rows of the value embedding's table; None: the model has none.
     """
 
     positions_BT: torch.Tensor
@@ -37,6 +38,7 @@ class Context:
     rope: dict[tuple[int, float], RopeTable] = field(default_factory=dict)
     score_gain: float = 1.0
     first_values: dict[tuple[str, int], torch.Tensor] = field(default_factory=dict)
+    value_rows_BTW: torch.Tensor | None = None
 
     @property
     def valid_BT(self) -> torch.Tensor | None:

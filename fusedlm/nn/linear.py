@@ -5,7 +5,7 @@ import math
 import torch
 import torch.nn.functional as F
 
-from fusedlm.nn.module import Constant, Init, Module, Normal, OpUse, Role
+from fusedlm.nn.module import Constant, Init, Module, Normal, OpUse, Orthogonal, Role
 from fusedlm.nn.pending import PendingActivation, PendingInput, PendingNorm, PendingProduct, fuses_token
 from fusedlm.ops.common import runs_fused
 
@@ -104,6 +104,12 @@ class Linear(Module, torch.nn.Linear):
     def fuses_token(self, x: torch.Tensor) -> bool:
         """Whether x is one token, whose projection is fused with what is before and after it."""
         return self.fuses and fuses_token(x, self.backend("token_linear"), product_dtype(x))
+
+    def init_orthogonal(self) -> None:
+        """Start a hidden matrix with the default initialisation as an orthogonal one."""
+        role, init = self.__dict__["_declared"]["weight"]
+        if role.kind == "matrix" and init == Normal(1 / math.sqrt(self.in_features)):
+            self.__dict__["_declared"]["weight"] = (role, Orthogonal(tuple(self.splits.values())))
 
     def norm_op(self) -> OpUse:
         """The op that `fuses_norm` asks for."""

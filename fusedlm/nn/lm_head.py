@@ -10,7 +10,7 @@ from fusedlm.nn.norm import RMSNorm
 from fusedlm.nn.pending import fuses_token
 from fusedlm.ops import linear_softcap_cross_entropy
 from fusedlm.ops.common import runs_fused
-from fusedlm.ops.cross_entropy.reference import IGNORE_INDEX, softcap
+from fusedlm.ops.cross_entropy.reference import IGNORE_INDEX, SigmoidCap, softcap
 
 _OP = "linear_softcap_cross_entropy"
 _LOGITS = 2**25  # most logits at a time without gradients: 128 MiB in float32
@@ -25,7 +25,7 @@ class LMHead(Module):
         dim: int,
         n_rows: int,
         vocab_size: int,
-        cap: float | None,
+        cap: float | SigmoidCap | None,
         norm_eps: float,
         tied: torch.nn.Module | None,
     ):

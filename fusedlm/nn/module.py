@@ -24,7 +24,7 @@ KINDS = {
     "per_head": "one element per head: decay rates, step sizes, skips, gains on queries",
     "convolution": "the taps of a depthwise convolution",
     "lambda": "the weight of the noise in differential mixers, or vectors whose products give it",
-    "gate": "a scalar that mixes two streams",
+    "gate": "a scalar or vector that mixes streams",
 }
 
 Init = Callable[[tuple[int, ...], torch.Generator], torch.Tensor]  # shape -> float32 on the CPU
@@ -78,6 +78,34 @@ class Constant:
 
     def __call__(self, shape: tuple[int, ...], generator: torch.Generator) -> torch.Tensor:
         return torch.full(shape, self.value, device="cpu")
+
+
+@dataclass(frozen=True)
+class Orthogonal:
+    """Orthonormal rows or columns, whichever are fewer, uniformly distributed (Saxe et al., arXiv 1312.6120), times
+    sqrt(rows / columns) where there are more rows: elements have the variance 1 / columns of `Normal`. Packed parts
+    are drawn one by one; parts with a side below LEAST_SIDE are normal.
+
+    splits: rows of the parts; empty: it is one.
+    """
+
+    splits: tuple[int, ...] = ()
+
+    def __call__(self, shape: tuple[int, ...], generator: torch.Generator) -> torch.Tensor:
+        rows, columns = shape
+        return torch.cat([self._part(n, columns, generator) for n in self.splits or (rows,)])
+
+    @staticmethod
+    def _part(rows: int, columns: int, generator: torch.Generator) -> torch.Tensor:
+        if min(rows, columns) < LEAST_SIDE:
+            return Normal(columns**-0.5)((rows, columns), generator)
+        normal = Normal(1.0)((max(rows, columns), min(rows, columns)), generator)
+        q, r = torch.linalg.qr(normal)
+        q = q * r.diagonal().sign()  # without it, not uniform: the signs are LAPACK's choice
+        return q.T if rows < columns else q * (rows / columns) ** 0.5
+
+
+LEAST_SIDE = 64  # of matrices that start orthogonal
 
 
 class OpUse(NamedTuple):

@@ -19,14 +19,20 @@ def rms_norm(x: torch.Tensor, eps: float, weight: torch.Tensor | None = None) ->
 class RMSNorm(Module):
     """A learnt gain per dimension that starts at one."""
 
-    def __init__(self, dim: int, eps: float):
+    def __init__(self, dim: int, eps: float, scale: float | None = None):
+        """scale: a constant factor of the output; None: 1."""
         super().__init__()
         self.add_parameter("weight", (dim,), Role("gain"), Constant(1.0))
         self.eps = eps
+        if scale is None:
+            self.scale = None
+        else:
+            self.add_constant("scale", scale)
 
     def forward(self, x: torch.Tensor, *, pending: bool = False) -> torch.Tensor | PendingNorm:
         """pending: leave the norm to the next projection, which must support it (`fuses_norm`)."""
-        return PendingNorm(x, self.weight, self.eps) if pending else rms_norm(x, self.eps, self.weight)
+        gain = self.weight if self.scale is None else self.weight * self.scale
+        return PendingNorm(x, gain, self.eps) if pending else rms_norm(x, self.eps, gain)
 
 
 class GatedRMSNorm(Module):

@@ -2,7 +2,15 @@
 
 from fusedlm.testing.backends import backend_of
 from fusedlm.testing.compare import assert_close, error_ratio
-from fusedlm.testing.models import FFN_CASES, MIXER_CASES, every_mixer_config, part_config, part_model, randomise_
+from fusedlm.testing.models import (
+    FFN_CASES,
+    MIXER_CASES,
+    every_mixer_config,
+    part_config,
+    part_model,
+    randomise_,
+    wired_config,
+)
 from fusedlm.testing.operators import RecordedOperators
 
 __all__ = [
@@ -16,4 +24,5 @@ __all__ = [
     "part_config",
     "part_model",
     "randomise_",
+    "wired_config",
 ]

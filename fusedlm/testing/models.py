@@ -69,6 +69,36 @@ def part_config(mixer: str, ffn: str = "{type: swiglu, hidden: 48}", extra: str 
     return ModelConfig.model_validate(yaml.safe_load(tree))
 
 
+WIRING = {
+    "bigram": {"rows": 17, "dim": 6},
+    "smear": True,
+    "x0_mixing": True,
+    "unet_skips": True,
+    "depth_scaled_norms": True,
+    "init": "orthogonal",
+    "tie_embeddings": False,
+    "logit_rescale": {"scale": 23.0, "shift": 5.0, "width": 7.5},
+}
+
+
+def wired_config(pattern: str = "avg", **changes) -> ModelConfig:
+    """Layers of width 32 with all that stands between embedding, blocks and head, and attention with its value options;
+    changes are of model keys."""
+    options = "n_heads: 4, n_kv_heads: 2, rope_dim: 4, xsa: true, value_residual: true"
+    blocks = {
+        "a": f"{{mixer: {{type: attention, {options}}}, ffn: {{type: relu2, slope: 0.5, hidden: 40}}}}",
+        "v": f"{{mixer: {{type: attention, {options}, value_embedding: 6}}, ffn: {{type: swiglu, hidden: 40}}}}",
+        "g": "{mixer: {type: gdn, n_heads: 2, chunk_size: 8}, ffn: {type: relu2, hidden: 40}}",
+    }
+    tree = {
+        "dim": 32,
+        "n_layers": len(pattern),
+        "pattern": pattern,
+        "blocks": {name: yaml.safe_load(blocks[name]) for name in sorted(set(pattern))},
+    }
+    return ModelConfig.model_validate(tree | WIRING | changes)
+
+
 def every_mixer_config(**changes) -> ModelConfig:
     """Four layers of width 32: attention with grouped queries, gdn, attention with a window, mla."""
     blocks = {

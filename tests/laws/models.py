@@ -7,7 +7,7 @@ import torch
 
 from fusedlm import build_model, load_recipe
 from fusedlm.config.model import ModelConfig
-from fusedlm.testing import FFN_CASES, MIXER_CASES, part_model, randomise_
+from fusedlm.testing import FFN_CASES, MIXER_CASES, part_model, randomise_, wired_config
 
 RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("*.yaml"))
 VOCAB = 61
@@ -27,6 +27,7 @@ def parts():
         lambda: part_model(MIXER_CASES["gdn"][0], vocab_size=VOCAB, extra="tie_embeddings: false, logit_softcap: 5.0"),
         id="untied-softcap",
     )
+    yield pytest.param(lambda: build_model(wired_config(), vocab_size=VOCAB), id="wired")
 
 
 def one_period(recipe):

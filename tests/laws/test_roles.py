@@ -152,7 +152,7 @@ def test_matrices_start_with_the_variance_of_their_fan_in(make):
             continue
         parameter = own[name]
         if (
-            name.endswith(("mixer.out.weight", "down.weight", "noise_weight.project.weight"))
+            name.endswith(("mixer.out.weight", "down.weight", "noise_weight.project.weight", "bigram.project.weight"))
             and ".mixer.down" not in name
         ):
             assert not parameter.any(), name

@@ -9,6 +9,7 @@ from fusedlm.nn.mixers.softmax import SoftmaxAttention, attention_flops
 from fusedlm.nn.module import Constant, Module, OpUse, Role
 from fusedlm.nn.norm import rms_norm
 from fusedlm.nn.rope import apply_rope
+from fusedlm.nn.value_embedding import ValueEmbedding
 from fusedlm.nn.value_residual import ValueResidual
 from fusedlm.nn.xsa import exclude_own_value
 from fusedlm.ops import cached_attention, rmsnorm_rope, rope_append
@@ -35,6 +36,7 @@ class Attention(Module):
         window: int | None = None,
         xsa: bool = False,
         value_residual: bool = False,
+        value_embedding: int | None = None,
         norm_eps: float = 1e-6,
         layer: int = 0,
         value_sources: set | None = None,
@@ -53,6 +55,7 @@ class Attention(Module):
             self.add_parameter("q_gain", (self.n_heads,), Role("per_head"), Constant(Q_GAIN))
         else:
             self.q_gain = None
+        self.value_embedding = None if value_embedding is None else ValueEmbedding(value_embedding, widths[2])
         self.value_residual = None
         if value_residual:
             self.value_residual = ValueResidual(
@@ -66,6 +69,8 @@ class Attention(Module):
     def forward(self, x_BTD, context: Context, state: list | None = None) -> torch.Tensor:
         qkv = self.qkv(x_BTD).unflatten(-1, (-1, self.head_dim))
         q, k, v = qkv.split(self.heads, dim=2)
+        if self.value_embedding is not None:
+            v = self.value_embedding(v.flatten(-2), context).view_as(v)
         if self.value_residual is not None:
             v = self.value_residual(v.flatten(-2), context).view_as(v)
         own = v
@@ -134,7 +139,8 @@ class Attention(Module):
 
     def flops(self, n_tokens: int) -> int:
         attend = attention_flops(n_tokens, self.window, self.n_heads, self.head_dim, self.head_dim)
-        return self.qkv.flops(n_tokens) + attend + self.out.flops(n_tokens)
+        embedded = 0 if self.value_embedding is None else self.value_embedding.flops(n_tokens)
+        return self.qkv.flops(n_tokens) + embedded + attend + self.out.flops(n_tokens)
 
     def saved_elements(self) -> float:
         """Queries and keys after norm and rotary embedding."""

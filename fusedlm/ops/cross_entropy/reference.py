@@ -1,15 +1,30 @@
 """Soft-capped cross entropy in plain PyTorch."""
 
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 
 IGNORE_INDEX = -100
 
 
-def softcap(logits: torch.Tensor, cap: float | None) -> torch.Tensor:
-    """cap * tanh(logits / cap) in float32 or better (Gemma 2, arXiv 2408.00118); None: the logits."""
+class SigmoidCap(NamedTuple):
+    """scale * sigmoid((logits + shift) / width), an asymmetric cap of the logits."""
+
+    scale: float
+    shift: float
+    width: float
+
+
+def softcap(logits: torch.Tensor, cap: float | SigmoidCap | None) -> torch.Tensor:
+    """cap * tanh(logits / cap) in float32 or better (Gemma 2, arXiv 2408.00118), or that of SigmoidCap; None: the
+    logits."""
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    return logits if cap is None else cap * torch.tanh(logits / cap)
+    if cap is None:
+        return logits
+    if isinstance(cap, SigmoidCap):
+        return cap.scale * torch.sigmoid((logits + cap.shift) / cap.width)
+    return cap * torch.tanh(logits / cap)
 
 
 def softcap_cross_entropy(
