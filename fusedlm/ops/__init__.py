@@ -6,6 +6,7 @@ from fusedlm.ops.cached.op import cached_attention
 from fusedlm.ops.common import OPS, explain
 from fusedlm.ops.conv.op import short_conv, short_conv_tail
 from fusedlm.ops.cross_entropy.op import softcap_cross_entropy
+from fusedlm.ops.cross_entropy.reference import SigmoidCap
 from fusedlm.ops.delta_rule.op import gated_delta_rule
 from fusedlm.ops.differential.op import differential_combine
 from fusedlm.ops.differential_linear.op import differential_linear_attention
@@ -24,6 +25,7 @@ from fusedlm.ops.swiglu.op import swiglu_mlp
 
 __all__ = [
     "OPS",
+    "SigmoidCap",
     "cached_attention",
     "causal_attention",
     "decayed_linear_attention",

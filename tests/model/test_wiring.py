@@ -157,7 +157,7 @@ def test_the_head_has_its_own_rate(tied):
 @pytest.mark.parametrize(
     ("overrides", "named"),
     [
-        (["train.optimizer.head_lr=0.1"], "head_lr=0.1: the head is the token embedding; set model.tie_embeddings=false or"),
+        (["train.optimizer.head_lr=0.1"], "head_lr=0.1: the head is the token embedding; set"),
         (["model.logit_rescale={}", "model.logit_softcap=9.0"], "logit_softcap=9.0: logits have one cap; remove it or"),
         (["model.unet_skips=true", "model.n_layers=1"], "unet_skips=true: needs at least 2 layers, not n_layers=1"),
         (["model.bigram.rows=1"], "model.bigram.rows: got 1"),

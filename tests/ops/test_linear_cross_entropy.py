@@ -149,9 +149,9 @@ def test_mean_of_a_tied_embedding():
 
 def test_operators_pass_opcheck():
     x, weight, targets, token_weights = _inputs(*SHAPES[0])
-    arguments = (x.detach(), weight.detach(), targets, token_weights, 15.0, 13, 1e-3)
+    arguments = (x.detach(), weight.detach(), targets, token_weights, [15.0], 13, 1e-3)
     torch.library.opcheck(torch.ops.fusedlm.linear_softcap_cross_entropy.default, arguments)
-    rest = (x.detach(), weight.detach(), targets, 15.0, 13, 1e-3)
+    rest = (x.detach(), weight.detach(), targets, [15.0], 13, 1e-3)
     torch.library.opcheck(torch.ops.fusedlm.linear_softcap_cross_entropy_losses.default, rest)
 
 

@@ -1,115 +1,35 @@
 """Kernels of soft-capped cross entropy. A row is read in pairs of tiles; a short one fits into a single pair.
 
-With a cap no row maximum is needed: exp(cap tanh(z / cap)) lies between exp(-cap) and exp(cap). Up to a cap of about 40
-float32 holds these, their sums over any vocabulary, and the quotients. With r = 1 / (1 + exp(2 z / cap)) both the term
-of the sum, exp(cap (1 - 2r)), and the derivative of the cap, 4 r (1 - r), are free of cancellation, except for float32
-logits much smaller than the cap, for which 1 - 2r keeps too few digits.
+With a cap (caps.py) no row maximum is needed: exp(cap tanh(z / width)) lies between exp(-cap) and exp(cap). Up to a cap
+of about 40 float32 holds these, their sums over any vocabulary, and the quotients.
 
-In all kernels cap is the cap and rate is 2 log2(e) / cap. Exponents are base 2.
+In all kernels cap, rate and center are those of caps.py.
 
 PDL (programmatic dependent launch): the next kernel may start before this one ends, and this one may have started
 before the previous one, which writes the count of rows or the losses, has ended.
 """
 
-import math
-
 import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from fusedlm.ops.cross_entropy.caps import (
+    LN2,
+    LOG2E,
+    SHIFTED,
+    UNCAPPED,
+    capped_exponent,
+    exponents,
+    log_normaliser,
+    reciprocal,
+    slope_scale,
+    to_float32,
+)
 from fusedlm.ops.cross_entropy.reference import IGNORE_INDEX
 
-_LOG2E = tl.constexpr(math.log2(math.e))
-_LN2 = tl.constexpr(math.log(2))
 _IGNORE = tl.constexpr(IGNORE_INDEX)
 _LOWEST = tl.constexpr(-3.0e38)  # finite: a difference of two infinities would be NaN
 _EVICT_FIRST = tl.constexpr("evict_first")  # for the last access: the cache is for what is read twice
-_INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)  # without a GPU there is no assembler
-
-_SMALL = tl.constexpr(2.0**-15)  # keeps products of eight terms within float32
-
-# CAP, in all kernels: no cap, a cap, or a cap accurate to the last digits of float32.
-UNCAPPED = tl.constexpr(0)
-CAPPED = tl.constexpr(1)
-CAPPED_PRECISELY = tl.constexpr(2)
-
-
-@triton.jit
-def _reciprocal(x):
-    """1 / x for 2^-122 <= x <= 2^122, by the approximate reciprocal: a division adds seven instructions per pair of
-    elements to cover the rest of the range."""
-    if _INTERPRETED:
-        return 1.0 / x
-    else:
-        return tl.inline_asm_elementwise(
-            "rcp.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
-        )
-
-
-@triton.jit
-def _to_float32(x):
-    """x in float32. From bfloat16 this is one instruction per element; the compiler's is three for two."""
-    if _INTERPRETED or x.dtype != tl.bfloat16:
-        return x.to(tl.float32)
-    else:
-        bits = tl.inline_asm_elementwise(
-            "shl.b32 $0, $2, 16; and.b32 $1, $2, 0xffff0000;", "=r,=r,r", [x], dtype=tl.int32, is_pure=True, pack=2
-        )
-        return bits.to(tl.float32, bitcast=True)
-
-
-@triton.jit
-def _capped_exponent(z, r, cap, CAP: tl.constexpr):
-    """log2 of exp(cap tanh(z / cap)), from z and r = 1 / (1 + exp(2 z / cap))."""
-    peak = cap * _LOG2E
-    u = peak - (2.0 * peak) * r
-    if CAP == CAPPED_PRECISELY:
-        y = z / cap
-        s = y * y
-        # (tanh(y) / y - 1) / y^2, interpolated at Chebyshev points in [0, 0.56^2]; the relative error of tanh is 4e-9.
-        p = -0.333333292 + s * (0.133329747 + s * (-0.0538912034 + s * (0.0212217131 - s * 0.00647084486)))
-        u = tl.where(s < 0.3, (y + y * s * p) * peak, u)
-    return u
-
-
-@triton.jit
-def _reciprocals_by_two(x):
-    """`_SMALL` / x of a tile (ROWS, BLOCK), one division for two adjacent elements."""
-    if x.shape[1] == 1:
-        return _reciprocal(x) * _SMALL
-    else:
-        a, b = tl.split(tl.reshape(x, (x.shape[0], x.shape[1] // 2, 2)))
-        reciprocal = _reciprocal(a * b) * _SMALL
-        return tl.reshape(tl.join(b * reciprocal, a * reciprocal), x.shape)
-
-
-@triton.jit
-def _reciprocals(x, FULL_ROWS: tl.constexpr):
-    """`_SMALL` / x of a tile (ROWS, BLOCK), one division for two adjacent elements, or with FULL_ROWS for four."""
-    if not FULL_ROWS or x.shape[1] == 1:
-        return _reciprocals_by_two(x)
-    else:
-        a, b = tl.split(tl.reshape(x, (x.shape[0], x.shape[1] // 2, 2)))
-        reciprocal = _reciprocals_by_two(a * b)
-        return tl.reshape(tl.join(b * reciprocal, a * reciprocal), x.shape)
-
-
-@triton.jit
-def _exponents(a, b, cap, rate, CAP: tl.constexpr, FULL_ROWS: tl.constexpr):
-    """For two tiles, log2 of exp(capped z), and r, which gives the derivative of the cap (0 without a cap).
-
-    One division serves four elements, or eight with FULL_ROWS, which leave registers for it: exponentials and divisions
-    are the bottleneck."""
-    if CAP == UNCAPPED:
-        return a * _LOG2E, tl.zeros_like(a), b * _LOG2E, tl.zeros_like(b)
-    else:
-        # 2^-15 (1 + exp(2 z / cap)), at most 2^15, so that the product of eight and its reciprocal are within float32.
-        # From 2^30 on r is negligible beside 1. NaN must stay NaN.
-        p = _SMALL + tl.exp2(tl.minimum(a * rate - 15.0, 15.0, propagate_nan=tl.PropagateNan.ALL))
-        q = _SMALL + tl.exp2(tl.minimum(b * rate - 15.0, 15.0, propagate_nan=tl.PropagateNan.ALL))
-        reciprocal = _reciprocals(p * q, FULL_ROWS)
-        r_a, r_b = q * reciprocal, p * reciprocal
-        return _capped_exponent(a, r_a, cap, CAP), r_a, _capped_exponent(b, r_b, cap, CAP), r_b
 
 
 @triton.jit
@@ -117,8 +37,8 @@ def _load_pair(pointers, start, n, BLOCK: tl.constexpr):
     """Two adjacent tiles of the first n columns of each row, 0 beyond, and their masks."""
     column = start + tl.arange(0, BLOCK)[None, :]
     in_a, in_b = column < n, column + BLOCK < n
-    a = _to_float32(tl.load(pointers + start, mask=in_a, other=0.0))
-    b = _to_float32(tl.load(pointers + start + BLOCK, mask=in_b, other=0.0))
+    a = to_float32(tl.load(pointers + start, mask=in_a, other=0.0))
+    b = to_float32(tl.load(pointers + start + BLOCK, mask=in_b, other=0.0))
     return a, b, in_a, in_b
 
 
@@ -146,18 +66,18 @@ def _accumulate(total, peak, u_a, u_b, in_a, in_b, BOUNDED: tl.constexpr, MASKED
 
 @triton.jit
 def _load_and_accumulate(
-    pointers, total, peak, cap, rate,
+    pointers, total, peak, cap, rate, center,
     CAP: tl.constexpr, BOUNDED: tl.constexpr, BLOCK: tl.constexpr, EVICTION: tl.constexpr,
 ):  # fmt: skip
-    a = _to_float32(tl.load(pointers, eviction_policy=EVICTION))
-    b = _to_float32(tl.load(pointers + BLOCK, eviction_policy=EVICTION))
-    u_a, _, u_b, _ = _exponents(a, b, cap, rate, CAP, False)
+    a = to_float32(tl.load(pointers, eviction_policy=EVICTION))
+    b = to_float32(tl.load(pointers + BLOCK, eviction_policy=EVICTION))
+    u_a, _, u_b, _ = exponents(a, b, cap, rate, center, CAP, False)
     return _accumulate(total, peak, u_a, u_b, True, True, BOUNDED, False)
 
 
 @triton.jit
 def _normalisers(
-    pointers, n, n_cached, cap, rate, CAP: tl.constexpr, BOUNDED: tl.constexpr, ROWS: tl.constexpr,
+    pointers, n, n_cached, cap, rate, center, CAP: tl.constexpr, BOUNDED: tl.constexpr, ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
     """The peak exponent of each row (ROWS,), 0 where BOUNDED, and log2 of the sum of 2^(u - peak) over the first n
@@ -170,34 +90,41 @@ def _normalisers(
     n_unmasked = n // (2 * BLOCK) * (2 * BLOCK)
     n_streamed = tl.maximum(n_unmasked - n_cached, 0)
     for start in range(0, n_streamed, 2 * BLOCK):
-        total, peak = _load_and_accumulate(pointers + start, total, peak, cap, rate, CAP, BOUNDED, BLOCK, _EVICT_FIRST)
+        total, peak = _load_and_accumulate(
+            pointers + start, total, peak, cap, rate, center, CAP, BOUNDED, BLOCK, _EVICT_FIRST
+        )
     for start in range(n_streamed, n_unmasked, 2 * BLOCK):
-        total, peak = _load_and_accumulate(pointers + start, total, peak, cap, rate, CAP, BOUNDED, BLOCK, "evict_last")
+        total, peak = _load_and_accumulate(
+            pointers + start, total, peak, cap, rate, center, CAP, BOUNDED, BLOCK, "evict_last"
+        )
     if n_unmasked < n:
         a, b, in_a, in_b = _load_pair(pointers, n_unmasked, n, BLOCK)
-        u_a, _, u_b, _ = _exponents(a, b, cap, rate, CAP, False)
+        u_a, _, u_b, _ = exponents(a, b, cap, rate, center, CAP, False)
         total, peak = _accumulate(total, peak, u_a, u_b, in_a, in_b, BOUNDED, True)
     return tl.where(n > 0, peak, 0.0), tl.log2(tl.where(n > 0, tl.sum(total, 1), 1.0))
 
 
 @triton.jit
-def _target_terms(rows, target, n, cap, rate, CAP: tl.constexpr):
-    """Exponent of each row's target, and a quarter of the derivative of the cap there (1 without a cap), without the
-    difference 1 - r: it can be most of the row's gradient. Where the target is not a class, those of a logit of 0."""
+def _target_terms(rows, target, n, cap, rate, center, CAP: tl.constexpr):
+    """Exponent of each row's target, and r (1 - r) there (1 without a cap), to which the derivative of the cap is
+    proportional, without the difference 1 - r: it can be most of the row's gradient. Where the target is not a class,
+    those of a logit of 0."""
     z = tl.load(rows + target, mask=(target >= 0) & (target < n), other=0.0).to(tl.float32)
     if CAP == UNCAPPED:
-        return z * _LOG2E, tl.full(z.shape, 1.0, dtype=tl.float32)
+        return z * LOG2E, tl.full(z.shape, 1.0, dtype=tl.float32)
     else:
+        if CAP >= SHIFTED:
+            z += center
         e = tl.exp2(tl.minimum(z * rate, 60.0, propagate_nan=tl.PropagateNan.ALL))
-        r = _reciprocal(1.0 + e)
-        return _capped_exponent(z, r, cap, CAP), e * r * r
+        r = reciprocal(1.0 + e)
+        return capped_exponent(z, r, cap, rate, CAP), e * r * r
 
 
 @triton.jit
-def _row_losses(u, target, n, peak, log2_total, z_loss):
+def _row_losses(u, target, n, peak, log2_total, z_loss, cap, CAP: tl.constexpr):
     """Loss of each row: 0 where ignored, NaN where the target is not a class."""
-    lse = (peak + log2_total) * _LN2
-    loss = (log2_total - (u - peak)) * _LN2 + z_loss * lse * lse
+    lse = log_normaliser(peak, log2_total, cap, CAP)
+    loss = (log2_total - (u - peak)) * LN2 + z_loss * lse * lse
     loss = tl.where((target >= 0) & (target < n), loss, float("nan"))
     return tl.where(target == _IGNORE, 0.0, loss)
 
@@ -219,26 +146,26 @@ def _row_weights(weights, row, stride, N_COUNTS: tl.constexpr):
 
 
 @triton.jit
-def _factors(scale, target, peak, log2_total, z_loss, CAP: tl.constexpr):
+def _factors(scale, target, peak, log2_total, z_loss, cap, rate, CAP: tl.constexpr):
     """Factor of 2^(u - peak) in the gradient, scale of the row, and what the z-loss adds relative to a probability."""
     scale = tl.where(target == _IGNORE, 0.0, scale)
     if CAP != UNCAPPED:
-        scale *= 4.0  # left out by _through_cap
-    z_term = 2.0 * z_loss * (peak + log2_total) * _LN2
+        scale *= slope_scale(cap, rate, CAP)  # left out by _through_cap
+    z_term = 2.0 * z_loss * log_normaliser(peak, log2_total, cap, CAP)
     return scale * (1.0 + z_term) * tl.exp2(-log2_total), scale, z_term
 
 
 @triton.jit
 def _through_cap(gradient, r, CAP: tl.constexpr):
-    """The gradient times a quarter of the derivative of the cap."""
+    """The gradient times the derivative of the cap, up to `slope_scale`."""
     if CAP != UNCAPPED:
         gradient *= r - r * r
     return gradient
 
 
 @triton.jit
-def _gradients(a, b, factor, peak, cap, rate, CAP: tl.constexpr, BOUNDED: tl.constexpr):
-    u_a, r_a, u_b, r_b = _exponents(a, b, cap, rate, CAP, False)
+def _gradients(a, b, factor, peak, cap, rate, center, CAP: tl.constexpr, BOUNDED: tl.constexpr):
+    u_a, r_a, u_b, r_b = exponents(a, b, cap, rate, center, CAP, False)
     if not BOUNDED:
         u_a, u_b = u_a - peak, u_b - peak
     e_a, e_b = tl.exp2(u_a), tl.exp2(u_b)
@@ -278,7 +205,7 @@ def _store_pair(
 
 @triton.jit
 def _write_gradients(
-    pointers, out_pointers, target, factor, peak, n, width, cap, rate, row_inside,
+    pointers, out_pointers, target, factor, peak, n, width, cap, rate, center, row_inside,
     CAP: tl.constexpr, BOUNDED: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Write factor 2^(u - peak), through the cap, possibly over the logits. A single row that is ignored is not read:
@@ -287,15 +214,15 @@ def _write_gradients(
     n_unmasked = _n_read(target, n) // (2 * BLOCK) * (2 * BLOCK)
     for start in range(n_unmasked, width, 2 * BLOCK):
         a, b, in_a, in_b = _load_pair(pointers, start, _n_read(target, n), BLOCK)
-        a, b = _gradients(a, b, factor, peak, cap, rate, CAP, BOUNDED)
+        a, b = _gradients(a, b, factor, peak, cap, rate, center, CAP, BOUNDED)
         if ROWS > 1:
             a, b = _zero_ignored(a, target), _zero_ignored(b, target)
         _store_pair(out_pointers, start, a, b, in_a, in_b, row_inside, width, ROWS, BLOCK, True, _EVICT_FIRST)
     for offset in range(0, n_unmasked, 2 * BLOCK):
         start = n_unmasked - 2 * BLOCK - offset
-        a = _to_float32(tl.load(pointers + start, eviction_policy=_EVICT_FIRST))
-        b = _to_float32(tl.load(pointers + start + BLOCK, eviction_policy=_EVICT_FIRST))
-        a, b = _gradients(a, b, factor, peak, cap, rate, CAP, BOUNDED)
+        a = to_float32(tl.load(pointers + start, eviction_policy=_EVICT_FIRST))
+        b = to_float32(tl.load(pointers + start + BLOCK, eviction_policy=_EVICT_FIRST))
+        a, b = _gradients(a, b, factor, peak, cap, rate, center, CAP, BOUNDED)
         if ROWS > 1:
             a, b = _zero_ignored(a, target), _zero_ignored(b, target)
         _store_pair(out_pointers, start, a, b, True, True, row_inside, width, ROWS, BLOCK, False, _EVICT_FIRST)
@@ -322,7 +249,7 @@ def _load_targets(tile, targets, n_rows, ROWS: tl.constexpr):
 
 @triton.jit
 def forward_kernel(
-    logits, targets, loss, peaks, log2_totals, n_rows, row_stride, n, cap, rate, z_loss,
+    logits, targets, loss, peaks, log2_totals, n_rows, row_stride, n, cap, rate, center, z_loss,
     CAP: tl.constexpr, BOUNDED: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     if PDL:
@@ -331,29 +258,29 @@ def forward_kernel(
     row, row_inside, target = _load_targets(tl.program_id(0), targets, n_rows, ROWS)
     rows = logits + row * row_stride
     pointers = rows[:, None] + tl.arange(0, BLOCK)[None, :]
-    peak, log2_total = _normalisers(pointers, _n_read(target, n), 0, cap, rate, CAP, BOUNDED, ROWS, BLOCK)
-    u, _ = _target_terms(rows, target, n, cap, rate, CAP)
+    peak, log2_total = _normalisers(pointers, _n_read(target, n), 0, cap, rate, center, CAP, BOUNDED, ROWS, BLOCK)
+    u, _ = _target_terms(rows, target, n, cap, rate, center, CAP)
     tl.store(peaks + row, peak, mask=row_inside)
     tl.store(log2_totals + row, log2_total, mask=row_inside)
-    tl.store(loss + row, _row_losses(u, target, n, peak, log2_total, z_loss), mask=row_inside)
+    tl.store(loss + row, _row_losses(u, target, n, peak, log2_total, z_loss, cap, CAP), mask=row_inside)
 
 
 @triton.jit
 def backward_kernel(
     logits, targets, peaks, log2_totals, upstream, gradient, n_rows, row_stride, upstream_stride, width, n, cap,
-    rate, z_loss,
+    rate, center, z_loss,
     CAP: tl.constexpr, BOUNDED: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row, row_inside, target = _load_targets(tl.program_id(0), targets, n_rows, ROWS)
     peak, log2_total = tl.load(peaks + row), tl.load(log2_totals + row)
     scale = tl.load(upstream + row * upstream_stride).to(tl.float32)
-    factor, scale, z_term = _factors(scale, target, peak, log2_total, z_loss, CAP)
+    factor, scale, z_term = _factors(scale, target, peak, log2_total, z_loss, cap, rate, CAP)
     rows, out_rows = logits + row * row_stride, gradient + row * width
     columns = tl.arange(0, BLOCK)[None, :]
-    u, slope = _target_terms(rows, target, n, cap, rate, CAP)
+    u, slope = _target_terms(rows, target, n, cap, rate, center, CAP)
     _write_gradients(
-        rows[:, None] + columns, out_rows[:, None] + columns, target, factor, peak, n, width, cap, rate, row_inside,
-        CAP, BOUNDED, ROWS, BLOCK,
+        rows[:, None] + columns, out_rows[:, None] + columns, target, factor, peak, n, width, cap, rate, center,
+        row_inside, CAP, BOUNDED, ROWS, BLOCK,
     )  # fmt: skip
     _write_targets(out_rows, target, scale, z_term, u, slope, n, peak, log2_total, row_inside)
 
@@ -361,7 +288,7 @@ def backward_kernel(
 @triton.jit
 def loss_and_gradient_kernel(
     logits, targets, weights, loss, gradient, n_rows, row_stride, gradient_stride, weight_stride, width, n, n_cached,
-    cap, rate, z_loss,
+    cap, rate, center, z_loss,
     CAP: tl.constexpr, BOUNDED: tl.constexpr, N_COUNTS: tl.constexpr,
     ROWS: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
@@ -374,13 +301,15 @@ def loss_and_gradient_kernel(
     rows, out_rows = logits + row * row_stride, gradient + row * gradient_stride
     columns = tl.arange(0, BLOCK)[None, :]
     pointers, out_pointers = rows[:, None] + columns, out_rows[:, None] + columns
-    u, slope = _target_terms(rows, target, n, cap, rate, CAP)
-    peak, log2_total = _normalisers(pointers, _n_read(target, n), n_cached, cap, rate, CAP, BOUNDED, ROWS, BLOCK)
-    tl.store(loss + row, _row_losses(u, target, n, peak, log2_total, z_loss), mask=row_inside)
-    factor, scale, z_term = _factors(weight, target, peak, log2_total, z_loss, CAP)
+    u, slope = _target_terms(rows, target, n, cap, rate, center, CAP)
+    peak, log2_total = _normalisers(
+        pointers, _n_read(target, n), n_cached, cap, rate, center, CAP, BOUNDED, ROWS, BLOCK
+    )
+    tl.store(loss + row, _row_losses(u, target, n, peak, log2_total, z_loss, cap, CAP), mask=row_inside)
+    factor, scale, z_term = _factors(weight, target, peak, log2_total, z_loss, cap, rate, CAP)
     tl.debug_barrier()  # all threads have read the targets' logits: rows may be overwritten
     _write_gradients(
-        pointers, out_pointers, target, factor, peak, n, width, cap, rate, row_inside, CAP, BOUNDED, ROWS, BLOCK
+        pointers, out_pointers, target, factor, peak, n, width, cap, rate, center, row_inside, CAP, BOUNDED, ROWS, BLOCK
     )  # fmt: skip
     _write_targets(out_rows, target, scale, z_term, u, slope, n, peak, log2_total, row_inside)
 
@@ -388,7 +317,7 @@ def loss_and_gradient_kernel(
 @triton.jit
 def full_rows_kernel(
     logits, targets, weights, loss, peaks, log2_totals, gradient, n_rows, row_stride, gradient_stride, weight_stride,
-    width, n, cap, rate, z_loss,
+    width, n, cap, rate, center, z_loss,
     CAP: tl.constexpr, BOUNDED: tl.constexpr, N_COUNTS: tl.constexpr, GRADIENT: tl.constexpr, UNMASKED: tl.constexpr,
     ROWS: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
@@ -401,12 +330,12 @@ def full_rows_kernel(
     columns = tl.arange(0, BLOCK)[None, :]
     if UNMASKED:
         in_a, in_b = True, True
-        a = _to_float32(tl.load(rows[:, None] + columns))
-        b = _to_float32(tl.load(rows[:, None] + columns + BLOCK))
+        a = to_float32(tl.load(rows[:, None] + columns))
+        b = to_float32(tl.load(rows[:, None] + columns + BLOCK))
     else:
         a, b, in_a, in_b = _load_pair(rows[:, None] + columns, 0, n, BLOCK)
-    u, slope = _target_terms(rows, target, n, cap, rate, CAP)
-    u_a, r_a, u_b, r_b = _exponents(a, b, cap, rate, CAP, True)
+    u, slope = _target_terms(rows, target, n, cap, rate, center, CAP)
+    u_a, r_a, u_b, r_b = exponents(a, b, cap, rate, center, CAP, True)
     peak = tl.zeros((ROWS,), dtype=tl.float32)
     if not BOUNDED:
         if UNMASKED:
@@ -420,10 +349,10 @@ def full_rows_kernel(
     log2_total = tl.log2(tl.sum(e_a + e_b, 1))
     if PDL:
         gdc_wait()
-    tl.store(loss + row, _row_losses(u, target, n, peak, log2_total, z_loss), mask=row_inside)
+    tl.store(loss + row, _row_losses(u, target, n, peak, log2_total, z_loss, cap, CAP), mask=row_inside)
     if GRADIENT:
         weight = _row_weights(weights, row, weight_stride, N_COUNTS)
-        factor, scale, z_term = _factors(weight, target, peak, log2_total, z_loss, CAP)
+        factor, scale, z_term = _factors(weight, target, peak, log2_total, z_loss, cap, rate, CAP)
         factor = factor[:, None]
         out_rows = gradient + row * gradient_stride
         tl.debug_barrier()  # all threads have read the targets' logits: rows may be overwritten

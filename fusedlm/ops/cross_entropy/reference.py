@@ -16,6 +16,14 @@ class SigmoidCap(NamedTuple):
     width: float
 
 
+def check_cap(cap: float | SigmoidCap | None) -> None:
+    """Raises ValueError unless the cap, or scale and width of a SigmoidCap, are positive."""
+    sizes = cap._asdict() if isinstance(cap, SigmoidCap) else {"cap": cap}
+    for name, size in sizes.items():
+        if size is not None and name != "shift" and size <= 0:
+            raise ValueError(f"{name}={size}: a cap of logits must be positive")
+
+
 def softcap(logits: torch.Tensor, cap: float | SigmoidCap | None) -> torch.Tensor:
     """cap * tanh(logits / cap) in float32 or better (Gemma 2, arXiv 2408.00118), or that of SigmoidCap; None: the
     logits."""

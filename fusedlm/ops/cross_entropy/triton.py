@@ -6,14 +6,15 @@ that are the last to an element are evicted first, the end of each row last.
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 import triton
 
 from fusedlm.ops.common.device import pdl_options, supports_pdl
-from fusedlm.ops.cross_entropy import kernels
-from fusedlm.ops.cross_entropy.reference import IGNORE_INDEX
+from fusedlm.ops.cross_entropy import caps, kernels
+from fusedlm.ops.cross_entropy.reference import IGNORE_INDEX, SigmoidCap
 
 _MAX_BOUNDED_CAP = 40.0  # caps up to this need no row maximum
 _FULL_ROW_COLUMNS = 4096  # rows up to this length are held in full
@@ -34,16 +35,29 @@ def _full_row_tile(width: int) -> dict:
     return {"ROWS": rows, "BLOCK": block, "num_warps": max(1, rows * block // 512)}
 
 
-def _cap_options(cap: float | None, logits: torch.Tensor) -> dict:
-    mode = kernels.UNCAPPED
-    if cap is not None:
-        mode = kernels.CAPPED_PRECISELY if logits.dtype == torch.float32 else kernels.CAPPED
-    return {"CAP": mode.value, "BOUNDED": cap is not None and cap <= _MAX_BOUNDED_CAP}
+def _cap_options(cap: Sequence[float] | None, logits: torch.Tensor) -> dict:
+    if cap is None:
+        return {"CAP": caps.UNCAPPED.value, "BOUNDED": False}
+    modes = [caps.CAPPED, caps.CAPPED_PRECISELY] if len(cap) == 1 else [caps.SHIFTED, caps.SHIFTED_PRECISELY]
+    mode = modes[logits.dtype == torch.float32]
+    return {"CAP": mode.value, "BOUNDED": _cap_arguments(cap)[0] <= _MAX_BOUNDED_CAP}
 
 
-def _cap_arguments(cap: float | None) -> tuple[float, float]:
-    """cap and rate, as the kernels take them."""
-    return (0.0, 0.0) if cap is None else (cap, 2 * math.log2(math.e) / cap)
+def _cap_arguments(cap: Sequence[float] | None) -> tuple[float, float, float]:
+    """cap, rate and center, as the kernels take them."""
+    if cap is None:
+        return 0.0, 0.0, 0.0
+    if len(cap) == 1:
+        return cap[0], 2 * math.log2(math.e) / cap[0], 0.0
+    scale, shift, width = cap
+    return scale / 2, math.log2(math.e) / width, shift
+
+
+def cap_list(cap: float | SigmoidCap | Sequence[float] | None) -> list[float] | None:
+    """A cap as the operators take it: [cap] of the tanh, or the three values of a SigmoidCap."""
+    if cap is None:
+        return None
+    return list(cap) if isinstance(cap, Sequence) else [cap]
 
 
 def _gradient_tile(logits: torch.Tensor, capped: bool) -> dict:
@@ -174,7 +188,7 @@ def _total(losses: torch.Tensor, weights: _Weights) -> torch.Tensor:
 
 @torch.library.custom_op("fusedlm::softcap_cross_entropy", mutates_args=())
 def _forward(
-    logits: torch.Tensor, targets: torch.Tensor, cap: float | None, n_classes: int, z_loss: float
+    logits: torch.Tensor, targets: torch.Tensor, cap: Sequence[float] | None, n_classes: int, z_loss: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
     return _losses(_rows(logits), targets.contiguous(), cap, n_classes, z_loss)
 
@@ -191,7 +205,7 @@ def _backward(
     logits: torch.Tensor,
     targets: torch.Tensor,
     normalisers: torch.Tensor,
-    cap: float | None,
+    cap: Sequence[float] | None,
     n_classes: int,
     z_loss: float,
 ) -> torch.Tensor:
@@ -231,7 +245,7 @@ _forward.register_autograd(_gradients, setup_context=_setup_context)
 
 @torch.library.custom_op("fusedlm::reduced_softcap_cross_entropy", mutates_args=())
 def _reduced(
-    logits: torch.Tensor, targets: torch.Tensor, mean: bool, cap: float | None, n_classes: int, z_loss: float
+    logits: torch.Tensor, targets: torch.Tensor, mean: bool, cap: Sequence[float] | None, n_classes: int, z_loss: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Sum or mean () of the losses, and its gradient (N, V)."""
     logits, targets = _rows(logits), targets.contiguous()
@@ -248,7 +262,7 @@ def _(logits, targets, mean, cap, n_classes, z_loss):
 
 @torch.library.custom_op("fusedlm::reduced_softcap_cross_entropy_", mutates_args=("logits",))
 def _reduced_(
-    logits: torch.Tensor, targets: torch.Tensor, mean: bool, cap: float | None, n_classes: int, z_loss: float
+    logits: torch.Tensor, targets: torch.Tensor, mean: bool, cap: Sequence[float] | None, n_classes: int, z_loss: float
 ) -> torch.Tensor:
     """Sum or mean () of the losses. Overwrites the logits, whose rows must be contiguous, with its gradient."""
     targets = targets.contiguous()
@@ -263,7 +277,7 @@ def _(logits, targets, mean, cap, n_classes, z_loss):
 
 @torch.library.custom_op("fusedlm::reduced_softcap_cross_entropy_loss", mutates_args=())
 def _reduced_loss(
-    logits: torch.Tensor, targets: torch.Tensor, mean: bool, cap: float | None, n_classes: int, z_loss: float
+    logits: torch.Tensor, targets: torch.Tensor, mean: bool, cap: Sequence[float] | None, n_classes: int, z_loss: float
 ) -> torch.Tensor:
     """Sum or mean () of the losses, without a gradient."""
     logits, targets = _rows(logits), targets.contiguous()
@@ -316,6 +330,7 @@ def softcap_cross_entropy(
         # The kernels ignore IGNORE_INDEX only. With another index IGNORE_INDEX is an invalid target.
         ignored = targets == ignore_index
         targets = targets.masked_fill(targets == IGNORE_INDEX, _INVALID_TARGET).masked_fill(ignored, IGNORE_INDEX)
+    cap = cap_list(cap)
     if reduction != "none" and torch.is_grad_enabled() and logits.requires_grad:
         return _Reduced.apply(logits, targets, reduction == "mean", cap, n_classes, z_loss, in_place)
     if reduction != "none":
@@ -325,7 +340,7 @@ def softcap_cross_entropy(
 
 def loss_and_gradient_(logits, targets, weights, cap, n_classes, z_loss=0.0, out=None) -> torch.Tensor:
     """Loss of each row (N,) float32, in out if given. The logits (N, V) become its gradient times weights (N,)."""
-    return _losses_and_gradients(logits, targets, _Weights(weights, 0), logits, cap, n_classes, z_loss, out)
+    return _losses_and_gradients(logits, targets, _Weights(weights, 0), logits, cap_list(cap), n_classes, z_loss, out)
 
 
 def weighted_sum(losses: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
@@ -335,4 +350,4 @@ def weighted_sum(losses: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
 
 def loss_only(logits, targets, cap, n_classes, z_loss=0.0, out=None) -> torch.Tensor:
     """Loss of each row (N,) float32, in out if given, without a gradient. Rows of the logits (N, V) are contiguous."""
-    return _losses(logits, targets, cap, n_classes, z_loss, out)[0]
+    return _losses(logits, targets, cap_list(cap), n_classes, z_loss, out)[0]

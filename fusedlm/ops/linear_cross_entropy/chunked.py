@@ -5,9 +5,11 @@ of the input and of the weight are computed before the next chunk. The weight's 
 whatever the dtype of the weight, and rounded once.
 """
 
+from collections.abc import Sequence
+
 import torch
 
-from fusedlm.ops.cross_entropy.triton import loss_and_gradient_, loss_only, scale_, weighted_sum
+from fusedlm.ops.cross_entropy.triton import cap_list, loss_and_gradient_, loss_only, scale_, weighted_sum
 
 # Of the logits and other temporaries. Fewer chunks are faster: each reads and writes the weight's gradient once.
 _MAX_BYTES = 298 * 2**20
@@ -50,7 +52,7 @@ def _forward_backward(
     weight: torch.Tensor,
     targets: torch.Tensor,
     token_weights: torch.Tensor,
-    cap: float | None,
+    cap: Sequence[float] | None,
     n_classes: int,
     z_loss: float,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -104,7 +106,12 @@ class _WithGradients(torch.autograd.Function):
 
 @torch.library.custom_op("fusedlm::linear_softcap_cross_entropy_losses", mutates_args=())
 def _forward(
-    x: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, cap: float | None, n_classes: int, z_loss: float
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    targets: torch.Tensor,
+    cap: Sequence[float] | None,
+    n_classes: int,
+    z_loss: float,
 ) -> torch.Tensor:
     x, weight, targets = x.contiguous(), weight.to(x.dtype).contiguous(), targets.contiguous()
     losses = torch.empty(len(x), dtype=torch.float32, device=x.device)
@@ -119,7 +126,7 @@ def _(x, weight, targets, cap, n_classes, z_loss):
 
 
 def linear_softcap_cross_entropy(x, weight, targets, token_weights, cap, n_classes, z_loss):
-    token_weights = token_weights.expand(len(x))
+    token_weights, cap = token_weights.expand(len(x)), cap_list(cap)
     if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
         return _WithGradients.apply(x, weight, targets, token_weights, cap, n_classes, z_loss)
     losses = _forward(x, weight, targets, cap, n_classes, z_loss)

@@ -3,6 +3,7 @@
 import torch
 
 from fusedlm.ops.common import Backend, Op, needs_triton, resolve
+from fusedlm.ops.cross_entropy.reference import SigmoidCap, check_cap
 from fusedlm.ops.linear_cross_entropy import reference
 
 LINEAR_SOFTCAP_CROSS_ENTROPY = Op(
@@ -20,7 +21,7 @@ def linear_softcap_cross_entropy(
     targets_N: torch.Tensor,
     token_weights_N: torch.Tensor | None = None,
     *,
-    cap: float | None = None,
+    cap: float | SigmoidCap | None = None,
     n_classes: int | None = None,
     z_loss: float = 0.0,
     backend: str = "auto",
@@ -44,7 +45,8 @@ def linear_softcap_cross_entropy(
         float64 x).
 
     Raises:
-        ValueError: the shapes do not match, token_weights require a gradient, or the backend cannot run this call.
+        ValueError: the shapes do not match, token_weights require a gradient, the cap is not positive, or the backend
+            cannot run this call.
     """
     shapes = f"x {tuple(x_ND.shape)}, weight {tuple(weight_VD.shape)} and targets {tuple(targets_N.shape)}"
     if x_ND.ndim != 2 or weight_VD.ndim != 2 or x_ND.shape[1] != weight_VD.shape[1]:
@@ -58,6 +60,7 @@ def linear_softcap_cross_entropy(
     elif token_weights_N.requires_grad:
         raise ValueError("token_weights require a gradient and get none; detach them")
     token_weights_N = token_weights_N.to(torch.promote_types(x_ND.dtype, torch.float32))
+    check_cap(cap)
     n_classes = weight_VD.shape[0] if n_classes is None else n_classes
     run = resolve("linear_softcap_cross_entropy", backend, x_ND)
     return run(x_ND, weight_VD, targets_N, token_weights_N, cap, n_classes, z_loss)
