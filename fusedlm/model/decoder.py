@@ -164,7 +164,7 @@ class Decoder(Module):
             x = self._embed(tokens, context, {} if state is None else state.inputs)
             reports, x0, skips = [], x, []
             for index, block in enumerate(self.blocks):
-                inputs = {"x0_BTD": x0} if block.mixes_x0 else {}
+                inputs = {"x0_BTD": x0} if block.mixes_x0 and index > 0 else {}
                 if block.takes_skip:
                     inputs["skip_BTD"] = skips.pop()
                 x, report = block(x, context, None if state is None else state.layers[index], **inputs)

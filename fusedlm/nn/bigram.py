@@ -22,7 +22,7 @@ class BigramHash(Module):
         self.rows = rows
         self.table = Embedding(rows, rows, dim, STD)
         self.project = Linear(dim, out_dim, zero=True)
-        self.add_parameter("scale", (), Role("gate"), Constant(SCALE))
+        self.add_parameter("scale", (1,), Role("gate"), Constant(SCALE))
 
     def forward(self, tokens_BT: torch.Tensor, context: Context, state: PreviousToken | None = None) -> torch.Tensor:
         """(B, T) int64 -> (B, T, out_dim)."""

@@ -18,7 +18,8 @@ class Block(Module):
     """x + mixer(norm(x)), then x + ffn(norm(x)).
 
     With `takes_skip` x is first x + skip_weight * skip, the output of an earlier block; with `mixes_x0` it is then
-    mix_x * x + mix_x0 * x0, x0 the input of the first block. The factors are vectors over dimensions.
+    mix_x * x + mix_x0 * x0, x0 the input of the first block; None in that block, where it is x. The factors are
+    vectors over dimensions.
     """
 
     def __init__(
@@ -67,7 +68,9 @@ class Block(Module):
         if self.takes_skip:
             x_BTD = x_BTD + self.skip_weight.to(x_BTD.dtype) * skip_BTD
         if self.mixes_x0:
-            x_BTD = self.mix_x.to(x_BTD.dtype) * x_BTD + self.mix_x0.to(x_BTD.dtype) * x0_BTD
+            # Of one tensor one product: gradients then add up in the same order whatever wraps the block.
+            own, first = self.mix_x.to(x_BTD.dtype), self.mix_x0.to(x_BTD.dtype)
+            x_BTD = (own + first) * x_BTD if x0_BTD is None else own * x_BTD + first * x0_BTD
         if self.recomputes and state is None and torch.is_grad_enabled():
             mixed = checkpoint(
                 lambda x: self._mix(x, context, None), x_BTD, use_reentrant=False, context_fn=_save_attention

@@ -17,7 +17,7 @@ class ValueEmbedding(Module):
         """width: of a row of the table. value_width: of the values of all heads."""
         super().__init__()
         self.project = Linear(width, value_width)
-        self.add_parameter("scale", (), Role("gate"), Constant(SCALE))
+        self.add_parameter("scale", (1,), Role("gate"), Constant(SCALE))
 
     def forward(self, v_BTE: torch.Tensor, context: Context) -> torch.Tensor:
         return v_BTE + (self.scale * self.project(context.value_rows_BTW)).to(v_BTE.dtype)

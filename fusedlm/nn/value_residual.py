@@ -24,7 +24,7 @@ class ValueResidual(Module):
         self.key = (mixer, width)
         sources = set() if sources is None else sources
         if self.key in sources:
-            self.add_parameter("gate", (), Role("gate"), Constant(GATE))
+            self.add_parameter("gate", (1,), Role("gate"), Constant(GATE))
         else:
             sources.add(self.key)
             self.gate = None

@@ -19,6 +19,7 @@ from fusedlm.generation import generate
 from fusedlm.model.precision import autocast
 from fusedlm.nn.module import init_weights
 from fusedlm.optim import build_optimizer
+from fusedlm.testing import wired_config
 from fusedlm.train.step import train_step
 from tests.generation.conftest import Bytes
 from tests.laws.models import one_period
@@ -40,7 +41,7 @@ blocks:
 def configs() -> dict[str, ModelConfig]:
     """A model of every kind of part, tied and not, and one period of each recipe that is narrow enough."""
     small = ModelConfig.model_validate(yaml.safe_load(SMALL))
-    found = {"small": small, "untied": small.model_copy(update={"tie_embeddings": False})}
+    found = {"small": small, "untied": small.model_copy(update={"tie_embeddings": False}), "wired": wired_config()}
     for path in sorted((Path(__file__).parents[2] / "recipes").glob("*.yaml")):
         config = one_period(load_recipe(path))
         if config.dim <= 512:
