@@ -54,6 +54,17 @@ def test_logits_of_any_size(dtype):
     rows._check(found, exact, same, 2e-6 if dtype == torch.float32 else 2**-8 * 1.1)
 
 
+def test_logits_near_the_center():
+    """To the last digits of float32, of which the difference of 1 and twice a number near a half keeps few."""
+    logits, targets, upstream = rows._inputs(9, 64, 64)
+    logits = (logits.detach().nan_to_num() / 16 + 3.0).requires_grad_()
+    rest = HIGH, 64, 0.0
+    exact = rows._expected(logits, targets, upstream, torch.float64, *rest)
+    found = rows._losses_and_gradients(rows.kernels.softcap_cross_entropy, logits, targets, upstream, *rest)
+    assert_close(found[0], exact[0], 2e-7)
+    assert_close(found[1], exact[1], 4e-7)
+
+
 def test_reduced_and_compiled():
     logits, targets, _ = rows._inputs(7, 13, 13)
     options = {"cap": CAP, "reduction": "mean", "z_loss": 1e-3}
