@@ -27,7 +27,7 @@ def _gradients(model, loss):
     return {name: p.grad.clone() for name, p in model.named_parameters()}
 
 
-@pytest.mark.parametrize("extra", ["", "logit_softcap: 5.0", "tie_embeddings: false"])
+@pytest.mark.parametrize("extra", ["", "logit_softcap: 5.0", "logit_rescale: {}", "tie_embeddings: false"])
 def test_the_loss_in_chunks_is_that_of_all_logits(monkeypatch, extra):
     model, tokens, targets = _model(extra)
     weight = torch.tensor(0.3, dtype=torch.float64, device=DEVICE)
