@@ -1,12 +1,24 @@
 """The section `model` of a recipe: named blocks and the pattern of layers."""
 
+from functools import reduce
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, Field, model_validator
+from pydantic import AfterValidator, Field, ValidationError, model_validator
 
 from fusedlm.config.ffn import FFNConfig
 from fusedlm.config.mixers import AttentionConfig, Mamba2Config, MixerConfig, check_rope_dim
-from fusedlm.config.schema import Config, Dim, Epsilon, Length, NonNegativeFloat, PositiveFloat, Scale, TypeText
+from fusedlm.config.schema import (
+    Config,
+    Dim,
+    Epsilon,
+    Fraction,
+    Length,
+    NonNegativeFloat,
+    PositiveFloat,
+    Scale,
+    ShortText,
+    TypeText,
+)
 
 MAX_LAYERS = 1024
 
@@ -69,6 +81,21 @@ class BlockConfig(Config):
     """The feed-forward, by its type."""
 
 
+class MuPConfig(Config):
+    """Maximal update parametrisation (arXiv 2203.03466, 2310.17813): rates, start and scales that are tuned at
+    base_width hold at other widths. At base_width nothing changes."""
+
+    base_width: Dim
+    """model.dim of the width at which it is the standard parametrisation."""
+    base: dict[ShortText, Annotated[int, Field(ge=0, le=2**24)]] = Field({}, max_length=100)
+    """Numbers of the model that are others at base_width, by key: {blocks.a.mixer.n_heads: 4}. All else but dim is the
+    same, and does not grow."""
+    base_depth: int | None = Field(None, gt=0, le=MAX_LAYERS)
+    """n_layers at which residual branches have the factor 1; null: at every depth."""
+    depth_exponent: Fraction = 1.0
+    """Residual branches are multiplied by (n_layers / base_depth)^-depth_exponent; 1: CompleteP (arXiv 2505.01618)."""
+
+
 class ModelConfig(Config):
     """A decoder: token embedding, n_layers blocks by the pattern, norm, language-model head."""
 
@@ -109,6 +136,8 @@ class ModelConfig(Config):
     """Multiplies the outputs of a block's norms by 1 / sqrt(layer + 1), layers counted from 0."""
     init: Literal["normal", "orthogonal"] = "normal"
     """Initial hidden matrices: normal, or orthogonal where both sides of a projection have at least 64."""
+    mup: MuPConfig | None = None
+    """Maximal update parametrisation; null: standard parametrisation."""
     vocab_multiple: int = Field(64, gt=0, le=2**16)
     """The embedding is padded to a multiple of this; padding is never predicted."""
 
@@ -137,4 +166,25 @@ class ModelConfig(Config):
                 check_rope_dim(mixer.rope_dim, mixer.head_dim or self.dim // mixer.n_heads)
                 if mixer.rope_dim is None and (mixer.head_dim or self.dim // mixer.n_heads) % 2:
                     raise ValueError(f"{where}: rotary embedding needs an even head_dim; set rope_dim or head_dim")
+        if self.mup is not None:
+            self.at_base_width()
         return self
+
+    def at_base_width(self) -> "ModelConfig":
+        """The same model at the base width of its `mup`, in standard parametrisation.
+
+        Raises:
+            ValueError: it is not valid at that width.
+        """
+        tree = self.model_dump() | {"dim": self.mup.base_width, "mup": None}
+        for key, value in self.mup.base.items():
+            *above, name = key.split(".")
+            section = reduce(lambda one, part: one.get(part) if isinstance(one, dict) else None, above, tree)
+            if not isinstance(section, dict) or name not in section or not isinstance(section[name], int | None):
+                raise ValueError(f"mup.base: {key!r} is no number of the model; write blocks.a.mixer.n_heads, say")
+            section[name] = value
+        try:
+            return type(self).model_validate(tree)
+        except ValidationError as error:
+            problem = error.errors()[0]["msg"].removeprefix("Value error, ")
+            raise ValueError(f"mup.base_width={self.mup.base_width}: at that width, {problem}") from None

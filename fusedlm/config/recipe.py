@@ -44,6 +44,8 @@ class Recipe(Config):
                 f"train.optimizer.head_lr={head_lr}: the head is the token embedding; set model.tie_embeddings=false "
                 "or remove it"
             )
+        if self.model.mup is not None and self.train.optimizer.type == "sgd":
+            raise ValueError("train.optimizer.type=sgd: model.mup has no rule for it; use adamw, or remove model.mup")
         return self
 
 

@@ -4,9 +4,10 @@ import os
 
 import torch
 
-from fusedlm.model.decoder import Decoder
+from fusedlm.model.decoder import Decoder, default_embedding_std
 from fusedlm.model.precision import resolve_device
 from fusedlm.nn.module import init_weights
+from fusedlm.nn.mup import widen
 
 
 def build_model(
@@ -33,12 +34,29 @@ def build_model(
     if str(device) != "meta":
         device = resolve_device(device)
     with torch.device("meta"):
-        model = Decoder(vocab_size=vocab_size, **config.model_dump())
+        model = _allocate(vocab_size, config)
     if str(device) == "meta":
         return model
     _check_memory(model, device)
     model.to_empty(device=device)
     init_weights(model, seed)
+    return model
+
+
+def _allocate(vocab_size: int, config) -> Decoder:
+    """A decoder; with `config.mup`, in the maximal update parametrisation: its embedding starts as that of the same
+    decoder at base width, and `widen` sets the rest."""
+    arguments = config.model_dump()
+    mup = arguments.pop("mup", None)
+    if mup is None:
+        return Decoder(vocab_size=vocab_size, **arguments)
+    if arguments["embedding_std"] is None:
+        arguments["embedding_std"] = default_embedding_std(mup["base_width"], arguments["tie_embeddings"])
+    model, base = Decoder(vocab_size=vocab_size, **arguments), _allocate(vocab_size, config.at_base_width())
+    depth = len(model.blocks) / (mup["base_depth"] or len(model.blocks))
+    model.mup = widen(model, base, list(model.blocks), depth=depth, depth_exponent=mup["depth_exponent"])
+    for block in model.blocks:
+        block.branch_scale = model.mup.branch_scale()
     return model
 
 

@@ -16,6 +16,7 @@ from fusedlm.nn.linear import Linear
 from fusedlm.nn.lm_head import LMHead
 from fusedlm.nn.module import UNFUSED, UNFUSED_REASON, Module, OpUse, use_backends
 from fusedlm.nn.previous import PreviousToken
+from fusedlm.nn.mup import MuP
 from fusedlm.nn.report import Loss, Report
 from fusedlm.nn.rope import YaRN
 from fusedlm.nn.smear import SmearGate
@@ -26,7 +27,12 @@ from fusedlm.ops.cross_entropy.reference import SigmoidCap
 
 
 class Decoder(Module):
-    """tokens (B, T) -> Output. Everything it computes goes through the `__call__` of its parts."""
+    """tokens (B, T) -> Output. Everything it computes goes through the `__call__` of its parts.
+
+    mup: the growth of its parameters over those at base width, which optimizers read; None: standard parametrisation.
+    """
+
+    mup: MuP | None = None
 
     def __init__(
         self,
@@ -70,9 +76,7 @@ class Decoder(Module):
         self.vocab_size, self.dim = vocab_size, dim
         self.yarn = self.recipe_yarn = None if yarn is None else YaRN(**yarn)
         if embedding_std is None:
-            # A tied embedding whose residual stream is still the embedding itself gives its own token the logit
-            # dim * std; at 2 / dim that is 2, and training starts at ln(vocab).
-            embedding_std = min(0.02, 2 / dim) if tie_embeddings else 0.02
+            embedding_std = default_embedding_std(dim, tie_embeddings)
         self.embedding_scale = 1.0 if embedding_rms is None else embedding_rms / embedding_std
         n_rows = -(-vocab_size // vocab_multiple) * vocab_multiple
         self.embedding = Embedding(vocab_size, n_rows, dim, embedding_std)
@@ -391,6 +395,12 @@ class Decoder(Module):
         if len(lengths) != batch or not all(0 <= n <= n_tokens for n in lengths):
             raise ValueError(f"lengths={lengths} must have a number from 0 to {n_tokens} for each of {batch} rows")
         return lengths
+
+
+def default_embedding_std(dim: int, tied: bool) -> float:
+    """A tied embedding whose residual stream is still the embedding itself gives its own token the logit dim * std; at
+    2 / dim that is 2, and training starts at ln(vocab)."""
+    return min(0.02, 2 / dim) if tied else 0.02
 
 
 def _collect(reports: list[Report]) -> tuple[dict[str, Loss], dict[str, torch.Tensor]]:

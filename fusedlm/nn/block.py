@@ -53,6 +53,7 @@ class Block(Module):
         self.ffn = FFNS[ffn["type"]](dim=dim, **_without_type(ffn))
         self.dropout = torch.nn.Dropout(dropout)
         self.recomputes = False
+        self.branch_scale = 1.0  # factor of both branches (`fusedlm.nn.mup`)
         for part in (self.mixer, self.ffn):
             if part.branch_end is not None:
                 getattr(part, part.branch_end).ends_branch = True
@@ -90,6 +91,9 @@ class Block(Module):
         return norm(x_BTD, pending=fuses_norm is not None and fuses_norm(x_BTD))
 
     def _add(self, x_BTD: torch.Tensor, y_BTD: torch.Tensor | PendingProduct) -> torch.Tensor:
+        if self.branch_scale != 1.0:
+            y_BTD = y_BTD.compute() if isinstance(y_BTD, PendingProduct) else y_BTD
+            return torch.add(x_BTD, self.dropout(y_BTD), alpha=self.branch_scale)
         if not isinstance(y_BTD, PendingProduct):
             return x_BTD + self.dropout(y_BTD)
         if self.training and self.dropout.p:

@@ -44,6 +44,10 @@ class LMHead(Module):
         else:
             self.weight = tied.weight
 
+    def widen_from(self, base: "LMHead") -> None:
+        """Logits are sums over the width: they are divided by its growth, as a factor of the last norm."""
+        self.norm.scale = len(base.norm.weight) / len(self.norm.weight)
+
     def forward(
         self,
         hidden_ND: torch.Tensor,

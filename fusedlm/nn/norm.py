@@ -17,10 +17,13 @@ def rms_norm(x: torch.Tensor, eps: float, weight: torch.Tensor | None = None) ->
 
 
 class RMSNorm(Module):
-    """A learnt gain per dimension that starts at one."""
+    """A learnt gain per dimension that starts at one.
+
+    Attributes:
+        scale: a constant factor of the output, a number or a tensor (); None: 1.
+    """
 
     def __init__(self, dim: int, eps: float, scale: float | None = None):
-        """scale: a constant factor of the output; None: 1."""
         super().__init__()
         self.add_parameter("weight", (dim,), Role("gain"), Constant(1.0))
         self.eps = eps

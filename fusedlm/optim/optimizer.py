@@ -5,6 +5,7 @@ from torch import nn
 
 from fusedlm.config.train import AdamWConfig, OptimizerConfig, SGDConfig
 from fusedlm.nn.module import parameters_by_kind
+from fusedlm.optim.mup import factored_groups
 
 DECAYED_KINDS = ("matrix", "router")  # roles with weight decay
 _FUSED_DEVICES = ("cpu", "cuda")
@@ -31,8 +32,14 @@ def parameter_groups(model: nn.Module, weight_decay: float, head_lr: float | Non
 
 
 def build_optimizer(model: nn.Module, config: OptimizerConfig, device: torch.device) -> torch.optim.Optimizer:
-    """The optimizer of a recipe, with parameter groups by role."""
-    groups = parameter_groups(model, config.weight_decay, config.head_lr)
+    """The optimizer of a recipe, with parameter groups by role, and under `model.mup` by their factors.
+
+    Raises:
+        ValueError: `model.mup` has no rule for this optimizer.
+    """
+    if getattr(model, "mup", None) is not None and isinstance(config, SGDConfig):
+        raise ValueError("train.optimizer.type=sgd: model.mup has no rule for it; use adamw, or remove model.mup")
+    groups = factored_groups(model, parameter_groups(model, config.weight_decay, config.head_lr), config.lr)
     return _BUILDERS[config.type](groups, config, device)
 
 

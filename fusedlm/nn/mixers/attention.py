@@ -5,7 +5,7 @@ import torch
 from fusedlm.nn.cache import TokenCache, WindowCache, cached_tokens, fuses_append
 from fusedlm.nn.context import Context
 from fusedlm.nn.linear import Linear, fuses_norm
-from fusedlm.nn.mixers.softmax import SoftmaxAttention, attention_flops
+from fusedlm.nn.mixers.softmax import SoftmaxAttention, attention_flops, widened_scale
 from fusedlm.nn.module import Constant, Module, OpUse, Role
 from fusedlm.nn.norm import rms_norm
 from fusedlm.nn.rope import apply_rope
@@ -62,6 +62,9 @@ class Attention(Module):
                 "attention", widths[2], set() if value_sources is None else value_sources
             )
         self.attend = SoftmaxAttention(self.head_dim, self.head_dim, window)
+
+    def widen_from(self, base: "Attention") -> None:
+        self.scale = widened_scale(self.scale, base.scale)
 
     def fuses_norm(self, x_BTD: torch.Tensor) -> bool:
         return fuses_norm(self.qkv, x_BTD)

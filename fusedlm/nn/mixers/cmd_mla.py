@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from fusedlm.nn.context import Context
 from fusedlm.nn.mixers.lambda_init import initial_lambda
 from fusedlm.nn.mixers.latent import LatentMixer
-from fusedlm.nn.mixers.softmax import SoftmaxAttention, attention_flops
+from fusedlm.nn.mixers.softmax import SoftmaxAttention, attention_flops, widened_scale
 from fusedlm.nn.module import Constant, Normal, OpUse, Role
 from fusedlm.nn.norm import rms_norm
 from fusedlm.ops import differential_combine
@@ -31,12 +31,17 @@ class CommonModeLatentAttention(LatentMixer):
         lambda_init: None: by the layer."""
         noise_dim = noise_dim or latent.get("head_dim") or latent["dim"] // latent["n_heads"]
         super().__init__(mixer="cmd_mla", noise_dim=noise_dim, **latent)
+        self.noise_scale = noise_dim**-0.5
         shape = (self.n_heads, self.head_dim)
         self.add_parameter("lambda_q", shape, Role("lambda"), Normal(_STD))
         self.add_parameter("lambda_k", shape, Role("lambda"), Constant(0.0))
         self.add_constant("lambda_init", initial_lambda(lambda_init, layer))
         self.add_parameter("gamma", (self.head_dim,), Role("gain"), Constant(1.0))
         self.attend_noise = SoftmaxAttention(self.noise_dim, self.rank, role="noise_")
+
+    def widen_from(self, base: "CommonModeLatentAttention") -> None:
+        super().widen_from(base)
+        self.noise_scale = widened_scale(self.noise_scale, base.noise_scale)
 
     def n_slices(self, device: torch.device) -> int:
         """The number of equal parts of the latent that serve as values of heads with the same query and key: the fewest
@@ -52,7 +57,7 @@ class CommonModeLatentAttention(LatentMixer):
         n_slices = self.n_slices(latent.device)
         q, k = (x[:, :, None].repeat(1, 1, n_slices, 1) for x in (q_noise, k_noise))
         slices = latent.unflatten(-1, (n_slices, -1))
-        return signal, self.attend_noise(q, k, slices, self.noise_dim**-0.5, context).flatten(2)
+        return signal, self.attend_noise(q, k, slices, self.noise_scale, context).flatten(2)
 
     def combined(self, x_BTD, signal_BTHE: torch.Tensor, read_BTR: torch.Tensor) -> torch.Tensor:
         noise_BTGE = self.values(read_BTR)
@@ -71,7 +76,7 @@ class CommonModeLatentAttention(LatentMixer):
     def absorbed(self, x_BTD, queries, q_noise, memory, context: Context) -> torch.Tensor:
         scale = context.scale_scores(self.scale, self.rope[0])
         # One more head over the same memory. Its scores have a scale of their own and no rotary part.
-        noise = self.kv_up(q_noise * (self.noise_dim**-0.5 / scale), part="noise", transposed=True)
+        noise = self.kv_up(q_noise * (self.noise_scale / scale), part="noise", transposed=True)
         noise = F.pad(noise, (0, self.rope[0]))[:, :, None]
         heads = self.head_values(self.attend_memory([*queries, noise], memory, context, self.noise_weights()))
         return rms_norm(heads, self.eps, self.gamma * (1 - self.lambda_init))

@@ -8,7 +8,7 @@ from torch.utils.checkpoint import checkpoint
 from fusedlm.nn.cache import TokenCache, fuses_append
 from fusedlm.nn.context import Context
 from fusedlm.nn.linear import Linear, fuses_norm
-from fusedlm.nn.mixers.softmax import SoftmaxAttention
+from fusedlm.nn.mixers.softmax import SoftmaxAttention, widened_scale
 from fusedlm.nn.module import Module, OpUse
 from fusedlm.nn.norm import RMSNorm
 from fusedlm.nn.rope import RopeTable, apply_rope
@@ -91,6 +91,9 @@ class LatentMixer(Module, ABC):
         if value_residual:
             self.value_residual = ValueResidual(mixer, kv_rank, value_sources)
         self.attend = SoftmaxAttention(self.head_dim + rope_dim, self.head_dim)
+
+    def widen_from(self, base: "LatentMixer") -> None:
+        self.scale = widened_scale(self.scale, base.scale)
 
     def fuses_norm(self, x_BTD: torch.Tensor) -> bool:
         """Where only `down` reads x."""

@@ -93,6 +93,12 @@ class SelectiveDifferentialLinearAttention(Module):
             self.write = Linear(heads, 2 * self.memory_dim, splits={"new": self.memory_dim, "gate": self.memory_dim})
             self.read = Linear(self.memory_dim, 2 * heads, splits={"gist": heads, "gamma": heads})
         self.out = Linear(heads, dim, zero=True)
+        self.feature_scale = 1.0
+
+    def widen_from(self, base: "SelectiveDifferentialLinearAttention") -> None:
+        """Outputs are means over the K features of each key, so that the features themselves must keep their scale:
+        K_base^(-1/4) in place of K^(-1/4)."""
+        self.feature_scale = (self.key_dim / base.key_dim) ** 0.25
 
     def fuses_norm(self, x_BTD: torch.Tensor) -> bool:
         return fuses_norm(self.down, x_BTD)
@@ -101,7 +107,10 @@ class SelectiveDifferentialLinearAttention(Module):
         projected = self.down(x_BTD)
         latent, k_rope, decay, gamma_x = projected.split(self.down_widths, dim=-1)
         latent = self.c_norm(latent)
-        q, k = (y.unflatten(-1, (2 * self.n_heads, -1)) for y in self.qk_up(latent).split(self.qk_widths, dim=-1))
+        qk = self.qk_up(latent)
+        if self.feature_scale != 1.0:
+            qk, k_rope = qk * self.feature_scale, k_rope * self.feature_scale
+        q, k = (y.unflatten(-1, (2 * self.n_heads, -1)) for y in qk.split(self.qk_widths, dim=-1))
         k_rope, v = k_rope.unflatten(-1, (2, self.rope[0])), self.v_up(latent).unflatten(-1, (self.n_heads, -1))
         wide = torch.promote_types(decay.dtype, torch.float32)
         log_decay = F.logsigmoid(decay.to(wide) + self.decay_bias) / DECAY_ROOT

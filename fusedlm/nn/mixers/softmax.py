@@ -37,6 +37,13 @@ class SoftmaxAttention(Module):
         return [OpUse(self.role + op, op, self.sizes) for op in ("attention", "packed_attention")]
 
 
+def widened_scale(scale: float, base: float) -> float:
+    """The scale of scores, K^-1/2 for keys of width K, in the maximal update parametrisation: sqrt(K_base) / K. Queries
+    and keys that have learnt from each other have products that grow as K, not as its square root (arXiv 2203.03466,
+    definition 4.1); normalised ones too."""
+    return scale if scale == base else scale * (scale / base)
+
+
 def attention_flops(n_tokens: int, window: int | None, n_heads: int, head_dim: int, value_dim: int) -> int:
     """Scores and weighted values over a full sequence. Causal attention is counted in full (PaLM, arXiv 2204.02311,
     appendix B), as n_tokens keys for each token; with a window, as that many."""
