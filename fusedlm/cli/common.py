@@ -36,7 +36,10 @@ RuntimeArgument = Annotated[
 ]
 RunArgument = Annotated[Path, typer.Argument(metavar="RUN", help="Run folder.", show_default=False)]
 CheckpointOption = Annotated[str, typer.Option(metavar="last|best|STEP", help="Checkpoint to load.")]
-WeightsOption = Annotated[str, typer.Option(metavar="model|ema", help="Weights, or their moving average.")]
+WeightsOption = Annotated[
+    str,
+    typer.Option(metavar="raw|ema|swa", help="Weights as trained, their moving average, or their mean near the end."),
+]
 DeviceOption = Annotated[str, typer.Option(metavar="auto|cpu|cuda|cuda:N", help="Device.")]
 ReportProgress = Callable[[str, int, int | None], None]  # (stage, done, total or None)
 

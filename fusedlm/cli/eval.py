@@ -85,7 +85,7 @@ def evaluate(
     factors: FactorsOption = None,
     out: OutOption = None,
     checkpoint: CheckpointOption = "last",
-    weights: WeightsOption = "model",
+    weights: WeightsOption = "raw",
     device: DeviceOption = "auto",
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object only.")] = False,
 ) -> None:

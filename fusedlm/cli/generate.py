@@ -71,7 +71,7 @@ def generate(
     ] = False,
     yarn: YaRNOption = None,
     checkpoint: CheckpointOption = "last",
-    weights: WeightsOption = "model",
+    weights: WeightsOption = "raw",
     device: DeviceOption = "auto",
 ) -> None:
     """Continue a prompt, or a file of prompts, with the model of RUN, until end of text or --max-tokens."""

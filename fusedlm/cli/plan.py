@@ -99,14 +99,14 @@ def make_plan(
     model = build_model(recipe.model, vocab_size=vocab_size, device="meta")
     parameters = count_parameters(model)
     train = recipe.train
-    tokens = train.steps * train.batch_size * train.seq_len
+    tokens = train.total_tokens()
     flops = training_flops_per_token(model, train.seq_len)
     dtype = resolve_dtype(recipe.runtime.dtype, torch.device("cuda"))
     fixed = {
         "weight_bytes": 4 * parameters.total,
         "gradient_bytes": 4 * parameters.total,
         "optimizer_bytes": optimizer_bytes(train.optimizer, parameters.total),
-        "average_bytes": 4 * parameters.total if train.ema is not None else 0,
+        "average_bytes": 4 * parameters.total * sum(kept is not None for kept in (train.ema, train.swa)),
         "weight_copy_bytes": weight_copy_bytes(model, dtype),
     }
     recompute = recipe.runtime.recompute == "mixer"

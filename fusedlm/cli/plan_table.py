@@ -53,7 +53,7 @@ def _memory(estimate: dict):
         ("weights", estimate["weight_bytes"], "float32"),
         ("gradients", estimate["gradient_bytes"], "float32"),
         ("optimizer", estimate["optimizer_bytes"], estimate["optimizer"]),
-        ("average", estimate["average_bytes"], "train.ema"),
+        ("average", estimate["average_bytes"], "train.ema, train.swa"),
         ("weight copies", estimate["weight_copy_bytes"], estimate["state_dtype"]),
         ("activations", estimate["activation_bytes"], f"estimate, {micro}"),
         (f"  {other} recompute", estimate[f"activation_bytes_{other}_recompute"], "runtime.recompute"),

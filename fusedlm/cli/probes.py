@@ -74,7 +74,7 @@ def _mqar(target: Target, options: dict):
     from fusedlm.runs.backends import use_backends
     from fusedlm.runs.recipe import run_recipe
 
-    if target.checkpoint != "last" or target.weights != "model":
+    if target.checkpoint != "last" or target.weights != "raw":
         raise ValueError("--probe mqar trains a new model of the recipe; it takes no --checkpoint and no --weights")
     pairs = options.pop("pairs", None)
     task = Recall() if pairs is None else Recall(pairs=tuple(map(_integer, _split("--pairs", pairs))))

@@ -52,7 +52,7 @@ class Variant:
     @property
     def tokens(self) -> int:
         """Of the full training."""
-        return tokens_per_step(self.recipe) * self.recipe.train.steps
+        return self.recipe.train.total_tokens()
 
 
 def match_variants(
@@ -86,8 +86,9 @@ def match_variants(
     return variants
 
 
-def tokens_per_step(recipe: Recipe) -> int:
-    return recipe.train.batch_size * recipe.train.seq_len
+def tokens_per_step(recipe: Recipe) -> float:
+    """The mean over the steps; that of ramps, whose ends are fractions of all steps, hardly depends on their number."""
+    return recipe.train.total_tokens() / recipe.train.steps
 
 
 def account(recipe: Recipe, vocab_size: int) -> Account:

@@ -1,5 +1,7 @@
 """The section `train` of a recipe: budget, optimizer, schedule, validation, checkpoints."""
 
+import math
+from itertools import pairwise
 from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
@@ -96,8 +98,39 @@ class CosineConfig(Config):
     """Learning rate of the last step, as a fraction of the peak."""
 
 
+class LinearConfig(Config):
+    """Linear warm-up over a fraction of all steps, then a straight line to `final` times the peak."""
+
+    type: Literal["linear"] = "linear"
+    """The schedule of the learning rate."""
+    warmup: Fraction = 0.01
+    """Fraction of all steps with linear warm-up."""
+    final: Fraction = 0.0
+    """Learning rate of the last step, as a fraction of the peak."""
+
+
+class SWAConfig(Config):
+    """Mean of the weights at regular steps near the end of the schedule (arXiv 1803.05407)."""
+
+    every: Count = 50
+    """Steps from one that is averaged to the next."""
+    below: float = Field(0.2, gt=0, le=1)
+    """Steps are averaged while the learning rate, after its warm-up, is below this fraction of the peak."""
+
+
+class RampConfig(Config):
+    """Steps with another batch size or sequence length, before those of the run."""
+
+    until: float = Field(gt=0, lt=1)
+    """Fraction of all steps at which they end."""
+    batch_size: int | None = Field(None, gt=0, le=2**24)
+    """Sequences per optimizer step; null: train.batch_size."""
+    seq_len: Length | None = None
+    """Tokens per sequence, a divisor of train.seq_len; null: train.seq_len."""
+
+
 OptimizerConfig = Annotated[AdamWConfig | SGDConfig, Field(discriminator="type")]
-ScheduleConfig = Annotated[WSDConfig | CosineConfig, Field(discriminator="type")]
+ScheduleConfig = Annotated[WSDConfig | CosineConfig | LinearConfig, Field(discriminator="type")]
 
 
 class TrainConfig(Config):
@@ -121,6 +154,10 @@ class TrainConfig(Config):
     """Largest norm of all gradients; null: no clipping."""
     ema: float | None = Field(None, gt=0, lt=1)
     """Decay of an exponential moving average of the weights; null: no average."""
+    swa: SWAConfig | None = None
+    """Mean of the weights at regular steps near the end; null: no mean."""
+    ramps: list[RampConfig] = Field([], max_length=100)
+    """Batch sizes and sequence lengths of the first steps, in order."""
     max_bad_steps: Annotated[Count, NEUTRAL] = 8
     """The run stops after this many skipped steps in a row (loss or gradient not finite)."""
     eval_every: Annotated[CountOrZero, NEUTRAL] = 100
@@ -151,4 +188,56 @@ class TrainConfig(Config):
             raise ValueError(f"micro_batch_size={micro} does not divide batch_size={self.batch_size}")
         if len(set(self.loggers)) != len(self.loggers):
             raise ValueError(f"loggers={self.loggers}: a logger is repeated; remove it")
+        if self.swa is not None:
+            schedule = self.schedule
+            lowest = 1.0 if isinstance(schedule, WSDConfig) and schedule.decay == 0 else schedule.final
+            if lowest >= self.swa.below:
+                raise ValueError(
+                    f"swa.below={self.swa.below}: the schedule ends at {lowest}, so that no step would be averaged; "
+                    "raise swa.below, or lower schedule.final"
+                )
+        for index, ramp in enumerate(self.ramps):
+            _check_ramp(f"ramps.{index}", ramp, self)
+        ends = [ramp.until for ramp in self.ramps]
+        if sorted(set(ends)) != ends:
+            raise ValueError(f"ramps: until={ends} must be increasing")
         return self
+
+    def step_shape(self, step: int) -> tuple[int, int]:
+        """Sequences, and tokens per sequence, of a step counted from 0."""
+        for ramp in self.ramps:
+            if step < round(ramp.until * self.steps):
+                return ramp.batch_size or self.batch_size, ramp.seq_len or self.seq_len
+        return self.batch_size, self.seq_len
+
+    def shapes(self) -> list[tuple[int, int]]:
+        """The `step_shape` of each ramp that has a step, and of the steps after them."""
+        return [self.step_shape(first) for first, _ in self._spans()]
+
+    def total_tokens(self) -> int:
+        """Tokens of all steps."""
+        return sum((last - first) * math.prod(self.step_shape(first)) for first, last in self._spans())
+
+    def _spans(self) -> list[tuple[int, int]]:
+        """First step and end of the steps of one shape."""
+        ends = [0, *(round(ramp.until * self.steps) for ramp in self.ramps), self.steps]
+        return [(first, last) for first, last in pairwise(ends) if first < last]
+
+    def micro_batch_rows(self, batch_size: int, seq_len: int) -> int:
+        """Sequences per forward pass of a step of that shape: the most that divide it and have no more tokens than
+        micro_batch_size sequences of seq_len."""
+        most = (self.micro_batch_size or self.batch_size) * self.seq_len // seq_len
+        return next(rows for rows in range(min(most, batch_size), 0, -1) if batch_size % rows == 0)
+
+
+def _check_ramp(where: str, ramp: RampConfig, train: TrainConfig) -> None:
+    batch_size, seq_len = ramp.batch_size or train.batch_size, ramp.seq_len or train.seq_len
+    if train.seq_len % seq_len:
+        raise ValueError(f"{where}.seq_len={seq_len}: must divide seq_len={train.seq_len}")
+    if batch_size * seq_len % train.seq_len:
+        raise ValueError(
+            f"{where}: batch_size={batch_size} of seq_len={seq_len} must be whole windows of {train.seq_len} tokens; "
+            f"give a batch_size that is a multiple of {train.seq_len // seq_len}"
+        )
+    if batch_size * seq_len > MAX_STEP_TOKENS:
+        raise ValueError(f"{where}: a step has at most {MAX_STEP_TOKENS} tokens, not {batch_size} x {seq_len}")

@@ -11,6 +11,7 @@ import hashlib
 import threading
 import time
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -116,6 +117,9 @@ class WindowOrder:
 class Loader:
     """Iterates endlessly over the batches of one rank, which a thread prepares ahead.
 
+    The stream of tokens is that of the windows in their order. A step of another shape has its next windows in rows of
+    another length: a shorter row is a part of a window, and the parts of a window follow each other.
+
     Args:
         shards: the split.
         seq_len: T.
@@ -123,6 +127,9 @@ class Loader:
         seed: of the order.
         document_mask: whether batches have `documents`.
         start_sample: global samples already drawn (the `next_sample` of the last batch used).
+        start_step: steps already taken.
+        step_shape: sequences of the global batch, and tokens per sequence, of a step from 0: a divisor of seq_len, and
+            together whole windows of seq_len. None: batch_size and seq_len in every step.
         rank, world_size: this process and the number of processes.
         device: of the batches; copies to CUDA go through pinned memory, on a stream of their own.
         prefetch: batches prepared ahead.
@@ -144,6 +151,8 @@ class Loader:
         seed: int,
         document_mask: bool = True,
         start_sample: int = 0,
+        start_step: int = 0,
+        step_shape: Callable[[int], tuple[int, int]] | None = None,
         rank: int = 0,
         world_size: int = 1,
         device: torch.device | str = "cpu",
@@ -153,6 +162,7 @@ class Loader:
             ("seq_len", seq_len, 1),
             ("batch_size", batch_size, 1),
             ("start_sample", start_sample, 0),
+            ("start_step", start_step, 0),
             ("world_size", world_size, 1),
             ("prefetch", prefetch, 1),
         ):
@@ -169,8 +179,9 @@ class Loader:
         self._rings = rings(shards.shards, seq_len)
         self._order = WindowOrder([len(ring) for ring in self._rings], seq_len, seed)
         self.windows = self._order.windows
-        self._seq_len, self._batch_size, self._document_mask = seq_len, batch_size, document_mask
-        self._rank, self._rows = rank, batch_size // world_size
+        self._seq_len, self._document_mask = seq_len, document_mask
+        self._step_shape = step_shape or (lambda _: (batch_size, seq_len))
+        self._rank, self._world_size = rank, world_size
         self._device = torch.device(device)
         if self._device.type == "cuda" and self._device.index is None:
             self._device = torch.device("cuda", torch.cuda.current_device())
@@ -181,7 +192,9 @@ class Loader:
         self._closed = False
         self._error: BaseException | None = None
         self.wait_seconds = 0.0
-        self._thread = threading.Thread(target=self._fill, args=(start_sample,), name="fusedlm-loader", daemon=True)
+        self._thread = threading.Thread(
+            target=self._fill, args=(start_sample, start_step), name="fusedlm-loader", daemon=True
+        )
         self._thread.start()
 
     def __iter__(self) -> "Loader":
@@ -204,7 +217,7 @@ class Loader:
             data.record_stream(consumer)
         tokens, targets = data[0], data[1]
         documents = data[2] if self._document_mask else None
-        return Batch(tokens, targets, documents, self._rows * self._seq_len, next_sample)
+        return Batch(tokens, targets, documents, tokens.numel(), next_sample)
 
     def close(self) -> None:
         """Stop the thread and wait for it; drawing further batches raises RuntimeError."""
@@ -220,13 +233,15 @@ class Loader:
     def __exit__(self, *_) -> None:
         self.close()
 
-    def _fill(self, sample: int) -> None:
+    def _fill(self, sample: int, step: int) -> None:
         try:
             if self._copies is not None:
                 torch.cuda.set_device(self._device)  # per thread; pinning memory would create a context on device 0
             while True:
-                data, copied = self._send(self._read(sample))
-                sample += self._batch_size
+                batch_size, seq_len = self._checked_shape(step)
+                data, copied = self._send(self._read(sample, batch_size, seq_len))
+                sample += batch_size * seq_len // self._seq_len
+                step += 1
                 with self._changed:
                     self._changed.wait_for(lambda: len(self._ready) < self._prefetch or self._closed)
                     if self._closed:
@@ -238,20 +253,35 @@ class Loader:
                 self._error = error
                 self._changed.notify_all()
 
-    def _read(self, sample: int) -> torch.Tensor:
-        """Tokens, targets and documents of this rank's rows from a global sample on: (2 or 3, B, T) int64 on the
-        host."""
-        first = sample + self._rank * self._rows
-        shape = (3 if self._document_mask else 2, self._rows, self._seq_len)
+    def _checked_shape(self, step: int) -> tuple[int, int]:
+        batch_size, seq_len = self._step_shape(step)
+        if self._seq_len % seq_len or batch_size * seq_len % self._seq_len:
+            raise ValueError(
+                f"step {step}: {batch_size} rows of {seq_len} tokens are not whole windows of {self._seq_len}"
+            )
+        if batch_size % self._world_size:
+            raise ValueError(
+                f"step {step}: batch_size={batch_size} is not a multiple of the {self._world_size} ranks that share it"
+            )
+        return batch_size, seq_len
+
+    def _read(self, sample: int, batch_size: int, seq_len: int) -> torch.Tensor:
+        """Tokens, targets and documents of this rank's rows of a batch that begins with a global sample: (2 or 3, B, T)
+        int64 on the host."""
+        n_rows, parts = batch_size // self._world_size, self._seq_len // seq_len  # parts of a window
+        first = sample * parts + self._rank * n_rows
+        windows, part = np.divmod(np.arange(first, first + n_rows), parts)
+        shape = (3 if self._document_mask else 2, n_rows, seq_len)
         host = torch.empty(shape, dtype=torch.int64, pin_memory=self._copies is not None)
         rows = host.numpy()
-        for row, (i, start) in enumerate(zip(*self._order.locate(np.arange(first, first + self._rows)), strict=True)):
+        for row, (i, begin) in enumerate(zip(*self._order.locate(windows), strict=True)):
             ring = self._rings[i]
-            window = ring.read(int(start), self._seq_len + 1)
+            start = (int(begin) + int(part[row]) * seq_len) % len(ring)
+            window = ring.read(start, seq_len + 1)
             rows[0, row], rows[1, row] = window[:-1], window[1:]
             if self._document_mask:
                 rows[2, row] = 0
-                rows[2, row, ring.boundaries(int(start), self._seq_len)] = 1
+                rows[2, row, ring.boundaries(start, seq_len)] = 1
                 rows[2, row, 0] = 0  # documents of a row are numbered from 0
         if self._document_mask:
             np.cumsum(rows[2], axis=1, out=rows[2])

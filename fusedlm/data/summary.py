@@ -68,7 +68,7 @@ def summarise(prepared: PreparedData, recipe: Recipe) -> TextSummary:
         validation=validation,
         held_out=validation.n_bytes / n_bytes if n_bytes else 0.0,
         wanted=_wanted(recipe.data),
-        epochs=settings.steps * settings.batch_size * settings.seq_len / max(1, train.n_tokens),
+        epochs=settings.total_tokens() / max(1, train.n_tokens),
     )
 
 

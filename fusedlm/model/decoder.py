@@ -279,8 +279,8 @@ class Decoder(Module):
         for block in self.blocks:
             block.recompute_mixer(recompute)
 
-    def compile_blocks(self, backend: str = "inductor") -> None:
-        """torch.compile each block and the head for training, one full graph each.
+    def compile_blocks(self, backend: str = "inductor", dynamic: bool | None = None) -> None:
+        """torch.compile each block and the head for training, one full graph each. dynamic: as torch.compile takes it.
 
         Raises the process's recompile limit: all kinds of block of all models are graphs of one function, and PyTorch's
         limit of 8 would make the ninth fail.
@@ -288,7 +288,7 @@ class Decoder(Module):
         config = torch._dynamo.config
         config.recompile_limit = max(config.recompile_limit, config.accumulated_recompile_limit)
         for part in self._compiled_parts():
-            part.compile(fullgraph=True, backend=backend)
+            part.compile(fullgraph=True, backend=backend, dynamic=dynamic)
 
     def _compiled_parts(self) -> tuple[Module, ...]:
         return (*self.input_parts(), *self.blocks, self.head)

@@ -84,16 +84,18 @@ def _validation(history: History, narrow: bool) -> Drawing | None:
     if not np.isfinite(bpb).any():
         return None
     figure, axes, x = _figure(history, HALF, history.validation["tokens"])
-    averaged = history.validation["val_bpb_ema"]
-    if np.isfinite(averaged).any():
-        _line(axes, x, averaged, "averaged weights", color=_SECOND, dots=True)
+    averages = {"moving average (ema)": (_SECOND, "ema"), "mean near the end (swa)": (PALETTE[2], "swa")}
+    averaged = {name: (color, history.validation[f"val_bpb_{key}"]) for name, (color, key) in averages.items()}
+    averaged = {name: (color, values) for name, (color, values) in averaged.items() if np.isfinite(values).any()}
+    for name, (color, values) in averaged.items():
+        _line(axes, x, values, name, color=color, dots=True)
     _line(axes, x, bpb, "weights as trained", dots=True)
-    if np.isfinite(averaged).any():
+    if averaged:
         axes.legend(frameon=False, fontsize=8, labelcolor=INK)
     best = int(np.nanargmin(bpb))
     axes.plot(x[best : best + 1], bpb[best : best + 1], color=_LINE, marker="o", markersize=7, clip_on=False)
     axes.set_ylabel("Bits per byte")
-    both = np.concatenate([bpb, averaged])
+    both = np.concatenate([bpb, *(values for _, values in averaged.values())])
     axes.set_ylim(*padded(np.nanmin(both), np.nanmax(both)))
     caption = f"Held-out text{_windows(history)}; the best, {bpb[best]:.4f} at step "
     caption += f"{history.validation['step'][best]:.0f}, is marked."

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 
@@ -21,18 +21,20 @@ from fusedlm.runs.choose import choose, known_identity
 from fusedlm.runs.folder import CHECKPOINTS, require_run
 from fusedlm.runs.identity import IDENTITY
 from fusedlm.runs.recipe import checkpoint_recipe, recipe_change
-from fusedlm.runs.state import EMA, MODEL, TrainState, load_model_tensors
+from fusedlm.runs.state import MODEL, TrainState, load_model_tensors
 
 _log = logging.getLogger(__name__)
 
 _ATTEMPTS = 10
+
+Weights = Literal["raw", "ema", "swa"]
 
 
 def load(
     run_dir: str | Path,
     *,
     checkpoint: Literal["last", "best"] | int = "last",
-    weights: Literal["model", "ema"] = "model",
+    weights: Weights = "raw",
     device: str | torch.device = "auto",
     overrides: Sequence[str] = (),
 ) -> tuple[Decoder, Tokenizer, Recipe]:
@@ -43,7 +45,7 @@ def load(
     Args:
         checkpoint: "last" (a damaged or foreign one is skipped with a warning), "best" (lowest validation
             bits per byte among the checkpoints) or a step.
-        weights: "model", or "ema" for the moving average.
+        weights: "raw", or an average that the run keeps: "ema", the moving one, or "swa", the mean near the end.
         device: auto, cpu, cuda or cuda:N; need not be the one of training.
         overrides: `key=value` that replace the run's own `runtime.dtype` and `runtime.backends`, such as
             `runtime.backends.attention=sdpa`. Backends of the run that cannot run here are replaced by "auto" with a
@@ -76,14 +78,14 @@ def load_checkpoint(
     run_dir: str | Path,
     *,
     checkpoint: Literal["last", "best"] | int = "last",
-    weights: Literal["model", "ema"] = "model",
+    weights: Weights = "raw",
     device: str | torch.device = "auto",
     overrides: Sequence[str] = (),
 ) -> Loaded:
     """As `load`."""
     run_dir = Path(run_dir)
-    if weights not in ("model", "ema"):
-        raise ValueError(f"weights={weights!r}: must be model or ema")
+    if weights not in get_args(Weights):
+        raise ValueError(f"weights={weights!r}: must be raw, ema or swa")
     require_run(run_dir)
     target = resolve_device(device)
     content = _read(run_dir, checkpoint, weights, overrides)
@@ -111,7 +113,7 @@ class _Content:
     source: str
 
 
-def _read(run_dir: Path, wanted: Literal["last", "best"] | int, weights: str, overrides: Sequence[str]) -> _Content:
+def _read(run_dir: Path, wanted: Literal["last", "best"] | int, weights: Weights, overrides: Sequence[str]) -> _Content:
     """Read a checkpoint. If a run that is training removes it meanwhile, the choice is made again."""
     checkpoints, identity = Checkpoints(run_dir / CHECKPOINTS), known_identity(run_dir)
     for _ in range(_ATTEMPTS):
@@ -120,18 +122,27 @@ def _read(run_dir: Path, wanted: Literal["last", "best"] | int, weights: str, ov
             saved = checkpoint_recipe(checkpoints, state.step)
             recipe = with_overrides(saved, list(overrides), "runtime")
             _check_overrides(overrides)
-            if weights == "ema" and recipe.train.ema is None:
-                raise ValueError(f"run {run_dir} has no averaged weights; train with train.ema, or use weights model")
             tensors = checkpoints.read_tensors(state.step, MODEL)
-            if weights == "ema":
+            if weights != "raw":
+                _check_average(run_dir, weights, recipe, state)
                 # Buffers are not averaged; they come from the model's file.
-                tensors |= checkpoints.read_tensors(state.step, EMA)
+                tensors |= checkpoints.read_tensors(state.step, weights)
             if state.run is not None and not (run_dir / IDENTITY).exists():
                 _log.warning("%s: missing; fusedlm train --resume writes it again", run_dir / IDENTITY)
             if change := recipe_change(run_dir, identity, state, saved):
                 _log.warning("%s", change)
             return _Content(state, recipe, tensors, str(checkpoints.path(state.step)))
     raise RemovedCheckpoint(f"run {run_dir} removes its checkpoints faster than they can be read; try again")
+
+
+def _check_average(run_dir: Path, weights: str, recipe: Recipe, state: TrainState) -> None:
+    """Raises ValueError if a checkpoint has no such average."""
+    if getattr(recipe.train, weights) is None:
+        raise ValueError(f"run {run_dir} has no {weights} weights; train with train.{weights}, or use weights raw")
+    if not {"ema": state.ema_updates, "swa": state.swa_updates}[weights]:
+        raise ValueError(
+            f"run {run_dir} has no {weights} weights at step {state.step} yet; use weights raw, or a later checkpoint"
+        )
 
 
 def _check_overrides(overrides: Sequence[str]) -> None:

@@ -10,10 +10,11 @@ from torch import nn
 
 from fusedlm.config import Recipe, dump_recipe
 from fusedlm.distributed import World
-from fusedlm.optim import ExponentialMovingAverage, load_optimizer_tensors, optimizer_tensors
+from fusedlm.optim import Averages, load_optimizer_tensors, optimizer_tensors
 from fusedlm.runs.checkpoint import Checkpoints, DamagedCheckpoint, ForeignCheckpoint, Writer, write_safetensors
 
-MODEL, OPTIMIZER, EMA, RNG, STATE, RECIPE = "model", "optimizer", "ema", "rng", "state.json", "recipe.yaml"
+MODEL, OPTIMIZER, RNG, STATE, RECIPE = "model", "optimizer", "rng", "state.json", "recipe.yaml"
+EMA, SWA = AVERAGES = ("ema", "swa")  # of files, and of `--weights`
 
 
 @dataclass
@@ -26,6 +27,7 @@ class TrainState:
     skipped: int = 0  # steps skipped because loss or gradient norm was not finite
     skipped_in_row: int = 0  # skipped steps since the last one that was not
     ema_updates: int = 0
+    swa_updates: int = 0  # missing in checkpoints of earlier versions
     validated_step: int = 0  # step of the last validation; 0: none yet
     val_bpb: float | None = None  # its bits per byte
     best_step: int | None = None  # of the checkpoint with the lowest validation bits per byte
@@ -35,7 +37,7 @@ class TrainState:
     metrics: str | None = None  # digest of the records up to this step (`fusedlm.runs.metrics`)
 
 
-_ADDED = {"run", "tokenizer", "metrics"}
+_ADDED = {"run", "tokenizer", "metrics", "swa_updates"}
 _STATE = pydantic.TypeAdapter(TrainState)
 
 
@@ -73,7 +75,7 @@ def save_state(
     recipe: Recipe,
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
-    ema: ExponentialMovingAverage | None,
+    averages: Averages,
     device: torch.device,
     *,
     write: Writer = write_safetensors,
@@ -85,8 +87,7 @@ def save_state(
     if device.type == "cuda":
         rng["cuda"] = torch.cuda.get_rng_state(device)
     tensors = {MODEL: model_tensors(model), OPTIMIZER: optimizer_tensors(model, optimizer), RNG: rng}
-    if ema is not None:
-        tensors[EMA] = ema.state_dict()
+    tensors |= {name: average.state_dict() for name, average in averages.kept().items()}
     texts = {STATE: json.dumps(asdict(state), indent=2) + "\n", RECIPE: dump_recipe(recipe)}
     checkpoints.save(state.step, tensors, texts, write=write, world=world)
 
@@ -96,7 +97,7 @@ def restore_state(
     step: int,
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
-    ema: ExponentialMovingAverage | None,
+    averages: Averages,
     device: torch.device,
 ) -> TrainState:
     """Restore a verified checkpoint. The RNG of the CUDA device is restored if the checkpoint was written on one.
@@ -107,8 +108,9 @@ def restore_state(
     state = read_state(checkpoints, step)
     load_model_tensors(model, checkpoints.read_tensors(step, MODEL), str(checkpoints.path(step)))
     load_optimizer_tensors(model, optimizer, checkpoints.read_tensors(step, OPTIMIZER))
-    if ema is not None:
-        ema.load_state_dict(checkpoints.read_tensors(step, EMA), state.ema_updates)
+    for name, average, updates in ((EMA, averages.ema, state.ema_updates), (SWA, averages.swa, state.swa_updates)):
+        if average is not None and updates:
+            average.load_state_dict(checkpoints.read_tensors(step, name), updates)
     rng = checkpoints.read_tensors(step, RNG)
     try:
         torch.set_rng_state(rng["cpu"])

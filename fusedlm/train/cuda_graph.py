@@ -15,8 +15,9 @@ _WARM_UPS = 2  # passes before the capture, which compile, autotune and allocate
 class CapturedBackward:
     """Forward and backward by replaying a graph that was captured from the first micro-batch.
 
-    Later micro-batches must have the same shape. Gradients stay in the same memory. Each replay draws new random
-    numbers; warm-up and capture leave the device's RNG state unchanged.
+    The first micro-batch of another shape, which must be the first of a step, captures a new graph in place of the old
+    one. Until then gradients stay in the same memory. Each replay draws new random numbers; warm-up and capture leave
+    the device's RNG state unchanged.
     """
 
     def __init__(self, model: nn.Module, autocast: Callable[[], AbstractContextManager], *, accumulates: bool):
@@ -35,6 +36,9 @@ class CapturedBackward:
         self, tokens_BT: torch.Tensor, targets_BT: torch.Tensor, loss_weight: torch.Tensor, batch_weight: float
     ) -> Output:
         """As `fusedlm.train.micro_batch.forward_backward`. The next call overwrites the tensors of the output."""
+        if self._graph is not None and self._tokens.shape != tokens_BT.shape:
+            self._graph = self._output = None
+            self._model.zero_grad(set_to_none=True)  # gradients lie in the memory of the old graph
         if self._graph is None:
             self._capture(tokens_BT, targets_BT, loss_weight)
         self._tokens.copy_(tokens_BT)

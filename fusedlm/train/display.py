@@ -74,8 +74,9 @@ class Display(Screen):
         text = f"step {record['step']}/{self._steps}  validation: {record['val_bpb']:.4f} bits per byte"
         if "val_window" in record:
             text += f" (window {record['val_window']}, stride {record['val_stride']})"
-        if "val_bpb_ema" in record:
-            text += f", {record['val_bpb_ema']:.4f} with averaged weights"
+        for name in ("ema", "swa"):
+            if f"val_bpb_{name}" in record:
+                text += f", {record[f'val_bpb_{name}']:.4f} with {name} weights"
         self.note(text)
 
     def close(self) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from fusedlm.config import Recipe
-from fusedlm.data import Loader, PreparedData, prepare
+from fusedlm.data import Batch, Loader, PreparedData, prepare
 from fusedlm.data.manifest import DamagedData
 from fusedlm.data.preparation import ChangedText, paths
 from fusedlm.data.summary import summarise
@@ -19,7 +19,7 @@ from fusedlm.evaluate import first_tokens, score_documents
 from fusedlm.model import build_model
 from fusedlm.model.accounting import count_parameters, training_flops_per_token
 from fusedlm.model.precision import autocast
-from fusedlm.optim import ExponentialMovingAverage, build_optimizer, schedule_scale
+from fusedlm.optim import Averages, build_optimizer, schedule_scale
 from fusedlm.runs.backends import use_backends
 from fusedlm.runs.folder import RunFolder
 from fusedlm.runs.hardware import device_name, environment, peak_flops, peak_memory_bytes
@@ -90,7 +90,7 @@ class Trainer:
         self.model = build_model(recipe.model, vocab_size=vocab_size, device=device, seed=self.settings.seed)
         self.backends = use_backends(self.model, self.runtime, device, dtype, strict=strict_backends)
         self.optimizer = build_optimizer(self.model, self.settings.optimizer, device)
-        self.ema = ExponentialMovingAverage(self.model, self.settings.ema) if self.settings.ema is not None else None
+        self.averages = Averages(self.model, self.settings)
         self.identity = start.identity
         self.state = TrainState(
             data=self.data.manifest["fingerprint"], run=start.run, tokenizer=self.data.tokenizer.fingerprint
@@ -101,13 +101,14 @@ class Trainer:
         if self.runtime.recompute == "mixer":
             self.model.recompute_mixers()
         if self.runtime.compile:
-            self.model.compile_blocks()
+            # Each shape has a static graph of its own, as in a run that begins or resumes with it.
+            self.model.compile_blocks(dynamic=False if self.settings.ramps else None)
         self.micro_batch_size = self.settings.micro_batch_size or self.settings.batch_size
         self._captured = self._capture() if self.runtime.cuda_graph else None
-        self.tokens_per_step = self.settings.batch_size * self.settings.seq_len
         self._peak_flops = peak_flops(device)
         self._slowdown = Slowdown() if device.type == "cpu" else None
-        self._flops_per_token = training_flops_per_token(self.model, self.settings.seq_len)
+        lengths = {seq_len for _, seq_len in self.settings.shapes()}
+        self._flops_per_token = {n: training_flops_per_token(self.model, n) for n in lengths}
 
     def _open_text(self, text: str | None, start: Start) -> PreparedData:
         """The text of the checkpoint, or that with the fingerprint `text`, or what the source holds now."""
@@ -135,7 +136,7 @@ class Trainer:
         tokenizer = self.state.tokenizer
         run = self.state.run
         self.state = restore_state(
-            self.folder.checkpoints, checkpoint, self.model, self.optimizer, self.ema, self.device
+            self.folder.checkpoints, checkpoint, self.model, self.optimizer, self.averages, self.device
         )
         if self.state.tokenizer not in (None, tokenizer):
             raise ValueError(
@@ -163,7 +164,7 @@ class Trainer:
                     f"runtime.cuda_graph=true: {type(module).__name__} waits for the device; "
                     "set runtime.cuda_graph=false"
                 )
-        several = self.micro_batch_size < self.settings.batch_size
+        several = any(self.settings.micro_batch_rows(*shape) < shape[0] for shape in self.settings.shapes())
         return CapturedBackward(self.model, partial(autocast, self.device, self.dtype), accumulates=several)
 
     def run(self) -> TrainResult:
@@ -241,15 +242,16 @@ class Trainer:
         if stop.received is not None:
             self.display.note(f"{stop.received.name}: stopped at step {self.state.step} and saved")
 
-    def _step(self, batch, loader: Loader) -> None:
+    def _step(self, batch: Batch, loader: Loader) -> None:
         scale = schedule_scale(self.settings.schedule, self.state.step, self.settings.steps)
+        rows = self.settings.micro_batch_rows(*batch.tokens.shape)
         try:
             result = train_step(
                 self.model,
                 self.optimizer,
                 batch,
                 lr_scale=scale,
-                micro_batch_size=self.micro_batch_size,
+                micro_batch_size=rows,
                 grad_clip=self.settings.grad_clip,
                 autocast=partial(autocast, self.device, self.dtype),
                 # Only after the first update, so that the optimizer state is allocated before the capture.
@@ -259,7 +261,7 @@ class Trainer:
         except torch.OutOfMemoryError:
             raise ValueError(
                 f"train.micro_batch_size={self.micro_batch_size}: the GPU is out of memory with "
-                f"{self.micro_batch_size} x {self.settings.seq_len} tokens; lower train.micro_batch_size "
+                f"{rows} x {batch.tokens.shape[1]} tokens; lower train.micro_batch_size "
                 "(the batch stays the same) or set runtime.recompute=mixer"
             ) from None
         state = self.state
@@ -270,10 +272,9 @@ class Trainer:
             state.skipped_in_row += 1
         else:
             state.skipped_in_row = 0
-            if self.ema is not None:
-                self.ema.update()
-                state.ema_updates = self.ema.updates
-        record = self._step_record(result, self.settings.optimizer.lr * scale, loader)
+            self.averages.update(state.step - 1)
+            state.ema_updates, state.swa_updates = self.averages.updates()
+        record = self._step_record(result, self.settings.optimizer.lr * scale, batch, loader)
         self._record(record)
         self.display.step(record)
         if self._slowdown is not None and (note := self._slowdown.step(record["step_seconds"])) is not None:
@@ -281,19 +282,20 @@ class Trainer:
         if state.skipped_in_row >= self.settings.max_bad_steps:
             raise TrainingDiverged(self._divergence())
 
-    def _step_record(self, result: StepResult, lr: float, loader: Loader) -> dict:
+    def _step_record(self, result: StepResult, lr: float, batch: Batch, loader: Loader) -> dict:
         now, waited = time.perf_counter(), loader.wait_seconds
         seconds, self._clock = now - self._clock, now
         loader_wait, self._waited = waited - self._waited, waited
-        rate = self.tokens_per_step / seconds
+        rows, seq_len = batch.tokens.shape
+        rate = rows * seq_len * self.world.size / seconds
         record = {
             "step": self.state.step,
             "loss": result.loss,
             "lr": lr,
             "grad_norm": result.grad_norm,
-            "tokens": self.state.step * self.tokens_per_step,
+            "tokens": self._tokens(),
             "tokens_per_second": rate,
-            "mfu": self._utilisation(rate),
+            "mfu": self._utilisation(rate, seq_len),
             "peak_memory_bytes": peak_memory_bytes(self.device),
             "loader_wait_seconds": loader_wait,
             "step_seconds": seconds,
@@ -304,11 +306,15 @@ class Trainer:
             record["skipped"] = True
         return record
 
-    def _utilisation(self, tokens_per_second: float) -> float | None:
+    def _tokens(self) -> int:
+        """Tokens of all steps taken, whatever their shapes: the loader counts windows of train.seq_len."""
+        return self.state.next_sample * self.settings.seq_len
+
+    def _utilisation(self, tokens_per_second: float, seq_len: int) -> float | None:
         """Model-FLOPs utilisation of all devices; None if their peak is unknown."""
         if self._peak_flops is None:
             return None
-        return tokens_per_second * self._flops_per_token / (self._peak_flops * self.world.size)
+        return tokens_per_second * self._flops_per_token[seq_len] / (self._peak_flops * self.world.size)
 
     def _rescue(self) -> str:
         """Save after the text failed, unless other processes would have to take part; what to resume from."""
@@ -346,12 +352,12 @@ class Trainer:
                 "val_bytes": score.bytes,
                 "val_window": self.settings.seq_len,
                 "val_stride": self.settings.seq_len,
-                "tokens": self.state.step * self.tokens_per_step,
+                "tokens": self._tokens(),
             }
             record |= {f"val_{name}": value for name, value in score.figures.items()}
-            if self.ema is not None:
-                with self.ema.applied():
-                    record["val_bpb_ema"] = self._score(stop).bpb
+            for name, average in self.averages.kept().items():
+                with average.applied():
+                    record[f"val_bpb_{name}"] = self._score(stop).bpb
         except _Interrupted:
             return False
         self.state.validated_step, self.state.val_bpb = self.state.step, score.bpb
@@ -393,7 +399,7 @@ class Trainer:
             self._metrics.sync()
             state.metrics = self._metrics.check
         checkpoints = self.folder.checkpoints
-        parts = (self.recipe, self.model, self.optimizer, self.ema, self.device)
+        parts = (self.recipe, self.model, self.optimizer, self.averages, self.device)
         save_state(checkpoints, state, *parts, world=self.world)
         self._saved = replace(state)
         if self.world.is_main:
@@ -412,6 +418,8 @@ class Trainer:
             seed=self.settings.seed,
             document_mask=self.recipe.data.document_mask,
             start_sample=self.state.next_sample,
+            start_step=self.state.step,
+            step_shape=self.settings.step_shape,
             rank=self.world.rank,
             world_size=self.world.size,
             device=self.device,
@@ -420,13 +428,13 @@ class Trainer:
     def _announce(self) -> None:
         count, summary = count_parameters(self.model), summarise(self.data, self.recipe)
         steps, start = self.settings.steps, self.state.step
+        shapes = ", then ".join(f"{rows} x {seq_len}" for rows, seq_len in self.settings.shapes())
         facts = {
             "run": f"{self.folder.path}" + (f", resuming from step {start:,}" if start else ""),
             "device": f"{self.device.type} ({device_name(self.device)}), {str(self.dtype).removeprefix('torch.')}",
             "model": f"{count.total:,} parameters, {count.embedding:,} of them in the embedding",
             "text": summary.one_line(),
-            "steps": f"{steps:,} of {self.settings.batch_size} x {self.settings.seq_len} tokens, "
-            f"{steps * self.tokens_per_step:,} in all",
+            "steps": f"{steps:,} of {shapes} tokens, {self.settings.total_tokens():,} in all",
         }
         self.display.header(facts, self.backends)
         for warning in summary.warnings():

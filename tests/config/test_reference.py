@@ -33,6 +33,7 @@ def test_the_reference_has_every_key():
 
 
 _OPTIONAL = ("model.blocks", "model.yarn", "model.bigram", "model.mup", "model.logit_rescale", "data.validation")
+_OPTIONAL += ("train.swa", "train.ramps")
 
 
 def test_defaults_are_those_of_the_schema():

@@ -188,6 +188,41 @@ def test_a_loader_can_start_at_any_counter(shards):
     assert draw(shards, 1, start_sample=10**15)[0].next_sample == 10**15 + 4
 
 
+SHAPES = [(4, 2), (8, 1), (2, 4), (3, 8), (2, 8)]  # by step; the last one from there on; windows of 8 tokens
+
+
+def step_shape(step):
+    return SHAPES[min(step, len(SHAPES) - 1)]
+
+
+def test_the_stream_of_tokens_does_not_depend_on_the_shape_of_steps(shards):
+    ramped, plain = draw(shards, 8, step_shape=step_shape), draw(shards, 3)
+    assert [tuple(batch.tokens.shape) for batch in ramped] == [step_shape(step) for step in range(8)]
+    assert [batch.next_sample for batch in ramped] == [1, 2, 3, 6, 8, 10, 12, 14]
+    assert [batch.n_valid for batch in ramped[:5]] == [8, 8, 8, 24, 16]
+    for field in ("tokens", "targets"):
+        streams = [torch.cat([getattr(batch, field).flatten() for batch in one]) for one in (ramped, plain)]
+        assert torch.equal(streams[0][:96], streams[1][:96]), field
+
+
+def test_ranks_and_resumed_loaders_agree_on_steps_of_any_shape(shards):
+    shape = lambda step: ((4, 4), (8, 2), (4, 8))[min(step, 2)]  # noqa: E731
+    alone = draw(shards, 4, step_shape=shape)
+    parts = [draw(shards, 4, step_shape=shape, rank=rank, world_size=2) for rank in range(2)]
+    for step, batch in enumerate(alone):
+        for field in ("tokens", "targets", "documents"):
+            shared = torch.cat([getattr(part[step], field) for part in parts])
+            assert torch.equal(shared, getattr(batch, field)), (step, field)
+    after = draw(shards, 2, step_shape=shape, start_step=2, start_sample=alone[1].next_sample)
+    assert torch.equal(rows(after), rows(alone[2:])) and after[-1].next_sample == alone[-1].next_sample
+
+
+def test_a_step_that_is_not_whole_windows_is_refused(shards):
+    for shape in ((3, 4), (4, 3)):
+        with pytest.raises(ValueError, match=f"step 0: {shape[0]} rows of {shape[1]} tokens are not whole windows"):
+            draw(shards, 1, step_shape=lambda _, shape=shape: shape)
+
+
 @pytest.mark.parametrize("lengths", [[5, 1, 1, 30, 14, 9], [17], [1] * 20, [16, 1]])
 @pytest.mark.parametrize("seq_len", [1, 4, 16])
 def test_document_numbers_rise_at_end_of_text(lengths, seq_len):
@@ -231,10 +266,10 @@ def test_a_split_without_text_is_refused():
 def test_errors_of_the_thread_are_raised_after_the_batches_before_them(shards, monkeypatch):
     read = Loader._read
 
-    def fail(self, sample):
+    def fail(self, sample, *shape):
         if sample == 8:
             raise OSError(5, "Input/output error")
-        return read(self, sample)
+        return read(self, sample, *shape)
 
     monkeypatch.setattr(Loader, "_read", fail)
     with Loader(shards, seq_len=8, batch_size=4, seed=0) as loader:
@@ -259,7 +294,9 @@ def test_closing_ends_the_thread(shards, drawn):
 
 def test_the_thread_reads_ahead_by_prefetch_at_most(shards, monkeypatch):
     samples, read = [], Loader._read
-    monkeypatch.setattr(Loader, "_read", lambda self, sample: samples.append(sample) or read(self, sample))
+    monkeypatch.setattr(
+        Loader, "_read", lambda self, sample, *shape: samples.append(sample) or read(self, sample, *shape)
+    )
     with Loader(shards, seq_len=8, batch_size=4, seed=0, prefetch=2) as loader:
         for _ in range(5):
             next(loader)

@@ -2,7 +2,7 @@ import math
 
 import pytest
 
-from fusedlm.config.train import CosineConfig, WSDConfig
+from fusedlm.config.train import CosineConfig, LinearConfig, WSDConfig
 from fusedlm.optim import schedule_scale
 
 
@@ -27,6 +27,14 @@ def test_cosine_at_its_corners():
     assert values[99] == pytest.approx(0.2)
 
 
+def test_linear_at_its_corners():
+    values = scales(LinearConfig(warmup=0.1, final=0.2), 100)
+    assert values[4] == pytest.approx(0.5)
+    assert values[9] == 1.0
+    assert values[54] == pytest.approx(1 - 0.8 * 45 / 90)
+    assert values[99] == pytest.approx(0.2)
+
+
 @pytest.mark.parametrize("steps", [1, 2, 3, 7, 1000])
 @pytest.mark.parametrize(
     "config",
@@ -39,6 +47,8 @@ def test_cosine_at_its_corners():
         CosineConfig(),
         CosineConfig(warmup=0, final=0),
         CosineConfig(warmup=1),
+        LinearConfig(),
+        LinearConfig(warmup=1),
     ],
 )
 def test_multipliers_are_between_zero_and_one_at_every_length(config, steps):

@@ -164,7 +164,7 @@ def test_the_page_is_self_contained(tmp_path):
     assert "http" not in source and "@import" not in source and not re.search(r"url\((?!#)", source)
     ids = re.findall(r' id="([^"]+)"', source)
     assert ids and len(set(ids)) == len(ids), "the ids of one drawing are not those of another"
-    used = set(re.findall(r'url\(#([^)]+)\)', source)) | {link[1:] for link in page.sources}
+    used = set(re.findall(r"url\(#([^)]+)\)", source)) | {link[1:] for link in page.sources}
     assert used == set(ids)
 
 
@@ -190,14 +190,16 @@ def test_colours_are_those_of_the_scheme(tmp_path):
 def test_every_series_has_a_colour_of_its_own_under_the_pointer_and_in_the_drawing(tmp_path):
     run = write_run(tmp_path / "run", **ROUTED, loss_a=lambda step: 1 / step, loss_b=lambda step: 2 / step)
     with (run / "metrics.jsonl").open("a") as file:
-        file.write('{"step": 30, "val_bpb": 2.1, "val_bpb_ema": 1.9, "val_nll_per_token": 3, "tokens": 3000}\n')
+        averages = '"val_bpb_ema": 1.9, "val_bpb_swa": 1.8'
+        file.write(f'{{"step": 30, "val_bpb": 2.1, {averages}, "val_nll_per_token": 3, "tokens": 3000}}\n')
     path = write_report(run)
     found = colours(parse(path))
     levels = {"light": "raw", "blend": "c1", "full": "c0"}
     share = {"computed, each step": "raw", "computed": "c0", "budget": "soft-ink"}
+    averages = {"moving average (ema)": "c1", "mean near the end (swa)": "c2", "weights as trained": "c0"}
     assert {title: found[title] for title in found if title not in ("Throughput", "Memory")} == {
         "Training and validation loss": [{"training, each step": "raw", "training": "c0", "validation": "c1"}],
-        "Validation bits per byte": [{"averaged weights": "c1", "weights as trained": "c0"}],
+        "Validation bits per byte": [averages],
         "Learning rate and gradient norm": [
             {"learning rate": "c0"},
             {"gradient norm, each step": "raw", "gradient norm": "c0"},
@@ -396,11 +398,11 @@ def test_a_spike_is_cut_off_and_mentioned(tmp_path, not_drawn):
 
 def test_averaged_weights_are_shown_if_a_run_has_them(tmp_path, not_drawn):
     run = write_run(tmp_path / "run")
-    assert "of averaged weights" not in parse(write_report(run)).text
+    assert "of ema weights" not in parse(write_report(run)).text
     with (run / "metrics.jsonl").open("a") as file:
         file.write('{"step": 30, "val_bpb": 2.1, "val_bpb_ema": 1.9123, "val_nll_per_token": 3, "tokens": 3000}\n')
     page = parse(write_report(run))
-    assert "of averaged weights" in page.text and "1.9123" in page.text
+    assert "of ema weights" in page.text and "of swa weights" not in page.text and "1.9123" in page.text
 
 
 def test_many_validations_are_folded(tmp_path, not_drawn):

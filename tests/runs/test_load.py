@@ -33,7 +33,7 @@ def copied(trained, tmp_path):
 
 def test_the_loaded_model_scores_as_the_trained_one(trained):
     recipe, run = trained
-    for weights, key in (("model", "val_bpb"), ("ema", "val_bpb_ema")):
+    for weights, key in (("raw", "val_bpb"), ("ema", "val_bpb_ema")):
         model, tokenizer, loaded = load(run, weights=weights, device="cpu")
         assert loaded == recipe and not model.training
         text = (run.parent / "text.txt").read_text().split("\n---\n")
@@ -117,7 +117,7 @@ def test_damaged_optimizer_state_does_not_prevent_loading(copied):
     [
         ({"checkpoint": 9}, "has no checkpoint 9; it has last, best and 8, 12"),
         ({"checkpoint": "newest"}, "has no checkpoint 'newest'"),
-        ({"weights": "swa"}, "weights='swa': must be model or ema"),
+        ({"weights": "model"}, "weights='model': must be raw, ema or swa"),
         ({"device": "tpu"}, "device 'tpu'"),
         ({"overrides": ["train.steps=1"]}, "'train.steps=1': only keys of section runtime can be changed"),
         ({"overrides": ["runtime.dtype=float16"]}, "runtime.dtype: got 'float16'"),
@@ -140,8 +140,16 @@ def test_folders_without_a_run_are_named(copied, tmp_path):
 
 def test_averaged_weights_of_a_run_without_them_are_refused(copied):
     edit_recipe(copied, lambda text: text.replace("ema: 0.9", "ema: null"))
-    with pytest.raises(ValueError, match="has no averaged weights"):
+    with pytest.raises(ValueError, match="has no ema weights; train with train.ema, or use weights raw"):
         load(copied, weights="ema")
+    with pytest.raises(ValueError, match="has no swa weights; train with train.swa, or use weights raw"):
+        load(copied, weights="swa")
+
+
+def test_an_average_that_has_not_begun_is_refused(copied):
+    edit_recipe(copied, lambda text: text.replace("swa: null", "swa: {every: 50, below: 0.2}"))
+    with pytest.raises(ValueError, match="has no swa weights at step 12 yet; use weights raw, or a later checkpoint"):
+        load(copied, weights="swa")
 
 
 def test_a_checkpoint_of_another_model_is_refused(copied):

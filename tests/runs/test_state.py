@@ -6,9 +6,9 @@ from dataclasses import asdict
 import pytest
 import torch
 
-from fusedlm.config.train import AdamWConfig
+from fusedlm.config.train import AdamWConfig, TrainConfig
 from fusedlm.distributed import World
-from fusedlm.optim import ExponentialMovingAverage, build_optimizer, optimizer_tensors
+from fusedlm.optim import Averages, build_optimizer, optimizer_tensors
 from fusedlm.runs.checkpoint import Checkpoints, DamagedCheckpoint, ForeignCheckpoint, write_safetensors
 from fusedlm.runs.state import (
     TrainState,
@@ -31,19 +31,19 @@ def parts(seed: int):
     torch.manual_seed(seed)
     model = part_model(MIXER)
     optimizer = build_optimizer(model, AdamWConfig(lr=0.01), CPU)
-    return model, optimizer, ExponentialMovingAverage(model, 0.9)
+    return model, optimizer, Averages(model, TrainConfig(steps=10, seq_len=4, batch_size=1, ema=0.9))
 
 
-def step(model, optimizer, ema) -> None:
+def step(model, optimizer, averages) -> None:
     tokens = torch.randint(61, (2, 6))
     model(tokens, targets=tokens).total().backward()
     optimizer.step()
     optimizer.zero_grad()
-    ema.update()
+    averages.update(0)
 
 
-def everything(model, optimizer, ema) -> dict[str, torch.Tensor]:
-    averages = {f"ema/{name}": average for name, average in ema.state_dict().items()}
+def everything(model, optimizer, averages) -> dict[str, torch.Tensor]:
+    averages = {f"ema/{name}": average for name, average in averages.ema.state_dict().items()}
     found = model_tensors(model) | optimizer_tensors(model, optimizer) | averages
     return {name: tensor.detach().clone() for name, tensor in found.items()}
 
@@ -74,7 +74,7 @@ def test_tensors_are_written_by_the_given_writer(tmp_path):
 
     checkpoints, world = Checkpoints(tmp_path / "checkpoints"), World()
     save_state(checkpoints, TrainState("abc"), tiny_recipe(tmp_path), *parts(0), CPU, write=write, world=world)
-    assert written == [("model", world), ("optimizer", world), ("rng", world), ("ema", world)]
+    assert written == [("model", world), ("optimizer", world), ("rng", world)]
     checkpoints.verify(0)
 
 

@@ -29,7 +29,7 @@ def test_lines_if_the_console_is_no_terminal():
     shown.close()
     assert output.getvalue().splitlines() == [
         "step 3/3  loss 2.0000  12,345 tokens/s  lr 1.00e-03",
-        "step 3/3  validation: 2.2500 bits per byte (window 16, stride 8), 2.1250 with averaged weights",
+        "step 3/3  validation: 2.2500 bits per byte (window 16, stride 8), 2.1250 with ema weights",
     ]
 
 

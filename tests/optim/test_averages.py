@@ -2,7 +2,8 @@ import pytest
 import torch
 from torch import nn
 
-from fusedlm.optim import ExponentialMovingAverage
+from fusedlm.config.train import CosineConfig, LinearConfig, SWAConfig, TrainConfig, WSDConfig
+from fusedlm.optim import Averages, ExponentialMovingAverage
 
 
 def walk(model, ema, steps):
@@ -83,3 +84,48 @@ def test_averages_of_another_model_are_refused(tensors, message):
 def test_a_decay_out_of_range_is_refused(decay):
     with pytest.raises(ValueError, match=f"decay={decay}: must be greater than 0 and less than 1"):
         ExponentialMovingAverage(nn.Linear(3, 2), decay=decay)
+
+
+def averaged(config, steps, skip=()):
+    """The averages after walking through all steps, and the weights after each."""
+    model = nn.Linear(3, 2, bias=False)
+    averages, weights = Averages(model, config), []
+    for step in range(steps):
+        with torch.no_grad():
+            model.weight.add_(torch.randn_like(model.weight))
+        weights.append(model.weight.detach().double().clone())
+        if step not in skip:
+            averages.update(step)
+    return averages, weights
+
+
+def settings(**changes):
+    schedule = WSDConfig(warmup=0.2, decay=0.5, final=0.0)
+    return TrainConfig(steps=40, seq_len=4, batch_size=1, schedule=schedule, **changes)
+
+
+def test_swa_is_the_mean_of_every_nth_step_below_the_threshold():
+    """The last 20 of 40 steps decay from 1 to 0: below 0.4 are those from 33 on, counted from 1, the last at 0."""
+    averages, weights = averaged(settings(swa=SWAConfig(every=3, below=0.4)), 40, skip=(35,))
+    chosen = [weights[step - 1] for step in (33, 39)]
+    assert averages.updates() == (0, 2)
+    mean = averages.swa.state_dict()["weight"]
+    assert mean.dtype == torch.float32
+    torch.testing.assert_close(mean.double(), sum(chosen) / 2, rtol=0, atol=1e-6)
+    assert set(averages.kept()) == {"swa"}
+
+
+def test_warm_up_is_not_averaged_and_a_step_above_the_threshold_empties_the_mean():
+    config = settings(swa=SWAConfig(every=1, below=0.4), ema=0.9)
+    averages, _ = averaged(config, 8)
+    assert set(averages.kept()) == {"ema"}
+    averages, _ = averaged(config, 40)
+    assert averages.updates() == (40, 8)
+    averages.update(20)  # of a run that was extended
+    assert averages.updates() == (41, 0)
+
+
+def test_a_threshold_that_the_schedule_never_passes_is_refused():
+    for schedule in (WSDConfig(final=0.2), WSDConfig(decay=0), CosineConfig(final=0.3), LinearConfig(final=0.2)):
+        with pytest.raises(ValueError, match="swa.below=0.2: the schedule ends at"):
+            TrainConfig(steps=40, seq_len=4, batch_size=1, schedule=schedule, swa=SWAConfig())
