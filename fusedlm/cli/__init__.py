@@ -23,6 +23,7 @@ from fusedlm.cli.help import explain
 from fusedlm.cli.interrupts import Terminated, die_of_interrupt, exit_code, raising_signals
 from fusedlm.cli.openmp import bound_spinning
 from fusedlm.cli.plan import plan
+from fusedlm.cli.probe import probe
 from fusedlm.cli.recipes import recipes
 from fusedlm.cli.report import report
 from fusedlm.cli.train import train
@@ -42,6 +43,7 @@ app.command()(generate)
 app.command()(compare)
 app.add_typer(data, name="data")
 app.add_typer(recipes, name="recipes")
+app.add_typer(probe, name="probe")
 app.command()(report)
 app.command()(plan)
 app.command()(doctor)

@@ -59,9 +59,9 @@ def run_probe(probe: str, target: Target, options: dict, *, as_json: bool) -> No
         print(json.dumps(record))
         return
     console = make_console()
-    for table in tables:
+    for shown in tables:
         # Sentences are wrapped at words on a terminal, and one line in a file.
-        console.print(table, highlight=False, soft_wrap=isinstance(table, str) and not console.is_terminal)
+        console.print(shown, highlight=False, soft_wrap=isinstance(shown, str) and not console.is_terminal)
     print(f"{out / probe}.json, {out / probe}.png")
 
 
@@ -92,7 +92,7 @@ def _mqar(target: Target, options: dict):
     record = _record("mqar", target, result, device, dtype)
     rows = [(str(p["pairs"]), f"{p['accuracy']:.1%}", f"{p['guess']:.1%}") for p in result["accuracy"]]
     head = ("pairs", "accuracy", "guessing among the values")
-    return record, recall_plot({recipe.name: result["accuracy"]}), [_table(head, rows)]
+    return record, recall_plot({recipe.name: result["accuracy"]}), [table(head, rows)]
 
 
 def _needle(target: Target, options: dict):
@@ -151,7 +151,7 @@ def _needle(target: Target, options: dict):
     title = "Accuracy, and gain in log-likelihood of the answer (nats per token)"
     skipped = ", ".join(f"{n:,}" for n in result["left_out"])
     notes = [f"skipped, since no document is long enough: {skipped} tokens"] if skipped else []
-    return record, needle_plot({recipe.name: result}), [_table(head, rows, title), *notes]
+    return record, needle_plot({recipe.name: result}), [table(head, rows, title), *notes]
 
 
 def _extend(target: Target, options: dict):
@@ -189,7 +189,7 @@ def _by_position(result: dict):
     at = [result["ends"].index(n * trained) for n in multiples]
     rows = [(_name(curve), *(f"{curve['bpb'][i]:.4f}" for i in at)) for curve in result["curves"]]
     title = f"Bits per byte up to a multiple of the training length, {trained:,} tokens; {result['windows']} windows"
-    return _table(("", *(f"{n}×" for n in multiples)), rows, title)
+    return table(("", *(f"{n}×" for n in multiples)), rows, title)
 
 
 def _on_the_same_text(result: dict):
@@ -204,7 +204,7 @@ def _on_the_same_text(result: dict):
         for curve in result["curves"]
     ]
     head = ("", "1×", "4×", "1× against unstretched", "4× against unstretched")
-    return _table(head, rows, "Bits per byte at 1× and 4×, on the same text")
+    return table(head, rows, "Bits per byte at 1× and 4×, on the same text")
 
 
 def _name(curve: dict) -> str:
@@ -223,16 +223,17 @@ def _record(probe: str, target: Target, result: dict, device, dtype) -> dict:
     return {"probe": probe, "run": str(target.run), **result, "environment": environment(device, dtype)}
 
 
-def _table(head: tuple[str, ...], rows: list[tuple[str, ...]], title: str | None = None):
+def table(head: tuple[str, ...], rows: list[tuple[str, ...]], title: str | None = None):
+    """A table of rich; numbers, in all columns but the first, to the right."""
     from rich import box
     from rich.table import Table
 
-    table = Table(*head, box=box.SIMPLE_HEAD, title=title, title_justify="left")
-    for column in table.columns[1:]:
+    made = Table(*head, box=box.SIMPLE_HEAD, title=title, title_justify="left")
+    for column in made.columns[1:]:
         column.justify = "right"
     for row in rows:
-        table.add_row(*row)
-    return table
+        made.add_row(*row)
+    return made
 
 
 def _split(option: str, text: str) -> list[float]:

@@ -312,7 +312,7 @@ class _Grid:
                 self._end(variant, seed, _failed(self._untimed[variant.name]))
                 continue
             text = self.folder.identity["variants"][variant.name]["text"]
-            arguments = (recipe, self.folder.run(variant.name, seed), text)
+            arguments = (recipe, self.folder.run(variant.name, seed), text, self.experiment.weights)
             yield Task(train_run, arguments, partial(self.display.report, name), about=(variant, seed))
 
     def _end(self, variant: Variant, seed: int, record: dict) -> None:

@@ -55,11 +55,12 @@ class _Relay(Display):
         self._report("validation", record)
 
 
-def train_run(recipe: Recipe, run_dir: Path, text: str, report: Report) -> dict:
+def train_run(recipe: Recipe, run_dir: Path, text: str, weights: str, report: Report) -> dict:
     """Train, or resume an interrupted run, and score all validation text.
 
     Args:
         text: fingerprint of the prepared text, the same for all runs of an experiment even if the source changes.
+        weights: those to score, as `fusedlm.load` names them.
 
     Returns:
         "outcome": finished, diverged (a loss, or the likelihood of validation text, is not finite), failed (this run
@@ -71,7 +72,7 @@ def train_run(recipe: Recipe, run_dir: Path, text: str, report: Report) -> dict:
         result = train(recipe, run_dir, resume=True, display=_Relay(report), text=text, strict_backends=False)
         if result.stopped_by_signal:
             return _ended("stopped")
-        return _ended("finished", final=_final_score(recipe, run_dir, text))
+        return _ended("finished", final=_final_score(recipe, run_dir, text, weights))
     except (TrainingDiverged, NotFinite) as error:
         return _ended("diverged", str(error), step=_last_step(run_dir))
     except OSError as error:
@@ -90,14 +91,14 @@ def _last_step(run_dir: Path) -> int:
     return max((record["step"] for record in records if "loss" in record), default=0)
 
 
-def _final_score(recipe: Recipe, run_dir: Path, text: str) -> dict:
+def _final_score(recipe: Recipe, run_dir: Path, text: str, weights: str) -> dict:
     shards = open_text(recipe, text, run_dir, remedy="restore the text").validation
     records, _ = read_metrics(run_dir / METRICS)
     last = next((record for record in reversed(records) if "val_bpb" in record), {})
-    if last.get("val_tokens") == shards.n_tokens - shards.n_documents:
+    if weights == "raw" and last.get("val_tokens") == shards.n_tokens - shards.n_documents:
         return {key: last[key] for key in ("val_bpb", "val_nll_per_token", "val_tokens", "val_bytes")}
     device = resolve_device(recipe.runtime.device)
-    model, _, _ = load(run_dir, device=device)
+    model, _, _ = load(run_dir, weights=weights, device=device)
     score = score_documents(
         model,
         shards.documents(),

@@ -52,6 +52,8 @@ class Experiment(Config):
     """Largest relative deviation of the match."""
     calibration_steps: int = Field(40, ge=10, le=10**6)
     """Steps that measure the time per step of a variant, for match: time."""
+    weights: Literal["raw", "ema", "swa"] = "raw"
+    """Weights of each run that are scored: as trained, their moving average, or their mean near the end."""
     decode_lengths: list[Length] = Field([1024, 8192, 65536], max_length=100)
     """Numbers of tokens after which decoding is measured; []: not measured."""
 

@@ -18,7 +18,6 @@ from fusedlm.data import Batch
 from fusedlm.data.meter import ReportProgress, silent
 from fusedlm.model import Decoder, build_model
 from fusedlm.model.precision import autocast
-from fusedlm.nn.linear import Linear
 from fusedlm.optim import build_optimizer
 from fusedlm.train.step import train_step
 
@@ -34,7 +33,7 @@ def probe_coordinates(
     widths: tuple[int, ...] = WIDTHS,
     base_width: int | None = None,
     steps: int = 10,
-    rate: float = 10.0,
+    rate: float = 3.0,
     batch_size: int = 8,
     seq_len: int = 64,
     seed: int = 0,
@@ -180,7 +179,7 @@ def measure(model: Decoder, tokens: torch.Tensor, context: Callable) -> dict[str
     for letter, block in zip(model.layer_names, model.blocks, strict=True):
         watch(block, letter)
         for path, module in block.named_modules():
-            if path in ("mixer", "ffn") or isinstance(module, Linear):
+            if path in ("mixer", "ffn") or isinstance(module, torch.nn.Linear):
                 watch(module, f"{letter}.{path}")
     watch(model.head, "logits")
     try:

@@ -90,6 +90,35 @@ def extend_plot(result: dict) -> bytes:
     return png(figure)
 
 
+def coordinates_plot(result: dict) -> bytes:
+    """Mean |x| after the last step against width, a line per kind of module; without muP and with it.
+
+    Args:
+        result: of `probe_coordinates`.
+    """
+    panels = {"Standard parametrisation": "standard", f"muP, base width {result['base_width']}": "mup"}
+    figure = canvas((2 * _PANEL[0] + 2.2, _PANEL[1] + 0.5))
+    every, widths = figure.subplots(1, 2, sharey=True), result["widths"]
+    for axes in every:
+        plain_axes(axes)
+    for axes, (title, name) in zip(every, panels.items(), strict=True):
+        kinds = result["values"][name]
+        for (kind, series), color in zip(kinds.items(), _cycle(len(kinds)), strict=True):
+            y = [np.nan if values[-1] is None else values[-1] for values in series]
+            axes.plot(widths, y, color=color, linewidth=1.4, marker="o", markersize=3, label=kind)
+        axes.set_title(title, fontsize=9, color=INK)
+        axes.set_xlabel("Width")
+        axes.set_xscale("log", base=2)
+        axes.set_yscale("log", base=2)
+        axes.xaxis.set_major_locator(FixedLocator(widths))
+        axes.xaxis.set_minor_locator(NullLocator())
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    every[0].set_ylabel(f"Mean |x| after {result['steps']} steps")
+    _legend(every[1], outside=True)
+    return png(figure)
+
+
 def _rolling(values: np.ndarray, size: int) -> np.ndarray:
     """Sums of each `size` consecutive values."""
     return np.convolve(values, np.ones(size), mode="valid")

@@ -205,7 +205,10 @@ arguments("resume-with-fewer-steps", "train small.yaml train.steps=1 --resume", 
 arguments("no-such-checkpoint", "eval {run} --checkpoint 99", "99")
 arguments("checkpoint-name", "eval {run} --checkpoint newest", "'newest'")
 arguments("no-average", "eval {run} --weights ema", "ema")
-arguments("weights-name", "generate {run} --prompt a --weights swa", "'swa'")
+arguments("no-mean", "generate {run} --prompt a --weights swa", "has no swa weights; train with train.swa")
+arguments("weights-name", "generate {run} --prompt a --weights model", "'model'")
+arguments("widths", "probe coordinates small.yaml --widths 16,wide", "'16,wide'")
+arguments("one-width", "probe coordinates small.yaml --widths 16", "widths=[16]")
 
 
 def checkpoints() -> list[Path]:

@@ -180,3 +180,16 @@ def test_bad_input(line: str, named: str, workspace: Path, long_text: str, fused
     assert outcome.err.startswith("error: ") and outcome.err.count("\n") == 1, outcome.err
     assert named in outcome.err
     assert not list(Path(RUN).glob("probes/*"))
+
+
+def test_the_coordinate_check_writes_its_files_and_prints_the_growth(fusedlm, workspace):
+    options = ("--widths", "16,32", "--steps", 2, "--batch-size", 2, "--seq-len", 8, "--device", "cpu")
+    outcome = fusedlm("probe", "coordinates", "small.yaml", *options)
+    assert outcome.code == 0, outcome
+    record = json.loads((workspace / "probes/coordinates.json").read_text())
+    assert record["widths"] == [16, 32] and record["base_width"] == 16 and record["probe"] == "coordinates"
+    assert (workspace / "probes/coordinates.png").read_bytes().startswith(b"\x89PNG")
+    assert "Growth of mean |x| from width 16 to 32, after 2 steps:" in outcome.out
+    growth = record["growth"]["mup"]["logits"]
+    assert f"{growth:.2f}×" in next(line for line in outcome.out.splitlines() if "logits" in line)
+    assert fusedlm("probe").code == 0

@@ -33,7 +33,7 @@ def test_a_byte_order_mark_is_counted_nowhere(workspace: Path, fusedlm):
     assert outcome.code == 0, outcome
     [prepared] = Path("prepared").glob("marked-*")
     splits = json.loads((prepared / "manifest.json").read_text())["splits"]
-    assert sum(split["bytes"] for split in splits.values()) == len("one two" "three four five" "six")
+    assert sum(split["bytes"] for split in splits.values()) == len("one twothree four fivesix")
 
 
 @pytest.mark.parametrize(

@@ -122,7 +122,7 @@ def train_run(monkeypatch, tmp_path, error):
         raise error
 
     monkeypatch.setattr(work, "train", train)
-    return work.train_run(None, tmp_path, "", lambda kind, content: None)
+    return work.train_run(None, tmp_path, "", "raw", lambda kind, content: None)
 
 
 @pytest.mark.parametrize(
