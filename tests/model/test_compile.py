@@ -56,6 +56,24 @@ def _check_full_graph(mixer, ffn, packed, backend):
         assert_close(graphs[name], expected, 1e-10, name)
 
 
+def test_static_graphs_have_a_graph_for_each_length():
+    """By default the second length makes a graph of symbolic sizes, which a run that begins with it would not have."""
+    torch._dynamo.reset()
+    symbolic = []
+
+    def backend(graph, inputs):
+        shapes = [size for x in inputs if isinstance(x, torch.Tensor) for size in x.shape]
+        symbolic.append(any(isinstance(size, torch.SymInt) for size in [*shapes, *inputs]))
+        return graph.forward
+
+    model = part_model(MIXER_CASES["attention"][0], extra="n_layers: 1")
+    model.compile_blocks(backend=backend, dynamic=False)
+    for length in (12, 9):
+        tokens = torch.randint(0, 61, (2, length))
+        model(tokens, targets=tokens)
+    assert symbolic == [False] * 4
+
+
 @torch._dynamo.config.patch(recompile_limit=8)
 def test_more_kinds_of_block_than_the_compiler_keeps_by_default():
     torch._dynamo.reset()

@@ -117,7 +117,7 @@ def test_swa_is_the_mean_of_every_nth_step_below_the_threshold():
 
 def test_warm_up_is_not_averaged_and_a_step_above_the_threshold_empties_the_mean():
     config = settings(swa=SWAConfig(every=1, below=0.4), ema=0.9)
-    averages, _ = averaged(config, 8)
+    averages, _ = averaged(config, 3)
     assert set(averages.kept()) == {"ema"}
     averages, _ = averaged(config, 40)
     assert averages.updates() == (40, 8)

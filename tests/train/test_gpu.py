@@ -25,6 +25,7 @@ def gpu_recipe(tmp_path, *overrides):
     return tiny_recipe(tmp_path, "runtime.device=cuda", "model.dim=64", "train.batch_size=8", *overrides)
 
 
+RAMPS = "train.ramps=[{until: 0.25, seq_len: 4}, {until: 0.8, seq_len: 8, batch_size: 4}]"
 GRAPH = ["runtime.cuda_graph=true", "data.document_mask=false"]
 
 
@@ -35,6 +36,7 @@ GRAPH = ["runtime.cuda_graph=true", "data.document_mask=false"]
         ["runtime.dtype=bfloat16"],
         ["runtime.dtype=bfloat16", *GRAPH],
         ["runtime.dtype=bfloat16", *GRAPH, "train.micro_batch_size=8", "runtime.compile=true"],
+        ["runtime.dtype=bfloat16", *GRAPH, RAMPS, "runtime.compile=true", "train.swa={every: 1, below: 0.9}"],
     ],
 )
 def test_a_deterministic_run_resumes_bit_for_bit(tmp_path, monkeypatch, overrides):
@@ -53,6 +55,13 @@ def test_a_deterministic_run_resumes_bit_for_bit(tmp_path, monkeypatch, override
     train(recipe, tmp_path / "run", resume=True)
     assert records(tmp_path / "run") == records(tmp_path / "straight")
     assert checkpoint_names(tmp_path / "run")[-1] == "step-00000012"
+
+
+def test_a_graph_is_captured_for_each_shape_of_a_ramp(tmp_path):
+    common = ["model.dropout=0", "train.ema=null", "runtime.dtype=float32", "data.document_mask=false", RAMPS]
+    for name in ("false", "true"):
+        train(gpu_recipe(tmp_path, *common, f"runtime.cuda_graph={name}"), tmp_path / name)
+    assert losses(tmp_path / "true") == pytest.approx(losses(tmp_path / "false"), rel=1e-4)
 
 
 def test_a_compiled_run_in_bfloat16_has_the_losses_of_the_plain_one(tmp_path):

@@ -6,9 +6,11 @@ import pytest
 import torch
 
 from fusedlm.config import parse_recipe
+from fusedlm.model import Decoder
 from fusedlm.model.accounting import training_flops_per_token
 from fusedlm.runs import load
 from fusedlm.runs.checkpoint import Checkpoints
+from fusedlm.runs.metrics import read_metrics
 from fusedlm.train import train, trainer
 from fusedlm.train.step import train_step
 from tests.config.test_recipe import SMALL
@@ -53,8 +55,6 @@ def test_steps_have_the_shapes_of_the_ramps_and_metrics_count_true_tokens(ramped
     assert state["next_sample"] * 16 == sum(per_step)
     model, _, _ = load(run, device="cpu")
     flops = {n: training_flops_per_token(model, n) for n in (4, 8, 16)}
-    from fusedlm.runs.metrics import read_metrics
-
     timed = [record for record in read_metrics(run / "metrics.jsonl")[0] if "loss" in record]
     for record, (shape, _) in zip(timed, seen, strict=True):
         rate = shape[0] * shape[1] / record["step_seconds"]
@@ -90,6 +90,20 @@ def test_every_average_is_loaded_by_its_name_and_scores_as_in_training(ramped):
     assert len({last[key] for key in ("val_bpb", "val_bpb_ema", "val_bpb_swa")}) == 3
     state = Checkpoints(run / "checkpoints").read_json(12, "state.json")
     assert (state["ema_updates"], state["swa_updates"]) == (12, 4)  # of steps 6, 8, 10 and 12
+
+
+@pytest.mark.parametrize(("ramps", "dynamic"), [("[]", None), ("[{until: 0.5, seq_len: 8}]", False)])
+def test_blocks_are_compiled_for_each_shape_of_a_ramp(tmp_path, monkeypatch, ramps, dynamic):
+    class Compiled(Exception):
+        pass
+
+    def compile_blocks(self, **options):
+        assert options == {"dynamic": dynamic}
+        raise Compiled
+
+    monkeypatch.setattr(Decoder, "compile_blocks", compile_blocks)
+    with pytest.raises(Compiled):
+        train(tiny_recipe(tmp_path, "runtime.compile=true", f"train.ramps={ramps}"), tmp_path / "run")
 
 
 @pytest.mark.parametrize(
