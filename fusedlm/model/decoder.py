@@ -15,8 +15,8 @@ from fusedlm.nn.embedding import Embedding
 from fusedlm.nn.linear import Linear
 from fusedlm.nn.lm_head import LMHead
 from fusedlm.nn.module import UNFUSED, UNFUSED_REASON, Module, OpUse, use_backends
-from fusedlm.nn.previous import PreviousToken
 from fusedlm.nn.mup import MuP
+from fusedlm.nn.previous import PreviousToken
 from fusedlm.nn.report import Loss, Report
 from fusedlm.nn.rope import YaRN
 from fusedlm.nn.smear import SmearGate
