@@ -64,7 +64,7 @@ def test_compile_compiles_all_blocks_and_the_head(tmp_path, monkeypatch, wanted)
     train(tiny_recipe(tmp_path, *SHORT, f"runtime.compile={str(wanted).lower()}"), tmp_path / "run")
     names = sorted(type(module).__name__ for module, _ in compiled)
     assert names == (["Block", "Block", "Block", "LMHead"] if wanted else [])
-    assert all(options == {"fullgraph": True, "backend": "inductor"} for _, options in compiled)
+    assert all(options == {"fullgraph": True, "backend": "inductor", "dynamic": None} for _, options in compiled)
 
 
 @pytest.mark.parametrize("wanted", [True, False])
