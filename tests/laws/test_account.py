@@ -62,7 +62,7 @@ def test_flops(make, n_tokens, monkeypatch):
     _check_flops(make, n_tokens, monkeypatch)
 
 
-@pytest.mark.parametrize("make", recipe_models())
+@pytest.mark.parametrize("make", [*recipe_models()])
 def test_recipes_in_their_width(make, monkeypatch):
     test_parameters(make)
     _check_flops(make, 3, monkeypatch)
