@@ -43,7 +43,7 @@ def measure(recipe, run_dir: Path | None, vocab_size: int, lengths: list[int], s
     send("decoded", (lengths[0], (int(os.environ[VISIBLE_GPUS]), 1.0)))
 
 
-def one_fails(recipe, run_dir: Path, text: str, send) -> dict:
+def one_fails(recipe, run_dir: Path, text: str, weights: str, send) -> dict:
     """The first run is killed while the second runs, which ends once the third has. All fail."""
     records = run_dir.parents[1] / "records"
     run_dir.mkdir(parents=True)
@@ -55,7 +55,7 @@ def one_fails(recipe, run_dir: Path, text: str, send) -> dict:
     return {"outcome": "failed", "message": "by design", "final": None}
 
 
-def until_stopped(recipe, run_dir: Path, text: str, send) -> dict:
+def until_stopped(recipe, run_dir: Path, text: str, weights: str, send) -> dict:
     """Saves at SIGINT."""
     end = time.monotonic() + _LONGEST
     with StopSignal() as stop:
@@ -67,9 +67,9 @@ def until_stopped(recipe, run_dir: Path, text: str, send) -> dict:
     return {"outcome": "stopped", "message": "", "final": None}
 
 
-def full_disk(recipe, run_dir: Path, text: str, send) -> dict:
+def full_disk(recipe, run_dir: Path, text: str, weights: str, send) -> dict:
     """The first run meets a full disk while the second runs."""
     if run_dir.name != "latent-seed0":
-        return until_stopped(recipe, run_dir, text, send)
+        return until_stopped(recipe, run_dir, text, weights, send)
     wait_for(run_dir.with_name("softmax-seed0"))
     return {"outcome": "system", "message": "No space left on device", "final": None}
