@@ -105,7 +105,7 @@ def make_plan(
     fixed = {
         "weight_bytes": 4 * parameters.total,
         "gradient_bytes": 4 * parameters.total,
-        "optimizer_bytes": optimizer_bytes(train.optimizer, parameters.total),
+        "optimizer_bytes": optimizer_bytes(train.optimizer, model),
         "average_bytes": 4 * parameters.total * sum(kept is not None for kept in (train.ema, train.swa)),
         "weight_copy_bytes": weight_copy_bytes(model, dtype),
     }

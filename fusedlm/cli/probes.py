@@ -117,7 +117,7 @@ def _needle(target: Target, options: dict):
         documents, *_ = documents_of(text, loaded, progress)
         finetuning = None
         if steps:
-            optimizer = train.optimizer if lr is None else train.optimizer.model_copy(update={"lr": _rate(lr)})
+            optimizer = train.optimizer if lr is None else train.optimizer.with_lr(_rate(lr))
             seed = options.get("seed", 0)
             shards = prepared_text(loaded, progress).train
             texts = training_texts(shards, seq_len=train.seq_len, eot_id=tokenizer.eot_id, seed=seed)
@@ -135,7 +135,7 @@ def _needle(target: Target, options: dict):
             )
             texts.close()
             last = losses[-max(1, steps // 10) :]
-            finetuning = {"steps": steps, "lr": optimizer.lr, "loss": sum(last) / len(last)}
+            finetuning = {"steps": steps, "lr": next(iter(optimizer.rates().values())), "loss": sum(last) / len(last)}
         stretch(model, recipe, yarn)
         options = {"trained_length": train.seq_len, "progress": progress} | options
         result = probe_needle(model, documents, tokenizer, **options, **where)

@@ -46,7 +46,13 @@ def suggest(key: str, root: type[Config]) -> list[str]:
         nearest = difflib.get_close_matches(name, names, n=1, cutoff=0.75)
         elsewhere = [known for known in dotted_keys(root) if [known.rpartition(".")[2]] == nearest]
     in_section = [known for known in elsewhere if above and known.startswith(f"{above[0]}.")]
-    return in_section or elsewhere
+    return _outermost(in_section or elsewhere)
+
+
+def _outermost(keys: list[str]) -> list[str]:
+    """Keys without those of sections inside the section of another one."""
+    within = [f"{key.rpartition('.')[0]}." for key in keys if "." in key]
+    return [key for key in keys if not any(key.startswith(one) and "." in key[len(one) :] for one in within)]
 
 
 def _hint(location: tuple, root: type[Config]) -> str:
@@ -54,7 +60,7 @@ def _hint(location: tuple, root: type[Config]) -> str:
     found, parts = _walk(location[:-1], root)
     name = str(location[-1])
     known = sorted({field for section in sections(found) for field in section.model_fields})
-    of_types = [one for one in sections(types_at(parts, root)) if name in one.model_fields]
+    of_types = [one for one in sections(types_at(parts, root)) if name in one.model_fields and _type_name(one)]
     if of_types:
         names = either([repr(one.model_fields["type"].default) for one in of_types])
         return f"; it is a key of type {names}; known here: {', '.join(known)}"

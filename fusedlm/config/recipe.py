@@ -38,10 +38,10 @@ class Recipe(Config):
 
     @model_validator(mode="after")
     def _check(self):
-        head_lr = self.train.optimizer.head_lr
+        key, head_lr = self.train.optimizer.head_rate
         if head_lr is not None and self.model.tie_embeddings:
             raise ValueError(
-                f"train.optimizer.head_lr={head_lr}: the head is the token embedding; set model.tie_embeddings=false "
+                f"train.optimizer.{key}={head_lr}: the head is the token embedding; set model.tie_embeddings=false "
                 "or remove it"
             )
         if self.model.mup is not None and self.train.optimizer.type == "sgd":

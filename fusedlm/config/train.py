@@ -25,7 +25,26 @@ MAX_STEP_TOKENS, MAX_PASS_TOKENS = 2**28, 2**24
 LearningRate = Annotated[float, Field(gt=0, le=1e38)]  # finite in float32
 
 
-class AdamWConfig(Config):
+class _OneRateConfig(Config):
+    def rates(self) -> dict[str, float]:
+        """Every peak learning rate by its key."""
+        return {"lr": self.lr}
+
+    def with_lr(self, lr: float):
+        """With this peak learning rate, and that of the head in proportion."""
+        return self.model_copy(update={"lr": lr, "head_lr": _times(self.head_lr, lr / self.lr)})
+
+    @property
+    def head_rate(self) -> tuple[str, float | None]:
+        """Key and value of the head's own learning rate."""
+        return "head_lr", self.head_lr
+
+
+def _times(rate: float | None, factor: float) -> float | None:
+    return None if rate is None else rate * factor
+
+
+class AdamWConfig(_OneRateConfig):
     """AdamW (arXiv 1711.05101). Weight decay applies to hidden matrices and routers."""
 
     type: Literal["adamw"] = "adamw"
@@ -42,9 +61,11 @@ class AdamWConfig(Config):
     """Added to the root of the mean of squared gradients."""
     weight_decay: NonNegativeFloat = 0.1
     """Weight decay, times the learning rate."""
+    cautious: bool = False
+    """Weight decay only where the update and the weight have the same sign (arXiv 2510.12402)."""
 
 
-class SGDConfig(Config):
+class SGDConfig(_OneRateConfig):
     """Stochastic gradient descent with momentum. Weight decay, of the same parameters as AdamW, is added to the
     gradient."""
 
@@ -66,6 +87,98 @@ class SGDConfig(Config):
         if self.nesterov and self.momentum == 0:
             raise ValueError("nesterov=true: needs momentum greater than 0")
         return self
+
+
+class MuonConfig(Config):
+    """Muon: momentum, orthogonalised and scaled (docs/optimizers.md)."""
+
+    lr: LearningRate = 0.02
+    """Learning rate at the peak of the schedule."""
+    momentum: float = Field(0.95, ge=0, lt=1)
+    """Decay of the mean of gradients; 0: the gradient itself."""
+    nesterov: bool = True
+    """Nesterov's momentum."""
+    weight_decay: NonNegativeFloat = 0.1
+    """Weight decay, times the learning rate."""
+    cautious: bool = False
+    """Weight decay only where the update and the weight have the same sign (arXiv 2510.12402)."""
+    scheme: Literal["quintic", "polar_express", "turbo"] = "polar_express"
+    """The polynomials that orthogonalise: 5 steps of one, 5 of Polar Express, or 4 of these after preconditioning."""
+    scaling: Literal["shape", "spectral", "rms"] = "spectral"
+    """Factor of the orthogonal update: shape is sqrt(max(1, out/in)), spectral sqrt(out/in), rms 0.2 sqrt(max(out,
+    in)), with which learning rates of AdamW carry over."""
+
+    @model_validator(mode="after")
+    def _check_nesterov(self):
+        if self.nesterov and self.momentum == 0:
+            raise ValueError("nesterov=true: needs momentum greater than 0")
+        return self
+
+
+class NorMuonConfig(MuonConfig):
+    """NorMuon: Muon whose update is divided by the root mean square of its rows over steps (arXiv 2510.05491)."""
+
+    beta2: float = Field(0.95, ge=0, lt=1)
+    """Decay of the mean of the rows' squared updates."""
+
+
+class RestConfig(Config):
+    """AdamW of the parameters that are not hidden matrices. Weight decay applies to routers."""
+
+    lr: LearningRate = 1e-3
+    """Learning rate at the peak of the schedule."""
+    head_lr: LearningRate | None = None
+    """Learning rate of an untied language-model head at the peak of the schedule; null: lr."""
+    beta1: float = Field(0.9, ge=0, lt=1)
+    """Decay of the mean of gradients."""
+    beta2: float = Field(0.95, ge=0, lt=1)
+    """Decay of the mean of squared gradients."""
+    eps: Epsilon = 1e-8
+    """Added to the root of the mean of squared gradients."""
+    weight_decay: NonNegativeFloat = 0.0
+    """Weight decay, times the learning rate."""
+    cautious: bool = False
+    """Weight decay only where the update and the weight have the same sign (arXiv 2510.12402)."""
+
+
+class _TwoRateConfig(Config):
+    def rates(self) -> dict[str, float]:
+        """Every peak learning rate by its key, that of hidden matrices first."""
+        return {"matrix.lr": self.matrix.lr, "rest.lr": self.rest.lr}
+
+    def with_lr(self, lr: float):
+        """With this peak learning rate of hidden matrices, and that of the rest in proportion."""
+        factor = lr / self.matrix.lr
+        matrix = self.matrix.model_copy(update={"lr": lr})
+        changes = {"lr": self.rest.lr * factor, "head_lr": _times(self.rest.head_lr, factor)}
+        return self.model_copy(update={"matrix": matrix, "rest": self.rest.model_copy(update=changes)})
+
+    @property
+    def head_rate(self) -> tuple[str, float | None]:
+        """Key and value of the head's own learning rate."""
+        return "rest.head_lr", self.rest.head_lr
+
+
+class MuonAdamWConfig(_TwoRateConfig):
+    """Muon for hidden matrices, AdamW for all other parameters."""
+
+    type: Literal["muon_adamw"] = "muon_adamw"
+    """The optimizer."""
+    matrix: MuonConfig = MuonConfig()
+    """Muon, of hidden matrices."""
+    rest: RestConfig = RestConfig()
+    """AdamW, of all other parameters."""
+
+
+class NorMuonAdamWConfig(_TwoRateConfig):
+    """NorMuon for hidden matrices, AdamW for all other parameters."""
+
+    type: Literal["normuon_adamw"] = "normuon_adamw"
+    """The optimizer."""
+    matrix: NorMuonConfig = NorMuonConfig()
+    """NorMuon, of hidden matrices."""
+    rest: RestConfig = RestConfig()
+    """AdamW, of all other parameters."""
 
 
 class WSDConfig(Config):
@@ -129,7 +242,7 @@ class RampConfig(Config):
     """Tokens per sequence, a divisor of train.seq_len; null: train.seq_len."""
 
 
-OptimizerConfig = Annotated[AdamWConfig | SGDConfig, Field(discriminator="type")]
+OptimizerConfig = Annotated[AdamWConfig | SGDConfig | MuonAdamWConfig | NorMuonAdamWConfig, Field(discriminator="type")]
 ScheduleConfig = Annotated[WSDConfig | CosineConfig | LinearConfig, Field(discriminator="type")]
 
 

@@ -18,6 +18,7 @@ from fusedlm.ops.linear_attention.op import decayed_linear_attention
 from fusedlm.ops.linear_cross_entropy.op import linear_softcap_cross_entropy
 from fusedlm.ops.norm_linear.op import rmsnorm_linear
 from fusedlm.ops.one_token.op import token_linear
+from fusedlm.ops.polar.op import orthogonalize
 from fusedlm.ops.relu2.op import relu2_mlp
 from fusedlm.ops.rotary.op import rmsnorm_rope, rope_append
 from fusedlm.ops.scan.op import gated_scan
@@ -38,6 +39,7 @@ __all__ = [
     "gated_scan",
     "latent_decode",
     "linear_softcap_cross_entropy",
+    "orthogonalize",
     "packed_attention",
     "quantise_latent",
     "relu2_mlp",

@@ -34,7 +34,8 @@ def factored_groups(
     base width.
 
     Args:
-        groups: with `params` and `weight_decay`, perhaps with an `lr`.
+        groups: with `params` and `weight_decay`, perhaps with an `lr`, and lists that go with `params`, `names` and
+            `roles`.
         lr: of groups without.
     """
     mup = getattr(model, "mup", None)
@@ -43,10 +44,13 @@ def factored_groups(
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     divided = []
     for group in groups:
-        by_factors: dict[Factors, list[nn.Parameter]] = {}
-        for parameter in group["params"]:
-            by_factors.setdefault(factors(mup, names[id(parameter)]), []).append(parameter)
-        for (rate, decay), parameters in by_factors.items():
-            changes = {} if rate == 1.0 else {"lr": group.get("lr", lr) * rate}
-            divided.append(group | changes | {"params": parameters, "weight_decay": group["weight_decay"] * decay})
+        by_factors: dict[Factors, list[int]] = {}
+        for index, parameter in enumerate(group["params"]):
+            by_factors.setdefault(factors(mup, names[id(parameter)]), []).append(index)
+        for (rate, decay), members in by_factors.items():
+            changes = {key: [group[key][i] for i in members] for key in ("params", "names", "roles") if key in group}
+            changes["weight_decay"] = group["weight_decay"] * decay
+            if rate != 1.0:
+                changes["lr"] = group.get("lr", lr) * rate
+            divided.append(group | changes)
     return divided

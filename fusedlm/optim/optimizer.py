@@ -3,71 +3,167 @@
 import torch
 from torch import nn
 
-from fusedlm.config.train import AdamWConfig, OptimizerConfig, SGDConfig
-from fusedlm.nn.module import parameters_by_kind
-from fusedlm.optim.mup import factored_groups
+from fusedlm.config.train import AdamWConfig, MuonAdamWConfig, NorMuonAdamWConfig, OptimizerConfig, SGDConfig
+from fusedlm.nn.module import KINDS, Role, parameters_by_kind, roles
+from fusedlm.optim.cautious_adamw import CautiousAdamW
+from fusedlm.optim.muon import MuonAdamW
+from fusedlm.optim.mup import factored_groups, orthogonal_factors
 
 DECAYED_KINDS = ("matrix", "router")  # roles with weight decay
+MATRIX_KINDS = ("matrix",)  # roles that Muon updates
+REST_KINDS = tuple(kind for kind in KINDS if kind not in MATRIX_KINDS)
 _FUSED_DEVICES = ("cpu", "cuda")
 
 
-def parameter_groups(model: nn.Module, weight_decay: float, head_lr: float | None = None) -> list[dict]:
+def parameter_groups(
+    model: nn.Module,
+    weight_decay: float,
+    head_lr: float | None = None,
+    kinds: tuple[str, ...] = tuple(KINDS),
+) -> list[dict]:
     """The trainable parameters in two groups by role: with weight decay and without. A shared parameter counts once.
     With head_lr an untied head is a group of its own, with this learning rate.
 
     Weight decay applies to hidden matrices and routers. It does not apply to embeddings and heads (tied or not), norms,
     biases, convolutions, per-head vectors, and the lambdas of differential mixers. Empty groups are omitted.
 
+    Args:
+        kinds: the roles of the parameters to group.
+
+    Returns:
+        Groups with `label` ("decayed", "not decayed" or "head"), `names` (of parameters, in order), `params` and
+        `weight_decay`.
+
     Raises:
         ValueError: a parameter has no role.
     """
-    decayed, kept, head = [], [], []
-    for _, kind, parameter in parameters_by_kind(model):
-        if parameter.requires_grad:
-            own = kind == "head" and head_lr is not None
-            (decayed if kind in DECAYED_KINDS else head if own else kept).append(parameter)
-    groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": kept, "weight_decay": 0.0}]
-    groups.append({"params": head, "weight_decay": 0.0, "lr": head_lr})
-    return [group for group in groups if group["params"]]
+    groups = {"decayed": _group("decayed", weight_decay), "not decayed": _group("not decayed", 0.0)}
+    if head_lr is not None:
+        groups["head"] = _group("head", 0.0) | {"lr": head_lr}
+    for name, kind, parameter in parameters_by_kind(model):
+        if parameter.requires_grad and kind in kinds:
+            label = "decayed" if kind in DECAYED_KINDS else kind if kind in groups else "not decayed"
+            groups[label]["names"].append(name)
+            groups[label]["params"].append(parameter)
+    return [group for group in groups.values() if group["params"]]
+
+
+def _group(label: str, weight_decay: float) -> dict:
+    return {"label": label, "names": [], "params": [], "weight_decay": weight_decay}
 
 
 def build_optimizer(model: nn.Module, config: OptimizerConfig, device: torch.device) -> torch.optim.Optimizer:
-    """The optimizer of a recipe, with parameter groups by role, and under `model.mup` by their factors.
+    """The optimizer of a recipe, with parameter groups by role, and under `model.mup` by their factors; each has a
+    `label` and the `names` of its parameters.
 
     Raises:
-        ValueError: `model.mup` has no rule for this optimizer.
+        ValueError: a parameter has no role, or `model.mup` has no rule for this optimizer.
     """
-    if getattr(model, "mup", None) is not None and isinstance(config, SGDConfig):
-        raise ValueError("train.optimizer.type=sgd: model.mup has no rule for it; use adamw, or remove model.mup")
+    return _BUILDERS[config.type](model, config, device)
+
+
+def _adamw(model: nn.Module, config: AdamWConfig, device: torch.device) -> torch.optim.Optimizer:
     groups = factored_groups(model, parameter_groups(model, config.weight_decay, config.head_lr), config.lr)
-    return _BUILDERS[config.type](groups, config, device)
+    options = {"lr": config.lr, "betas": (config.beta1, config.beta2), "eps": config.eps}
+    if config.cautious:
+        return CautiousAdamW(groups, **options)
+    return torch.optim.AdamW(groups, **options, fused=device.type in _FUSED_DEVICES)
 
 
-def _adamw(groups: list[dict], config: AdamWConfig, device: torch.device) -> torch.optim.Optimizer:
-    betas = (config.beta1, config.beta2)
-    fused = device.type in _FUSED_DEVICES
-    return torch.optim.AdamW(groups, lr=config.lr, betas=betas, eps=config.eps, fused=fused)
-
-
-def _sgd(groups: list[dict], config: SGDConfig, device: torch.device) -> torch.optim.Optimizer:
+def _sgd(model: nn.Module, config: SGDConfig, device: torch.device) -> torch.optim.Optimizer:
+    if getattr(model, "mup", None) is not None:
+        raise ValueError("train.optimizer.type=sgd: model.mup has no rule for it; use adamw, or remove model.mup")
+    groups = parameter_groups(model, config.weight_decay, config.head_lr)
     # Not fused: torch's fused kernel leaves the momentum uninitialised if the first step is skipped.
     return torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum, nesterov=config.nesterov)
 
 
-_BUILDERS = {"adamw": _adamw, "sgd": _sgd}
+def _muon(model: nn.Module, config: MuonAdamWConfig | NorMuonAdamWConfig, device) -> torch.optim.Optimizer:
+    matrix, rest = config.matrix, config.rest
+    hidden = _group("muon" if isinstance(config, MuonAdamWConfig) else "normuon", matrix.weight_decay)
+    by_name = dict(model.named_parameters())
+    for name, role in matrix_roles(model).items():
+        hidden["names"].append(name)
+        hidden["params"].append(by_name[name])
+        hidden.setdefault("roles", []).append(role)
+    hidden |= {
+        "lr": matrix.lr,
+        "momentum": matrix.momentum,
+        "nesterov": matrix.nesterov,
+        "cautious": matrix.cautious,
+        "scheme": matrix.scheme,
+        "scaling": matrix.scaling,
+        "beta2": matrix.beta2 if isinstance(config, NorMuonAdamWConfig) else None,
+    }
+    matrices = [hidden] if hidden["params"] else []
+    matrices = factored_groups(
+        model, matrices, matrix.lr, lambda mup, name: orthogonal_factors(mup, name, matrix.scaling)
+    )
+    options = {"lr": rest.lr, "betas": (rest.beta1, rest.beta2), "eps": rest.eps, "cautious": rest.cautious}
+    others = parameter_groups(model, rest.weight_decay, rest.head_lr, REST_KINDS)
+    others = [options | group | {"label": f"adamw, {group['label']}"} for group in others]
+    return MuonAdamW([*matrices, *factored_groups(model, others, rest.lr)])
 
 
-def optimizer_bytes(config: OptimizerConfig, n_parameters: int) -> int:
-    """Bytes of optimizer state for `n_parameters` float32 parameters, without step counters."""
+_BUILDERS = {"adamw": _adamw, "sgd": _sgd, "muon_adamw": _muon, "normuon_adamw": _muon}
+
+
+def matrix_roles(model: nn.Module) -> dict[str, Role]:
+    """The roles of the parameters that Muon updates, by name."""
+    trainable = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    return {name: role for name, role in roles(model).items() if role.kind in MATRIX_KINDS and name in trainable}
+
+
+def optimizer_split(optimizer: torch.optim.Optimizer) -> dict[str, list[str]]:
+    """The names of the parameters of each group, by the group's label; groups of other factors have the same one."""
+    names: dict[str, list[str]] = {}
+    for label, group in _labelled(optimizer):
+        names.setdefault(label, []).extend(group.get("names", []))
+    return names
+
+
+def describe_split(optimizer: torch.optim.Optimizer) -> str:
+    """How many tensors and parameters each group has, in one line."""
+    members: dict[str, list[nn.Parameter]] = {}
+    for label, group in _labelled(optimizer):
+        members.setdefault(label, []).extend(group["params"])
+    return "; ".join(
+        f"{label}: {sum(p.numel() for p in parameters):,} parameters in {len(parameters):,} tensors"
+        for label, parameters in members.items()
+    )
+
+
+def _labelled(optimizer: torch.optim.Optimizer) -> list[tuple[str, dict]]:
+    # An optimizer of a user has no labels.
+    return [(group.get("label", f"group {i}"), group) for i, group in enumerate(optimizer.param_groups)]
+
+
+def optimizer_bytes(config: OptimizerConfig, model: nn.Module) -> int:
+    """Bytes of optimizer state for the trainable float32 parameters of a model, without step counters."""
+    numbers = {name: p.numel() for name, p in model.named_parameters() if p.requires_grad}
+    total = sum(numbers.values())
     if isinstance(config, AdamWConfig):
-        return 2 * 4 * n_parameters
-    return 4 * n_parameters if config.momentum else 0
+        return 2 * 4 * total
+    if isinstance(config, SGDConfig):
+        return 4 * total if config.momentum else 0
+    matrices = matrix_roles(model)
+    hidden = sum(numbers[name] for name in matrices)
+    by_row = sum(numbers[name] // role.fan_in for name, role in matrices.items())
+    return 4 * hidden + 2 * 4 * (total - hidden) + (4 * by_row if isinstance(config, NorMuonAdamWConfig) else 0)
 
 
 def set_learning_rates(optimizer: torch.optim.Optimizer, scale: float) -> None:
-    """Set each group's learning rate to `scale` times its `peak_lr`, which is the rate it was built with."""
+    """Set each group's learning rate to `scale` times its `peak_lr`, which is the rate it was built with.
+
+    A rate that is a tensor is changed in place, as a captured CUDA graph reads it.
+    """
     for group in optimizer.param_groups:
-        group["lr"] = group.setdefault("peak_lr", group["lr"]) * scale
+        lr = group["lr"]
+        peak = group.setdefault("peak_lr", float(lr) if isinstance(lr, torch.Tensor) else lr)
+        if isinstance(lr, torch.Tensor):
+            lr.fill_(peak * scale)
+        else:
+            group["lr"] = peak * scale
 
 
 def step_if(optimizer: torch.optim.Optimizer, condition: torch.Tensor) -> None:

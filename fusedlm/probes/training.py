@@ -61,7 +61,7 @@ def fit(
             if bad == _MAX_BAD_STEPS:
                 raise ValueError(
                     f"loss or gradient was not finite in {bad} consecutive steps up to {step + 1}; "
-                    f"lower the learning rate {optimizer.lr:g}"
+                    f"lower the learning rate {next(iter(optimizer.rates().values())):g}"
                 )
             losses.append(result.loss)
             progress(stage, step + 1, steps)

@@ -19,7 +19,7 @@ from fusedlm.evaluate import first_tokens, score_documents
 from fusedlm.model import build_model
 from fusedlm.model.accounting import count_parameters, training_flops_per_token
 from fusedlm.model.precision import autocast
-from fusedlm.optim import Averages, build_optimizer, schedule_scale
+from fusedlm.optim import Averages, build_optimizer, describe_split, optimizer_split, schedule_scale
 from fusedlm.runs.backends import use_backends
 from fusedlm.runs.folder import RunFolder
 from fusedlm.runs.hardware import device_name, environment, peak_flops, peak_memory_bytes
@@ -199,6 +199,7 @@ class Trainer:
             "data": self.data.counts(),
             "parameters": asdict(count_parameters(self.model)),
             "backends": {op: selection.backend for op, selection in self.backends.items()},
+            "optimizer": optimizer_split(self.optimizer),
         }
         self.folder.write_header(self.recipe, tokenizer, described, run, self.identity)
 
@@ -274,7 +275,7 @@ class Trainer:
             state.skipped_in_row = 0
             self.averages.update(state.step - 1)
             state.ema_updates, state.swa_updates = self.averages.updates()
-        record = self._step_record(result, self.settings.optimizer.lr * scale, batch, loader)
+        record = self._step_record(result, scale, batch, loader)
         self._record(record)
         self.display.step(record)
         if self._slowdown is not None and (note := self._slowdown.step(record["step_seconds"])) is not None:
@@ -282,16 +283,17 @@ class Trainer:
         if state.skipped_in_row >= self.settings.max_bad_steps:
             raise TrainingDiverged(self._divergence())
 
-    def _step_record(self, result: StepResult, lr: float, batch: Batch, loader: Loader) -> dict:
+    def _step_record(self, result: StepResult, lr_scale: float, batch: Batch, loader: Loader) -> dict:
         now, waited = time.perf_counter(), loader.wait_seconds
         seconds, self._clock = now - self._clock, now
         loader_wait, self._waited = waited - self._waited, waited
         rows, seq_len = batch.tokens.shape
         rate = rows * seq_len * self.world.size / seconds
+        first, *others = self.settings.optimizer.rates().values()
         record = {
             "step": self.state.step,
             "loss": result.loss,
-            "lr": lr,
+            "lr": first * lr_scale,
             "grad_norm": result.grad_norm,
             "tokens": self._tokens(),
             "tokens_per_second": rate,
@@ -302,6 +304,8 @@ class Trainer:
         }
         record |= {f"loss_{name}": value for name, value in result.layer_losses.items()}
         record |= self.model.summarise(result.metrics)
+        if others:
+            record["lr_rest"] = others[0] * lr_scale
         if result.skipped:
             record["skipped"] = True
         return record
@@ -328,10 +332,11 @@ class Trainer:
         return f"the last checkpoint is {checkpoints.path(steps[-1])}" if steps else "no checkpoint was written"
 
     def _divergence(self) -> str:
+        rates = " and ".join(f"train.optimizer.{key}={lr}" for key, lr in self.settings.optimizer.rates().items())
         return (
             f"loss or gradient norm was not finite in {self.state.skipped_in_row} steps in a row, "
             f"up to step {self.state.step}; {self._last_checkpoint()}; "
-            f"lower train.optimizer.lr={self.settings.optimizer.lr}"
+            f"lower {rates}"
         )
 
     def _validation_is_due(self) -> bool:
@@ -433,6 +438,7 @@ class Trainer:
             "run": f"{self.folder.path}" + (f", resuming from step {start:,}" if start else ""),
             "device": f"{self.device.type} ({device_name(self.device)}), {str(self.dtype).removeprefix('torch.')}",
             "model": f"{count.total:,} parameters, {count.embedding:,} of them in the embedding",
+            "optimizer": describe_split(self.optimizer),
             "text": summary.one_line(),
             "steps": f"{steps:,} of {shapes} tokens, {self.settings.total_tokens():,} in all",
         }

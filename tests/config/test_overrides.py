@@ -135,7 +135,11 @@ HINTS = {
     "model.blocks.g.n_heads=3": "did you mean model.blocks.NAME.mixer.n_heads?",
     "model.blocks.g.mixer.window=3": "window: unknown key; it is a key of type 'attention'; known here: chunk_size",
     "train.optimizer={type: adamw, nesterov: true}": "nesterov: unknown key; it is a key of type 'sgd'",
-    "train.optimizer.momentum=0.5": "type: required, but missing; one of 'adamw', 'sgd'; momentum: of 'sgd'",
+    "train.optimizer.momentum=0.5": "type: required, but missing; one of 'adamw', 'sgd', "
+    "'muon_adamw', 'normuon_adamw'; momentum: of 'sgd'",
+    "train.optimizer={type: muon_adamw, matrix: {beta2: 0.5}}": "train.optimizer.matrix.beta2: unknown key",
+    "train.optimizer={type: normuon_adamw, lr: 0.1}": "train.optimizer.lr: unknown key; it is a key of type 'adamw' or",
+    "train.optimizer={type: normuon_adamw, matrix: {scheme: svd}}": "train.optimizer.matrix.scheme: got 'svd', input",
     "warmup=1": "did you mean train.schedule.warmup?",
     "type=sgd": "did you mean model.blocks.NAME.mixer.type, model.blocks.NAME.ffn.type, data.source.type or",
     "train.xyzzy=#": "train.xyzzy: unknown key; known: batch_size",

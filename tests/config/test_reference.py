@@ -33,7 +33,7 @@ def test_the_reference_has_every_key():
 
 
 _OPTIONAL = ("model.blocks", "model.yarn", "model.bigram", "model.mup", "model.logit_rescale", "data.validation")
-_OPTIONAL += ("train.swa", "train.ramps")
+_OPTIONAL += ("train.swa", "train.ramps", "train.optimizer.")
 
 
 def test_defaults_are_those_of_the_schema():
@@ -59,7 +59,7 @@ def test_defaults_are_those_of_the_schema():
         ("train.ema", "number, greater than 0, less than 1, or null"),
         ("train.micro_batch_size", "integer from 1 to 16,777,216, or null"),
         ("train.seed", "integer from 0 to 9,223,372,036,854,775,807"),
-        ("train.optimizer", "section of type adamw, sgd"),
+        ("train.optimizer", "section of type adamw, sgd, muon_adamw, normuon_adamw"),
         ("data.validation", "section of type sotu, text, jsonl, parquet, or null"),
         ("train.loggers", "list, each one of tensorboard, wandb, mlflow, csv"),
         ("runtime.device", "one of auto, cpu, cuda"),
@@ -88,7 +88,10 @@ def test_a_key_of_several_types_is_shown_for_each():
     ]
     assert [found.title for found in look_up("model.blocks.a.mixer.rope_base")] == ["model.blocks.a.mixer.rope_base"]
     assert [found.section.type for found in look_up("train.optimizer.sgd")] == ["sgd"]
-    assert [found.section and found.section.type for found in look_up("train.optimizer")] == [None, "adamw", "sgd"]
+    assert [found.section and found.section.type for found in look_up("train.optimizer")] == [
+        None, "adamw", "sgd", "muon_adamw", "normuon_adamw",
+    ]  # fmt: skip
+    assert [found.title for found in look_up("train.optimizer.matrix.beta2")] == ["train.optimizer.matrix.beta2"]
 
 
 def test_neutral_keys_say_so():

@@ -62,6 +62,7 @@ CALLS = {
     ),
     "differential_combine": lambda run, **options: run(_heads(), _heads(), torch.ones(2), **options),
     "draw_token": lambda run, **options: run(torch.ones(2, 3), temperature=0, **options),
+    "orthogonalize": lambda run, **options: run(torch.ones(2, 128, 128), **options),
     "gated_delta_rule": lambda run, **options: run(
         _heads(), _heads(), _heads(), torch.zeros(1, 3, 2), torch.zeros(1, 3, 2), **options
     ),
@@ -373,6 +374,7 @@ def test_auto_on_a_gpu_is_the_kernel():
         "gated_scan": "triton",
         "latent_decode": "triton",
         "linear_softcap_cross_entropy": "chunked",
+        "orthogonalize": "triton" if tuned else "reference",
         "relu2_mlp": "triton" if tuned else "reference",
         "rmsnorm_linear": "packed",
         "rmsnorm_rope": "triton",

@@ -4,7 +4,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from fusedlm.config.train import AdamWConfig, SGDConfig
+from fusedlm.config.train import AdamWConfig, MuonAdamWConfig, NorMuonAdamWConfig, RestConfig, SGDConfig
 from fusedlm.nn.module import Constant, Module, Normal, Role, init_weights
 from fusedlm.optim import (
     build_optimizer,
@@ -69,11 +69,23 @@ def sgd(model):
     return build_optimizer(model, SGDConfig(), CPU)
 
 
+def cautious(model):
+    return build_optimizer(model, AdamWConfig(lr=0.01, cautious=True), CPU)
+
+
+def muon(model):
+    return build_optimizer(model, MuonAdamWConfig(rest=RestConfig(cautious=True, weight_decay=0.1)), CPU)
+
+
+def normuon(model):
+    return build_optimizer(model, NorMuonAdamWConfig(), CPU)
+
+
 def odd(model):
     return Odd(parameter_groups(model, 0.0))
 
 
-EVERY_OPTIMIZER = pytest.mark.parametrize("build", [adamw, sgd, odd])
+EVERY_OPTIMIZER = pytest.mark.parametrize("build", [adamw, cautious, sgd, muon, normuon, odd])
 
 
 def names(model, group):
@@ -309,7 +321,16 @@ def test_state_that_is_no_tensor_is_refused():
 
 
 @pytest.mark.parametrize(
-    "config", [AdamWConfig(), SGDConfig(), SGDConfig(momentum=0.0), SGDConfig(nesterov=True)], ids=repr
+    "config",
+    [
+        AdamWConfig(),
+        SGDConfig(),
+        SGDConfig(momentum=0.0),
+        SGDConfig(nesterov=True),
+        MuonAdamWConfig(),
+        NorMuonAdamWConfig(),
+    ],
+    ids=repr,
 )
 def test_predicted_bytes_are_those_of_the_state_after_a_step(config):
     model = part_model("{type: attention, n_heads: 2}")
@@ -319,7 +340,7 @@ def test_predicted_bytes_are_those_of_the_state_after_a_step(config):
     optimizer.step()
     state = optimizer_tensors(model, optimizer)
     found = sum(tensor.nbytes for name, tensor in state.items() if not name.startswith("step/"))
-    assert found == optimizer_bytes(config, sum(p.numel() for p in model.parameters()))
+    assert found == optimizer_bytes(config, model)
 
 
 @pytest.mark.gpu

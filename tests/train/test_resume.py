@@ -230,7 +230,17 @@ def test_runtime_may_change_on_another_kind_of_device_alone(copied, trained):
     assert json.loads((run / "environment.json").read_text())["dtype"] == "bfloat16"
 
 
-@pytest.mark.parametrize("optimizer", ["{type: sgd, lr: 0.1}", "{type: sgd, lr: 0.1, nesterov: true}", "odd"])
+@pytest.mark.parametrize(
+    "optimizer",
+    [
+        "{type: sgd, lr: 0.1}",
+        "{type: sgd, lr: 0.1, nesterov: true}",
+        "{type: adamw, lr: 0.01, cautious: true}",
+        "{type: muon_adamw, matrix: {scheme: turbo, cautious: true}, rest: {weight_decay: 0.1, cautious: true}}",
+        "{type: normuon_adamw, matrix: {scaling: rms}}",
+        "odd",
+    ],
+)
 def test_every_optimizer_resumes_bit_for_bit(tmp_path, monkeypatch, optimizer):
     """Also one of a user, with state of other shapes and dtypes."""
     overrides = ["train.steps=6", "train.checkpoint_every=3", "train.eval_every=0"]

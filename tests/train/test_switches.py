@@ -42,6 +42,7 @@ def base_losses(tmp_path_factory):
         "train.optimizer.beta2=0.5",
         "train.optimizer.eps=0.1",
         "train.optimizer.weight_decay=5.0",
+        "train.optimizer={type: adamw, lr: 0.01, cautious: true}",
         "train.optimizer={type: sgd, lr: 0.01}",
         "train.optimizer={type: sgd, lr: 0.01, momentum: 0.5}",
         "train.schedule={type: cosine, warmup: 0.9}",
@@ -50,6 +51,39 @@ def base_losses(tmp_path_factory):
 )
 def test_changes_the_losses(base_losses, tmp_path, override):
     assert short_losses(tmp_path, override) != base_losses
+
+
+MUON = "train.optimizer={type: normuon_adamw}"
+FEW_LAYERS = ["model.n_layers=1", "model.pattern=a", "model.dropout=0"]
+
+
+@pytest.fixture(scope="module")
+def muon_losses(tmp_path_factory):
+    return short_losses(tmp_path_factory.mktemp("muon"), *FEW_LAYERS, MUON)
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "{type: muon_adamw}",
+        "{type: normuon_adamw, matrix: {lr: 0.05}}",
+        "{type: normuon_adamw, matrix: {momentum: 0.5}}",
+        "{type: normuon_adamw, matrix: {nesterov: false}}",
+        "{type: normuon_adamw, matrix: {weight_decay: 3.0}}",
+        "{type: normuon_adamw, matrix: {cautious: true}}",
+        "{type: normuon_adamw, matrix: {scheme: quintic}}",
+        "{type: normuon_adamw, matrix: {scheme: turbo}}",
+        "{type: normuon_adamw, matrix: {scaling: shape}}",
+        "{type: normuon_adamw, matrix: {scaling: rms}}",
+        "{type: normuon_adamw, matrix: {beta2: 0.5}}",
+        "{type: normuon_adamw, rest: {lr: 0.01}}",
+        "{type: normuon_adamw, rest: {beta1: 0.5}}",
+        "{type: normuon_adamw, rest: {beta2: 0.5}}",
+        "{type: normuon_adamw, rest: {eps: 0.1}}",
+    ],
+)
+def test_changes_the_losses_of_normuon(muon_losses, tmp_path, override):
+    assert short_losses(tmp_path, *FEW_LAYERS, f"train.optimizer={override}") != muon_losses
 
 
 def test_the_same_recipe_gives_the_same_losses(base_losses, tmp_path):

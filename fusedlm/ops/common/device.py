@@ -1,5 +1,7 @@
 """Device properties that decide how kernels are launched."""
 
+import importlib.util
+
 import torch
 
 _INTERPRETED_MULTIPROCESSORS = 3  # without a GPU; few, so that a program of a persistent kernel gets several tiles
@@ -23,3 +25,10 @@ def pdl_options(device: torch.device) -> dict:
     """Launch options of a kernel that starts by PDL where the device supports it. The kernel's constant PDL says
     whether it must wait for the previous kernel."""
     return {"PDL": True, "launch_pdl": True} if supports_pdl(device) else {"PDL": False}
+
+
+def can_run_triton(tensor: torch.Tensor) -> bool:
+    """Whether elementwise kernels of ours run on a tensor: float32 on a CUDA device, Triton installed."""
+    if tensor.device.type != "cuda" or tensor.dtype != torch.float32:
+        return False
+    return importlib.util.find_spec("triton") is not None

@@ -1,0 +1,1 @@
+"""Approximate polar factors of stacks of matrices, as Muon computes them."""

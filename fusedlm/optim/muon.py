@@ -1,0 +1,111 @@
+"""Muon and NorMuon for hidden matrices, AdamW for the rest, as one optimizer."""
+
+import torch
+
+from fusedlm.ops import orthogonalize
+from fusedlm.ops.common.device import can_run_triton
+from fusedlm.ops.polar.schemes import scheme_of
+from fusedlm.optim.cautious_adamw import adamw_step
+from fusedlm.optim.stacks import SCALINGS, Stack, stacks_of
+
+NORM_EPS = 1e-8  # added to the root mean square of a row's updates
+
+
+class MuonAdamW(torch.optim.Optimizer):
+    """Muon, or with `beta2` in a group NorMuon, for groups with `roles`; AdamW for groups without.
+
+    A step of Muon on a matrix W (out, in) with gradient G, in place of AdamW's:
+
+        M <- momentum M + (1 - momentum) G
+        U = momentum M + (1 - momentum) G with nesterov, else M
+        O = orthogonalize(U)
+        NorMuon: v <- beta2 v + (1 - beta2) mean over the row of O^2; O <- |O|_F / |O'|_F O', O' = O / (sqrt(v) + 1e-8)
+        W <- W - lr (scaling O + weight_decay W), with `cautious` decay only where O W >= 0
+
+    (Keller Jordan, 2024; arXiv 2502.16982; NorMuon: arXiv 2510.05491.) Every split of a packed matrix and every expert
+    of a stack is a matrix of its own. On CUDA devices a step does not wait for the device: it can be captured in a CUDA
+    graph, and reads `found_inf` as torch's fused optimizers do.
+
+    Args:
+        groups: of hidden matrices: params, roles, lr, momentum, nesterov, weight_decay, cautious, scheme, scaling
+            and beta2 (None: Muon). Of the rest: params, lr, betas, eps, weight_decay, cautious.
+
+    Raises:
+        ValueError: a parameter of a group with roles has not two or three dimensions; the scheme or scaling is unknown.
+    """
+
+    def __init__(self, groups: list[dict]):
+        super().__init__(groups, {"lr": 1e-3, "weight_decay": 0.0, "cautious": False, "fused": True})
+        self._stacks: dict[int, list[Stack]] = {}
+        for index, group in enumerate(self.param_groups):
+            if "roles" in group:
+                scheme_of(group["scheme"])
+                if group["scaling"] not in SCALINGS:
+                    known = ", ".join(SCALINGS)
+                    raise ValueError(f"scaling={group['scaling']!r}: there is no such scaling; one of {known}")
+                self._stacks[index] = stacks_of(group["params"], group["roles"])
+        self._uses_kernels = all(can_run_triton(p) for group in self.param_groups for p in group["params"])
+        self._step_supports_amp_scaling = self._uses_kernels
+
+    @torch.no_grad()
+    def step(self, closure=None) -> None:
+        for index, group in enumerate(self.param_groups):
+            if index in self._stacks:
+                self._step_matrices(group, self._stacks[index])
+            else:
+                adamw_step(self, group)
+
+    def _step_matrices(self, group: dict, stacks: list[Stack]) -> None:
+        for parameter in group["params"]:
+            if parameter.grad is not None:
+                _initialise(self.state[parameter], parameter, with_rows=group["beta2"] is not None)
+        if self._uses_kernels:
+            from fusedlm.optim.fused_muon import step_stack
+        else:
+            step_stack = _step_stack
+        for stack in stacks:
+            parts = [part for part in stack.parts if part.parameter.grad is not None]
+            if parts:
+                step_stack(self, group, Stack(stack.rows, stack.columns, parts))
+
+
+def _initialise(state: dict, parameter: torch.Tensor, *, with_rows: bool) -> None:
+    if not state:
+        state["momentum"] = torch.zeros_like(parameter, memory_format=torch.contiguous_format)
+        if with_rows:
+            state["row_square"] = parameter.new_zeros(parameter.shape[:-1])
+
+
+def scaling_of(group: dict, stack: Stack) -> float:
+    """The factor of the orthogonal update of a stack's matrices."""
+    return SCALINGS[group["scaling"]](stack.rows, stack.columns)
+
+
+def _step_stack(optimizer: MuonAdamW, group: dict, stack: Stack) -> None:
+    """One step in plain PyTorch, the reference of `fused_muon.step_stack`."""
+    momentum, updates = group["momentum"], []
+    for part in stack.parts:
+        m, g = part.of(optimizer.state[part.parameter]["momentum"]), part.of(part.parameter.grad.contiguous())
+        m.lerp_(g, 1 - momentum)
+        updates.append(torch.lerp(g, m, momentum) if group["nesterov"] else m)
+    update = orthogonalize(torch.stack(updates), group["scheme"])
+    if group["beta2"] is not None:
+        rows = [part.of_rows(optimizer.state[part.parameter]["row_square"].view(-1)) for part in stack.parts]
+        update = _normalise_rows(update, rows, group["beta2"])
+    update *= scaling_of(group, stack)
+    for part, u in zip(stack.parts, update, strict=True):
+        w = part.of(part.parameter)
+        decay = torch.where(u * w >= 0, w, 0.0) if group["cautious"] else w
+        w.sub_(group["lr"] * (u + group["weight_decay"] * decay))
+
+
+def _normalise_rows(update: torch.Tensor, row_squares: list[torch.Tensor], beta2: float) -> torch.Tensor:
+    """(B, M, N) with equal rows over steps, at the norm it had; updates the (M,) mean squares of the rows."""
+    mean_square = update.square().mean(-1)  # (B, M)
+    for v, found in zip(row_squares, mean_square, strict=True):
+        v.lerp_(found, 1 - beta2)
+    inverse = (torch.stack(row_squares).sqrt() + NORM_EPS).reciprocal()
+    before, after = (x.sum(-1, keepdim=True).sqrt() for x in (mean_square, mean_square * inverse.square()))
+    # A matrix of zeros stays zero.
+    factor = inverse * before / after.clamp(min=torch.finfo(update.dtype).tiny)
+    return update * factor[..., None]

@@ -1,0 +1,71 @@
+"""Hidden matrices as Muon sees them: parts of parameters, those of one shape together."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+
+from fusedlm.nn.module import Role
+
+# Factors of an orthogonal update (out, in). shape: Keller Jordan's Muon; spectral: arXiv 2310.17813; rms:
+# arXiv 2502.16982, the root mean square of AdamW's updates.
+SCALINGS: dict[str, Callable[[int, int], float]] = {
+    "shape": lambda n_out, n_in: max(1.0, n_out / n_in) ** 0.5,
+    "spectral": lambda n_out, n_in: (n_out / n_in) ** 0.5,
+    "rms": lambda n_out, n_in: 0.2 * max(n_out, n_in) ** 0.5,
+}
+
+
+@dataclass(frozen=True)
+class Part:
+    """One matrix of a parameter: rows `start` to `start + rows` of the parameter seen as (-1, columns)."""
+
+    parameter: torch.nn.Parameter
+    start: int
+    rows: int
+
+    def of(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The part's rows (rows, columns) of a tensor with the shape of the parameter."""
+        return tensor.view(-1, tensor.shape[-1])[self.start : self.start + self.rows]
+
+    def of_rows(self, rows: torch.Tensor) -> torch.Tensor:
+        """The part's elements of a tensor (rows of the parameter,)."""
+        return rows[self.start : self.start + self.rows]
+
+
+@dataclass
+class Stack:
+    """Parts of one shape, which are orthogonalised together."""
+
+    rows: int
+    columns: int
+    parts: list[Part] = field(default_factory=list)
+
+
+def parts_of(parameter: torch.nn.Parameter, splits: tuple[tuple[str, int], ...]) -> list[Part]:
+    """The matrices of a parameter (out, in), or (experts, out, in), whose rows are packed as `splits` says.
+
+    Raises:
+        ValueError: the parameter has no rows and columns, or other rows than the splits.
+    """
+    shape = tuple(parameter.shape)
+    if len(shape) not in (2, 3):
+        raise ValueError(f"a hidden matrix of shape {shape}: must be (out, in) or (experts, out, in)")
+    rows = [n for _, n in splits] or [shape[-2]]
+    if sum(rows) != shape[-2]:
+        raise ValueError(f"splits {dict(splits)} do not sum to the {shape[-2]} rows of a matrix of shape {shape}")
+    parts, start = [], 0
+    for n_rows in rows * (shape[0] if len(shape) == 3 else 1):
+        parts.append(Part(parameter, start, n_rows))
+        start += n_rows
+    return parts
+
+
+def stacks_of(parameters: list[torch.nn.Parameter], roles: list[Role]) -> list[Stack]:
+    """All matrices of these parameters, those of one shape, device and dtype in one stack; largest stacks first."""
+    stacks: dict[tuple, Stack] = {}
+    for parameter, role in zip(parameters, roles, strict=True):
+        for part in parts_of(parameter, role.splits):
+            key = part.rows, parameter.shape[-1], parameter.device, parameter.dtype
+            stacks.setdefault(key, Stack(*key[:2])).parts.append(part)
+    return sorted(stacks.values(), key=lambda stack: -len(stack.parts) * stack.rows * stack.columns)
