@@ -23,7 +23,7 @@ def adamw_step(optimizer: torch.optim.Optimizer, group: dict) -> None:
             state["step"] = torch.zeros((), dtype=torch.float32, device=p.device)
             state["exp_avg"] = torch.zeros_like(p, memory_format=torch.preserve_format)
             state["exp_avg_sq"] = torch.zeros_like(p, memory_format=torch.preserve_format)
-    gradients = [p.grad for p in parameters]
+    gradients = [p.grad.contiguous() for p in parameters]
     means, squares, steps = ([state[key] for state in states] for key in ("exp_avg", "exp_avg_sq", "step"))
     beta1, beta2 = group["betas"]
     found_inf = getattr(optimizer, "found_inf", None)
@@ -38,9 +38,11 @@ def adamw_step(optimizer: torch.optim.Optimizer, group: dict) -> None:
     if found_inf is not None:
         torch._foreach_sub_(steps, [found_inf] * len(steps))
     if can_run_triton(parameters[0]):
-        from fusedlm.optim.kernels import cautious_adamw
+        from fusedlm.optim.fused_muon import FusedCautiousAdamW
 
-        cautious_adamw(parameters, gradients, means, squares, steps, group, found_inf)
+        launchers = vars(optimizer).setdefault("_launchers", {})
+        launcher = launchers.setdefault(id(group), FusedCautiousAdamW())
+        launcher.step(parameters, gradients, means, squares, steps, group, found_inf)
         return
     for p, g, m, v, step in zip(parameters, gradients, means, squares, steps, strict=True):
         _cautious(p, g, m, v, float(step), group)

@@ -6,9 +6,9 @@ from fusedlm.ops import orthogonalize
 from fusedlm.ops.common.device import can_run_triton
 from fusedlm.ops.polar.schemes import scheme_of
 from fusedlm.optim.cautious_adamw import adamw_step
-from fusedlm.optim.stacks import SCALINGS, Stack, stacks_of
+from fusedlm.optim.stacks import NORM_EPS, SCALINGS, Stack, stacks_of
 
-NORM_EPS = 1e-8  # added to the root mean square of a row's updates
+UPDATE_DTYPE = torch.bfloat16  # of updates that are orthogonalised on a GPU
 
 
 class MuonAdamW(torch.optim.Optimizer):
@@ -37,6 +37,7 @@ class MuonAdamW(torch.optim.Optimizer):
     def __init__(self, groups: list[dict]):
         super().__init__(groups, {"lr": 1e-3, "weight_decay": 0.0, "cautious": False, "fused": True})
         self._stacks: dict[int, list[Stack]] = {}
+        self._launchers: dict[tuple, object] = {}
         for index, group in enumerate(self.param_groups):
             if "roles" in group:
                 scheme_of(group["scheme"])
@@ -59,14 +60,25 @@ class MuonAdamW(torch.optim.Optimizer):
         for parameter in group["params"]:
             if parameter.grad is not None:
                 _initialise(self.state[parameter], parameter, with_rows=group["beta2"] is not None)
-        if self._uses_kernels:
-            from fusedlm.optim.fused_muon import step_stack
-        else:
-            step_stack = _step_stack
-        for stack in stacks:
+        for index, stack in enumerate(stacks):
             parts = [part for part in stack.parts if part.parameter.grad is not None]
-            if parts:
-                step_stack(self, group, Stack(stack.rows, stack.columns, parts))
+            if not parts:
+                continue
+            present = stack if len(parts) == len(stack.parts) else Stack(stack.rows, stack.columns, parts)
+            if self._uses_kernels:
+                self._fused(id(group), index, present).step(self, group)
+            else:
+                _step_stack(self, group, present)
+
+    def _fused(self, *key):
+        """The launcher of a stack, which keeps tables of addresses."""
+        group, index, stack = key
+        found = self._launchers.get((group, index))
+        if found is None or found.stack is not stack:
+            from fusedlm.optim.fused_muon import FusedStack
+
+            found = self._launchers[group, index] = FusedStack(stack, UPDATE_DTYPE)
+        return found
 
 
 def _initialise(state: dict, parameter: torch.Tensor, *, with_rows: bool) -> None:

@@ -16,6 +16,9 @@ SCALINGS: dict[str, Callable[[int, int], float]] = {
 }
 
 
+NORM_EPS = 1e-8  # added to the root mean square of a row's updates
+
+
 @dataclass(frozen=True)
 class Part:
     """One matrix of a parameter: rows `start` to `start + rows` of the parameter seen as (-1, columns)."""

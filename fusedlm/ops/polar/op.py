@@ -2,7 +2,7 @@
 
 import torch
 
-from fusedlm.ops.common import Backend, Call, Op, needs_triton, resolve
+from fusedlm.ops.common import AUTO, Backend, Call, Op, needs_triton, resolve
 from fusedlm.ops.polar import reference
 from fusedlm.ops.polar.schemes import scheme_of
 
@@ -30,6 +30,11 @@ ORTHOGONALIZE = Op(
     rows=1024,
     columns=1024,
 )
+
+
+def runs_kernel(device: torch.device, dtype: torch.dtype, rows: int, columns: int) -> bool:
+    """Whether "auto" is the kernel for matrices of this size, multiplied in this dtype."""
+    return ORTHOGONALIZE.select(AUTO, Call(device, dtype), rows=rows, columns=columns).backend == "triton"
 
 
 def orthogonalize(
