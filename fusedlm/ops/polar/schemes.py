@@ -33,7 +33,7 @@ SCHEMES = {
     # arXiv 2505.16932, with a safety factor of 1.02 in all polynomials but the last.
     "polar_express": Scheme(_POLAR_EXPRESS, 1.02, 1e-6),
     # arXiv 2512.04632: almost orthogonal preconditioning in place of the first step.
-    "turbo": Scheme(_POLAR_EXPRESS[1:], 1.0, 1e-6, preconditioned=True),
+    "turbo": Scheme(_POLAR_EXPRESS[1:], 1.0, 1e-18, preconditioned=True),
 }
 
 _GRAM_ASPECT = 1.25  # columns per row from which the Gram form needs less arithmetic, padding and tiles included

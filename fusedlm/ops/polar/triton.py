@@ -5,7 +5,8 @@ which commute. The kernel computes the tiles on and below the diagonal and store
 transposed; its epilogue adds the lower terms of the polynomial. Products with X itself are torch.bmm's.
 
 Gram matrices and their polynomials are float16: their entries are at most of order 10, and its rounding is eight times
-finer than that of bfloat16, whose small negative eigenvalues would grow. X is in the dtype that the caller chose.
+finer than that of bfloat16, whose small negative eigenvalues would grow. Gram matrices are stored times GRAM_SCALE, so
+that few entries are below the smallest normal number. X is in the dtype that the caller chose.
 """
 
 import torch
@@ -18,6 +19,7 @@ from fusedlm.ops.polar.reference import row_scale, start_scale
 from fusedlm.ops.polar.schemes import scheme_of, segments
 
 ALIGNMENT = 128  # sizes are padded with zeros to multiples of it, which changes no product
+GRAM_SCALE = 1024.0  # a power of 4, so that its root is exact
 _KEYS = (
     "BLOCK_M", "BLOCK_N", "BLOCK_K", "SUBTILES", "FLATTEN", "num_warps", "num_stages", "programs_per_sm", "rate"
 )  # fmt: skip
@@ -223,14 +225,16 @@ def iterate(
     narrow = gram_dtype or (torch.float16 if x.dtype.itemsize == 2 else x.dtype)
     preconditioned = settings.preconditioned
     for length in parts or segments(len(steps), n_rows, n_columns):
-        gram = symmetric_product(x, x, dtype=narrow, transposed=transposed, scale=scale, squared_scale=True)
+        gram = symmetric_product(
+            x, x, dtype=narrow, transposed=transposed, alpha=GRAM_SCALE, scale=scale, squared_scale=True
+        )
         if preconditioned:
             x, gram = _precondition(x, gram, scale, transposed)
             scale, preconditioned = None, False
         total = None
         for left in reversed(range(length)):
             a, b, c = steps.pop(0)
-            polynomial = {"alpha": c, "addend": gram, "beta": b, "diagonal": a}
+            polynomial = {"alpha": c / GRAM_SCALE**2, "addend": gram, "beta": b / GRAM_SCALE, "diagonal": a}
             last = {"dtype": x.dtype, "scale": scale} if left == 0 else {"dtype": narrow}
             if left == 0 and total is None:
                 total = symmetric_product(gram, gram, **polynomial, **last)
@@ -245,8 +249,8 @@ def iterate(
 
 
 def _precondition(x, gram, scale, transposed: bool):
-    """x with the rows of its shorter side scaled, and its Gram matrices."""
-    rows = row_scale(gram)
+    """x with the rows of its shorter side scaled, and GRAM_SCALE times its Gram matrices, from those before."""
+    rows = row_scale(gram) * GRAM_SCALE**0.5
     by_row = rows if scale is None else rows * scale[:, None]
     x = (x * (by_row[:, None, :] if transposed else by_row[:, :, None])).to(x.dtype)
     return x, (gram * rows[:, :, None] * rows[:, None, :]).to(gram.dtype)
