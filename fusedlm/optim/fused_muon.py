@@ -80,7 +80,8 @@ class FusedStack:
         if self._runs_kernel():
             from fusedlm.ops.polar.triton import iterate
 
-            return iterate(update, start_scale(squares.sqrt(), scheme_of(scheme)), scheme)
+            scale = start_scale(squares.sqrt(), scheme_of(scheme))
+            return iterate(update, scale, scheme, transposed=self.stack.rows > self.stack.columns)
         from fusedlm.ops.polar.reference import orthogonalize
 
         return orthogonalize(update, scheme, self._dtype).contiguous()

@@ -203,6 +203,7 @@ def iterate(
     scale: torch.Tensor | None,
     scheme: str,
     *,
+    transposed: bool,
     parts: tuple[int, ...] | None = None,
     gram_dtype: torch.dtype | None = None,
 ) -> torch.Tensor:
@@ -212,6 +213,7 @@ def iterate(
         x: (B, M, N), contiguous, M and N multiples of ALIGNMENT.
         scale: (B,) float32, after which the Frobenius norm is at most 1; None: it is already. bfloat16 x is then
             multiplied by it in the first product; float16 could overflow there.
+        transposed: whether the columns are the shorter side, as before padding; where they are equal it is False.
         parts: as `segments` gives them; None: by the shape.
         gram_dtype: None: float16 for 16-bit x, else that of x.
 
@@ -220,8 +222,7 @@ def iterate(
     """
     settings = scheme_of(scheme)
     steps = list(settings.coefficients)
-    transposed = x.shape[1] > x.shape[2]
-    n_rows, n_columns = min(x.shape[1:]), max(x.shape[1:])
+    n_rows, n_columns = x.shape[:0:-1] if transposed else x.shape[1:]
     narrow = gram_dtype or (torch.float16 if x.dtype.itemsize == 2 else x.dtype)
     preconditioned = settings.preconditioned
     for length in parts or segments(len(steps), n_rows, n_columns):
@@ -276,7 +277,7 @@ def _orthogonalize(x: torch.Tensor, scheme: str, dtype: torch.dtype) -> torch.Te
         torch.mul(stack, scale[:, None, None], out=normalised[:, :n_rows, :n_columns])
         stack, scale = normalised, None
     with torch.autocast(x.device.type, enabled=False):
-        found = iterate(stack.contiguous(), scale, scheme)
+        found = iterate(stack.contiguous(), scale, scheme, transposed=n_rows > n_columns)
     if found.shape == (len(found), n_rows, n_columns) and found.dtype == x.dtype:
         return found.view(x.shape)
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
