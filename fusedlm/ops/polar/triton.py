@@ -71,7 +71,7 @@ def _position(index, tiles_per_matrix, BLOCK_M: tl.constexpr, BLOCK_N: tl.conste
     return index // tiles_per_matrix, row, column, i == j
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n_matrices", "tiles_per_matrix"])
 def _symmetric_kernel(
     x, y, addend, out, mirrored, scale, alpha, beta, diagonal, n_matrices, tiles_per_matrix, M, K,
     TRANSPOSED: tl.constexpr, HAS_ADDEND: tl.constexpr, HAS_SCALE: tl.constexpr, SQUARED_SCALE: tl.constexpr,
