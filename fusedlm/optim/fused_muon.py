@@ -26,6 +26,7 @@ class FusedStack:
         self.stack, self._dtype = stack, update_dtype
         self._device = stack.parts[0].parameter.device
         self._gradients, self._parameters, self._rows = AddressTable(), AddressTable(), AddressTable()
+        self._runs_kernel = runs_kernel(self._device, update_dtype, stack.rows, stack.columns)
 
     def step(self, optimizer: torch.optim.Optimizer, group: dict) -> None:
         """As `fusedlm.optim.muon._step_stack`; every parameter has a gradient and a state."""
@@ -67,17 +68,14 @@ class FusedStack:
 
     def _update_shape(self) -> tuple[int, int, int]:
         n, rows, columns = len(self.stack.parts), self.stack.rows, self.stack.columns
-        if self._runs_kernel():
+        if self._runs_kernel:
             from fusedlm.ops.polar.triton import padded
 
             return n, padded(rows), padded(columns)
         return n, rows, columns
 
-    def _runs_kernel(self) -> bool:
-        return runs_kernel(self._device, self._dtype, self.stack.rows, self.stack.columns)
-
     def _orthogonalize(self, update: torch.Tensor, squares: torch.Tensor, scheme: str) -> torch.Tensor:
-        if self._runs_kernel():
+        if self._runs_kernel:
             from fusedlm.ops.polar.triton import iterate
 
             scale = start_scale(squares.sqrt(), scheme_of(scheme))

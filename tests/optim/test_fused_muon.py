@@ -52,9 +52,9 @@ def check(config, found=(1.0, 0.0, 0.0), bound: float = 1e-5, **options):
         assert_close(actual[name].double(), value.double(), bound, name)
 
 
-@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
-def test_steps_of_muon(config, kernels, poisoned):
-    check(config)
+@pytest.mark.parametrize("name", [name for name in CONFIGS if "," in name])
+def test_steps_of_muon(name, kernels, poisoned):
+    check(CONFIGS[name])
 
 
 @pytest.mark.parametrize("lr_in_memory", [False, True])
@@ -63,7 +63,7 @@ def test_steps_of_cautious_adamw(lr_in_memory, kernels, poisoned):
 
 
 def test_rates_in_memory(kernels):
-    check(CONFIGS["normuon, cautious"], lr_in_memory=True)
+    check(CONFIGS["normuon"], lr_in_memory=True)
 
 
 def test_several_tiles_and_padded_stacks(kernels, monkeypatch, poisoned):

@@ -51,8 +51,8 @@ def orthogonalize(
 
     Returns:
         (..., M, N), the dtype of x. Matrices of zeros stay zero. With quintic and polar_express the output of a matrix
-        whose Frobenius norm is not far above 1e-7 and 1e-6 has smaller singular values, down to 0; with turbo 1e-18.
-        No gradients.
+        whose Frobenius norm is not far above 1e-7 and 1e-6 has smaller singular values, down to 0, which in float16 it
+        reaches sooner; with turbo it is 0 up to a norm of 1e-15. No gradients.
 
     Raises:
         ValueError: x is no stack of matrices, the scheme is unknown, a dtype is not a float, or the backend cannot run

@@ -7,7 +7,8 @@ from fusedlm.ops.polar.schemes import Scheme, scheme_of
 
 def start_scale(norm: torch.Tensor, scheme: Scheme) -> torch.Tensor:
     """The factor of a matrix of this Frobenius norm, before the first step."""
-    return (scheme.safety * norm + scheme.eps).reciprocal()
+    scale = (scheme.safety * norm + scheme.eps).reciprocal()
+    return torch.where(norm > scheme.eps, scale, 0.0) if scheme.preconditioned else scale
 
 
 def row_scale(gram: torch.Tensor) -> torch.Tensor:
