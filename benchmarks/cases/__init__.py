@@ -9,6 +9,7 @@ from benchmarks.cases import (
     latent_decode,
     linear_attention,
     linear_softcap_cross_entropy,
+    orthogonalize,
     relu2_mlp,
     rmsnorm_linear,
     short_conv,
@@ -20,6 +21,7 @@ from benchmarks.harness import Op
 _MODULES = (
     softcap_cross_entropy,
     linear_softcap_cross_entropy,
+    orthogonalize,
     relu2_mlp,
     swiglu_mlp,
     rmsnorm_linear,
