@@ -46,6 +46,12 @@ class Recipe(Config):
             )
         if self.model.mup is not None and self.train.optimizer.type == "sgd":
             raise ValueError("train.optimizer.type=sgd: model.mup has no rule for it; use adamw, or remove model.mup")
+        matrix = getattr(self.train.optimizer, "matrix", None)
+        if self.model.mup is not None and matrix is not None and matrix.scaling != "spectral":
+            raise ValueError(
+                f"train.optimizer.matrix.scaling={matrix.scaling}: model.mup goes with spectral alone; set it, or remove "
+                "model.mup"
+            )
         return self
 
 

@@ -9,11 +9,11 @@ import yaml
 
 from fusedlm.config import parse_recipe
 from fusedlm.config.model import ModelConfig, MuPConfig
-from fusedlm.config.train import AdamWConfig, SGDConfig
+from fusedlm.config.train import AdamWConfig, NorMuonAdamWConfig, NorMuonConfig, RestConfig, SGDConfig
 from fusedlm.model import build_model
 from fusedlm.nn.module import roles
 from fusedlm.nn.mup import widen
-from fusedlm.optim import build_optimizer, parameter_groups
+from fusedlm.optim import build_optimizer, optimizer_split, parameter_groups
 from fusedlm.testing import MIXER_CASES, part_config, randomise_
 from tests.config.test_recipe import SMALL
 
@@ -225,6 +225,23 @@ def test_numbers_at_base_width_say_what_grows():
     assert without.mup.growth["blocks.0.ffn.down.weight"].fan_in == 1.0
 
 
+def test_hidden_matrices_under_normuon_have_one_rate_and_the_rest_that_of_adam():
+    model = build_model(config(mup={"base_width": BASE}, tie_embeddings=False), vocab_size=61)
+    settings = NorMuonAdamWConfig(matrix=NorMuonConfig(lr=0.03), rest=RestConfig(lr=0.01, head_lr=0.02))
+    optimizer = build_optimizer(model, settings, CPU)
+    rates = {name: group["lr"] for group in optimizer.param_groups for name in group["names"]}
+    assert rates.keys() == dict(model.named_parameters()).keys()
+    for name, role in roles(model).items():
+        own = {"matrix": 0.03, "head": 0.02}.get(role.kind, 0.01)
+        assert rates[name] == (own if role.kind == "matrix" else own * model.mup.adam_rate(name)), name
+    assert rates["blocks.1.ffn.router.weight"] == 0.01 / 4  # a router's rate falls with the width
+    split = optimizer_split(optimizer)
+    assert sorted(name for names in split.values() for name in names) == sorted(rates)
+    shape = NorMuonAdamWConfig(matrix=NorMuonConfig(scaling="shape"))
+    with pytest.raises(ValueError, match="scaling=shape: model.mup goes with scaling=spectral alone"):
+        build_optimizer(model, shape, CPU)
+
+
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
@@ -234,6 +251,10 @@ def test_numbers_at_base_width_say_what_grows():
         (
             ["model.mup={base_width: 16}", "train.optimizer={type: sgd}"],
             "train.optimizer.type=sgd: model.mup has no rule for it; use adamw, or remove model.mup",
+        ),
+        (
+            ["model.mup={base_width: 16}", "train.optimizer={type: muon_adamw, matrix: {scaling: rms}}"],
+            "train.optimizer.matrix.scaling=rms: model.mup goes with spectral alone; set it, or remove model.mup",
         ),
     ],
 )
