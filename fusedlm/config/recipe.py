@@ -49,8 +49,8 @@ class Recipe(Config):
         matrix = getattr(self.train.optimizer, "matrix", None)
         if self.model.mup is not None and matrix is not None and matrix.scaling != "spectral":
             raise ValueError(
-                f"train.optimizer.matrix.scaling={matrix.scaling}: model.mup goes with spectral alone; set it, or remove "
-                "model.mup"
+                f"train.optimizer.matrix.scaling={matrix.scaling}: model.mup goes with spectral alone; set it, or "
+                "remove model.mup"
             )
         return self
 
