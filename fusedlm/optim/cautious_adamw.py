@@ -1,9 +1,20 @@
 """AdamW whose weight decay applies only where the update and the weight have the same sign."""
 
 import torch
+from torch.distributed.tensor import DTensor
 from torch.optim.adamw import adamw
 
 from fusedlm.ops.common.device import can_run_triton
+
+
+def refuse_sharded(parameters: list[torch.Tensor]) -> None:
+    """Raises ValueError for DTensors, whose parts the steps here do not know."""
+    for parameter in parameters:
+        if isinstance(parameter, DTensor):
+            raise ValueError(
+                f"a parameter of shape {tuple(parameter.shape)} is sharded (a DTensor): Muon, NorMuon and cautious "
+                "weight decay need whole ones; take type: adamw without cautious, or do not shard"
+            )
 
 
 @torch.no_grad()
@@ -62,6 +73,9 @@ class CautiousAdamW(torch.optim.Optimizer):
 
     Args:
         params: parameters or groups; a group may have its own lr and weight_decay.
+
+    Raises:
+        ValueError: a parameter is sharded.
     """
 
     def __init__(
@@ -70,6 +84,8 @@ class CautiousAdamW(torch.optim.Optimizer):
     ):  # fmt: skip
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "cautious": True, "fused": True}
         super().__init__(params, defaults)
+        for group in self.param_groups:
+            refuse_sharded(group["params"])
         self._step_supports_amp_scaling = all(can_run_triton(p) for group in self.param_groups for p in group["params"])
 
     @torch.no_grad()

@@ -5,7 +5,7 @@ import torch
 from fusedlm.ops import orthogonalize
 from fusedlm.ops.common.device import can_run_triton
 from fusedlm.ops.polar.schemes import scheme_of
-from fusedlm.optim.cautious_adamw import adamw_step
+from fusedlm.optim.cautious_adamw import adamw_step, refuse_sharded
 from fusedlm.optim.stacks import NORM_EPS, SCALINGS, Stack, stacks_of
 
 UPDATE_DTYPE = torch.bfloat16  # of updates that are orthogonalised on a GPU
@@ -31,7 +31,8 @@ class MuonAdamW(torch.optim.Optimizer):
             and beta2 (None: Muon). Of the rest: params, lr, betas, eps, weight_decay, cautious.
 
     Raises:
-        ValueError: a parameter of a group with roles has not two or three dimensions; the scheme or scaling is unknown.
+        ValueError: a parameter of a group with roles has not two or three dimensions; the scheme or scaling is unknown;
+            a parameter is sharded.
     """
 
     def __init__(self, groups: list[dict]):
@@ -39,6 +40,7 @@ class MuonAdamW(torch.optim.Optimizer):
         self._stacks: dict[int, list[Stack]] = {}
         self._launchers: dict[tuple, object] = {}
         for index, group in enumerate(self.param_groups):
+            refuse_sharded(group["params"])
             if "roles" in group:
                 scheme_of(group["scheme"])
                 if group["scaling"] not in SCALINGS:

@@ -1,10 +1,11 @@
-"""benchmarks/train_step.py on a small recipe, and which variants benchmarks/end_to_end.py measures."""
+"""benchmarks/train_step.py and optimizer_step.py on a small recipe, and which variants end_to_end.py measures."""
 
 from pathlib import Path
 
 import pytest
+import torch
 
-from benchmarks import end_to_end, train_step
+from benchmarks import end_to_end, optimizer_step, train_step
 from fusedlm import load_recipe
 
 GPT = Path(__file__).parents[2] / "recipes/gpt-350m.yaml"
@@ -58,3 +59,19 @@ def test_variants_switch_single_ops_and_keep_the_better_turn(monkeypatch):
     assert [profiled for _, profiled in measured] == [True] + 7 * [False]
     assert [result["tokens_per_second"] for result in found.values()] == [99, 98, 97, 96], "of the first turn"
     assert found["fused"]["profile"] == 1 and "profile" not in found["reference"]
+
+
+def test_optimizer_steps_are_measured_beside_their_floors():
+    recipe, cpu = load_recipe(GPT, TINY), torch.device("cpu")
+    found = optimizer_step.measure(recipe, cpu, torch.float32, optimizer_step.CONTENDERS, vocab_size=61, repeats=1)
+    assert [case["optimizer"] for case in found["cases"]] == list(optimizer_step.CONTENDERS)
+    adamw, torch_muon, muon, normuon = found["cases"]
+    total, hidden = found["parameters"], found["matrix_parameters"]
+    assert 0 < hidden < total and adamw["bytes"] == 28 * total and adamw["flops"] == 0
+    # One state less, the update four times in two bytes; NorMuon has a float of each row.
+    assert muon["bytes"] == torch_muon["bytes"] == 28 * total
+    assert 0 < normuon["bytes"] - muon["bytes"] < 8 * hidden / 16
+    assert muon["flops"] == torch_muon["flops"] == normuon["flops"] > 0
+    for case in found["cases"]:
+        assert case["milliseconds"] >= case["host_milliseconds"] > 0 and case["floor_milliseconds"] > 0
+        assert case["graph_milliseconds"] is None and "needs a CUDA device" in case["graph_reason"]
