@@ -109,13 +109,15 @@ def test_accumulation_gives_the_gradient_of_the_full_batch(tmp_path):
 )
 def test_scientific_notation_is_a_number(tmp_path, text, value):
     """hiyouga/LlamaFactory#4014: 2e-5 arrived as a string."""
-    assert load_recipe("recipes/demo.yaml", [f"train.optimizer.lr={text}"]).train.optimizer.lr == value
+    recipe = load_recipe("recipes/demo.yaml", [f"train.optimizer.rest.lr={text}"])
+    assert recipe.train.optimizer.rest.lr == value
 
 
 def test_a_misspelt_key_is_not_ignored():
     """IntelLabs/distiller#191: `gammas` for `gamma` was ignored, and the default used."""
-    with pytest.raises(ValueError, match="train.optimizer.weight_decays: unknown key; did you mean 'weight_decay'?"):
-        load_recipe("recipes/demo.yaml", ["train.optimizer.weight_decays=0.5"])
+    message = "train.optimizer.rest.weight_decays: unknown key; did you mean 'weight_decay'?"
+    with pytest.raises(ValueError, match=message):
+        load_recipe("recipes/demo.yaml", ["train.optimizer.rest.weight_decays=0.5"])
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "optimizer.safetensors", "state.json"])

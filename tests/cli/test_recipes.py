@@ -84,7 +84,7 @@ def test_the_list_has_every_recipe_and_what_it_needs(empty: Path, fusedlm):
     assert outcome.code == 0
     rows = {words[0]: " ".join(words[1:]) for line in outcome.out.splitlines() if (words := line.split())}
     assert set(RECIPES) <= set(rows)
-    assert rows["demo"] == "2.26 M nothing to download"
+    assert rows["demo"] == "3.32 M nothing to download"
     assert rows["shakespeare"] == "10.7 M data/tinyshakespeare.txt, a GPU"
     assert rows["experiments:"] == ", ".join(EXPERIMENTS)
 

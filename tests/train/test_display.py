@@ -80,15 +80,15 @@ class BreakingPipe(io.StringIO):
         return super().write(text)
 
 
-def test_a_run_has_a_header_of_five_lines_and_outlasts_its_display(tmp_path):
+def test_a_run_has_a_header_of_six_lines_and_outlasts_its_display(tmp_path):
     recipe = tiny_recipe(tmp_path, *SHORT)
     output = io.StringIO()
     train(recipe, tmp_path / "shown", console=Console(file=output, width=200))
     lines = output.getvalue().splitlines()
     start = next(i for i, line in enumerate(lines) if line.startswith("run:"))
-    names = [line.split(":")[0] for line in lines[start : start + 5]]
-    assert names == ["run", "device", "model", "text", "steps"] and lines[start + 5].startswith("step ")
-    assert "60 documents" in lines[start + 3] and "epochs" in lines[start + 3] and "held out" in lines[start + 3]
+    names = [line.split(":")[0] for line in lines[start : start + 6]]
+    assert names == ["run", "device", "model", "optimizer", "text", "steps"] and lines[start + 6].startswith("step ")
+    assert "60 documents" in lines[start + 4] and "epochs" in lines[start + 4] and "held out" in lines[start + 4]
 
     before = os.fstat(sys.stdout.fileno())
     for terminal in (True, False):
