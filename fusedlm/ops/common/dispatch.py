@@ -268,3 +268,14 @@ def needs_triton(call: Call, **sizes: int) -> str | None:
     if call.capability < (8, 0):
         return f"needs compute capability 8.0, this is {'.'.join(map(str, call.capability))}"
     return None if importlib.util.find_spec("triton") else "triton is not installed"
+
+
+def needs_hopper_matmul(call: Call) -> str | None:
+    """`supports` of our matrix products on tensor cores, whose tiles suit Hopper and its successor."""
+    if reason := needs_triton(call):
+        return reason
+    if call.dtype == torch.float32:
+        return "needs bfloat16 or float16, for tensor cores"
+    if call.capability[0] not in (9, 10):
+        return f"tuned for compute capability 9 and 10, this is {'.'.join(map(str, call.capability))}"
+    return None

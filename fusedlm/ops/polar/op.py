@@ -2,7 +2,7 @@
 
 import torch
 
-from fusedlm.ops.common import AUTO, Backend, Call, Op, needs_triton, resolve
+from fusedlm.ops.common import AUTO, Backend, Call, Op, needs_hopper_matmul, resolve
 from fusedlm.ops.polar import reference
 from fusedlm.ops.polar.schemes import scheme_of
 
@@ -10,12 +10,8 @@ _MIN_SIDE = 128  # of the shorter side, below which a product does not fill a ti
 
 
 def _supports(call: Call, *, rows: int, columns: int) -> str | None:
-    if reason := needs_triton(call):
+    if reason := needs_hopper_matmul(call):
         return reason
-    if call.dtype == torch.float32:
-        return "needs bfloat16 or float16, for tensor cores"
-    if call.capability[0] not in (9, 10):
-        return f"tuned for compute capability 9 and 10, this is {'.'.join(map(str, call.capability))}"
     if min(rows, columns) < _MIN_SIDE:
         return f"needs a shorter side of at least {_MIN_SIDE}, not {min(rows, columns)}"
     return None

@@ -15,6 +15,7 @@ import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from fusedlm.ops.common.device import n_multiprocessors
+from fusedlm.ops.common.tiles import split_tile
 from fusedlm.ops.polar.reference import row_scale, start_scale
 from fusedlm.ops.polar.schemes import scheme_of, segments
 
@@ -35,26 +36,6 @@ _CONFIGS = {
     }.items()
 }
 _INTERPRETED = dict(zip(_KEYS, (128, 128, 64, 2, False, 4, 1, 1, 1.0), strict=True))
-
-
-@triton.jit
-def _halves(tile, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """The left and the right half of a tile."""
-    return tl.permute(tl.reshape(tile, (ROWS, 2, COLUMNS // 2)), (0, 2, 1)).split()
-
-
-@triton.jit
-def _subtiles(tile, ROWS: tl.constexpr, COLUMNS: tl.constexpr, SUBTILES: tl.constexpr):
-    """The tile in 1, 2 or 4 subtiles from left to right: the epilogue of one at a time needs less shared memory."""
-    if SUBTILES == 1:
-        subtiles = (tile,)
-    else:
-        left, right = _halves(tile, ROWS, COLUMNS)
-        if SUBTILES == 2:
-            subtiles = (left, right)
-        else:
-            subtiles = _halves(left, ROWS, COLUMNS // 2) + _halves(right, ROWS, COLUMNS // 2)
-    return subtiles
 
 
 @triton.jit
@@ -111,7 +92,7 @@ def _symmetric_kernel(
             factor = tl.load(scale + b)
             if SQUARED_SCALE:
                 factor = factor * factor
-        subtiles = _subtiles(product, BLOCK_M, BLOCK_N, SUBTILES)
+        subtiles = split_tile(product, BLOCK_M, BLOCK_N, SUBTILES)
         for i in tl.static_range(SUBTILES):
             left = column + i * WIDTH
             tile = subtiles[i] * alpha

@@ -4,17 +4,13 @@ import math
 
 import torch
 
-from fusedlm.ops.common import Backend, Call, Op, needs_triton, resolve
+from fusedlm.ops.common import Backend, Call, Op, needs_hopper_matmul, resolve
 from fusedlm.ops.relu2 import reference
 
 
 def _supports(call: Call, *, dim: int, hidden: int) -> str | None:
-    if reason := needs_triton(call):
+    if reason := needs_hopper_matmul(call):
         return reason
-    if call.dtype == torch.float32:
-        return "needs bfloat16 or float16, for tensor cores"
-    if call.capability[0] not in (9, 10):
-        return f"tuned for compute capability 9 and 10, this is {'.'.join(map(str, call.capability))}"
     if dim % 8 or hidden % 8:
         return f"needs dim and hidden that are multiples of 8, not {dim} and {hidden}"
     return None

@@ -17,7 +17,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from fusedlm.ops.common.device import n_multiprocessors
 from fusedlm.ops.common.products import cast_weight, matmul
-from fusedlm.ops.common.tiles import tile_at
+from fusedlm.ops.common.tiles import split_tile, tile_at
 
 _KEYS = (
     "BLOCK_M", "BLOCK_N", "BLOCK_K", "GROUP_M", "SUBTILES", "FLATTEN", "num_warps", "num_stages", "programs_per_sm"
@@ -73,26 +73,6 @@ def _store(target, tile, row, column, n_rows, n_columns, ROWS: tl.constexpr, COL
 
 
 @triton.jit
-def _halves(tile, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """The left and the right half of a tile."""
-    return tl.permute(tl.reshape(tile, (ROWS, 2, COLUMNS // 2)), (0, 2, 1)).split()
-
-
-@triton.jit
-def _subtiles(tile, ROWS: tl.constexpr, COLUMNS: tl.constexpr, SUBTILES: tl.constexpr):
-    """The tile in 1, 2 or 4 subtiles from left to right: the epilogue of one at a time needs less shared memory."""
-    if SUBTILES == 1:
-        subtiles = (tile,)
-    else:
-        left, right = _halves(tile, ROWS, COLUMNS)
-        if SUBTILES == 2:
-            subtiles = (left, right)
-        else:
-            subtiles = _halves(left, ROWS, COLUMNS // 2) + _halves(right, ROWS, COLUMNS // 2)
-    return subtiles
-
-
-@triton.jit
 def _pack(bits, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     """(ROWS, COLUMNS // 8) bytes: bit b of byte 8 i + j is that of column 64 i + 8 b + j. In the layout of an
     accumulator one thread has all columns of a byte."""
@@ -140,7 +120,7 @@ def _up_kernel(
         # on the loads of the next tile.
         epilogue_tile += tl.num_programs(0)
         m, n = tile_at(epilogue_tile, n_tiles_m, n_tiles_n, GROUP_M)
-        subtiles = _subtiles(z, BLOCK_M, BLOCK_N, SUBTILES)
+        subtiles = split_tile(z, BLOCK_M, BLOCK_N, SUBTILES)
         for i in tl.static_range(SUBTILES):
             column = n * BLOCK_N + i * WIDTH
             _activate(subtiles[i], h, signs, slope, m * BLOCK_M, column, M, N, LEAKY, SAVE_SIGNS, BLOCK_M, WIDTH, TMA)
@@ -178,7 +158,7 @@ def _down_backward_kernel(
         row = m * BLOCK_M
         if LEAKY:
             dh = _scale_negative(dh, signs, negative_factor, row, n * BLOCK_N, M, N, BLOCK_M, BLOCK_N)
-        subtiles = _subtiles(dh, BLOCK_M, BLOCK_N, SUBTILES)
+        subtiles = split_tile(dh, BLOCK_M, BLOCK_N, SUBTILES)
         for i in tl.static_range(SUBTILES):
             column = n * BLOCK_N + i * WIDTH
             root = tl.sqrt(_load(h, row, column, M, N, BLOCK_M, WIDTH, TMA).to(tl.float32))
