@@ -76,7 +76,7 @@ def coordinates(
         result = probe_coordinates(
             loaded.model,
             loaded.train.optimizer,
-            vocab_size=vocab_size or planned_vocab_size(loaded.data.tokenizer),
+            vocab_size=planned_vocab_size(loaded.data.tokenizer) if vocab_size is None else vocab_size,
             widths=_widths(widths),
             base_width=base_width,
             steps=steps,

@@ -209,6 +209,7 @@ arguments("no-mean", "generate {run} --prompt a --weights swa", "has no swa weig
 arguments("weights-name", "generate {run} --prompt a --weights model", "'model'")
 arguments("widths", "probe coordinates small.yaml --widths 16,wide", "'16,wide'")
 arguments("one-width", "probe coordinates small.yaml --widths 16", "widths=[16]")
+arguments("no-vocabulary", "probe coordinates small.yaml --widths 16,32 --vocab-size 0", "vocab_size=0")
 
 
 def checkpoints() -> list[Path]:
