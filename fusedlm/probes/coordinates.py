@@ -73,7 +73,7 @@ def probe_coordinates(
         raise ValueError("model.mup.base: the coordinate check changes model.dim alone; set model.mup.base={}")
     if base_width is None:
         base_width = config.mup.base_width if config.mup is not None else widths[0]
-    optimizer = with_rates(optimizer, rate)
+    optimizer = optimizer.with_lr(rate * next(iter(optimizer.rates().values())))
     tokens = np.random.default_rng([seed, vocab_size]).integers(0, vocab_size, (batch_size, seq_len + 1))
     batch = _batch(torch.from_numpy(tokens).to(device))
     values: dict[str, dict[str, list]] = {STANDARD: {}, MUP: {}}
@@ -107,18 +107,6 @@ def probe_coordinates(
         "growth": {name: {kind: _growth(series) for kind, series in kinds.items()} for name, kinds in values.items()},
         "losses": losses,
     }
-
-
-def with_rates(optimizer, factor: float):
-    """A section of the optimizer with every learning rate in it, in sections inside it too, multiplied."""
-    changes = {}
-    for name in type(optimizer).model_fields:
-        value = getattr(optimizer, name)
-        if isinstance(value, pydantic.BaseModel):
-            changes[name] = with_rates(value, factor)
-        elif name == "lr" or name.endswith("_lr"):
-            changes[name] = None if value is None else value * factor
-    return optimizer.model_copy(update=changes)
 
 
 def _at_width(config: ModelConfig, width: int, base_width: int | None) -> ModelConfig:

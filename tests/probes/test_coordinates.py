@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from fusedlm.config.train import AdamWConfig, SGDConfig
+from fusedlm.config.train import AdamWConfig, NorMuonAdamWConfig, SGDConfig
 from fusedlm.probes import probe_coordinates
-from fusedlm.probes.coordinates import measure, with_rates
+from fusedlm.probes.coordinates import measure
 from fusedlm.probes.plots import coordinates_plot
 from fusedlm.testing import part_config, part_model
 
@@ -43,7 +43,12 @@ def test_means_are_those_of_the_outputs():
 
 
 def test_every_rate_is_multiplied():
-    assert with_rates(AdamWConfig(lr=0.25, beta1=0.5), 4.0) == AdamWConfig(lr=1.0, beta1=0.5)
+    one = AdamWConfig(lr=0.25, head_lr=0.5, beta1=0.5)
+    assert one.with_lr(1.0) == AdamWConfig(lr=1.0, head_lr=2.0, beta1=0.5)
+    two = NorMuonAdamWConfig(matrix={"lr": 0.25}, rest={"lr": 0.5, "head_lr": 0.125})
+    assert two.with_lr(1.0) == NorMuonAdamWConfig(matrix={"lr": 1.0}, rest={"lr": 2.0, "head_lr": 0.5})
+    result = probe_coordinates(part_config(ATTENTION), one, widths=(8, 16), rate=4.0, steps=1, **SIZES, **WHERE)
+    assert result["optimizer"] == one.with_lr(1.0).model_dump(mode="json")
 
 
 @pytest.mark.parametrize(
