@@ -186,7 +186,8 @@ def collect(experiment: Experiment, variants: dict[str, Variant], folder: Experi
             if record is not None and record["outcome"] != "failed":
                 history = histories[name, seed] = read_history(folder.run(name, seed))
                 environment = folder.environment(name, seed)
-                environment.pop("parameters", None)
+                for of_the_model in ("parameters", "optimizer"):
+                    environment.pop(of_the_model, None)
                 counts = environment.pop("data", {})
                 data = data or counts
                 dates.add(str(environment.pop("date", ""))[:10])

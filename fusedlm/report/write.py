@@ -48,7 +48,7 @@ def write_report(run_dir: Path) -> Path:
         best_row=_best(history),
         sample=_read_text(run_dir / "sample.txt"),
         recipe=recipe,
-        environment=_flatten(environment),
+        environment=_flatten(environment | _counted(environment.get("optimizer"))),
         version=__version__,
     )
     folder = run_dir / "plots"
@@ -173,6 +173,12 @@ def _validation_table(history: History) -> tuple[tuple[str, ...], list[tuple[str
             del shown[optional]
     cells = [[format(v, how) if math.isfinite(v) else "–" for v in values.tolist()] for values, how in shown.values()]
     return tuple(shown), list(zip(*cells, strict=True))
+
+
+def _counted(split) -> dict:
+    """The optimizer's split with the number of tensors in each group instead of their names."""
+    groups = split.items() if isinstance(split, dict) else ()
+    return {"optimizer": {label: f"{len(names):,} tensors" for label, names in groups if isinstance(names, list)}}
 
 
 def _flatten(tree: dict, prefix: str = "") -> list[tuple[str, str]]:

@@ -115,6 +115,8 @@ def test_the_page_shows_verdict_setup_and_plots(finished):
     ):
         assert words in page.text, words
     assert re.search(r"compiled\s+no", page.text)
+    assert "blocks.0" not in page.text, "the names of parameters are no environment"
+    assert [found["runs"] for found in outcome.results.environments] == [4], "the same for both variants"
 
 
 def test_every_variant_has_its_colour_and_its_values_under_the_pointer(finished, tree):

@@ -138,15 +138,18 @@ def write_run(path, n=30, validate=True, **changes):
 def test_a_full_run(tmp_path, with_png):
     run = write_run(tmp_path / "run", mfu=lambda step: 0.456)
     (run / "recipe.yaml").write_text("name: demo\ndescription: A small one.\n")
-    (run / "environment.json").write_text('{"torch": "2.13.0", "parameters": {"total": 2500000, "active": 1200000}}')
+    split = {"normuon": ["blocks.0.mixer.out.weight", "blocks.0.ffn.down.weight"]}
+    counts = {"total": 2500000, "active": 1200000}
+    (run / "environment.json").write_text(json.dumps({"torch": "2.13.0", "parameters": counts, "optimizer": split}))
     (run / "sample.txt").write_text("My fellow citizens")
     path = write_report(run)
     assert path == run / "report.html"
     page = parse(path)
     for words in ("demo", "A small one.", "2.50 M", "1.20 M active", "2.0000", "2.1000", "5.00 k", "45.6%", "1.00%"):
         assert words in page.text
-    for words in ("1.00 GiB", "3.00 k", "My fellow citizens", "2.13.0"):
+    for words in ("1.00 GiB", "3.00 k", "My fellow citizens", "2.13.0", "2 tensors"):
         assert words in page.text
+    assert "blocks.0" not in page.text
     names = {"loss", "validation", "optimization", "throughput", "memory"}
     assert {plot.stem for plot in (run / "plots").iterdir()} == names
     pictures = [(run / f"plots/{name}.png").read_bytes() for name in names]
