@@ -3,7 +3,7 @@
 import itertools
 from pathlib import Path
 
-OPS = ("benchmarks/results/ops.json", "benchmarks/results/ops-linear-time.json")
+OPS = tuple(f"benchmarks/results/{name}.json" for name in ("ops", "ops-linear-time", "ops-orthogonalize"))
 STEPS = "benchmarks/results/steps.json"
 IMAGES = "docs/images"
 _OURS = "fusedlm"

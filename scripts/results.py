@@ -14,11 +14,12 @@ sys.path.insert(0, str(REPOSITORY))
 from scripts.decoding_section import DECODING, decoding_section, draw_decoding  # noqa: E402
 from scripts.lengths_section import LENGTHS, draw_lengths, lengths_section, read_lengths  # noqa: E402
 from scripts.ops_section import IMAGES, OPS, STEPS, draw_ops, ops_section  # noqa: E402
+from scripts.optimizer_section import OPTIMIZER_STEP, optimizer_section  # noqa: E402
 
 RUNS, EXPERIMENTS = "benchmarks/results", "benchmarks/results/experiments"
 EXTENSION = "benchmarks/results/probes/extend.json"  # as `fusedlm eval RUN --probe extend` wrote it
 RECALL = "benchmarks/results/recall.json"  # as benchmarks/recall.py wrote it, plots beside it
-OTHERS = (EXTENSION, RECALL, DECODING, *OPS, STEPS)
+OTHERS = (EXTENSION, RECALL, DECODING, *OPS, STEPS, OPTIMIZER_STEP)
 BEGIN, END = "<!-- results -->\n", "<!-- end of results -->\n"
 # Rows of the README's table: recipe, measurement, and a function that reads it from a record.
 HEADLINES = [
@@ -94,7 +95,8 @@ def results_page(
     page += ABOUT_RUNS + (runs_section(records) if records else "No run is recorded yet.\n")
     page += experiments_section(experiments) + recall_section(others[RECALL]) + extension_section(others[EXTENSION])
     page += decoding_section(others[DECODING])
-    return page + ops_section(ops_records(others), others[STEPS])
+    page += ops_section(ops_records(others), others[STEPS])
+    return page + optimizer_section(others[OPTIMIZER_STEP])
 
 
 def ops_records(others: dict[str, dict | None]) -> list[dict]:
