@@ -49,6 +49,9 @@ def coordinates(
         ),
     ] = None,
     seed: Annotated[int, typer.Option(parser=integer, metavar="S", help="Seed of weights and tokens.")] = 0,
+    n_seeds: Annotated[
+        int, typer.Option("--seeds", parser=integer, metavar="N", help="Seeds, from --seed on, that are averaged.")
+    ] = 1,
     out: Annotated[Path, typer.Option(metavar="FOLDER", help="Folder of coordinates.json and coordinates.png.")] = Path(
         "probes"
     ),
@@ -84,6 +87,7 @@ def coordinates(
             batch_size=batch_size,
             seq_len=seq_len,
             seed=seed,
+            n_seeds=n_seeds,
             setup=partial(use_backends, runtime=loaded.runtime, device=where, dtype=dtype, strict=False),
             device=where,
             dtype=dtype,

@@ -7,6 +7,7 @@ every activation is the same at every width; under the standard one it grows (ar
 import math
 from collections.abc import Callable
 from functools import partial
+from statistics import fmean, geometric_mean
 
 import numpy as np
 import pydantic
@@ -37,6 +38,7 @@ def probe_coordinates(
     batch_size: int = 8,
     seq_len: int = 64,
     seed: int = 0,
+    n_seeds: int = 1,
     setup: Callable[[Decoder], object] | None = None,
     device: torch.device,
     dtype: torch.dtype,
@@ -49,18 +51,21 @@ def probe_coordinates(
         optimizer: of the recipe; its learning rates are multiplied by `rate`.
         widths: increasing.
         base_width: at which both are the same; None: that of `config.mup`, or the smallest width.
+        seed: of weights and tokens; the first of `n_seeds`. At a large rate the logits of a single step swing widely,
+            more seeds steady them.
         setup: called with each new model before it is trained.
 
     Returns:
         JSON-able. `values` by parametrisation and kind of module: for each width a list of mean |x| before each step
-        and after the last, null where it is not finite. Kinds are `embedding`, `logits` and paths inside a block after
-        its letter, such as `a.mixer.qkv`, means over the layers. `growth`, by the same names: the value after the last
-        step at the largest width, over that at the smallest.
+        and after the last, geometric means over seeds, null where one is not finite; `losses` likewise, means. Kinds
+        are `embedding`, `logits` and paths inside a block after its letter, such as `a.mixer.qkv`, means over the
+        layers. `growth`, by the same names: the value after the last step at the largest width, over that at the
+        smallest.
 
     Raises:
         ValueError: a value is out of range, or the recipe does not allow a width.
     """
-    for name, value in (("steps", steps), ("batch_size", batch_size), ("vocab_size", vocab_size)):
+    for name, value in (("steps", steps), ("batch_size", batch_size), ("vocab_size", vocab_size), ("n_seeds", n_seeds)):
         if value < 1:
             raise ValueError(f"{name}={value} must be at least 1")
     if seq_len < 2:
@@ -74,24 +79,23 @@ def probe_coordinates(
     if base_width is None:
         base_width = config.mup.base_width if config.mup is not None else widths[0]
     optimizer = optimizer.with_lr(rate * next(iter(optimizer.rates().values())))
-    tokens = np.random.default_rng([seed, vocab_size]).integers(0, vocab_size, (batch_size, seq_len + 1))
-    batch = _batch(torch.from_numpy(tokens).to(device))
     values: dict[str, dict[str, list]] = {STANDARD: {}, MUP: {}}
     losses: dict[str, list] = {STANDARD: [], MUP: []}
     for name in (STANDARD, MUP):
         for index, width in enumerate(widths):
-            model = build_model(
-                _at_width(config, width, base_width if name == MUP else None),
-                vocab_size=vocab_size,
-                device=device,
-                seed=seed,
-            )
-            if setup is not None:
-                setup(model)
-            means, loss = _run(model, optimizer, batch, steps, device, dtype)
-            for kind, series in means.items():
+            at_width = _at_width(config, width, base_width if name == MUP else None)
+            runs = []
+            for run_seed in range(seed, seed + n_seeds):
+                batch = _batch(run_seed, vocab_size, batch_size, seq_len, device)
+                model = build_model(at_width, vocab_size=vocab_size, device=device, seed=run_seed)
+                if setup is not None:
+                    setup(model)
+                runs.append(_run(model, optimizer, batch, steps, device, dtype))
+                del model
+            for kind in runs[0][0]:
+                series = _over_seeds([means[kind] for means, _ in runs], _geometric_mean)
                 values[name].setdefault(kind, []).append(series)
-            losses[name].append(loss)
+            losses[name].append(_over_seeds([loss for _, loss in runs], fmean))
             progress(f"{name} parametrisation", index + 1, len(widths))
     return {
         "widths": list(widths),
@@ -103,6 +107,7 @@ def probe_coordinates(
         "seq_len": seq_len,
         "vocab_size": vocab_size,
         "seed": seed,
+        "n_seeds": n_seeds,
         "values": values,
         "growth": {name: {kind: _growth(series) for kind, series in kinds.items()} for name, kinds in values.items()},
         "losses": losses,
@@ -120,7 +125,9 @@ def _at_width(config: ModelConfig, width: int, base_width: int | None) -> ModelC
         raise ValueError(f"width {width}: {problem}; give other widths") from None
 
 
-def _batch(tokens: torch.Tensor) -> Batch:
+def _batch(seed: int, vocab_size: int, batch_size: int, seq_len: int, device: torch.device) -> Batch:
+    drawn = np.random.default_rng([seed, vocab_size]).integers(0, vocab_size, (batch_size, seq_len + 1))
+    tokens = torch.from_numpy(drawn).to(device)
     return Batch(tokens[:, :-1], tokens[:, 1:], None, tokens[:, 1:].numel(), 0)
 
 
@@ -177,6 +184,14 @@ def measure(model: Decoder, tokens: torch.Tensor, context: Callable) -> dict[str
         for handle in handles:
             handle.remove()
     return {kind: float(torch.stack(means).mean()) for kind, means in found.items()}
+
+
+def _over_seeds(series: list[list], mean: Callable) -> list:
+    return [None if None in found else mean(found) for found in zip(*series, strict=True)]
+
+
+def _geometric_mean(values: list[float]) -> float:
+    return geometric_mean(values) if all(values) else 0.0
 
 
 def _growth(series: list[list]) -> float | None:

@@ -51,6 +51,21 @@ def test_every_rate_is_multiplied():
     assert result["optimizer"] == one.with_lr(1.0).model_dump(mode="json")
 
 
+def test_seeds_are_averaged():
+    def probe(**seeds):
+        config = part_config(ATTENTION)
+        return probe_coordinates(config, AdamWConfig(), widths=(8, 16), steps=1, **seeds, **SIZES, **WHERE)
+
+    three, *each = probe(seed=1, n_seeds=3), *(probe(seed=seed) for seed in (1, 2, 3))
+    for name, kinds in three["values"].items():
+        for kind, series in kinds.items():
+            single = torch.tensor([one["values"][name][kind] for one in each], dtype=torch.float64)
+            mean = single.log().mean(0).exp()
+            torch.testing.assert_close(torch.tensor(series, dtype=torch.float64), mean, rtol=1e-6, atol=0)
+            assert not torch.equal(single[0], single[1])
+    assert three["losses"]["mup"][0][0] == pytest.approx(sum(one["losses"]["mup"][0][0] for one in each) / 3)
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -59,6 +74,7 @@ def test_every_rate_is_multiplied():
         ({"widths": (15, 30)}, "width 15: .*n_heads=2 does not divide dim=15; set head_dim; give other widths"),
         ({"rate": 0.0}, "rate=0.0 must be a finite number greater than 0"),
         ({"steps": 0}, "steps=0 must be at least 1"),
+        ({"n_seeds": 0}, "n_seeds=0 must be at least 1"),
         ({"seq_len": 1}, "seq_len=1 must be at least 2"),
         ({"optimizer": SGDConfig(), "steps": 1}, "train.optimizer.type=sgd: model.mup has no rule for it"),
     ],
