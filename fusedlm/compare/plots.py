@@ -37,7 +37,7 @@ Curve = Callable[[History, int], tuple[np.ndarray, np.ndarray]]  # of a run and 
 
 def draw_plots(results: Results) -> list[Plot]:
     """Every plot for which there are measurements."""
-    draw = (_final, _validation, _difference, _training, _flops, _cost, _state, _decoding)
+    draw = (_final, _tuning, _validation, _difference, _training, _flops, _cost, _state, _decoding)
     plots = [plot(partial(one, results)) for one in draw]
     return [one for one in plots if one is not None]
 
@@ -85,6 +85,38 @@ def _final(results: Results, narrow: bool) -> Drawing | None:
     if intervals:
         caption += " The band is the 95% interval of the mean; it can extend beyond the edge."
     return Drawing("final", f"Final {what}", _complete(results, caption), figure, wide=True)
+
+
+def _tuning(results: Results, narrow: bool) -> Drawing | None:
+    """Final loss of the trials against the factor of the learning rates."""
+    column, what, unit = results.metric
+    found = {
+        name: [(trial.factor, loss) for trial in tuning.trials if (loss := getattr(trial, column)) is not None]
+        for name, tuning in results.tunings.items()
+    }
+    found = {name: points for name, points in found.items() if points}
+    if not found:
+        return None
+    figure, axes = _with_legend(results, found, narrow)
+    for name, points in found.items():
+        look = _look(results, name)
+        (line,) = axes.plot(*zip(*points, strict=True), linewidth=1.5, marker="o", markersize=3.5, **look)
+        hover(line, name)
+        if (best := results.tunings[name].best) is not None:
+            axes.plot(best.factor, getattr(best, column), "o", color=look["color"], markersize=7)
+    factors = sorted(results.experiment.tune.lr_factors)
+    axes.set_xscale("log")
+    axes.set_xlim(factors[0] / 1.1, factors[-1] * 1.1)
+    axes.xaxis.set_major_locator(FixedLocator(factors))
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.set_xlabel("Factor of the learning rates")
+    axes.set_ylabel(f"{_capital(what)} ({unit})")
+    caption = "All validation text at the end of each trial; large: the best of a variant, which its runs use."
+    n_lost = sum(trial.outcome in ("diverged", "failed") for one in results.tunings.values() for trial in one.trials)
+    if n_lost:
+        caption += f" {_count(n_lost, 'trial')} without a loss, diverged or failed."
+    return Drawing("tuning", "Tuning of the learning rates", caption, figure, wide=True)
 
 
 def _validation(results: Results, narrow: bool) -> Drawing | None:

@@ -10,6 +10,7 @@ import numpy as np
 from fusedlm.compare.folder import ExperimentFolder
 from fusedlm.compare.matching import Variant
 from fusedlm.compare.statistics import Verdict, judge, summarise
+from fusedlm.compare.tuning import Tuning, read_tunings, tuned_variants
 from fusedlm.config.experiment import Experiment
 from fusedlm.report.history import History, median, read_history
 
@@ -17,6 +18,7 @@ from fusedlm.report.history import History, median, read_history
 ROW = (
     "variant",
     "seed",
+    "lr_factor",  # of the best trial of the learning rates; none without tuning
     "outcome",  # finished, diverged, failed or not run
     "steps",
     "tokens",
@@ -44,7 +46,7 @@ LOSS, BPB = ("val_loss", "validation loss", "nats per token"), ("val_bpb", "vali
 @dataclass(frozen=True)
 class Results:
     experiment: Experiment
-    variants: dict[str, Variant]
+    variants: dict[str, Variant]  # with their tuned learning rates
     rows: list[dict]  # one per run, keys as in ROW
     histories: dict[tuple[str, int], History]  # of runs that have finished or diverged
     decoding: dict[str, dict | None]  # variant -> length (text) -> (bytes, tokens per second), or None
@@ -52,6 +54,7 @@ class Results:
     dates: tuple[str, ...]  # distinct days on which runs ended
     backends: dict[str, dict]  # variant -> op -> backend that ran
     data: dict = field(default_factory=dict)  # counts of the text of the baseline, as its environment records them
+    tunings: dict[str, Tuning] = field(default_factory=dict)  # by variant; empty: nothing was tuned
 
     @property
     def baseline(self) -> str:
@@ -88,6 +91,9 @@ class Results:
         """How runs of a variant ended without a loss: "wide diverged on seeds 0 (step 40) and 1 (step 60)"."""
         diverged, failed = self.of(variant, "diverged"), self.of(variant, "failed")
         parts = []
+        if variant in self.tunings and (lost := self.tunings[variant].lost) is not None:
+            diverged = failed = []
+            parts.append(f"{lost['outcome']} {lost['message']}")
         if diverged:
             where = _listed([f"{row['seed']} (step {row['steps']:,})" for row in diverged])
             parts.append(f"diverged on seed{'s' * (len(diverged) > 1)} {where}")
@@ -116,6 +122,8 @@ class Results:
                 sentences.append(f"{name} failed on seed {row['seed']}: {row['message']}")
         if any(row["outcome"] == "failed" for row in self.rows):
             sentences.append("failed runs are in no mean; running the experiment again tries them again")
+        for tuning in self.tunings.values():
+            sentences += tuning.remarks()
         missing = sum(row["outcome"] == "not run" for row in self.rows)
         if missing:
             sentences.append(f"{missing} of {len(self.rows)} runs are not finished yet")
@@ -160,6 +168,8 @@ class Results:
             "backends": self.backends.get(name, {}),
             "recipe": variant.recipe.model_dump(mode="json"),
         }
+        if name in self.tunings:
+            tree["tuning"] = self.tunings[name].as_json()
         if name != self.baseline:
             tree["against_baseline"] = {metric[0]: asdict(self.verdict(name, metric)) for metric in (LOSS, BPB)}
         return tree
@@ -175,15 +185,24 @@ class Results:
 def collect(experiment: Experiment, variants: dict[str, Variant], folder: ExperimentFolder) -> Results:
     """The results in an experiment's folder so far.
 
+    Args:
+        variants: matched; not tuned.
+
     Raises:
-        ValueError: a record or the metrics of a run are damaged; names file and line.
+        ValueError: a record or the metrics of a run are damaged; names file and line. Or a run has another learning
+            rate than the best trial.
     """
+    tunings = read_tunings(experiment, variants, folder)
+    variants = tuned_variants(experiment, variants, tunings, folder)
     rows, histories, environments, dates, backends, data = [], {}, [], set(), {}, {}
     for name, variant in variants.items():
+        tuning = tunings.get(name)
+        factor = tuning.best.factor if tuning and tuning.best else None
+        is_trained = tuning is None or factor is not None
         for seed in experiment.seeds:
-            record = folder.record(name, seed)
+            record = folder.record(name, seed) if is_trained else tuning.lost
             history = None
-            if record is not None and record["outcome"] != "failed":
+            if record is not None and record["outcome"] != "failed" and is_trained:
                 history = histories[name, seed] = read_history(folder.run(name, seed))
                 environment = folder.environment(name, seed)
                 environment.pop("parameters", None)
@@ -192,10 +211,10 @@ def collect(experiment: Experiment, variants: dict[str, Variant], folder: Experi
                 dates.add(str(environment.pop("date", ""))[:10])
                 backends[name] = environment.pop("backends", {})
                 _count_environment(environments, environment)
-            rows.append(_row(variant, seed, record, history))
+            rows.append(_row(variant, seed, record, history) | {"lr_factor": factor})
     decoding = {name: folder.decoding(name) for name in variants}
     days = tuple(sorted(dates - {""}))
-    return Results(experiment, variants, rows, histories, decoding, environments, days, backends, data)
+    return Results(experiment, variants, rows, histories, decoding, environments, days, backends, data, tunings)
 
 
 def _count_environment(environments: list[dict], found: dict) -> None:

@@ -3,6 +3,7 @@
 from fusedlm.compare.plots import length_name
 from fusedlm.compare.results import Results
 from fusedlm.compare.statistics import Summary
+from fusedlm.compare.tuning import Trial, rates_text
 from fusedlm.report.units import count, duration, memory, percent, size
 
 Table = tuple[tuple[str, ...], list[tuple[str, ...]]]  # head, rows
@@ -38,6 +39,32 @@ def loss_table(results: Results) -> Table:
             )
         )
     return head, rows
+
+
+def tuning_table(results: Results) -> Table:
+    """Final losses of the trials of learning rates, a row per variant and a column per factor."""
+    what = results.metric[1]
+    factors = sorted(results.experiment.tune.lr_factors)
+    head = ("Variant", "Trials", "Best factor", "Learning rates", *(f"{what}, ×{factor:g}" for factor in factors))
+    rows = []
+    for name, tuning in results.tunings.items():
+        best = tuning.best
+        made = sum(trial.outcome != "not run" for trial in tuning.trials)
+        rows.append(
+            (
+                name,
+                str(made) if tuning.is_complete else f"{made} of {len(tuning.trials)}",
+                _NONE if best is None else f"{best.factor:g}" + (f" ({tuning.edge})" if tuning.edge else ""),
+                _NONE if best is None else rates_text(best.rates),
+                *(_trial_loss(results, trial) for trial in tuning.trials),
+            )
+        )
+    return head, rows
+
+
+def _trial_loss(results: Results, trial: Trial) -> str:
+    loss = getattr(trial, results.metric[0])
+    return trial.outcome if loss is None else f"{loss:.4f}"
 
 
 def size_table(results: Results) -> Table:
