@@ -124,7 +124,8 @@ def _tuned(results: Results) -> str | None:
     steps = "as many steps as a run" if tune.steps is None else f"{tune.steps:,} steps of {results.baseline}"
     first = (
         f"<p>{_count(len(tune.lr_factors), 'trial')} per variant, with seed {tune.seed} and {steps}: all learning "
-        "rates of a variant times a factor. Its runs use the rates of the trial with the lowest final validation loss.</p>"
+        "rates of a variant times a factor. Its runs use the rates of the trial with the lowest final validation "
+        "loss.</p>"
     )
     remarks = [remark for tuning in results.tunings.values() for remark in tuning.remarks()]
     listed = "".join(f"<li>{escape(remark)}.</li>" for remark in remarks)
