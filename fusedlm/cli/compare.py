@@ -138,7 +138,7 @@ def _print_results(results) -> None:
     from fusedlm.compare.tables import summary_table
 
     _print_table(results.experiment.name, *summary_table(results))
-    for sentence in results.verdicts():
+    for sentence in [*results.verdicts(), *results.time_sentences()]:
         print(sentence)
 
 

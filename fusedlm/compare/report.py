@@ -8,7 +8,7 @@ from fusedlm import __version__
 from fusedlm.compare.matching import Variant
 from fusedlm.compare.plots import draw_plots
 from fusedlm.compare.results import Results
-from fusedlm.compare.tables import cost_table, decoding_table, loss_table, size_table, tuning_table
+from fusedlm.compare.tables import cost_table, decoding_table, loss_table, size_table, time_table, tuning_table
 from fusedlm.compare.tuning import trials_csv
 from fusedlm.config import dump_recipe
 from fusedlm.files import write_atomic
@@ -58,6 +58,7 @@ def write_report(results: Results, out: Path) -> Path:
         *section("Verdict", _verdicts(results)),
         key_figures(_key_figures(results)),
         *section("Loss", numbers_table(*loss_table(results))),
+        *section("Steps and seconds to the baseline's loss", _time_to_loss(results)),
         *section("Learning rates", _tuned(results)),
         *section("Matching", _matched(results)),
         *section("Plots", figures(plots)),
@@ -114,6 +115,22 @@ def _verdicts(results: Results) -> str:
         return "<p>One variant: there is nothing to compare.</p>"
     remarks = "".join(f"<p class=remark>{note}</p>" for note in notes)
     return f"<ul class=verdicts>{''.join(sentences)}</ul>{remarks}"
+
+
+def _time_to_loss(results: Results) -> str | None:
+    """None: validations during training are not comparable."""
+    table = time_table(results)
+    if table is None:
+        return None
+    weights = results.experiment.weights
+    of_weights = "" if weights == "raw" else f" of {weights} weights"
+    return numbers_table(*table) + (
+        f"<p>The loss is the mean over seeds of the last validation{of_weights} of {escape(results.baseline)} during "
+        f"training, {results.baseline_bpb:.4f} bits per byte; a variant reaches it where its own validations first are "
+        "at or below it, by linear interpolation between two. Ratios are to the mean steps and seconds of all training "
+        "of the baseline, with intervals of Student's t over seeds; there is no mean unless every run reaches the "
+        "loss. Seconds are those of steps, without validations and compilation.</p>"
+    )
 
 
 def _tuned(results: Results) -> str | None:

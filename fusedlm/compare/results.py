@@ -10,6 +10,15 @@ import numpy as np
 from fusedlm.compare.folder import ExperimentFolder
 from fusedlm.compare.matching import Variant
 from fusedlm.compare.statistics import Verdict, judge, summarise
+from fusedlm.compare.time_to_loss import (
+    SECONDS,
+    STEPS,
+    TimeToLoss,
+    add_time_to_loss,
+    is_comparable,
+    summarise_time,
+    time_sentence,
+)
 from fusedlm.compare.tuning import Tuning, read_tunings, tuned_variants
 from fusedlm.config.experiment import Experiment
 from fusedlm.report.history import History, median, read_history
@@ -27,6 +36,8 @@ ROW = (
     "best_val_loss",  # lowest validation during training
     "best_val_bpb",
     "best_val_step",
+    STEPS,  # to the mean final loss of the baseline in validations during training; of the baseline, its totals
+    SECONDS,  # without validations and compilation
     "train_loss",  # of the last step
     "train_loss_last_10",  # mean of the last ten steps, without skipped ones
     "tokens_per_second",  # median without warm-up
@@ -55,6 +66,7 @@ class Results:
     backends: dict[str, dict]  # variant -> op -> backend that ran
     data: dict = field(default_factory=dict)  # counts of the text of the baseline, as its environment records them
     tunings: dict[str, Tuning] = field(default_factory=dict)  # by variant; empty: nothing was tuned
+    baseline_bpb: float | None = None  # mean final loss of the baseline in validations during training, bits per byte
 
     @property
     def baseline(self) -> str:
@@ -112,6 +124,19 @@ class Results:
         lost = ", ".join(filter(None, (self.lost(variant), self.lost(self.baseline))))
         return judge(variant, self.baseline, own, other, what, unit, lost)
 
+    def time_to_loss(self, variant: str) -> TimeToLoss | None:
+        """Steps and seconds of a variant to the baseline's final loss. None: validations during training are not
+        comparable, or the baseline has none."""
+        if self.baseline_bpb is None:
+            return None
+        outcome = "finished" if variant == self.baseline else None
+        return summarise_time(self.of(variant, outcome), self.of(self.baseline))
+
+    def time_sentences(self) -> list[str]:
+        """A sentence for each variant but the first that has ended runs."""
+        found = {name: self.time_to_loss(name) for name in self.variants if name != self.baseline}
+        return [time_sentence(name, self.baseline, time) for name, time in found.items() if time and time.n_runs]
+
     def verdicts(self) -> list[str]:
         """A sentence for each variant but the first, and some for diverged, failed and unfinished runs."""
         sentences = [self.verdict(name).sentence for name in self.variants if name != self.baseline]
@@ -137,6 +162,7 @@ class Results:
             "metric": dict(zip(("column", "name", "unit"), self.metric, strict=True)),
             "variants": {name: self._variant_json(name) for name in self.variants},
             "verdicts": self.verdicts(),
+            "baseline_loss_in_training": self.baseline_bpb,
             "runs": self.rows,
             "environments": self.environments,
             "dates": list(self.dates),
@@ -168,6 +194,8 @@ class Results:
             "backends": self.backends.get(name, {}),
             "recipe": variant.recipe.model_dump(mode="json"),
         }
+        if (time := self.time_to_loss(name)) is not None:
+            tree["to_baseline_loss"] = asdict(time)
         if name in self.tunings:
             tree["tuning"] = self.tunings[name].as_json()
         if name != self.baseline:
@@ -214,7 +242,10 @@ def collect(experiment: Experiment, variants: dict[str, Variant], folder: Experi
             rows.append(_row(variant, seed, record, history) | {"lr_factor": factor})
     decoding = {name: folder.decoding(name) for name in variants}
     days = tuple(sorted(dates - {""}))
-    return Results(experiment, variants, rows, histories, decoding, environments, days, backends, data, tunings)
+    target = None
+    if is_comparable(variants):
+        target = add_time_to_loss(rows, histories, next(iter(variants)), experiment.weights)
+    return Results(experiment, variants, rows, histories, decoding, environments, days, backends, data, tunings, target)
 
 
 def _count_environment(environments: list[dict], found: dict) -> None:

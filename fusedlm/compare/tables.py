@@ -67,6 +67,36 @@ def _trial_loss(results: Results, trial: Trial) -> str:
     return trial.outcome if loss is None else f"{loss:.4f}"
 
 
+def time_table(results: Results) -> Table | None:
+    """Steps and seconds to the baseline's final loss, a row per variant; None: not known."""
+    found = {name: results.time_to_loss(name) for name in results.variants}
+    if not any(time and time.n_runs for name, time in found.items() if name != results.baseline):
+        return None
+    head = ("Variant", "Reached", "Steps", "of the baseline's", "95% interval", "Seconds", "of the baseline's")
+    head += ("95% interval",)
+    rows = []
+    for name, time in found.items():
+        if name == results.baseline:
+            cells = ("reference", f"{time.steps:,.0f}", "1", _NONE, _seconds(time.seconds), "1", _NONE)
+        elif time.steps is None:
+            cells = (f"not reached ({time.n_reached} of {time.n_runs} runs)", *[_NONE] * 6)
+        else:
+            steps, seconds = time.steps_ratio, time.seconds_ratio
+            cells = (f"{time.n_reached} of {time.n_runs} runs", f"{time.steps:,.0f}", *_ratio(steps))
+            cells += (_seconds(time.seconds), *_ratio(seconds))
+        rows.append((name, *cells))
+    return head, rows
+
+
+def _ratio(found: Summary) -> tuple[str, str]:
+    interval = _NONE if found.low is None else f"{found.low:.3f} to {found.high:.3f}"
+    return _NONE if found.mean is None else f"{found.mean:.3f}", interval
+
+
+def _seconds(value: float) -> str:
+    return f"{value:,.1f}" if value >= 10 else f"{value:.3g}"
+
+
 def size_table(results: Results) -> Table:
     """Sizes, a row per variant."""
     head = (
