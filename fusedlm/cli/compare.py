@@ -93,7 +93,8 @@ def compare(
 
 
 def _print_plan(config, variants: dict) -> None:
-    n_seeds = len(config.seeds)
+    n_seeds, n_trials = len(config.seeds), len(variants) * len(config.tune.lr_factors) if config.tune else 0
+    trials = f"{n_trials} trial{'s' * (n_trials > 1)} and " if n_trials else ""
     runs = f"{len(variants) * n_seeds} run{'s' * (len(variants) * n_seeds > 1)}"
     seeds = f"seed{'s' * (n_seeds > 1)} {', '.join(map(str, config.seeds))}"
     by = f" by {config.match_by}" if config.match in ("params", "flops") else ""
@@ -110,19 +111,34 @@ def _print_plan(config, variants: dict) -> None:
         )
         for name, variant in variants.items()
     ]
-    _print_table(f"{config.name}: {runs}, {seeds}, match: {config.match}{by}", head, rows)
+    _print_table(f"{config.name}: {trials}{runs}, {seeds}, match: {config.match}{by}", head, rows)
     for name, variant in variants.items():
         if variant.changes:
             print(f"{name}, to match: {', '.join(map(str, variant.changes))}")
+    if config.tune is not None:
+        _print_trials(config, variants)
     if config.match == "time":
         print("steps are timed and set when the experiment runs")
+
+
+def _print_trials(config, variants: dict) -> None:
+    from fusedlm.compare.tuning import rates_text, trial_recipe
+
+    baseline, *_ = variants.values()
+    factors = sorted(config.tune.lr_factors)
+    rows = []
+    for name, variant in variants.items():
+        trains = [trial_recipe(config, variant, baseline, factor).train for factor in factors]
+        rows.append((name, f"{trains[0].steps:,}", *(rates_text(train.optimizer.rates()) for train in trains)))
+    head = ("variant", "steps", *(f"×{factor:g}" for factor in factors))
+    _print_table(f"trials of learning rates, seed {config.tune.seed}", head, rows)
 
 
 def _print_results(results) -> None:
     from fusedlm.compare.tables import summary_table
 
     _print_table(results.experiment.name, *summary_table(results))
-    for sentence in results.verdicts():
+    for sentence in [*results.verdicts(), *results.time_sentences()]:
         print(sentence)
 
 

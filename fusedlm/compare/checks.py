@@ -48,6 +48,9 @@ def check_identity(saved: dict) -> None:
     for name, entry in saved["variants"].items():
         if not isinstance(entry, dict) or not {"text", "vocab_size"} <= entry.keys():
             raise ValueError(f"variant {name} has no text or vocab_size")
+    factors = saved.get("lr_factors", [])
+    if not isinstance(factors, list) or not all(map(is_number, factors)):
+        raise ValueError(f"lr_factors={shown(saved['lr_factors'])}")
     if not isinstance(saved.get("unsealed", {}), dict):
         raise ValueError(f"unsealed={shown(saved['unsealed'])}")
 

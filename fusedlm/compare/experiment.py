@@ -1,4 +1,4 @@
-"""The grid of an experiment: one run per variant and seed."""
+"""The grid of an experiment: one run per variant and seed, after the trials of learning rates if there are any."""
 
 import contextlib
 import shutil
@@ -18,6 +18,7 @@ from fusedlm.compare.process import Child, Stopped, Task, run_in_process, run_ta
 from fusedlm.compare.progress import GridDisplay
 from fusedlm.compare.report import write_report
 from fusedlm.compare.results import Results, collect
+from fusedlm.compare.tuning import read_tunings, trial_recipe, tuned_variants
 from fusedlm.compare.work import calibrate, measure, train_run
 from fusedlm.config import Recipe
 from fusedlm.config.experiment import Experiment, run_name
@@ -189,6 +190,24 @@ def _reopen(
     return {name: known[name]["vocab_size"] for name in recipes}
 
 
+@dataclass(frozen=True)
+class _Training:
+    """A run, or a trial of learning rates."""
+
+    variant: Variant
+    recipe: Recipe  # with its seed, learning rates and steps
+    factor: float | None = None  # of the learning rates, of a trial
+
+    @property
+    def place(self) -> tuple[str, int, float | None]:
+        """In the folder."""
+        return self.variant.name, self.recipe.train.seed, self.factor
+
+    @property
+    def name(self) -> str:
+        return run_name(*self.place)
+
+
 class _Grid:
     def __init__(
         self,
@@ -204,6 +223,7 @@ class _Grid:
         self._n_left = 0  # runs that have not ended
         self._fault: OSError | None = None  # that the other runs would meet too
         self._untimed: dict[str, str] = {}  # variants whose steps could not be timed, and why
+        self._lost: dict[str, dict] = {}  # variants without a learning rate, and the record of their runs
 
     def run(self, recipes: dict[str, Recipe], vocab_sizes: dict[str, int]) -> dict[str, Variant] | None:
         """None: stopped while timing steps."""
@@ -211,22 +231,55 @@ class _Grid:
             variants = self.match(recipes, vocab_sizes)
         except Stopped:
             return None
-        # Seeds outside, variants inside: an interrupted grid has the same seeds of all variants.
-        runs = [(variant, seed) for seed in self.experiment.seeds for variant in variants.values()]
-        records = [self.folder.record(variant.name, seed) for variant, seed in runs]
-        left = [run for run, record in zip(runs, records, strict=True) if _is_left(record)]
-        all_steps = [variant.recipe.train.steps for variant, _ in runs]
-        done = sum(all_steps) - sum(variant.recipe.train.steps for variant, _ in left)
-        self.display.open(all_steps, done, len(runs) - len(left))
-        if 0 < len(left) < len(runs):
-            self.display.note(f"{len(runs) - len(left)} of {len(runs)} runs are already finished")
+        trials = self._trials(variants)
+        trainings = [*trials, *self._runs(variants)]
+        left = [training.name for training in trainings if self._is_left(training)]
+        all_steps = [training.recipe.train.steps for training in trainings]
+        done = sum(training.recipe.train.steps for training in trainings if training.name not in left)
+        self.display.open(all_steps, done, len(trainings) - len(left))
+        if 0 < len(left) < len(trainings):
+            self.display.note(f"{len(trainings) - len(left)} of {len(trainings)} runs are already finished")
         try:
-            self._train(left)
+            self._train([trial for trial in trials if trial.name in left])
+            tunings = read_tunings(self.experiment, variants, self.folder)
+            self._lost = {name: lost for name, tuning in tunings.items() if (lost := tuning.lost) is not None}
+            runs = self._runs(tuned_variants(self.experiment, variants, tunings, self.folder))
+            self._train([run for run in runs if run.name in left])
             for variant in variants.values():
                 self._measure(variant)
         except Stopped:
             self.stopped = True
         return variants
+
+    def _runs(self, variants: dict[str, Variant]) -> list[_Training]:
+        """Seeds outside, variants inside: an interrupted grid has the same seeds of all variants."""
+        found = []
+        for seed in self.experiment.seeds:
+            for variant in variants.values():
+                recipe, name = variant.recipe, run_name(variant.name, seed)
+                changes = {
+                    "name": f"{self.experiment.name}-{name}",
+                    "train": recipe.train.model_copy(update={"seed": seed}),
+                }
+                found.append(_Training(variant, recipe.model_copy(update=changes)))
+        return found
+
+    def _trials(self, variants: dict[str, Variant]) -> list[_Training]:
+        """Factors outside, variants inside."""
+        tune, (baseline, *_) = self.experiment.tune, variants.values()
+        return [
+            _Training(variant, trial_recipe(self.experiment, variant, baseline, factor), factor)
+            for factor in (tune.lr_factors if tune else ())
+            for variant in variants.values()
+        ]
+
+    def _is_left(self, training: _Training) -> bool:
+        record = self.folder.record(*training.place)
+        if record is None or record["outcome"] != "failed":
+            return record is None
+        # Once runs have the rate that was found without it, a failed trial stays the worst.
+        is_trial, name = training.factor is not None, training.variant.name
+        return not (is_trial and any(self.folder.run(name, seed).exists() for seed in self.experiment.seeds))
 
     def match(self, recipes: dict[str, Recipe], vocab_sizes: dict[str, int], timing: bool = True) -> dict[str, Variant]:
         """Raises Stopped on a signal."""
@@ -282,64 +335,63 @@ class _Grid:
     def _timing_folder(self, name: str) -> Path:
         return self.folder.path / "calibration" / name
 
-    def _train(self, runs: list[tuple[Variant, int]]) -> None:
+    def _train(self, trainings: list[_Training]) -> None:
         """Raises Stopped on a signal, and OSError for a fault that other runs would meet too, after those that run have
         saved and stopped."""
-        self._n_left = len(runs)
-        with contextlib.closing(run_tasks(self._trainings(runs), self.gpus, self._must_stop)) as ended:
+        self._n_left, self.failed = len(trainings), {}
+        with contextlib.closing(run_tasks(self._tasks(trainings), self.gpus, self._must_stop)) as ended:
             for child in ended:
-                self._end(*child.task.about, _record(child))
-        names = [run_name(variant.name, seed) for variant, seed in runs]
+                self._end(child.task.about, _record(child))
+        names = [training.name for training in trainings]
         self.failed = {name: self.failed[name] for name in names if name in self.failed}
         if self._fault is not None:
             raise self._fault
         if self._n_left:
             raise Stopped
 
-    def _trainings(self, runs: list[tuple[Variant, int]]) -> Iterator[Task]:
-        """Tasks of runs; each is shown as begun when it is taken."""
-        for variant, seed in runs:
-            name = run_name(variant.name, seed)
-            recipe = variant.recipe
-            recipe = recipe.model_copy(
-                update={
-                    "name": f"{self.experiment.name}-{name}",
-                    "train": recipe.train.model_copy(update={"seed": seed}),
-                }
-            )
-            self.display.begin(name, recipe.train.steps)
-            if variant.name in self._untimed:
-                self._end(variant, seed, _failed(self._untimed[variant.name]))
+    def _tasks(self, trainings: list[_Training]) -> Iterator[Task]:
+        """Each training is shown as begun when it is taken."""
+        for training in trainings:
+            name, variant = training.name, training.variant.name
+            self.display.begin(name, training.recipe.train.steps)
+            if variant in self._lost:
+                self._close(training, self._lost[variant])
                 continue
-            text = self.folder.identity["variants"][variant.name]["text"]
-            arguments = (recipe, self.folder.run(variant.name, seed), text, self.experiment.weights)
-            yield Task(train_run, arguments, partial(self.display.report, name), about=(variant, seed))
+            if variant in self._untimed:
+                self._end(training, _failed(self._untimed[variant]))
+                continue
+            text = self.folder.identity["variants"][variant]["text"]
+            arguments = (training.recipe, self.folder.run(*training.place), text, self.experiment.weights)
+            yield Task(train_run, arguments, partial(self.display.report, name), about=training)
 
-    def _end(self, variant: Variant, seed: int, record: dict) -> None:
+    def _end(self, training: _Training, record: dict) -> None:
         """Keep the record of a run that has ended, or stop the others if it was stopped or met a fault."""
-        name, window = run_name(variant.name, seed), variant.recipe.train.seq_len
         if record["outcome"] == "stopped":
             self.stopped = True
             return
         try:
             if record["outcome"] == "system":
-                raise OSError(f"{name}: {record['message']}; finished runs are kept")
-            self.folder.write_record(variant.name, seed, record)
+                raise OSError(f"{training.name}: {record['message']}; finished runs are kept")
+            variant, seed, factor = training.place
+            self.folder.write_record(variant, seed, record, factor)
         except OSError as error:
             self._fault = self._fault or error
             return
+        self._close(training, record)
+
+    def _close(self, training: _Training, record: dict) -> None:
+        """Count and show a run that has ended."""
         self._n_left -= 1
-        final = record["final"]
+        name, final, window = training.name, record["final"], training.recipe.train.seq_len
         if record["outcome"] == "failed":
             self.failed[name] = record["message"]
+        at = f" at step {record['step']}" if "step" in record else ""
         self.display.end(
             name,
             f"validation {final['val_nll_per_token']:.4f} nats per token, {final['val_bpb']:.4f} bits per byte "
             f"(window {window}, stride {window})"
             if final
-            else f"diverged at step {record['step']}: {record['message']}"
-            if record["outcome"] == "diverged"
-            else f"failed: {record['message']}",
+            else f"{record['outcome']}{at}: {record['message']}",
         )
 
     def _measure(self, variant: Variant) -> None:
@@ -373,10 +425,6 @@ class _Grid:
 
     def _must_stop(self) -> bool:
         return self.stopped or self._fault is not None or self.stop.received is not None
-
-
-def _is_left(record: dict | None) -> bool:
-    return record is None or record["outcome"] == "failed"
 
 
 def _record(child: Child) -> dict:

@@ -30,8 +30,9 @@ _AGAIN = "remove it to compute its content again"
 class ExperimentFolder:
     """OUT/, locked for one process, as a context.
 
-    runs/VARIANT-seedN are run folders, as `fusedlm train` writes them; records/ has one file per run that has ended,
-    and decoding/ one per variant. Recorded results are not recomputed; failed runs are retried.
+    runs/VARIANT-seedN are run folders, as `fusedlm train` writes them, and runs/VARIANT-lrxFACTOR those of trials of
+    learning rates; records/ has one file per run or trial that has ended, and decoding/ one per variant. Recorded
+    results are not recomputed; failed runs are retried.
     Every file that is read back is {"about", "content", "sha256"}: it must be what was written, and about the variant,
     seed and experiment that it is read for. Files of versions without checksums are accepted once: `notes` says so,
     and from then on identity.json has the sha256 of each.
@@ -71,8 +72,12 @@ class ExperimentFolder:
     def __exit__(self, *exception) -> None:
         self._lock.close()
 
-    def run(self, variant: str, seed: int) -> Path:
-        return self.path / RUNS / run_name(variant, seed)
+    def run(self, variant: str, seed: int, factor: float | None = None) -> Path:
+        """The folder of a run; with a factor that of the trial of these learning rates, here and below."""
+        return self.path / RUNS / run_name(variant, seed, factor)
+
+    def record_path(self, variant: str, seed: int, factor: float | None = None) -> Path:
+        return self.path / RECORDS / f"{run_name(variant, seed, factor)}.json"
 
     def holds_work(self) -> bool:
         """Whether there is anything that a new start would have to repeat."""
@@ -81,8 +86,8 @@ class ExperimentFolder:
         return started or any((self.path / name).exists() for name in (RECORDS, CALIBRATION, DECODING))
 
     def check(self, identity: dict) -> None:
-        """Check that an experiment can start or resume here: seeds and variants may be added, nothing else may differ
-        once a run has started.
+        """Check that an experiment can start or resume here: seeds, factors of learning rates and variants may be
+        added, nothing else may differ once a run has started.
 
         Args:
             identity: from `identify`.
@@ -127,18 +132,18 @@ class ExperimentFolder:
             raise ValueError(f"experiment folder {self.path} holds no experiment yet; run it without --report-only")
         return saved
 
-    def record(self, variant: str, seed: int) -> dict | None:
+    def record(self, variant: str, seed: int, factor: float | None = None) -> dict | None:
         """The record of a run that has ended; None: it has not.
 
         Raises:
             ValueError: the record is damaged or of another run, or the files of the run have changed since it ended.
         """
-        path = self._record_path(variant, seed)
-        record = self._read(path, self._about("record", variant, seed), check_record)
+        path = self.record_path(variant, seed, factor)
+        record = self._read(path, self._about_run(variant, seed, factor), check_record)
         if record is None:
             return None
         for name, digest in record.get("files", {}).items():
-            file = self.run(variant, seed) / name
+            file = self.run(variant, seed, factor) / name
             if not file.is_file():
                 raise ValueError(
                     f"{file}: missing, although {path.name} says that the run has ended; restore it, or remove {path} "
@@ -151,14 +156,14 @@ class ExperimentFolder:
                 )
         return record
 
-    def write_record(self, variant: str, seed: int, record: dict) -> None:
+    def write_record(self, variant: str, seed: int, record: dict, factor: float | None = None) -> None:
         """Save how a run ended. Unless it failed, with checksums of the run's metrics and environment."""
         files = {}
         if record["outcome"] != "failed":
-            paths = [self.run(variant, seed) / name for name in (METRICS, ENVIRONMENT)]
+            paths = [self.run(variant, seed, factor) / name for name in (METRICS, ENVIRONMENT)]
             files = {path.name: sha256_file(path) for path in paths if path.is_file()}
-        path = self._record_path(variant, seed)
-        self._write(path, self._about("record", variant, seed), record | {"files": files})
+        path = self.record_path(variant, seed, factor)
+        self._write(path, self._about_run(variant, seed, factor), record | {"files": files})
 
     def environment(self, variant: str, seed: int) -> dict:
         """The environment of a run."""
@@ -189,31 +194,34 @@ class ExperimentFolder:
         }
         self._write(self.path / CALIBRATION, {"kind": "calibration"}, entries)
 
-    def _about(self, kind: str, variant: str, seed: int | None = None) -> dict:
-        about = {"kind": kind, "variant": variant, "experiment": variant_digest(self.identity, variant)}
-        return about if seed is None else about | {"seed": seed}
+    def _about(self, kind: str, variant: str) -> dict:
+        return {"kind": kind, "variant": variant, "experiment": variant_digest(self.identity, variant)}
 
-    def _record_path(self, variant: str, seed: int) -> Path:
-        return self.path / RECORDS / f"{run_name(variant, seed)}.json"
+    def _about_run(self, variant: str, seed: int, factor: float | None) -> dict:
+        if factor is None:
+            return self._about("record", variant) | {"seed": seed}
+        return self._about("trial", variant) | {"seed": seed, "factor": factor}
 
     def _decoding_path(self, variant: str) -> Path:
         return self.path / DECODING / f"{variant}.json"
 
     def _started(self, saved: dict, now: dict) -> dict:
-        """A saved identity without the variants and seeds that have no run and are not in the experiment any more."""
-        seeds, names = saved["seeds"], list(saved["variants"])
+        """A saved identity without the variants, seeds and factors that have no run and are not in the experiment any
+        more."""
+        seeds, factors, names = saved["seeds"], saved.get("lr_factors", []), list(saved["variants"])
 
-        def kept(variant: str, seed: int) -> bool:
-            return self.run(variant, seed).exists() or self._record_path(variant, seed).exists()
+        def kept(variant: str, seed: int, factor: float | None = None) -> bool:
+            return self.run(variant, seed, factor).exists() or self.record_path(variant, seed, factor).exists()
 
-        left = {
-            name: leaves
-            for name, leaves in saved["variants"].items()
-            if name in now["variants"] or any(kept(name, seed) for seed in seeds)
-        }
+        def has_work(variant: str) -> bool:
+            return any(kept(variant, seed) for seed in seeds) or any(kept(variant, 0, factor) for factor in factors)
+
         return saved | {
             "seeds": [seed for seed in seeds if seed in now["seeds"] or any(kept(name, seed) for name in names)],
-            "variants": left,
+            "lr_factors": [x for x in factors if x in now["lr_factors"] or any(kept(name, 0, x) for name in names)],
+            "variants": {
+                name: leaves for name, leaves in saved["variants"].items() if name in now["variants"] or has_work(name)
+            },
         }
 
     def _has_runs(self) -> bool:

@@ -23,32 +23,41 @@ def identify(
     matching = experiment.model_dump(include={"match", "match_by", "tolerance"})
     if experiment.match == "time":
         matching["calibration_steps"] = experiment.calibration_steps
+    tune = experiment.tune
+    if tune is not None:
+        matching |= {"tune.seed": tune.seed, "tune.steps": tune.steps}
     return {
         "experiment": {"name": experiment.name, "baseline": next(iter(recipes))} | matching,
         "device": device,
         "dtype": dtype,
         "seeds": experiment.seeds,
+        "lr_factors": [] if tune is None else tune.lr_factors,
         "variants": {name: _leaves(recipe.model_dump(mode="json")) | data[name] for name, recipe in recipes.items()},
     }
 
 
 def variant_digest(identity: dict, variant: str) -> str:
-    """What the results of one variant depend on, as a sha256; adding seeds and variants does not change it."""
+    """What the results of one variant depend on, as a sha256; adding seeds, factors and variants does not change it."""
     parts = [identity[key] for key in ("experiment", "device", "dtype")] + [identity["variants"][variant]]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
 def merged(saved: dict, now: dict) -> dict:
-    """A saved identity with the seeds and variants that are new. What was saved keeps its digests."""
+    """A saved identity with the seeds, factors and variants that are new. What was saved keeps its digests."""
     return saved | {
-        "seeds": [*saved["seeds"], *(seed for seed in now["seeds"] if seed not in saved["seeds"])],
+        "seeds": _union(saved["seeds"], now["seeds"]),
+        "lr_factors": _union(saved.get("lr_factors", []), now["lr_factors"]),
         "variants": now["variants"] | saved["variants"],
     }
 
 
+def _union(saved: list, now: list) -> list:
+    return [*saved, *(one for one in now if one not in saved)]
+
+
 def difference(saved: dict, now: dict) -> tuple[str, object, object] | None:
-    """The first key that differs and must not, with both values. Seeds and variants may be added; a key that recipes
-    did not have yet may be there now with its default."""
+    """The first key that differs and must not, with both values. Seeds, factors and variants may be added; a key that
+    recipes did not have yet may be there now with its default."""
     for section in ("experiment", "device", "dtype"):
         before, after = saved[section], now[section]
         pairs = [(section, before, after)]
@@ -59,6 +68,8 @@ def difference(saved: dict, now: dict) -> tuple[str, object, object] | None:
                 return key, b, a
     if gone := [seed for seed in saved["seeds"] if seed not in now["seeds"]]:
         return f"seed {gone[0]}", "run", ABSENT
+    if gone := [factor for factor in saved.get("lr_factors", []) if factor not in now["lr_factors"]]:
+        return f"tune.lr_factors {gone[0]:g}", "tried", ABSENT
     for name, before in saved["variants"].items():
         after = now["variants"].get(name)
         if after is None:

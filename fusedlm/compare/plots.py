@@ -9,6 +9,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
 from fusedlm.compare.results import Results
+from fusedlm.compare.time_to_loss import seconds_of_validations
 from fusedlm.report.history import History, half_life, smooth, thin
 from fusedlm.report.style import (
     FULL,
@@ -37,7 +38,7 @@ Curve = Callable[[History, int], tuple[np.ndarray, np.ndarray]]  # of a run and 
 
 def draw_plots(results: Results) -> list[Plot]:
     """Every plot for which there are measurements."""
-    draw = (_final, _validation, _difference, _training, _flops, _cost, _state, _decoding)
+    draw = (_final, _tuning, _validation, _seconds, _difference, _training, _flops, _cost, _state, _decoding)
     plots = [plot(partial(one, results)) for one in draw]
     return [one for one in plots if one is not None]
 
@@ -87,11 +88,67 @@ def _final(results: Results, narrow: bool) -> Drawing | None:
     return Drawing("final", f"Final {what}", _complete(results, caption), figure, wide=True)
 
 
+def _tuning(results: Results, narrow: bool) -> Drawing | None:
+    """Final loss of the trials against the factor of the learning rates."""
+    column, what, unit = results.metric
+    found = {
+        name: [(trial.factor, loss) for trial in tuning.trials if (loss := getattr(trial, column)) is not None]
+        for name, tuning in results.tunings.items()
+    }
+    found = {name: points for name, points in found.items() if points}
+    if not found:
+        return None
+    figure, axes = _with_legend(results, found, narrow)
+    for name, points in found.items():
+        look = _look(results, name)
+        (line,) = axes.plot(*zip(*points, strict=True), linewidth=1.5, marker="o", markersize=3.5, **look)
+        hover(line, name)
+        if (best := results.tunings[name].best) is not None:
+            axes.plot(best.factor, getattr(best, column), "o", color=look["color"], markersize=7)
+    factors = sorted(results.experiment.tune.lr_factors)
+    axes.set_xscale("log")
+    axes.set_xlim(factors[0] / 1.1, factors[-1] * 1.1)
+    axes.xaxis.set_major_locator(FixedLocator(factors))
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.set_xlabel("Factor of the learning rates")
+    axes.set_ylabel(f"{_capital(what)} ({unit})")
+    caption = "All validation text at the end of each trial; large: the best of a variant, which its runs use."
+    n_lost = sum(trial.outcome in ("diverged", "failed") for one in results.tunings.values() for trial in one.trials)
+    if n_lost:
+        caption += f" {_count(n_lost, 'trial')} without a loss, diverged or failed."
+    return Drawing("tuning", "Tuning of the learning rates", caption, figure, wide=True)
+
+
 def _validation(results: Results, narrow: bool) -> Drawing | None:
+    curves, label, target = _validations(results, "tokens")
+    return _lines(results, narrow, curves, "validation", "Validation loss", label, dots=True, target=target)
+
+
+def _seconds(results: Results, narrow: bool) -> Drawing | None:
+    """The same against seconds of training, the mean over seeds."""
+    curves, label, target = _validations(results, "step")
+    for name, (steps, *rest) in list(curves.items()):
+        elapsed = []
+        for row in results.of(name):
+            history = results.histories[name, row["seed"]]
+            elapsed.append(np.interp(steps, history.validation["step"], seconds_of_validations(history)))
+        curves[name] = (np.mean(elapsed, axis=0), *rest)
+    title = "Validation loss against training time"
+    axis = "Seconds of training"
+    return _lines(results, narrow, curves, "seconds", title, label, dots=True, target=target, axis=axis)
+
+
+def _validations(results: Results, x: str) -> tuple[dict, str, float | None]:
+    """Curves of validations against a column, the label of their axis, and the baseline's mean at its end."""
     column, what, unit = results.metric
     key = "val_nll_per_token" if column == "val_loss" else "val_bpb"
-    curves = _curves(results, lambda history, _: (history.validation["tokens"], history.validation[key]))
-    return _lines(results, narrow, curves, "validation", "Validation loss", f"{_capital(what)} ({unit})", dots=True)
+    curves = _curves(results, lambda history, _: (history.validation[x], history.validation[key]))
+    target = None
+    if results.experiment.weights == "raw" and results.time_to_loss(results.baseline) is not None:
+        lasts = [results.histories[results.baseline, row["seed"]] for row in results.of(results.baseline)]
+        target = float(np.mean([history.validation[key][-1] for history in lasts]))
+    return curves, f"{_capital(what)} ({unit})", target
 
 
 def _difference(results: Results, narrow: bool) -> Drawing | None:
@@ -252,20 +309,35 @@ def _curves(
 
 
 def _lines(
-    results: Results, narrow: bool, curves: dict, name: str, title: str, label: str, dots: bool
+    results: Results,
+    narrow: bool,
+    curves: dict,
+    name: str,
+    title: str,
+    label: str,
+    dots: bool,
+    target: float | None = None,
+    axis: str = "Tokens",
 ) -> Drawing | None:
+    """Args: target: of the dashed line, the baseline's final loss."""
     if not curves:
         return None
     figure, axes = _with_legend(results, curves, narrow)
     power, word = power_of(max(x[-1] for x, *_ in curves.values()))
     for variant, (x, mean, low, high) in curves.items():
         _band(axes, results, variant, x / power, mean, low, high, dots=dots and len(x) <= 40)
+    if target is not None:
+        axes.axhline(target, color=MUTED, linewidth=0.8, linestyle=(0, (4, 3)), zorder=0)
     axes.set_xlim(0, 1.01 * max(x[-1] for x, *_ in curves.values()) / power)
     _limit(axes, curves)
-    axes.set_xlabel(f"Tokens ({word})" if word else "Tokens")
+    axes.set_xlabel(f"{axis} ({word})" if word else axis)
     axes.set_ylabel(label)
     n_seeds = max(len(results.of(variant)) for variant in curves)
     caption = "Line: mean over seeds; band: lowest to highest." if n_seeds > 1 else "One seed."
+    if target is not None:
+        caption += f" Dashed: final loss of {results.baseline}."
+    if name == "seconds":
+        caption += " Without validations and compilation; mean over seeds."
     if name == "training" and (most := max(len(x) for x, *_ in curves.values())) >= 20:
         caption += f" Smoothed on both sides with a half-life of {_count(half_life(most), 'step')}."
     return Drawing(name, title, _complete(results, caption + _overflow(curves)), figure, wide=True)

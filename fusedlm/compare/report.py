@@ -1,4 +1,4 @@
-"""OUT/report.html, results.json, results.csv and plots/*.png."""
+"""OUT/report.html, results.json, results.csv, trials.csv of a tuned experiment, and plots/*.png."""
 
 import json
 from html import escape
@@ -8,7 +8,8 @@ from fusedlm import __version__
 from fusedlm.compare.matching import Variant
 from fusedlm.compare.plots import draw_plots
 from fusedlm.compare.results import Results
-from fusedlm.compare.tables import cost_table, decoding_table, loss_table, size_table
+from fusedlm.compare.tables import cost_table, decoding_table, loss_table, size_table, time_table, tuning_table
+from fusedlm.compare.tuning import trials_csv
 from fusedlm.config import dump_recipe
 from fusedlm.files import write_atomic
 from fusedlm.report.facts import header_facts
@@ -35,7 +36,7 @@ _BY = {"ffn": "hidden width of the feed-forwards", "width": "width of the model"
 
 
 def write_report(results: Results, out: Path) -> Path:
-    """Write the page, the plots, results.json and results.csv.
+    """Write the page, the plots, results.json, results.csv, and trials.csv if learning rates were tuned.
 
     Returns:
         The path of the page.
@@ -50,11 +51,15 @@ def write_report(results: Results, out: Path) -> Path:
         write_atomic(folder / f"{plot.name}.png", plot.png)
     write_atomic(out / "results.json", json.dumps(results.as_json(), indent=1) + "\n")
     write_atomic(out / "results.csv", results.as_csv())
+    if results.tunings:
+        write_atomic(out / "trials.csv", trials_csv(results.tunings))
     experiment = results.experiment
     body = [
         *section("Verdict", _verdicts(results)),
         key_figures(_key_figures(results)),
         *section("Loss", numbers_table(*loss_table(results))),
+        *section("Steps and seconds to the baseline's loss", _time_to_loss(results)),
+        *section("Learning rates", _tuned(results)),
         *section("Matching", _matched(results)),
         *section("Plots", figures(plots)),
         *section("Cost of training", numbers_table(*cost_table(results))),
@@ -112,6 +117,38 @@ def _verdicts(results: Results) -> str:
     return f"<ul class=verdicts>{''.join(sentences)}</ul>{remarks}"
 
 
+def _time_to_loss(results: Results) -> str | None:
+    """None: validations during training are not comparable."""
+    table = time_table(results)
+    if table is None:
+        return None
+    weights = results.experiment.weights
+    of_weights = "" if weights == "raw" else f" of {weights} weights"
+    return numbers_table(*table) + (
+        f"<p>The loss is the mean over seeds of the last validation{of_weights} of {escape(results.baseline)} during "
+        f"training, {results.baseline_bpb:.4f} bits per byte; a variant reaches it where its own validations first are "
+        "at or below it, by linear interpolation between two. Ratios are to the mean steps and seconds of all training "
+        "of the baseline, with intervals of Student's t over seeds; there is no mean unless every run reaches the "
+        "loss. Seconds are those of steps, without validations and compilation.</p>"
+    )
+
+
+def _tuned(results: Results) -> str | None:
+    """The trials of learning rates; None: there are none."""
+    tune = results.experiment.tune
+    if not results.tunings:
+        return None
+    steps = "as many steps as a run" if tune.steps is None else f"{tune.steps:,} steps of {results.baseline}"
+    first = (
+        f"<p>{_count(len(tune.lr_factors), 'trial')} per variant, with seed {tune.seed} and {steps}: all learning "
+        "rates of a variant times a factor. Its runs use the rates of the trial with the lowest final validation "
+        "loss.</p>"
+    )
+    remarks = [remark for tuning in results.tunings.values() for remark in tuning.remarks()]
+    listed = "".join(f"<li>{escape(remark)}.</li>" for remark in remarks)
+    return first + numbers_table(*tuning_table(results)) + (f"<ul>{listed}</ul>" if listed else "")
+
+
 def _matched(results: Results) -> str:
     experiment = results.experiment
     by = f", by the {_BY[experiment.match_by]}" if experiment.match in ("params", "flops") else ""
@@ -126,10 +163,10 @@ def _matched(results: Results) -> str:
         for name, variant in results.variants.items()
     ]
     changes = text_table(head, rows)
-    note = (
-        "<p>All variants have the same optimizer settings unless their changes say otherwise; none was tuned for this "
-        "comparison beyond the base recipe.</p>"
-    )
+    tuned = "none was tuned for this comparison beyond the base recipe"
+    if results.tunings:
+        tuned = f"the learning rates of each are the best of {_count(len(experiment.tune.lr_factors), 'trial')}"
+    note = f"<p>All variants have the same optimizer settings unless their changes say otherwise; {tuned}.</p>"
     if any(row["ffn_flops_share"] is not None for row in results.rows):
         note += (
             "<p>FLOPs of routed feed-forwards are those of their budget; measured ones are listed under the cost of "
@@ -236,6 +273,10 @@ def _runs(results: Results) -> str:
         for row in results.rows
     ]
     return numbers_table(head, rows)
+
+
+def _count(n: int, noun: str) -> str:
+    return f"{n} {noun}{'s' * (n > 1)}"
 
 
 def _cell(value, how: str) -> str:

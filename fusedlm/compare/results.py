@@ -10,6 +10,16 @@ import numpy as np
 from fusedlm.compare.folder import ExperimentFolder
 from fusedlm.compare.matching import Variant
 from fusedlm.compare.statistics import Verdict, judge, summarise
+from fusedlm.compare.time_to_loss import (
+    SECONDS,
+    STEPS,
+    TimeToLoss,
+    add_time_to_loss,
+    is_comparable,
+    summarise_time,
+    time_sentence,
+)
+from fusedlm.compare.tuning import Tuning, read_tunings, tuned_variants
 from fusedlm.config.experiment import Experiment
 from fusedlm.report.history import History, median, read_history
 
@@ -17,6 +27,7 @@ from fusedlm.report.history import History, median, read_history
 ROW = (
     "variant",
     "seed",
+    "lr_factor",  # of the best trial of the learning rates; none without tuning
     "outcome",  # finished, diverged, failed or not run
     "steps",
     "tokens",
@@ -25,6 +36,8 @@ ROW = (
     "best_val_loss",  # lowest validation during training
     "best_val_bpb",
     "best_val_step",
+    STEPS,  # to the mean final loss of the baseline in validations during training; of the baseline, its totals
+    SECONDS,  # without validations and compilation
     "train_loss",  # of the last step
     "train_loss_last_10",  # mean of the last ten steps, without skipped ones
     "tokens_per_second",  # median without warm-up
@@ -44,7 +57,7 @@ LOSS, BPB = ("val_loss", "validation loss", "nats per token"), ("val_bpb", "vali
 @dataclass(frozen=True)
 class Results:
     experiment: Experiment
-    variants: dict[str, Variant]
+    variants: dict[str, Variant]  # with their tuned learning rates
     rows: list[dict]  # one per run, keys as in ROW
     histories: dict[tuple[str, int], History]  # of runs that have finished or diverged
     decoding: dict[str, dict | None]  # variant -> length (text) -> (bytes, tokens per second), or None
@@ -52,6 +65,8 @@ class Results:
     dates: tuple[str, ...]  # distinct days on which runs ended
     backends: dict[str, dict]  # variant -> op -> backend that ran
     data: dict = field(default_factory=dict)  # counts of the text of the baseline, as its environment records them
+    tunings: dict[str, Tuning] = field(default_factory=dict)  # by variant; empty: nothing was tuned
+    baseline_bpb: float | None = None  # mean final loss of the baseline in validations during training, bits per byte
 
     @property
     def baseline(self) -> str:
@@ -88,6 +103,9 @@ class Results:
         """How runs of a variant ended without a loss: "wide diverged on seeds 0 (step 40) and 1 (step 60)"."""
         diverged, failed = self.of(variant, "diverged"), self.of(variant, "failed")
         parts = []
+        if variant in self.tunings and (lost := self.tunings[variant].lost) is not None:
+            diverged = failed = []
+            parts.append(f"{lost['outcome']} {lost['message']}")
         if diverged:
             where = _listed([f"{row['seed']} (step {row['steps']:,})" for row in diverged])
             parts.append(f"diverged on seed{'s' * (len(diverged) > 1)} {where}")
@@ -106,6 +124,19 @@ class Results:
         lost = ", ".join(filter(None, (self.lost(variant), self.lost(self.baseline))))
         return judge(variant, self.baseline, own, other, what, unit, lost)
 
+    def time_to_loss(self, variant: str) -> TimeToLoss | None:
+        """Steps and seconds of a variant to the baseline's final loss. None: validations during training are not
+        comparable, or the baseline has none."""
+        if self.baseline_bpb is None:
+            return None
+        outcome = "finished" if variant == self.baseline else None
+        return summarise_time(self.of(variant, outcome), self.of(self.baseline))
+
+    def time_sentences(self) -> list[str]:
+        """A sentence for each variant but the first that has ended runs."""
+        found = {name: self.time_to_loss(name) for name in self.variants if name != self.baseline}
+        return [time_sentence(name, self.baseline, time) for name, time in found.items() if time and time.n_runs]
+
     def verdicts(self) -> list[str]:
         """A sentence for each variant but the first, and some for diverged, failed and unfinished runs."""
         sentences = [self.verdict(name).sentence for name in self.variants if name != self.baseline]
@@ -116,6 +147,8 @@ class Results:
                 sentences.append(f"{name} failed on seed {row['seed']}: {row['message']}")
         if any(row["outcome"] == "failed" for row in self.rows):
             sentences.append("failed runs are in no mean; running the experiment again tries them again")
+        for tuning in self.tunings.values():
+            sentences += tuning.remarks()
         missing = sum(row["outcome"] == "not run" for row in self.rows)
         if missing:
             sentences.append(f"{missing} of {len(self.rows)} runs are not finished yet")
@@ -129,6 +162,7 @@ class Results:
             "metric": dict(zip(("column", "name", "unit"), self.metric, strict=True)),
             "variants": {name: self._variant_json(name) for name in self.variants},
             "verdicts": self.verdicts(),
+            "baseline_loss_in_training": self.baseline_bpb,
             "runs": self.rows,
             "environments": self.environments,
             "dates": list(self.dates),
@@ -160,6 +194,10 @@ class Results:
             "backends": self.backends.get(name, {}),
             "recipe": variant.recipe.model_dump(mode="json"),
         }
+        if (time := self.time_to_loss(name)) is not None:
+            tree["to_baseline_loss"] = asdict(time)
+        if name in self.tunings:
+            tree["tuning"] = self.tunings[name].as_json()
         if name != self.baseline:
             tree["against_baseline"] = {metric[0]: asdict(self.verdict(name, metric)) for metric in (LOSS, BPB)}
         return tree
@@ -175,15 +213,24 @@ class Results:
 def collect(experiment: Experiment, variants: dict[str, Variant], folder: ExperimentFolder) -> Results:
     """The results in an experiment's folder so far.
 
+    Args:
+        variants: matched; not tuned.
+
     Raises:
-        ValueError: a record or the metrics of a run are damaged; names file and line.
+        ValueError: a record or the metrics of a run are damaged; names file and line. Or a run has another learning
+            rate than the best trial.
     """
+    tunings = read_tunings(experiment, variants, folder)
+    variants = tuned_variants(experiment, variants, tunings, folder)
     rows, histories, environments, dates, backends, data = [], {}, [], set(), {}, {}
     for name, variant in variants.items():
+        tuning = tunings.get(name)
+        factor = tuning.best.factor if tuning and tuning.best else None
+        is_trained = tuning is None or factor is not None
         for seed in experiment.seeds:
-            record = folder.record(name, seed)
+            record = folder.record(name, seed) if is_trained else tuning.lost
             history = None
-            if record is not None and record["outcome"] != "failed":
+            if record is not None and record["outcome"] != "failed" and is_trained:
                 history = histories[name, seed] = read_history(folder.run(name, seed))
                 environment = folder.environment(name, seed)
                 for of_the_model in ("parameters", "optimizer"):
@@ -193,10 +240,13 @@ def collect(experiment: Experiment, variants: dict[str, Variant], folder: Experi
                 dates.add(str(environment.pop("date", ""))[:10])
                 backends[name] = environment.pop("backends", {})
                 _count_environment(environments, environment)
-            rows.append(_row(variant, seed, record, history))
+            rows.append(_row(variant, seed, record, history) | {"lr_factor": factor})
     decoding = {name: folder.decoding(name) for name in variants}
     days = tuple(sorted(dates - {""}))
-    return Results(experiment, variants, rows, histories, decoding, environments, days, backends, data)
+    target = None
+    if is_comparable(variants):
+        target = add_time_to_loss(rows, histories, next(iter(variants)), experiment.weights)
+    return Results(experiment, variants, rows, histories, decoding, environments, days, backends, data, tunings, target)
 
 
 def _count_environment(environments: list[dict], found: dict) -> None:

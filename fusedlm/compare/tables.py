@@ -3,6 +3,7 @@
 from fusedlm.compare.plots import length_name
 from fusedlm.compare.results import Results
 from fusedlm.compare.statistics import Summary
+from fusedlm.compare.tuning import Trial, rates_text
 from fusedlm.report.units import count, duration, memory, percent, size
 
 Table = tuple[tuple[str, ...], list[tuple[str, ...]]]  # head, rows
@@ -38,6 +39,62 @@ def loss_table(results: Results) -> Table:
             )
         )
     return head, rows
+
+
+def tuning_table(results: Results) -> Table:
+    """Final losses of the trials of learning rates, a row per variant and a column per factor."""
+    what = results.metric[1]
+    factors = sorted(results.experiment.tune.lr_factors)
+    head = ("Variant", "Trials", "Best factor", "Learning rates", *(f"{what}, ×{factor:g}" for factor in factors))
+    rows = []
+    for name, tuning in results.tunings.items():
+        best = tuning.best
+        made = sum(trial.outcome != "not run" for trial in tuning.trials)
+        rows.append(
+            (
+                name,
+                str(made) if tuning.is_complete else f"{made} of {len(tuning.trials)}",
+                _NONE if best is None else f"{best.factor:g}" + (f" ({tuning.edge})" if tuning.edge else ""),
+                _NONE if best is None else rates_text(best.rates),
+                *(_trial_loss(results, trial) for trial in tuning.trials),
+            )
+        )
+    return head, rows
+
+
+def _trial_loss(results: Results, trial: Trial) -> str:
+    loss = getattr(trial, results.metric[0])
+    return trial.outcome if loss is None else f"{loss:.4f}"
+
+
+def time_table(results: Results) -> Table | None:
+    """Steps and seconds to the baseline's final loss, a row per variant; None: not known."""
+    found = {name: results.time_to_loss(name) for name in results.variants}
+    if not any(time and time.n_runs for name, time in found.items() if name != results.baseline):
+        return None
+    head = ("Variant", "Reached", "Steps", "of the baseline's", "95% interval", "Seconds", "of the baseline's")
+    head += ("95% interval",)
+    rows = []
+    for name, time in found.items():
+        if name == results.baseline:
+            cells = ("reference", f"{time.steps:,.0f}", "1", _NONE, _seconds(time.seconds), "1", _NONE)
+        elif time.steps is None:
+            cells = (f"not reached ({time.n_reached} of {time.n_runs} runs)", *[_NONE] * 6)
+        else:
+            steps, seconds = time.steps_ratio, time.seconds_ratio
+            cells = (f"{time.n_reached} of {time.n_runs} runs", f"{time.steps:,.0f}", *_ratio(steps))
+            cells += (_seconds(time.seconds), *_ratio(seconds))
+        rows.append((name, *cells))
+    return head, rows
+
+
+def _ratio(found: Summary) -> tuple[str, str]:
+    interval = _NONE if found.low is None else f"{found.low:.3f} to {found.high:.3f}"
+    return _NONE if found.mean is None else f"{found.mean:.3f}", interval
+
+
+def _seconds(value: float) -> str:
+    return f"{value:,.1f}" if value >= 10 else f"{value:.3g}"
 
 
 def size_table(results: Results) -> Table:

@@ -40,6 +40,9 @@ def describe(error: pydantic.ValidationError, root: type[Config]) -> str:
 def suggest(key: str, root: type[Config]) -> list[str]:
     """Dotted keys that a wrong dotted key may have meant, the nearest first."""
     *above, name = key.split(".")
+    beside = sorted({field for one in sections(types_at(above, root)) for field in one.model_fields})
+    if nearest := _nearly(name, beside):
+        return [".".join([*above, nearest])]
     elsewhere = [known for known in dotted_keys(root) if known.rpartition(".")[2] == name]
     if not elsewhere:
         names = {known.rpartition(".")[2] for known in dotted_keys(root)}
@@ -47,6 +50,11 @@ def suggest(key: str, root: type[Config]) -> list[str]:
         elsewhere = [known for known in dotted_keys(root) if [known.rpartition(".")[2]] == nearest]
     in_section = [known for known in elsewhere if above and known.startswith(f"{above[0]}.")]
     return _outermost(in_section or elsewhere)
+
+
+def _nearly(name: str, known: list[str]) -> str | None:
+    """The known name that differs in about one letter, such as seeds for seed."""
+    return next(iter(difflib.get_close_matches(name, known, n=1, cutoff=0.85)), None)
 
 
 def _outermost(keys: list[str]) -> list[str]:
@@ -64,6 +72,8 @@ def _hint(location: tuple, root: type[Config]) -> str:
     if of_types:
         names = either([repr(one.model_fields["type"].default) for one in of_types])
         return f"; it is a key of type {names}; known here: {', '.join(known)}"
+    if nearest := _nearly(name, known):
+        return f"; did you mean {nearest!r}?"
     if name not in {key.rpartition(".")[2] for key in dotted_keys(root)}:
         nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
         if nearest:

@@ -11,10 +11,11 @@ from fusedlm.config.messages import printable, shown
 from fusedlm.config.overrides import apply_override, is_text_key
 from fusedlm.config.reading import parse_yaml, read_text
 from fusedlm.config.recipe import Recipe, parse_recipe
-from fusedlm.config.schema import Config, Length, PathText, Seed, ShortName, Text, TypeText
+from fusedlm.config.schema import Config, Count, Length, PathText, Seed, ShortName, Text, TypeText
 from fusedlm.config.writing import dump_yaml, inline_yaml
 
 MAX_SEEDS = MAX_OVERRIDES = 1000
+MAX_FACTORS = 100
 
 Override = Annotated[str, Field(max_length=100_000), TypeText("key=value")]
 VariantOverrides = Annotated[list[Override], Field(max_length=MAX_OVERRIDES)]
@@ -23,6 +24,27 @@ PREFIX = "experiment."  # on the command line, of keys that change the experimen
 
 # Keys of a recipe that the experiment sets, and the keys of the experiment that set them.
 DECIDED = {"name": f"{PREFIX}name", "train.seed": f"{PREFIX}seeds"}
+
+
+class TuneConfig(Config):
+    """Trials of the learning rate of each variant before its runs, as many for every variant."""
+
+    lr_factors: list[Annotated[float, Field(gt=0, le=1e6)]] = Field(
+        [0.5, 1.0, 2.0], min_length=1, max_length=MAX_FACTORS
+    )
+    """Factors of all peak learning rates of a variant, each tried once; its runs use the one with the lowest final
+    validation loss."""
+    seed: Seed = 1000
+    """Seed of all trials; none of experiment.seeds."""
+    steps: Count | None = None
+    """Steps of a trial of the baseline, with a complete schedule, and of other variants in proportion to their steps;
+    null: those of a run."""
+
+    @model_validator(mode="after")
+    def _check(self):
+        if len(set(self.lr_factors)) != len(self.lr_factors):
+            raise ValueError(f"lr_factors={self.lr_factors}: a factor is repeated; remove it")
+        return self
 
 
 class Experiment(Config):
@@ -52,6 +74,8 @@ class Experiment(Config):
     """Largest relative deviation of the match."""
     calibration_steps: int = Field(40, ge=10, le=10**6)
     """Steps that measure the time per step of a variant, for match: time."""
+    tune: TuneConfig | None = None
+    """Trials of the learning rate of each variant before its runs; null: none."""
     weights: Literal["raw", "ema", "swa"] = "raw"
     """Weights of each run that are scored: as trained, their moving average, or their mean near the end."""
     decode_lengths: list[Length] = Field([1024, 8192, 65536], max_length=100)
@@ -87,6 +111,10 @@ class Experiment(Config):
     def _check(self):
         if len(set(self.seeds)) != len(self.seeds):
             raise ValueError(f"seeds={self.seeds}: a seed is repeated; remove it")
+        if self.tune is not None and self.tune.seed in self.seeds:
+            raise ValueError(
+                f"tune.seed={self.tune.seed}: one of seeds, whose runs are reported; tune with a seed that is not"
+            )
         if sorted(set(self.decode_lengths)) != self.decode_lengths:
             raise ValueError(f"decode_lengths={self.decode_lengths}: must be increasing")
         named = {"overrides": self.overrides} | {f"variants.{name}": own for name, own in self.variants.items()}
@@ -120,7 +148,31 @@ def load_experiment(
     except ValueError as error:
         raise ValueError(f"experiment {path}: {error}") from None
     base = read_text(f"experiment {path}: base recipe", experiment.base)
-    return experiment, {name: _variant(path, experiment, base, name) for name in experiment.variants}
+    recipes = {name: _variant(path, experiment, base, name) for name in experiment.variants}
+    for name, recipe in recipes.items():
+        for factor in experiment.tune.lr_factors if experiment.tune else ():
+            try:
+                scale_rates(recipe, factor)
+            except ValueError as error:
+                raise ValueError(f"experiment {path}: variant {name}: tune.lr_factors: {error}") from None
+    return experiment, recipes
+
+
+def scale_rates(recipe: Recipe, factor: float) -> Recipe:
+    """The recipe with all peak learning rates times a factor.
+
+    Raises:
+        ValueError: a rate is then out of bounds; names it.
+    """
+    optimizer = recipe.train.optimizer
+    if factor == 1:
+        return recipe
+    scaled = optimizer.with_lr(factor * next(iter(optimizer.rates().values())))
+    try:
+        scaled = type(optimizer).model_validate(scaled.model_dump())
+    except pydantic.ValidationError as error:
+        raise ValueError(f"{factor:g}: train.optimizer.{describe(error, type(optimizer))}") from None
+    return recipe.model_copy(update={"train": recipe.train.model_copy(update={"optimizer": scaled})})
 
 
 def dump_experiment(experiment: Experiment) -> str:
@@ -128,9 +180,9 @@ def dump_experiment(experiment: Experiment) -> str:
     return dump_yaml(experiment.model_dump(mode="json"))
 
 
-def run_name(variant: str, seed: int) -> str:
-    """Name of a run's folder."""
-    return f"{variant}-seed{seed}"
+def run_name(variant: str, seed: int, factor: float | None = None) -> str:
+    """Name of a run's folder, or of a trial's: that of a factor of the learning rates."""
+    return f"{variant}-seed{seed}" if factor is None else f"{variant}-lrx{repr(float(factor)).removesuffix('.0')}"
 
 
 def _parse(text: str, folder: Path, overrides) -> Experiment:

@@ -56,12 +56,14 @@ def root_of(key: str) -> tuple[type[Config], list[str]]:
 @functools.cache
 def places() -> tuple[Place, ...]:
     """All sections of recipes and experiments, in the order of the schema."""
-    found = [Place("", (section(Recipe),))]
-    for key in dotted_keys(Recipe):
-        for name in (key, f"{key}.{NAME}"):
-            if held := sections(types_at(name.split("."), Recipe)):
-                found.append(Place(name, tuple(map(section, held))))
-    return (*found, Place(PREFIX.removesuffix("."), (section(Experiment),)))
+    found = []
+    for root, prefix in ((Recipe, ""), (Experiment, PREFIX)):
+        found.append(Place(prefix.removesuffix("."), (section(root),)))
+        for key in dotted_keys(root):
+            for name in (key, f"{key}.{NAME}"):
+                if held := sections(types_at(name.split("."), root)):
+                    found.append(Place(f"{prefix}{name}", tuple(map(section, held))))
+    return tuple(found)
 
 
 @functools.cache

@@ -1,6 +1,7 @@
 """fusedlm compare: output, resuming, and refused arguments."""
 
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -43,6 +44,16 @@ def test_a_dry_run_prints_the_grid_and_writes_nothing(experiment: Path, fusedlm)
     assert sorted(experiment.rglob("*")) == before
     timed = fusedlm("compare", "pair.yaml", "experiment.match=time", "--dry-run")
     assert "steps are timed and set when the experiment runs" in timed.out
+
+
+def test_a_dry_run_prints_the_trials_of_learning_rates(experiment: Path, fusedlm):
+    tune = "experiment.tune={lr_factors: [0.1, 1], steps: 1}"
+    outcome = fusedlm("compare", "pair.yaml", tune, "train.optimizer={type: muon_adamw}", "--dry-run")
+    assert outcome.code == 0, outcome.err
+    assert "pair: 4 trials and 4 runs, seeds 0, 1, match: params by ffn" in outcome.out
+    assert "trials of learning rates, seed 1000" in outcome.out
+    row = r"delta\s+1\s+matrix.lr 0.002, rest.lr 0.0001\s+matrix.lr 0.02, rest.lr 0.001"
+    assert re.search(row, outcome.out), outcome.out
 
 
 def test_a_dry_run_without_the_tokenizer_file(experiment: Path, fusedlm):
@@ -140,6 +151,8 @@ BAD = {
     "variant-value": (edited("model.pattern=g", "model.pattern=x"), "'x'"),
     "override-key": (lambda: ["pair.yaml", "train.stepz=1"], "did you mean 'steps'"),
     "override-experiment": (lambda: ["pair.yaml", "experiment.seed=1"], "did you mean 'seeds'"),
+    "tune-seed": (lambda: ["pair.yaml", "experiment.tune={seed: 1}"], "tune.seed=1: one of seeds"),
+    "tune-rate": (lambda: ["pair.yaml", "experiment.tune={lr_factors: [0]}"], "tune.lr_factors.0: got 0"),
     "override-masked": (lambda: ["pair.yaml", "model.pattern=g"], "does not reach variant latent"),
     "impossible": (lambda: ["pair.yaml", "experiment.match_by=depth"], "cannot be met within 0.01 by model.n_layers"),
     "two-texts": (edited("model.pattern=g", "data.split.fraction=0.5"), "differ in data.split"),

@@ -21,7 +21,7 @@ from fusedlm.runs.load import load
 from fusedlm.runs.metrics import read_metrics
 from tests.report.test_report import colours, curves, drawings, parse
 
-PLOTS = {"final", "validation", "difference", "training", "flops", "cost", "state", "decoding"}
+PLOTS = {"final", "validation", "seconds", "difference", "training", "flops", "cost", "state", "decoding"}
 
 
 @pytest.fixture(scope="module")
@@ -124,7 +124,7 @@ def test_every_variant_has_its_colour_and_its_values_under_the_pointer(finished,
     found = colours(page)
     both = [{"latent": "c0", "softmax": "c1"}]
     assert found.pop("Validation loss relative to latent") == [{"softmax": "c1"}]
-    lines = {"Validation loss", "Training loss", "Loss against training FLOPs"}
+    lines = {"Validation loss", "Validation loss against training time", "Training loss", "Loss against training FLOPs"}
     lengths = {"Decoding state against length": size, "Decoding throughput against length": count}
     assert found == dict.fromkeys(lines | lengths.keys(), both)
     drawn = drawings((finished[1] / "report.html").read_text())

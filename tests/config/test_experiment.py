@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from fusedlm.config import parse_recipe
-from fusedlm.config.experiment import Experiment, dump_experiment, load_experiment
+from fusedlm.config.experiment import Experiment, dump_experiment, load_experiment, scale_rates
 
 BASE = """
 name: base
@@ -72,7 +72,8 @@ def test_an_integer_of_seeds_counts_from_zero(path: Path):
 
 
 def test_round_trip(path: Path):
-    experiment, recipes = load_experiment(path, ["train.steps=7"])
+    experiment, recipes = load_experiment(path, ["train.steps=7", "experiment.tune={}"])
+    assert experiment.tune.lr_factors == [0.5, 1, 2] and experiment.tune.seed == 1000
     again = path.with_name("again.yaml")
     again.write_text(dump_experiment(experiment))
     assert load_experiment(again) == (experiment, recipes)
@@ -101,6 +102,16 @@ BAD_OVERRIDES = {
     "experiment.variants={a: [model.dims=1]}": "variant a of",
     "experiment.overrides=[name=x]": "overrides: 'name=x' is not allowed",
     "experiment.decode_lengths=[8, 4]": "decode_lengths=[8, 4]: must be increasing",
+    "experiment.tune={lr_factors: [1, 2, 1.0]}": "tune: lr_factors=[1.0, 2.0, 1.0]: a factor is repeated; remove it",
+    "experiment.tune={lr_factors: [1, 0]}": "tune.lr_factors.1: got 0, input should be greater than 0",
+    "experiment.tune={lr_factors: [-1]}": "tune.lr_factors.0: got -1",
+    "experiment.tune={lr_factors: []}": "tune.lr_factors",
+    f"experiment.tune={{lr_factors: {list(range(1, 102))}}}": "should have at most 100 items",
+    "experiment.tune={lr_factors: [1.0e+7]}": "tune.lr_factors.0: got 10000000.0",
+    "experiment.tune={factors: [1]}": "tune.factors: unknown key; did you mean 'lr_factors'?",
+    "experiment.tune={seed: 5}": "tune.seed=5: one of seeds, whose runs are reported; tune with a seed that is not",
+    "experiment.tune={steps: 0}": "tune.steps: got 0, input should be greater than 0",
+    "experiment.tune=3": "tune: got 3",
     "experiment.base=none.yaml": "none.yaml: No such file",
     "model.pattern=g": "does not reach variant hybrid, which sets model.pattern itself",
     "train.optimizer.lr=1": "does not reach variant wide, which sets train.optimizer itself",
@@ -113,6 +124,23 @@ def test_bad_overrides_are_one_line(path: Path, override: str, named: str):
         load_experiment(path, [override])
     assert named in str(caught.value) and str(path) in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_rates_that_a_factor_puts_out_of_bounds_are_one_line(path: Path):
+    with pytest.raises(ValueError) as caught:
+        load_experiment(
+            path, ["experiment.tune={lr_factors: [1, 10]}", "experiment.overrides=[train.optimizer.lr=1e38]"]
+        )
+    assert "variant plain: tune.lr_factors: 10: train.optimizer.lr: got 1e+39" in str(caught.value)
+
+
+def test_all_rates_are_scaled_in_proportion(path: Path):
+    optimizer = "train.optimizer={type: muon_adamw, matrix: {lr: 0.02}, rest: {lr: 0.001, head_lr: 0.004}}"
+    recipe = parse_recipe(BASE, ["model.tie_embeddings=false", optimizer])
+    assert scale_rates(recipe, 1) == recipe
+    scaled = scale_rates(recipe, 0.5).train
+    assert (scaled.optimizer.matrix.lr, scaled.optimizer.rest.lr, scaled.optimizer.rest.head_lr) == (0.01, 5e-4, 2e-3)
+    assert scaled.model_copy(update={"optimizer": recipe.train.optimizer}) == recipe.train
 
 
 @pytest.mark.parametrize(
