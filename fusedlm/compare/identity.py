@@ -23,6 +23,8 @@ def identify(
     matching = experiment.model_dump(include={"match", "match_by", "tolerance"})
     if experiment.match == "time":
         matching["calibration_steps"] = experiment.calibration_steps
+    if experiment.weights != "raw":  # the only weights that folders of earlier versions can be trusted to have scored
+        matching["weights"] = experiment.weights
     tune = experiment.tune
     if tune is not None:
         matching |= {"tune.seed": tune.seed, "tune.steps": tune.steps}

@@ -82,6 +82,7 @@ def test_an_interruption_repeats_nothing(finished, experiment_file, in_process, 
         (["experiment.variants={softmax: [model.pattern=a], latent: [model.pattern=m]}"], 'baseline is "latent" there'),
         (["data.split.fraction=0.3"], "data.split.fraction"),
         (["experiment.name=other"], "name is"),
+        (["experiment.weights=ema", "train.ema=0.9"], 'weights is absent there and "ema" now'),
     ],
 )
 def test_a_changed_experiment_is_refused(finished, experiment_file, in_process, tmp_path, overrides, named):
