@@ -121,10 +121,11 @@ def _measure(recipe: Recipe, device, dtype, vocab_size: int, mean_document, repe
     optimizer.step()
     _synchronize(device)
     compile_seconds = time.perf_counter() - started
+    if device.type == "cuda":
+        # Before a graph is captured: its replays allocate nothing, though its activations take the same memory.
+        torch.cuda.reset_peak_memory_stats()
     for _ in range(2):
         micro_batch()
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats()
     micro = _median_seconds(micro_batch, device, repeats)
     update = _median_seconds(optimizer.step, device, repeats)
     peak_bytes = torch.cuda.max_memory_allocated() if device.type == "cuda" else None
