@@ -46,7 +46,8 @@ def test_a_dry_run_prints_the_grid_and_writes_nothing(experiment: Path, fusedlm)
     assert "steps are timed and set when the experiment runs" in timed.out
 
 
-def test_a_dry_run_prints_the_trials_of_learning_rates(experiment: Path, fusedlm):
+def test_a_dry_run_prints_the_trials_of_learning_rates(experiment: Path, fusedlm, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "120")
     tune = "experiment.tune={lr_factors: [0.1, 1], steps: 1}"
     outcome = fusedlm("compare", "pair.yaml", tune, "train.optimizer={type: muon_adamw}", "--dry-run")
     assert outcome.code == 0, outcome.err
