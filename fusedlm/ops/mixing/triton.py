@@ -14,10 +14,10 @@ from triton.language.extra.cuda import gdc_launch_dependents
 from fusedlm.ops.common.device import supports_pdl
 from fusedlm.ops.common.sums import column_sums
 
-# Elements of a tile and of a warp, and programs, 6 per multiprocessor of an H100. The backward pass holds up to
-# four factors and as many sums in registers; it writes as many partial sums as it has programs.
-_FORWARD = {"tile": 2048, "per_warp": 512, "programs": 792}
-_BACKWARD = {"tile": 512, "per_warp": 128, "programs": 792}
+# Elements of a tile and of a warp, and the most programs: forward one per tile, backward 7 per multiprocessor of an
+# H100, where it writes as many partial sums as it has programs. Measured there, for rows of 512.
+_FORWARD = {"tile": 512, "per_warp": 128, "programs": 2**31 - 1}
+_BACKWARD = {"tile": 512, "per_warp": 128, "programs": 924}
 
 
 @triton.jit
