@@ -38,7 +38,8 @@ def test_the_mean_and_each_seed(make_run):
     (runs[1] / "eval.json").write_text('{"bpb": 1.25}')
     record = summarise_seeds(runs, "r", "command")
     assert record["val_bpb"] == 1.25 and record["training_seconds"] == 4.0
-    assert [(s["seed"], s["val_bpb"], s["val_nll_per_token"]) for s in record["seeds"]] == [(0, 1.0, 2.0), (1, 1.5, 3.0)]
+    figures = [(s["seed"], s["val_bpb"], s["val_nll_per_token"]) for s in record["seeds"]]
+    assert figures == [(0, 1.0, 2.0), (1, 1.5, 3.0)]
     assert ["eval" in s for s in record["seeds"]] == [False, True] and record["seeds"][1]["eval"]["bpb"] == 1.25
 
 
