@@ -1,0 +1,60 @@
+"""A recipe for each family, small, with options that the mapping has to get right."""
+
+import yaml
+
+from fusedlm.config.model import ModelConfig
+
+GROUPED = "n_heads: 4, n_kv_heads: 2, head_dim: 8, qk_norm: false"
+SWIGLU = "{type: swiglu, hidden: 48}"
+UNTIED = "tie_embeddings: false, norm_eps: 1.0e-5"
+YARN = "yarn: {factor: 4.0, trained_length: 32}"
+
+# name: (family, mixer, feed-forward, other keys of the model)
+CASES = {
+    "llama": ("llama", f"{{type: attention, {GROUPED}, rope_base: 5000.0}}", SWIGLU, UNTIED),
+    "llama-wide-heads": ("llama", "{type: attention, n_heads: 2, head_dim: 24, qk_norm: false}", SWIGLU, UNTIED),
+    "llama-tied": ("llama", f"{{type: attention, {GROUPED}}}", SWIGLU, "embedding_rms: null"),
+    "llama-yarn": ("llama", f"{{type: attention, {GROUPED}}}", SWIGLU, f"{UNTIED}, {YARN}"),
+    "llama-scaled-norms": ("llama", f"{{type: attention, {GROUPED}}}", SWIGLU, f"{UNTIED}, depth_scaled_norms: true"),
+    "llama-mup": (
+        "llama",
+        f"{{type: attention, {GROUPED}}}",
+        SWIGLU,
+        f"{UNTIED}, mup: {{base_width: 16, base: {{blocks.a.mixer.head_dim: 4}}, base_depth: 1}}",
+    ),
+    "mistral": ("mistral", f"{{type: attention, {GROUPED}, window: 7}}", SWIGLU, UNTIED),
+    "mistral-tied": ("mistral", f"{{type: attention, {GROUPED}, window: 7}}", SWIGLU, ""),
+    "granite": ("granite", f"{{type: attention, {GROUPED}}}", SWIGLU, ""),
+    "granite-yarn": ("granite", f"{{type: attention, {GROUPED}}}", SWIGLU, YARN),
+    "arcee": ("arcee", f"{{type: attention, {GROUPED}}}", "{type: relu2, hidden: 48}", UNTIED),
+    "arcee-tied": ("arcee", f"{{type: attention, {GROUPED}}}", "{type: relu2}", ""),
+    "phi3": ("phi3", f"{{type: attention, {GROUPED}, rope_dim: 4}}", SWIGLU, UNTIED),
+    "phi3-window": ("phi3", f"{{type: attention, {GROUPED}, rope_dim: 6, window: 5}}", SWIGLU, ""),
+    "deepseek_v3": (
+        "deepseek_v3",
+        "{type: mla, n_heads: 4, kv_rank: 12, rope_dim: 6}",
+        SWIGLU,
+        "tie_embeddings: false",
+    ),
+    "deepseek_v3-q_rank": (
+        "deepseek_v3",
+        "{type: mla, n_heads: 4, kv_rank: 12, rope_dim: 6, q_rank: 20, head_dim: 10}",
+        SWIGLU,
+        YARN,
+    ),
+    "deepseek_v3-mup": (
+        "deepseek_v3",
+        "{type: mla, n_heads: 4, kv_rank: 12, rope_dim: 6, q_rank: 20}",
+        SWIGLU,
+        "mup: {base_width: 16}",
+    ),
+}
+
+
+def model_config(name: str) -> ModelConfig:
+    """The model section of a case."""
+    _, mixer, ffn, extra = CASES[name]
+    block = f"{{mixer: {mixer}, ffn: {ffn}}}"
+    return ModelConfig.model_validate(
+        yaml.safe_load(f"{{dim: 32, n_layers: 3, pattern: a, blocks: {{a: {block}}}, {extra}}}")
+    )
