@@ -38,6 +38,10 @@ class ConfigJSON:
         """A list of text; None: there is none."""
         return self._get(key, None, _is_list_of_text, "a list of text")
 
+    def integers(self, key: str) -> list[int] | None:
+        """A list of integers; None: there is none."""
+        return self._get(key, None, _is_list_of_integers, "a list of integers")
+
     def section(self, key: str) -> "ConfigJSON | None":
         tree = self._get(key, None, lambda value: isinstance(value, dict), "an object")
         return None if tree is None else ConfigJSON(tree, self.path, f"{self._where}{key}.")
@@ -65,3 +69,7 @@ class ConfigJSON:
 
 def _is_list_of_text(value: Any) -> bool:
     return isinstance(value, list) and all(isinstance(part, str) for part in value)
+
+
+def _is_list_of_integers(value: Any) -> bool:
+    return isinstance(value, list) and all(type(part) is int for part in value)

@@ -27,7 +27,18 @@ train:
 runtime: {device: cpu}
 """
 # The cases that are trained: each family, tied and untied, with the byte tokenizer once.
-TRAINED = ["llama", "llama-tied", "mistral-tied", "granite", "arcee", "phi3-window", "deepseek_v3-q_rank"]
+TRAINED = [
+    "llama",
+    "llama-tied",
+    "mistral-tied",
+    "qwen3-window",
+    "granite",
+    "arcee",
+    "phi3-window",
+    "deepseek_v3-q_rank",
+    "qwen3_5",
+    "bamba",
+]
 BYTES = "arcee"
 
 

@@ -43,6 +43,15 @@ BLOCKED = {
         {"mixer": "{type: mla, n_heads: 2, kv_rank: 8}", "extra": "norm_eps: 1.0e-5"},
     ),
     "model.blocks.a.mixer.qk_norm=true": ("llama", {"mixer": "{type: attention, n_heads: 4}"}),
+    'model.blocks.a.mixer.qk_gain="head"': ("qwen3", {"mixer": "{type: attention, n_heads: 4}"}),
+    "model.blocks.a.mixer.qk_norm=false": ("qwen3", {}),
+    "model.blocks.b.mixer.window=4": (
+        "qwen3",
+        {
+            "mixer": "{type: attention, n_heads: 4, qk_gain: dim, window: 7}",
+            "second": "{mixer: {type: attention, n_heads: 4, qk_gain: dim, window: 4}, ffn: {type: swiglu}}",
+        },
+    ),
     "model.blocks.a.mixer.xsa=true": ("llama", {"mixer": f"{{{FITTING}, xsa: true}}"}),
     "model.blocks.a.mixer.value_residual=true": ("llama", {"mixer": f"{{{FITTING}, value_residual: true}}"}),
     "model.blocks.a.mixer.value_embedding=6": ("llama", {"mixer": f"{{{FITTING}, value_embedding: 6}}"}),
@@ -57,6 +66,11 @@ BLOCKED = {
     "model.blocks.a.mixer.n_kv_groups=1": (
         "deepseek_v3",
         {"mixer": "{type: mla, n_heads: 2, kv_rank: 8, n_kv_groups: 1}"},
+    ),
+    'model.pattern="a"': ("qwen3_5", {"mixer": "{type: attention, n_heads: 4, qk_gain: dim}"}),
+    "model.blocks.b.mixer.head_dim=5": (
+        "bamba",
+        {"second": "{mixer: {type: mamba2, n_heads: 4, head_dim: 5}, ffn: {type: swiglu}}"},
     ),
     "model.blocks.a.ffn.slope=0.5": ("arcee", {"ffn": "{type: relu2, slope: 0.5}"}),
     'model.blocks.a.ffn.type="routed"': ("llama", {"ffn": "{type: routed}"}),

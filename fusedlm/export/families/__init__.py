@@ -2,12 +2,13 @@
 
 from fusedlm.config.model import ModelConfig
 from fusedlm.export.families.base import Family, Obstacle
+from fusedlm.export.families.hybrid import Bamba, Qwen35
 from fusedlm.export.families.latent import DeepseekV3
-from fusedlm.export.families.softmax import ARCEE, GRANITE, LLAMA, MISTRAL, PHI3
+from fusedlm.export.families.softmax import ARCEE, GRANITE, LLAMA, MISTRAL, PHI3, QWEN3
 from fusedlm.model import build_model
 
 # In the order of choice: the more widely known first.
-FAMILIES: tuple[Family, ...] = (LLAMA, MISTRAL, GRANITE, ARCEE, PHI3, DeepseekV3())
+FAMILIES: tuple[Family, ...] = (LLAMA, MISTRAL, QWEN3, GRANITE, ARCEE, PHI3, DeepseekV3(), Qwen35(), Bamba())
 
 
 def family_named(name: str) -> Family:

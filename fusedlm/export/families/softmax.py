@@ -45,10 +45,13 @@ def hidden_width(model: ModelConfig, block: BlockConfig) -> int:
 class SoftmaxFamily(Family):
     """Attention and one type of feed-forward.
 
-    ffn: type of the feed-forward. window: whether it has a sliding window. partial_rope: whether the leading part of a
-    head can be rotated alone. yarn: whether it has YaRN. fused: q, k and v are one tensor, and gate and up.
-    free_head_dim: whether a head can be wider or narrower than dim / n_heads. keeps_embedding_scale: as of `Family`;
-    it then has factors of residual branches, scores and logits too.
+    ffn: type of the feed-forward.
+    qk_norm: whether queries and keys have norms, with a gain per dimension.
+    window: whether it has a sliding window. mixed_windows: whether some layers can have it and others not.
+    partial_rope: whether the leading part of a head can be rotated alone. yarn: whether it has YaRN.
+    fused: q, k and v are one tensor, and gate and up.
+    free_head_dim: whether a head can be wider or narrower than dim / n_heads.
+    keeps_embedding_scale: as of `Family`; it then has factors of residual branches, scores and logits too.
     """
 
     name: str
@@ -56,7 +59,9 @@ class SoftmaxFamily(Family):
     model_type: str
     architecture: str
     ffn: str = "swiglu"
+    qk_norm: bool = False
     window: bool = False
+    mixed_windows: bool = False
     partial_rope: bool = False
     yarn: bool = True
     fused: bool = False
@@ -70,21 +75,30 @@ class SoftmaxFamily(Family):
         if model.yarn is not None and not self.yarn:
             found.append(Obstacle("model.yarn.factor", model.yarn.factor, f"{self.label} has no YaRN; set yarn null"))
         shapes = {name: self._shape(model, block) for name, block in used_blocks(model).items()}
+        if self.mixed_windows:
+            shapes = _without_windows(shapes)
         found += differing(model, self.label, shapes)
         for name, block in used_blocks(model).items():
-            found += self._mixer_obstacles(f"model.blocks.{name}", model, block)
+            found += self.mixer_obstacles(f"model.blocks.{name}", model, block)
         return found
 
     def _shape(self, model: ModelConfig, block: BlockConfig) -> dict[str, Any]:
         return attention_shape(model, block) | {"ffn.hidden": hidden_width(model, block)}
 
-    def _mixer_obstacles(self, where: str, model: ModelConfig, block: BlockConfig) -> list[Obstacle]:
+    def mixer_obstacles(self, where: str, model: ModelConfig, block: BlockConfig) -> list[Obstacle]:
+        """Of a block of attention by itself; where: its key."""
         mixer, label = block.mixer, self.label
         found = [
             Obstacle(f"{where}.mixer.{key}", getattr(mixer, key), f"{label} has none; set {off}")
-            for key, off in (("qk_norm", "false"), ("xsa", "false"), ("value_residual", "false"))
+            for key, off in (("xsa", "false"), ("value_residual", "false"))
             if getattr(mixer, key)
         ]
+        if mixer.qk_norm != self.qk_norm:
+            reason = f"{label} has it; set true" if self.qk_norm else f"{label} has none; set false"
+            found.append(Obstacle(f"{where}.mixer.qk_norm", mixer.qk_norm, reason))
+        elif self.qk_norm and mixer.qk_gain != "dim":
+            reason = f"{label} has gains per dimension; set dim"
+            found.append(Obstacle(f"{where}.mixer.qk_gain", mixer.qk_gain, reason))
         if (width := mixer.value_embedding) is not None:
             found.append(Obstacle(f"{where}.mixer.value_embedding", width, f"{label} has none; set null"))
         if mixer.window is not None and not self.window:
@@ -121,7 +135,9 @@ class SoftmaxFamily(Family):
             "attention_dropout": 0.0,
             "mlp_bias": False,
         } | rope_keys(shape["mixer.rope_base"], model.yarn, fraction=fraction)
-        if self.window:
+        if self.mixed_windows:
+            keys |= _window_keys(model)
+        elif self.window:
             keys["sliding_window"] = shape["mixer.window"]
         if self.keeps_embedding_scale:
             keys |= {"embedding_multiplier": embedding_scale, "attention_multiplier": head_dim**-0.5}
@@ -145,19 +161,23 @@ class SoftmaxFamily(Family):
             "head_dim": head_dim,
             "rope_dim": int(head_dim * fraction) if self.partial_rope else None,
             "rope_base": base,
-            "qk_norm": False,
-            "window": config.integer("sliding_window", None) if self.window else None,
+            "qk_norm": self.qk_norm,
+            "qk_gain": "dim" if self.qk_norm else "head",
+            "window": config.integer("sliding_window", None) if self.window and not self.mixed_windows else None,
         }
+        ffn = {"type": self.ffn, "hidden": config.integer("intermediate_size")}
         tree = {
             "dim": dim,
             "n_layers": config.integer("num_hidden_layers"),
             "pattern": "a",
-            "blocks": {"a": {"mixer": mixer, "ffn": {"type": self.ffn, "hidden": config.integer("intermediate_size")}}},
+            "blocks": {"a": {"mixer": mixer, "ffn": ffn}},
             "tie_embeddings": config.flag("tie_word_embeddings", False),
             "norm_eps": config.number("rms_norm_eps", 1e-6),
             "embedding_rms": None,
             "yarn": yarn,
         }
+        if self.mixed_windows:
+            _read_windows(config, tree)
         if self.keeps_embedding_scale:
             self._read_factors(config, head_dim, tree)
         return tree
@@ -176,17 +196,24 @@ class SoftmaxFamily(Family):
         for layer, (_, block) in enumerate(layer_blocks(model)):
             ours, theirs = f"blocks.{layer}", f"model.layers.{layer}"
             rules += norm_rules(layer)
-            rules += self._attention_rules(f"{ours}.mixer", f"{theirs}.self_attn", attention_shape(model, block))
+            rules += self.attention_rules(f"{ours}.mixer", f"{theirs}.self_attn", attention_shape(model, block))
             rules += self._ffn_rules(f"{ours}.ffn", f"{theirs}.mlp", hidden_width(model, block))
         return rules
 
-    def _attention_rules(self, ours: str, theirs: str, shape: dict[str, Any]) -> list[Rule]:
+    def attention_rules(self, ours: str, theirs: str, shape: dict[str, Any]) -> list[Rule]:
+        """Of a layer of attention.
+
+        Args:
+            ours, theirs: what the names of its tensors begin with.
+            shape: of `attention_shape`.
+        """
         out = same(f"{ours}.out.weight", f"{theirs}.o_proj.weight")
         if self.fused:
             return [same(f"{ours}.qkv.weight", f"{theirs}.qkv_proj.weight"), out]
         heads = {"q": shape["mixer.n_heads"], "k": shape["mixer.n_kv_heads"], "v": shape["mixer.n_kv_heads"]}
         parts = {f"{theirs}.{name}_proj.weight": n * shape["mixer.head_dim"] for name, n in heads.items()}
-        return [rows(f"{ours}.qkv.weight", parts), out]
+        norms = [same(f"{ours}.{name}_gain", f"{theirs}.{name}_norm.weight") for name in "qk" if self.qk_norm]
+        return [rows(f"{ours}.qkv.weight", parts), *norms, out]
 
     def _ffn_rules(self, ours: str, theirs: str, hidden: int) -> list[Rule]:
         down = same(f"{ours}.down.weight", f"{theirs}.down_proj.weight")
@@ -209,8 +236,55 @@ def rope_fraction(rope_dim: int, head_dim: int) -> float:
     return fraction if int(head_dim * fraction) == rope_dim else (rope_dim + 0.5) / head_dim
 
 
+def _without_windows(shapes: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """For `differing`: the windows of blocks that have one must be equal, those of others are left out."""
+    windows = [shape["mixer.window"] for shape in shapes.values() if shape["mixer.window"] is not None]
+    return {
+        name: shape | {"mixer.window": shape["mixer.window"] or (windows[0] if windows else None)}
+        for name, shape in shapes.items()
+    }
+
+
+_FULL, _SLIDING = "full_attention", "sliding_attention"
+
+
+def _window_keys(model: ModelConfig) -> dict[str, Any]:
+    """The window, and which layers have it."""
+    windows = [block.mixer.window for _, block in layer_blocks(model)]
+    types = [_FULL if window is None else _SLIDING for window in windows]
+    window = next((window for window in windows if window is not None), None)
+    first = types.index(_SLIDING) if window is not None else model.n_layers
+    return {
+        "use_sliding_window": window is not None,
+        "sliding_window": window,
+        "max_window_layers": first,
+        "layer_types": types,
+    }
+
+
+def _read_windows(config: ConfigJSON, tree: dict) -> None:
+    """Set the windows of the layers of a model section."""
+    window = config.integer("sliding_window", None) if config.flag("use_sliding_window", False) else None
+    types = config.texts("layer_types")
+    if types is None:
+        if window is not None:
+            raise config.refusal("layer_types", "must say which layers have the window")
+        return
+    if len(types) != tree["n_layers"] or not set(types) <= {_FULL, _SLIDING}:
+        raise config.refusal("layer_types", f"must be {_FULL} or {_SLIDING} of {tree['n_layers']} layers")
+    if _SLIDING in types:
+        if window is None:
+            raise config.refusal("sliding_window", "layers of layer_types have a window")
+        block = tree["blocks"]["a"]
+        tree["blocks"]["w"] = block | {"mixer": block["mixer"] | {"window": window}}
+        tree["pattern"] = "".join("w" if kind == _SLIDING else "a" for kind in types)
+
+
 LLAMA = SoftmaxFamily("llama", "Llama", "llama", "LlamaForCausalLM")
 MISTRAL = SoftmaxFamily("mistral", "Mistral", "mistral", "MistralForCausalLM", window=True)
+QWEN3 = SoftmaxFamily(
+    "qwen3", "Qwen3", "qwen3", "Qwen3ForCausalLM", qk_norm=True, window=True, mixed_windows=True
+)
 GRANITE = SoftmaxFamily("granite", "Granite", "granite", "GraniteForCausalLM", keeps_embedding_scale=True)
 ARCEE = SoftmaxFamily("arcee", "Arcee", "arcee", "ArceeForCausalLM", ffn="relu2")
 PHI3 = SoftmaxFamily(
