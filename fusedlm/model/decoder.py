@@ -3,6 +3,7 @@
 import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 
 import torch
 
@@ -330,13 +331,13 @@ class Decoder(Module):
     def _context(self, tokens, documents, state, n_new: list[int] | None, select) -> Context:
         batch, n_tokens = tokens.shape
         packed = documents is not None or (state is not None and state.packed)
-        past = 0 if state is None else state.past()
+        past = 0 if state is None else state.past(n_tokens)
         starts_B = None if state is None else state.starts()
         if documents is not None:
             before = (state.last_document_B, state.next_position_B) if past else ()
             positions = document_positions(documents, *before)
         elif state is not None and state.capacity is not None:
-            positions = state.next_position_B[:, None]
+            positions = state.next_of(state.next_position_B, n_tokens)
         else:
             positions = torch.arange(n_tokens, device=tokens.device)[None]
             if past:
@@ -344,8 +345,10 @@ class Decoder(Module):
         one_row = not packed and starts_B is None
         context = Context(positions[:1] if one_row else positions.expand(batch, -1), packed, past, starts_B)
         context.select = select
-        context.slots_B = None if state is None else state.slots()
-        if n_new is not None and min(n_new) < n_tokens:
+        context.slots_B = None if state is None else state.slots(n_tokens)
+        if isinstance(n_new, torch.Tensor):
+            context.lengths_B = n_new
+        elif n_new is not None and min(n_new) < n_tokens:
             context.lengths_B = torch.tensor(n_new, device=tokens.device)
         if past == 0 and self._varlen_attention(tokens.device):
             if packed:
@@ -353,7 +356,7 @@ class Decoder(Module):
             else:  # for windows
                 context.boundaries = row_boundaries(batch, n_tokens, tokens.device)
         wide = torch.promote_types(self.embedding.weight.dtype, torch.float32)
-        of_next = None if state is None or state.capacity is None else state.rope
+        of_next = None if state is None or state.capacity is None else partial(state.rope, n_tokens=n_tokens)
         context.add_rope(self.rope_specs, wide, self.yarn, of_next)
         return context
 
@@ -374,8 +377,8 @@ class Decoder(Module):
         )
 
     @staticmethod
-    def _check(tokens, documents, state, lengths) -> list[int] | None:
-        """The number of new tokens of each row, with a state."""
+    def _check(tokens, documents, state, lengths) -> list[int] | torch.Tensor | None:
+        """The number of new tokens of each row, with a state; a tensor of a static one if it was given."""
         if tokens.dim() != 2 or 0 in tokens.shape:
             raise ValueError(f"tokens must be (batch, length), both at least 1, not {tuple(tokens.shape)}")
         batch, n_tokens = tokens.shape
@@ -387,8 +390,10 @@ class Decoder(Module):
             return None
         if len(state.lengths) != batch:
             raise ValueError(f"the state is for {len(state.lengths)} sequences, tokens has {batch}")
-        if state.capacity is not None and (n_tokens > 1 or lengths is not None or documents is not None):
-            raise ValueError("a static state takes one token per row, without lengths and documents")
+        if state.capacity is not None:
+            state.check_static(n_tokens, lengths, documents)
+            if isinstance(lengths, torch.Tensor):
+                return lengths
         if lengths is None:
             return [n_tokens] * batch
         lengths = [int(n) for n in lengths]
