@@ -75,7 +75,7 @@ class SpeculativeSteps(StaticSteps):
         return longest + made + 2 * (self._n_drafts + 1) + 2 * self._n_drafts
 
     def _most(self, longest: int) -> int:
-        return longest + self._sampling.max_tokens + 4 * self._n_drafts + 2
+        return longest + self._sampling.max_tokens + 5 * self._n_drafts + 2
 
     @torch.no_grad()
     def _prefill(self, rows: list[Row], longest: int) -> None:
@@ -144,12 +144,12 @@ class SpeculativeSteps(StaticSteps):
             own.copy_(new)
 
     def _emit(self, tokens_BT: torch.Tensor, n_kept_B: torch.Tensor) -> torch.Tensor:
-        """Append the first n_kept_B + 1 tokens of each row, up to its end; (B,) how many these are."""
+        """Append the first n_kept_B + 1 tokens of each row, up to its end; (B,) how many these are. Rows may get up to
+        K more than max_tokens."""
         index_T = torch.arange(tokens_BT.shape[1], device=tokens_BT.device)
         ends_BT = (tokens_BT == self._predictor.eot_id) | (tokens_BT < 0)
         n_to_end_B = torch.where(ends_BT, index_T + 1, len(index_T) + 1).amin(1)
-        n_new_B = torch.minimum(n_kept_B + 1, n_to_end_B)
-        n_new_B = torch.minimum(n_new_B, self._sampling.max_tokens - self._n_made_B).masked_fill(self._ended_B, 0)
+        n_new_B = torch.minimum(n_kept_B + 1, n_to_end_B).masked_fill(self._ended_B, 0)
         self._n_made_B += n_new_B
         self._ended_B |= (n_to_end_B <= n_new_B) | (self._n_made_B >= self._sampling.max_tokens)
         self._fed_B1.copy_(at(tokens_BT, n_new_B - 1).clamp(min=0)[:, None])

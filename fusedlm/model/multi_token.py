@@ -49,7 +49,7 @@ def multi_token_loss(
     rows_BTW = context.value_rows_BTW
     total, reports = None, []
     for k, (module, factor) in enumerate(zip(model.mtp, model.mtp_factors, strict=True), 1):
-        own = replace(context, first_values={}, value_rows_BTW=None if rows_BTW is None else later(rows_BTW, k))
+        own = context if rows_BTW is None else replace(context, value_rows_BTW=later(rows_BTW, k))
         hidden_BTD, report = module(hidden_BTD, later(embedded_BTD, k), own)
         targets_N = later_targets(targets_BT, context, k).flatten()
         loss, nll_N = model.head(hidden_BTD.flatten(0, 1), targets_N, loss_weight * model.mtp_weight * factor)

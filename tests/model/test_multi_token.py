@@ -232,13 +232,13 @@ def test_reports_of_the_block_come_with_those_of_the_layers():
 
 
 def test_every_parameter_has_its_role_and_its_rate():
-    model = part_model(CASES[0], vocab_size=VOCAB, extra="mtp: {depth: 2}, mup: {base_width: 16}")
+    model = part_model(CASES[0], vocab_size=VOCAB, extra="mtp: {depth: 2}, mup: {base_width: 16, base_depth: 1}")
     found = {name: role for name, role in roles(model).items() if name.startswith("mtp.")}
     assert found["mtp.0.project.weight"].kind == "matrix" and found["mtp.1.hidden_norm.weight"].kind == "gain"
     growth = model.mup.growth
     assert growth["mtp.0.project.weight"].fan_in == 2 and not growth["mtp.0.project.weight"].in_block
     assert growth["mtp.1.block.mixer.out.weight"].in_block
-    assert model.mtp[0].block.branch_scale == model.blocks[0].branch_scale
+    assert model.mtp[1].block.branch_scale == model.blocks[0].branch_scale == 0.5
 
 
 def test_the_start():
