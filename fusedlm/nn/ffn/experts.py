@@ -18,7 +18,7 @@ class Experts(Module):
 
     def __init__(self, *, dim: int, hidden: int, n_experts: int, activation: str, slope: float):
         super().__init__()
-        self.dim, self.hidden, self.activation, self.slope = dim, hidden, activation, slope
+        self.activation, self.slope = activation, slope
         splits = tuple((name, hidden) for name in ROWS[activation])
         rows = hidden * max(len(splits), 1)
         self.add_parameter("up", (n_experts, rows, dim), Role("matrix", dim, rows, splits), Normal(dim**-0.5))
@@ -51,9 +51,9 @@ class Experts(Module):
         return sum(parameter.shape[1] * parameter.shape[2] for parameter in (self.up, self.down))
 
     def saved_elements(self) -> int:
-        """Elements saved for backward per pair of a token and an expert: the up-projection's output, and the inputs of
-        both projections."""
-        return self.up.shape[1] + self.dim + self.hidden
+        """Elements saved for backward per pair of a token and an expert: the output of the up-projection. Rows of the
+        input are gathered again, and the activation is recomputed."""
+        return self.up.shape[1]
 
     def ops(self, device: torch.device) -> list[OpUse]:
         return [OpUse("routed_experts", "routed_experts", {})]
