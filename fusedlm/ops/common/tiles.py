@@ -1,7 +1,9 @@
-"""Tiles of persistent matmul kernels: their order, and their parts."""
+"""Tiles of persistent matmul kernels: their order, their parts, and how they are loaded."""
 
+import torch
 import triton
 import triton.language as tl
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 
 @triton.jit
@@ -29,3 +31,28 @@ def split_tile(tile, ROWS: tl.constexpr, COLUMNS: tl.constexpr, SUBTILES: tl.con
         left, right = halves(tile, ROWS, COLUMNS)
         parts = (left, right) if SUBTILES == 2 else halves(left, ROWS, COLUMNS // 2) + halves(right, ROWS, COLUMNS // 2)
     return parts
+
+
+@triton.jit
+def tile_offsets(row, column, n_rows, n_columns, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """Offsets of a tile in a row-major matrix, and its mask."""
+    rows, columns = row + tl.arange(0, ROWS), column + tl.arange(0, COLUMNS)
+    inside = (rows < n_rows)[:, None] & (columns < n_columns)[None, :]
+    return rows.to(tl.int64)[:, None] * n_columns + columns[None, :], inside
+
+
+@triton.jit
+def load_tile(source, row, column, n_rows, n_columns, ROWS: tl.constexpr, COLUMNS: tl.constexpr, TMA: tl.constexpr):
+    """A tile of a row-major matrix, 0 out of bounds."""
+    if TMA:
+        tile = source.load([row, column])
+    else:
+        offsets, inside = tile_offsets(row, column, n_rows, n_columns, ROWS, COLUMNS)
+        tile = tl.load(source + offsets, mask=inside, other=0.0)
+    return tile
+
+
+def descriptor(matrix: torch.Tensor, rows: int, columns: int) -> TensorDescriptor:
+    """Of tiles of a contiguous matrix, for the tensor memory accelerator (TMA)."""
+    # Not matrix.stride(): that of a dimension of size 1 can be anything.
+    return TensorDescriptor(matrix, list(matrix.shape), [matrix.shape[1], 1], [rows, columns])
