@@ -52,7 +52,18 @@ def load_tile(source, row, column, n_rows, n_columns, ROWS: tl.constexpr, COLUMN
     return tile
 
 
-def descriptor(matrix: torch.Tensor, rows: int, columns: int) -> TensorDescriptor:
-    """Of tiles of a contiguous matrix, for the tensor memory accelerator (TMA)."""
-    # Not matrix.stride(): that of a dimension of size 1 can be anything.
-    return TensorDescriptor(matrix, list(matrix.shape), [matrix.shape[1], 1], [rows, columns])
+def can_use_tma(*matrices: torch.Tensor) -> bool:
+    """Whether rows and bases of contiguous tensors are aligned to 16 bytes, and the device has the tensor memory
+    accelerator (TMA), as the interpreter does."""
+    device = matrices[0].device
+    if device.type == "cuda" and torch.cuda.get_device_capability(device) < (9, 0):
+        return False
+    return all(x.data_ptr() % 16 == 0 and x.shape[-1] * x.element_size() % 16 == 0 for x in matrices)
+
+
+def descriptor(tensor: torch.Tensor, *tile: int) -> TensorDescriptor:
+    """Of tiles of a contiguous tensor, for TMA."""
+    strides = [1]  # Not tensor.stride(): that of a dimension of size 1 can be anything.
+    for size in reversed(tensor.shape[1:]):
+        strides.insert(0, strides[0] * size)
+    return TensorDescriptor(tensor, list(tensor.shape), strides, list(tile))

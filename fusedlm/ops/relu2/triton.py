@@ -16,7 +16,7 @@ import triton.language as tl
 
 from fusedlm.ops.common.device import n_multiprocessors
 from fusedlm.ops.common.products import cast_weight, matmul
-from fusedlm.ops.common.tiles import descriptor, load_tile, split_tile, tile_at, tile_offsets
+from fusedlm.ops.common.tiles import can_use_tma, descriptor, load_tile, split_tile, tile_at, tile_offsets
 
 _KEYS = (
     "BLOCK_M", "BLOCK_N", "BLOCK_K", "GROUP_M", "SUBTILES", "FLATTEN", "num_warps", "num_stages", "programs_per_sm"
@@ -145,14 +145,6 @@ def _down_backward_kernel(
             _store(dz, subtiles[i] * (2.0 * root), row, column, M, N, BLOCK_M, WIDTH, TMA)
 
 
-def _can_use_tma(*matrices: torch.Tensor) -> bool:
-    """Whether rows and bases are aligned to 16 bytes, and the device has TMA (as the interpreter does)."""
-    device = matrices[0].device
-    if device.type == "cuda" and torch.cuda.get_device_capability(device) < (9, 0):
-        return False
-    return all(x.data_ptr() % 16 == 0 and x.shape[1] * x.element_size() % 16 == 0 for x in matrices)
-
-
 def _launch(
     which: str, first, second, hidden: list, signs, factor: float, config: dict | None = None, **constants
 ) -> None:
@@ -167,7 +159,7 @@ def _launch(
         config: instead of that of `_config`.
     """
     (M, K), N = first.shape, hidden[0].shape[1]
-    use_tma = _can_use_tma(first, second, *hidden)
+    use_tma = can_use_tma(first, second, *hidden)
     if config is None:
         if first.dtype == torch.float32:
             config = _CONFIGS["float32"]
