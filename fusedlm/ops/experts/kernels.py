@@ -23,9 +23,9 @@ def _find_tile(index, starts, tile_starts, tile_experts, n_tiles_n, BLOCK_M: tl.
 
 
 @triton.jit
-def _tokens(slots, rows, end, TOP_K: tl.constexpr):
+def _tokens(slots, rows, end, top_k):
     """Tokens of rows; beyond the end those of the last row before it."""
-    return tl.load(slots + tl.maximum(tl.minimum(rows, end - 1), 0)) // TOP_K
+    return tl.load(slots + tl.maximum(tl.minimum(rows, end - 1), 0)) // top_k
 
 
 @triton.jit
@@ -54,10 +54,10 @@ def _load_pair(w, first, second, k, n_rows, K, WIDTH: tl.constexpr, BLOCK_K: tl.
     return tl.load(w + rows.to(tl.int64)[:, None] * K + columns[None, :], mask=inside, other=0.0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["slope", "top_k", "n_experts"])
 def up_kernel(
-    x, w, slots, starts, tile_starts, tile_experts, h, a, slope, n_experts, HIDDEN, K,
-    TOP_K: tl.constexpr, SWIGLU: tl.constexpr, SAVE: tl.constexpr, TMA: tl.constexpr, MASK_K: tl.constexpr,
+    x, w, slots, starts, tile_starts, tile_experts, h, a, slope, top_k, n_experts, HIDDEN, K,
+    SWIGLU: tl.constexpr, SAVE: tl.constexpr, TMA: tl.constexpr, MASK_K: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr, FLATTEN: tl.constexpr,
 ):  # fmt: skip
     """a (rows, HIDDEN), and with SAVE the pre-activation h (rows, 2 HIDDEN or HIDDEN), of gathered rows of x (N, K) and
@@ -75,7 +75,7 @@ def up_kernel(
     epilogue_tile = tl.program_id(0) - tl.num_programs(0)
     for index in tl.range(tl.program_id(0), n_tiles, tl.num_programs(0), flatten=FLATTEN):
         expert, row, end, n = _find_tile(index, starts, tile_starts, tile_experts, n_tiles_n, BLOCK_M, GROUP_M)
-        token = _tokens(slots, row + tl.arange(0, BLOCK_M), end, TOP_K)
+        token = _tokens(slots, row + tl.arange(0, BLOCK_M), end, top_k)
         x_rows = x + token.to(tl.int64)[:, None] * K
         first = expert * stride + n * COLUMNS
         second = first + (HIDDEN if SWIGLU else WIDTH)
@@ -112,7 +112,7 @@ def up_kernel(
                 tl.store(at, (root * root).to(a.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n_experts", "n_rows"])
 def rows_kernel(
     a, w, starts, tile_starts, tile_experts, out, n_experts, n_rows, N, K,
     TRANSPOSED: tl.constexpr, TMA: tl.constexpr,
@@ -144,11 +144,11 @@ def rows_kernel(
             tl.store(at, subtiles[i].to(out.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["slope", "top_k", "n_experts", "n_rows"])
 def down_backward_kernel(
     dy, w, slots, starts, tile_starts, tile_experts, weights, h, dh, weighted, scores, slope,
-    n_experts, n_rows, HIDDEN, K,
-    TOP_K: tl.constexpr, SWIGLU: tl.constexpr, TMA: tl.constexpr, MASK_K: tl.constexpr,
+    top_k, n_experts, n_rows, HIDDEN, K,
+    SWIGLU: tl.constexpr, TMA: tl.constexpr, MASK_K: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr, SUBTILES: tl.constexpr,
     FLATTEN: tl.constexpr,
 ):  # fmt: skip
@@ -163,7 +163,7 @@ def down_backward_kernel(
     epilogue_tile = tl.program_id(0) - tl.num_programs(0)
     for index in tl.range(tl.program_id(0), n_tiles, tl.num_programs(0), flatten=FLATTEN):
         expert, row, end, n = _find_tile(index, starts, tile_starts, tile_experts, n_tiles_n, BLOCK_M, GROUP_M)
-        token = _tokens(slots, row + tl.arange(0, BLOCK_M), end, TOP_K)
+        token = _tokens(slots, row + tl.arange(0, BLOCK_M), end, top_k)
         dy_rows = dy + token.to(tl.int64)[:, None] * K
         acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
         for step in range(tl.cdiv(K, BLOCK_K)):
@@ -202,10 +202,10 @@ def down_backward_kernel(
         tl.store(scores + n.to(tl.int64) * n_rows + rows, score, mask=rows < end)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["top_k", "n_experts", "n_rows"])
 def weight_gradient_kernel(
-    left, right, slots, starts, out, n_experts, n_rows, M, N,
-    TOP_K: tl.constexpr, GATHER_LEFT: tl.constexpr, TMA: tl.constexpr,
+    left, right, slots, starts, out, top_k, n_experts, n_rows, M, N,
+    GATHER_LEFT: tl.constexpr, TMA: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr, SUBTILES: tl.constexpr,
     FLATTEN: tl.constexpr,
 ):  # fmt: skip
@@ -220,14 +220,14 @@ def weight_gradient_kernel(
         m, n = tile_at(index % per_expert, n_tiles_m, n_tiles_n, GROUP_M)
         start, end = tl.load(starts + expert), tl.load(starts + expert + 1)
         acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
-        token = _tokens(slots, start + tl.arange(0, BLOCK_K), end, TOP_K)
+        token = _tokens(slots, start + tl.arange(0, BLOCK_K), end, top_k)
         # At least one step, so that the loops can be flattened.
         for step in range(tl.maximum(tl.cdiv(end - start, BLOCK_K), 1)):
             row = start + step * BLOCK_K
             is_row = (tl.arange(0, BLOCK_K) < end - row)[:, None]
             at = token.to(tl.int64)[:, None]
             # Tokens are loaded one step ahead: an indirect load would halve the depth of the pipeline.
-            token = _tokens(slots, row + BLOCK_K + tl.arange(0, BLOCK_K), end, TOP_K)
+            token = _tokens(slots, row + BLOCK_K + tl.arange(0, BLOCK_K), end, top_k)
             if GATHER_LEFT:
                 columns = m * BLOCK_M + tl.arange(0, BLOCK_M)[None, :]
                 left_tile = tl.load(left + at * M + columns, mask=is_row & (columns < M), other=0.0)

@@ -12,8 +12,8 @@ import triton.language as tl
 
 from fusedlm.ops.experts.order import ExpertOrder
 
-_TILE = 16384  # elements of a (slots, experts) tile
-_LEAST_BLOCK_M = 16  # of a row tile, by which room for tiles is allocated
+_TILE = 4096  # elements of a (slots, experts) tile
+_LEAST_BLOCK_M = 32  # of a row tile, by which room for tiles is allocated
 
 
 class TileSchedule(NamedTuple):
@@ -69,7 +69,7 @@ def _schedule_kernel(
     tl.store(tile_starts + expert + 1, tile_end, mask=expert == n_experts - 1)
     for first in range(0, n_tiles, BLOCKS):
         tile = first + tl.arange(0, BLOCKS)
-        # Tiles beyond the last one are read by no program, and have the last expert.
+        # Tiles after the last one are read by no program, and have the last expert.
         before = tl.sum(((tile_end[None, :] <= tile[:, None]) & (expert < n_experts)[None, :]).to(tl.int32), 1)
         tl.store(tile_experts + tile, tl.minimum(before, n_experts - 1), mask=tile < n_tiles)
     for first in range(0, n_blocks, BLOCKS):
@@ -104,7 +104,7 @@ def schedule_tiles(indices_NK: torch.Tensor, n_experts: int, block_m: int) -> Ti
 
     Args:
         indices_NK: (N, k) int64 in [0, n_experts).
-        block_m: at least 16.
+        block_m: at least 32.
     """
     indices, n_slots = indices_NK.contiguous(), indices_NK.numel()
     schedule = empty_schedule(indices, n_slots, n_experts)
@@ -112,14 +112,14 @@ def schedule_tiles(indices_NK: torch.Tensor, n_experts: int, block_m: int) -> Ti
         schedule.starts.zero_(), schedule.tile_starts.zero_(), schedule.tile_experts.zero_()
         return schedule
     experts = triton.next_power_of_2(n_experts)
-    block = max(16, min(256, _TILE // experts))
+    block = max(16, min(256, _TILE // experts))  # slots
+    blocks = max(1, min(256, 2 * _TILE // experts))  # of slots at a time in the one program
     n_blocks = triton.cdiv(n_slots, block)
     counts, places = (torch.empty(n_blocks, experts, dtype=torch.int32, device=indices.device) for _ in range(2))
     _count_kernel[(n_blocks,)](indices, counts, n_slots, BLOCK=block, EXPERTS=experts, num_warps=4)
     _schedule_kernel[(1,)](
         counts, places, schedule.starts, schedule.tile_starts, schedule.tile_experts, n_blocks, n_experts,
-        len(schedule.tile_experts), BLOCK_M=block_m, BLOCKS=max(1, min(256, _TILE // experts)), EXPERTS=experts,
-        num_warps=8,
+        len(schedule.tile_experts), BLOCK_M=block_m, BLOCKS=blocks, EXPERTS=experts, num_warps=8,
     )  # fmt: skip
     _place_kernel[(n_blocks,)](
         indices, places, schedule.slots, schedule.rows, n_slots, BLOCK=block, EXPERTS=experts, num_warps=4

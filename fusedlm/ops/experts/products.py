@@ -77,8 +77,8 @@ class Products:
         if use_tma:
             matrix = descriptor(matrix, parts, columns, tiles.BLOCK_K)
         kernels.up_kernel[self._grid(tiles, columns, self.hidden, x.device)](
-            x, matrix, schedule.slots, *_tables(schedule), h, a, slope, self.n_experts, self.hidden, self.dim,
-            TOP_K=top_k, SWIGLU=swiglu, SAVE=save, TMA=use_tma, MASK_K=self.dim % tiles.BLOCK_K != 0,
+            x, matrix, schedule.slots, *_tables(schedule), h, a, slope, top_k, self.n_experts, self.hidden,
+            self.dim, SWIGLU=swiglu, SAVE=save, TMA=use_tma, MASK_K=self.dim % tiles.BLOCK_K != 0,
             **_options(tiles, "SUBTILES"),
         )  # fmt: skip
         return a, h
@@ -117,8 +117,8 @@ class Products:
             matrix = descriptor(matrix, tiles.BLOCK_K, tiles.BLOCK_N)
         kernels.down_backward_kernel[self._grid(tiles, tiles.BLOCK_N, self.hidden, dy.device)](
             dy, matrix, schedule.slots, *_tables(schedule), weights, h, dh, weighted, scores, slope,
-            self.n_experts, self.n_slots, self.hidden, self.dim,
-            TOP_K=weights.shape[1], SWIGLU=swiglu, TMA=use_tma, MASK_K=self.dim % tiles.BLOCK_K != 0,
+            weights.shape[1], self.n_experts, self.n_slots, self.hidden, self.dim,
+            SWIGLU=swiglu, TMA=use_tma, MASK_K=self.dim % tiles.BLOCK_K != 0,
             **_options(tiles),
         )  # fmt: skip
         return dh, weighted, scores.sum(0)
@@ -146,8 +146,8 @@ class Products:
             left = descriptor(left, tiles.BLOCK_K, tiles.BLOCK_M)
         n_programs = min(n_tiles, tiles.per_processor * n_multiprocessors(out.device))
         kernels.weight_gradient_kernel[(n_programs,)](
-            left, right, schedule.slots, schedule.starts, out, self.n_experts, self.n_slots, M, N,
-            TOP_K=top_k, GATHER_LEFT=gather_left, TMA=use_tma, **_options(tiles),
+            left, right, schedule.slots, schedule.starts, out, top_k, self.n_experts, self.n_slots, M, N,
+            GATHER_LEFT=gather_left, TMA=use_tma, **_options(tiles),
         )  # fmt: skip
         return out
 
