@@ -387,6 +387,7 @@ def test_auto_on_a_gpu_is_the_kernel():
         "rmsnorm_linear": "packed",
         "rmsnorm_rope": "triton",
         "rope_append": "triton",
+        "routed_experts": "triton",
         "short_conv": "triton",
         "softcap_cross_entropy": "triton",
         "swiglu_mlp": "triton",

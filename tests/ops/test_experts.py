@@ -1,4 +1,4 @@
-"""The reference against the formula, the kernels against the reference in float64: output and every gradient."""
+"""Routed experts: the reference against the formula in float64, output and every gradient; the order of slots."""
 
 import pytest
 import torch
@@ -24,19 +24,20 @@ SHAPES = [
 EMPTY = [(0, 4, 8, 3, 2, "even"), (3, 0, 8, 2, 1, "even"), (3, 4, 0, 2, 1, "even")]
 
 
-def _indices(n, n_experts, k, choice, g) -> torch.Tensor:
-    """even: at random; skewed: half of the experts rarely; one: all tokens the last; same: all the first k."""
+def choose(n, n_experts, k, choice, seed=0) -> torch.Tensor:
+    """(n, k). even: at random; skewed: some experts often and some never; one: all tokens the last; same: all the
+    first k."""
     if choice == "one":
         return torch.full((n, k), n_experts - 1)
     if choice == "same":
-        return torch.arange(k).expand(n, k).contiguous()
-    scores = torch.rand(n, n_experts, generator=g)
+        return torch.arange(k).repeat(n, 1)
+    scores = torch.rand(n, n_experts, generator=torch.Generator().manual_seed(seed))
     if choice == "skewed":
-        scores += torch.arange(n_experts) / n_experts
+        scores += 3 * torch.arange(n_experts) / n_experts
     return scores.topk(k).indices
 
 
-def _inputs(shape, activation="swiglu", dtype=torch.float32, weight_dtype=None):
+def inputs(shape, activation="swiglu", dtype=torch.float32, weight_dtype=None):
     n, d, h, n_experts, k, choice = shape
     g = torch.Generator().manual_seed(n + d + h)
 
@@ -48,10 +49,10 @@ def _inputs(shape, activation="swiglu", dtype=torch.float32, weight_dtype=None):
     w_up = draw(n_experts, rows, d, scale=max(d, 1) ** -0.5, dtype=weight_dtype or dtype)
     w_down = draw(n_experts, d, h, scale=max(h, 1) ** -0.5, dtype=weight_dtype or dtype)
     weights = torch.rand(n, k, generator=g).to(DEVICE, torch.promote_types(dtype, torch.float32))
-    return [x, w_up, w_down, weights], _indices(n, n_experts, k, choice, g).to(DEVICE), upstream
+    return [x, w_up, w_down, weights], choose(n, n_experts, k, choice).to(DEVICE), upstream
 
 
-def _run(function, tensors, indices, upstream, *options, dtype=None):
+def run(function, tensors, indices, upstream, *options, dtype=None):
     leaves = [x.detach().to(dtype or x.dtype).requires_grad_() for x in tensors]
     x, w_up, w_down, weights = leaves
     out = function(x, w_up, w_down, indices, weights, *options)
@@ -76,9 +77,9 @@ def _dense(x, w_up, w_down, indices, weights, activation, slope):
 @pytest.mark.parametrize("shape", SHAPES)
 def test_is_the_formula(shape, activation, slope):
     """The output and every gradient."""
-    tensors, indices, upstream = _inputs(shape, activation, torch.float64)
-    found = _run(reference.routed_experts, tensors, indices, upstream, activation, slope)
-    expected = _run(_dense, tensors, indices, upstream, activation, slope)
+    tensors, indices, upstream = inputs(shape, activation, torch.float64)
+    found = run(reference.routed_experts, tensors, indices, upstream, activation, slope)
+    expected = run(_dense, tensors, indices, upstream, activation, slope)
     for name, a, e in zip(NAMES, found, expected, strict=True):
         assert a.dtype == torch.float64 and a.shape == e.shape
         torch.testing.assert_close(a, e, rtol=1e-10, atol=1e-10, msg=lambda text, name=name: f"{name}: {text}")
@@ -86,7 +87,7 @@ def test_is_the_formula(shape, activation, slope):
 
 @pytest.mark.parametrize(("activation", "slope"), ACTIVATIONS)
 def test_gradients_of_the_reference(activation, slope):
-    tensors, indices, _ = _inputs((4, 3, 5, 4, 2, "even"), activation, torch.float64)
+    tensors, indices, _ = inputs((4, 3, 5, 4, 2, "even"), activation, torch.float64)
 
     def function(x, w_up, w_down, weights):
         return reference.routed_experts(x, w_up, w_down, indices, weights, activation, slope)
@@ -96,24 +97,24 @@ def test_gradients_of_the_reference(activation, slope):
 
 @pytest.mark.parametrize("shape", EMPTY)
 def test_reference_on_empty_tensors(shape):
-    tensors, indices, upstream = _inputs(shape)
-    found = _run(reference.routed_experts, tensors, indices, upstream, "swiglu", 0.0)
+    tensors, indices, upstream = inputs(shape)
+    found = run(reference.routed_experts, tensors, indices, upstream, "swiglu", 0.0)
     for a, e in zip(found, [tensors[0], *tensors], strict=True):
         assert a.shape == e.shape and a.dtype == e.dtype and not a.any()
 
 
 def test_gradients_have_the_dtypes_of_the_inputs():
-    tensors, indices, upstream = _inputs((33, 24, 40, 5, 2, "even"), dtype=torch.bfloat16, weight_dtype=torch.float32)
-    found = _run(reference.routed_experts, tensors, indices, upstream, "swiglu", 0.0)
+    tensors, indices, upstream = inputs((33, 24, 40, 5, 2, "even"), dtype=torch.bfloat16, weight_dtype=torch.float32)
+    found = run(reference.routed_experts, tensors, indices, upstream, "swiglu", 0.0)
     assert [a.dtype for a in found] == [torch.bfloat16] * 2 + [torch.float32] * 3
-    exact = _run(reference.routed_experts, tensors, indices, upstream, "swiglu", 0.0, dtype=torch.float64)
+    exact = run(reference.routed_experts, tensors, indices, upstream, "swiglu", 0.0, dtype=torch.float64)
     for name, a, e in zip(NAMES, found, exact, strict=True):
         assert_close(a, e, 1e-2, name)
 
 
 @pytest.mark.parametrize("shape", [SHAPES[1], SHAPES[2], EMPTY[0]])
 def test_order_of_slots(shape):
-    _, indices, _ = _inputs(shape)
+    _, indices, _ = inputs(shape)
     order = sort_by_expert(indices, shape[3])
     experts = indices.flatten()
     by_hand = sorted(range(experts.numel()), key=lambda slot: experts[slot].item())  # stable
@@ -125,13 +126,13 @@ def test_order_of_slots(shape):
 
 
 def test_full_graph_of_the_reference():
-    tensors, indices, upstream = _inputs(SHAPES[0])
+    tensors, indices, upstream = inputs(SHAPES[0])
 
     def function(x, w_up, w_down, indices, weights):
         return routed_experts(2 * x, w_up, w_down, indices, weights, backend="reference")
 
-    plain = _run(function, tensors, indices, upstream)
-    compiled = _run(torch.compile(function, fullgraph=True, backend="aot_eager"), tensors, indices, upstream)
+    plain = run(function, tensors, indices, upstream)
+    compiled = run(torch.compile(function, fullgraph=True, backend="aot_eager"), tensors, indices, upstream)
     for a, b in zip(compiled, plain, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)
 
@@ -151,7 +152,7 @@ def test_operators_of_the_reference_pass_opcheck():
 
 
 def test_bad_input():
-    (x, w_up, w_down, weights), indices, _ = _inputs((5, 8, 12, 3, 2, "even"))
+    (x, w_up, w_down, weights), indices, _ = inputs((5, 8, 12, 3, 2, "even"))
     with pytest.raises(ValueError, match=r"^x \(5, 7\), w_up \(3, 24, 8\) and w_down \(3, 8, 12\) must be"):
         routed_experts(x[:, :7], w_up, w_down, indices, weights)
     with pytest.raises(ValueError, match=r"must be \(N, D\), \(E, H, D\) and \(E, D, H\)"):

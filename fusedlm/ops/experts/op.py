@@ -5,12 +5,15 @@ from typing import Literal
 
 import torch
 
-from fusedlm.ops.common import Backend, Op, resolve
+from fusedlm.ops.common import Backend, Op, needs_triton, resolve
 from fusedlm.ops.experts import reference
 
 ROUTED_EXPERTS = Op(
     "routed_experts",
-    [Backend("reference", reference.routed_experts, fused=False)],
+    [
+        Backend("triton", "fusedlm.ops.experts.triton:routed_experts", needs_triton),
+        Backend("reference", reference.routed_experts, fused=False),
+    ],
 )
 _ROWS = {"swiglu": 2, "relu2": 1}  # rows of w_up per hidden element
 
@@ -37,7 +40,7 @@ def routed_experts(
         activation: swiglu: silu(gate) * up (arXiv 2002.05202); relu2: leaky_relu(up, slope)^2 (arXiv 2109.08668).
             Computed in float32 or better.
         slope: of the leaky ReLU below zero.
-        backend: auto or reference.
+        backend: auto, triton or reference, which on a GPU waits for the device.
 
     Returns:
         (N, D), the dtype of x; summed in float32 or better.
