@@ -147,7 +147,7 @@ def test_the_bias_selects_and_does_nothing_else():
 def test_the_only_expert_of_a_token_teaches_the_router():
     layer, x = moe(CASES[2]), inputs(2, 13)
     assert layer.top_k == 1
-    assert gradients(layer(x)[0], x, layer)["router.project.weight"].abs().max() > 0
+    assert gradients(layer(x)[0], x, layer)["router.project.weight"].abs().max() > 1e-3
 
 
 def test_groups_are_chosen_by_their_two_best():
