@@ -28,7 +28,7 @@ class Tiles:
 
 
 _TILES = {
-    "up": Tiles(128, 256, 64, 8, 1, True, 8, 3, 1),
+    "up": Tiles(128, 256, 64, 8, 4, True, 8, 4, 1),
     "down": Tiles(128, 256, 64, 8, 4, True, 8, 4, 1),
     "down_backward": Tiles(128, 256, 64, 8, 4, True, 8, 3, 1),
     "up_backward": Tiles(128, 256, 64, 8, 4, True, 8, 4, 1),
@@ -79,7 +79,7 @@ class Products:
         kernels.up_kernel[self._grid(tiles, columns, self.hidden, x.device)](
             x, matrix, schedule.slots, *_tables(schedule), h, a, slope, top_k, self.n_experts, self.hidden,
             self.dim, SWIGLU=swiglu, SAVE=save, TMA=use_tma, MASK_K=self.dim % tiles.BLOCK_K != 0,
-            **_options(tiles, "SUBTILES"),
+            **_options(tiles),
         )  # fmt: skip
         return a, h
 
@@ -177,8 +177,8 @@ def _tables(schedule: TileSchedule) -> tuple[torch.Tensor, ...]:
     return schedule.starts, schedule.tile_starts, schedule.tile_experts
 
 
-def _options(tiles: Tiles, *unused: str) -> dict:
-    return {name: value for name, value in asdict(tiles).items() if name not in (*unused, "per_processor")}
+def _options(tiles: Tiles) -> dict:
+    return {name: value for name, value in asdict(tiles).items() if name != "per_processor"}
 
 
 def _runs_library(*operands: torch.Tensor) -> bool:
