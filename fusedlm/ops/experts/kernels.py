@@ -219,23 +219,19 @@ def weight_gradient_kernel(
     left, right, slots, starts, out, top_k, n_experts, n_rows, M, N,
     GATHER_LEFT: tl.constexpr, TMA: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr, SUBTILES: tl.constexpr,
-    FLATTEN: tl.constexpr,
 ):  # fmt: skip
     """out (experts, M, N): left^T right of the rows of each expert, and zeros without rows. Rows of left or right are
     gathered from (tokens, M) or (tokens, N); the other has sorted rows. Gathered rows beyond the end are 0."""
     WIDTH: tl.constexpr = BLOCK_N // SUBTILES
     n_tiles_m, n_tiles_n = tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N)
     per_expert = n_tiles_m * n_tiles_n
-    epilogue_tile = tl.program_id(0) - tl.num_programs(0)
-    for index in tl.range(tl.program_id(0), n_experts * per_expert, tl.num_programs(0), flatten=FLATTEN):
+    for index in range(tl.program_id(0), n_experts * per_expert, tl.num_programs(0)):
         expert = index // per_expert
         m, n = tile_at(index % per_expert, n_tiles_m, n_tiles_n, GROUP_M)
         start, end = tl.load(starts + expert), tl.load(starts + expert + 1)
         acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
         token = _tokens(slots, start + tl.arange(0, BLOCK_K), end, top_k)
-        # At least one step, so that the loops can be flattened.
-        for step in range(tl.maximum(tl.cdiv(end - start, BLOCK_K), 1)):
-            row = start + step * BLOCK_K
+        for row in range(start, end, BLOCK_K):
             is_row = (tl.arange(0, BLOCK_K) < end - row)[:, None]
             at = token.to(tl.int64)[:, None]
             # Tokens are loaded one step ahead: an indirect load would halve the depth of the pipeline.
@@ -249,14 +245,12 @@ def weight_gradient_kernel(
                 right_tile = tl.load(right + at * N + columns, mask=is_row & (columns < N), other=0.0)
                 left_tile = load_tile(left, row, m * BLOCK_M, n_rows, M, BLOCK_K, BLOCK_M, TMA)
             acc = tl.dot(left_tile.T, right_tile, acc, input_precision="ieee")
-        epilogue_tile += tl.num_programs(0)
-        expert = epilogue_tile // per_expert
-        m, n = tile_at(epilogue_tile % per_expert, n_tiles_m, n_tiles_n, GROUP_M)
-        row = expert * M + m * BLOCK_M
+        first = expert * M + m * BLOCK_M
         subtiles = split_tile(acc, BLOCK_M, BLOCK_N, SUBTILES)
         for i in tl.static_range(SUBTILES):
-            at, inside = _row_tile(out, row, expert * M + M, n * BLOCK_N + i * WIDTH, N, N, BLOCK_M, WIDTH)
-            tl.store(at, subtiles[i].to(out.dtype.element_ty), mask=inside)
+            column = n * BLOCK_N + i * WIDTH
+            pointers, inside = _row_tile(out, first, expert * M + M, column, N, N, BLOCK_M, WIDTH)
+            tl.store(pointers, subtiles[i].to(out.dtype.element_ty), mask=inside)
 
 
 @triton.jit

@@ -147,7 +147,7 @@ class Products:
         n_programs = min(n_tiles, tiles.per_processor * n_multiprocessors(out.device))
         kernels.weight_gradient_kernel[(n_programs,)](
             left, right, schedule.slots, schedule.starts, out, top_k, self.n_experts, self.n_slots, M, N,
-            GATHER_LEFT=gather_left, TMA=use_tma, **_options(tiles),
+            GATHER_LEFT=gather_left, TMA=use_tma, **_options(tiles, "FLATTEN"),
         )  # fmt: skip
         return out
 
@@ -177,8 +177,8 @@ def _tables(schedule: TileSchedule) -> tuple[torch.Tensor, ...]:
     return schedule.starts, schedule.tile_starts, schedule.tile_experts
 
 
-def _options(tiles: Tiles) -> dict:
-    return {name: value for name, value in asdict(tiles).items() if name != "per_processor"}
+def _options(tiles: Tiles, *unused: str) -> dict:
+    return {name: value for name, value in asdict(tiles).items() if name not in (*unused, "per_processor")}
 
 
 def _runs_library(*operands: torch.Tensor) -> bool:
