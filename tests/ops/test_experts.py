@@ -126,15 +126,23 @@ def test_order_of_slots(shape):
 
 
 def test_full_graph_of_the_reference():
+    """Its loop is an operator there, which serves other sizes of groups too."""
     tensors, indices, upstream = inputs(SHAPES[0])
+    traced = []
 
     def function(x, w_up, w_down, indices, weights):
         return routed_experts(2 * x, w_up, w_down, indices, weights, backend="reference")
 
-    plain = run(function, tensors, indices, upstream)
-    compiled = run(torch.compile(function, fullgraph=True, backend="aot_eager"), tensors, indices, upstream)
-    for a, b in zip(compiled, plain, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)
+    def backend(graph, example_inputs):
+        traced.extend(str(node.target) for node in graph.graph.nodes)
+        return torch._dynamo.lookup_backend("aot_eager")(graph, example_inputs)
+
+    compiled = torch.compile(function, fullgraph=True, backend=backend)
+    for chosen in (indices, choose(33, 5, 2, "skewed")):
+        plain = run(function, tensors, chosen, upstream)
+        for a, b in zip(run(compiled, tensors, chosen, upstream), plain, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)
+    assert traced.count("fusedlm.experts_grouped_linear.default") == 2
 
 
 def test_operators_of_the_reference_pass_opcheck():

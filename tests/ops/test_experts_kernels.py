@@ -51,6 +51,14 @@ def test_kernel_in_many_small_tiles(shape, n_subtiles, activation, poisoned, mon
     _check(kernels.routed_experts, *inputs(shape, activation), activation, 0.25)
 
 
+def test_kernels_of_a_call_have_the_same_row_tiles():
+    """They share a schedule, which has room for tiles of that many rows."""
+    row_tiles = {t.BLOCK_M for name, t in products._TILES.items() if not name.endswith("gradient")}
+    assert row_tiles == {products._POINTERS.BLOCK_M}
+    for tiles in (products._POINTERS, products._FEW_ROWS, products._FLOAT32):
+        assert tiles.BLOCK_M >= order_kernels._LEAST_BLOCK_M
+
+
 def test_tma_is_used_where_rows_are_aligned(monkeypatch):
     used, can_use_tma = [], products.can_use_tma
     monkeypatch.setattr(products, "can_use_tma", lambda *x: used.append(can_use_tma(*x)) or used[-1])

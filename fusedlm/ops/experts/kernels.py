@@ -54,11 +54,25 @@ def _load_pair(w, first, second, k, n_rows, K, WIDTH: tl.constexpr, BLOCK_K: tl.
     return tl.load(w + rows.to(tl.int64)[:, None] * K + columns[None, :], mask=inside, other=0.0)
 
 
+@triton.jit
+def _store_squared(
+    h, a, z, slope, row, end, column, HIDDEN, SAVE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr
+):
+    """z in h, with SAVE, and leaky_relu(z, slope)^2 in a."""
+    if SAVE:
+        at, inside = _row_tile(h, row, end, column, HIDDEN, HIDDEN, ROWS, COLUMNS)
+        tl.store(at, z.to(h.dtype.element_ty), mask=inside)
+    root = tl.where(z < 0, z * slope, z)
+    at, inside = _row_tile(a, row, end, column, HIDDEN, HIDDEN, ROWS, COLUMNS)
+    tl.store(at, (root * root).to(a.dtype.element_ty), mask=inside)
+
+
 @triton.jit(do_not_specialize=["slope", "top_k", "n_experts"])
 def up_kernel(
     x, w, slots, starts, tile_starts, tile_experts, h, a, slope, top_k, n_experts, HIDDEN, K,
     SWIGLU: tl.constexpr, SAVE: tl.constexpr, TMA: tl.constexpr, MASK_K: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr, FLATTEN: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr, SUBTILES: tl.constexpr,
+    FLATTEN: tl.constexpr,
 ):  # fmt: skip
     """a (rows, HIDDEN), and with SAVE the pre-activation h (rows, 2 HIDDEN or HIDDEN), of gathered rows of x (N, K) and
     w (experts, columns of h, K).
@@ -66,7 +80,9 @@ def up_kernel(
     A tile has two halves of columns of h: of gate and up, or adjacent ones. With TMA w is (2 experts, HIDDEN, K) or
     (experts, HIDDEN, K).
     """
-    WIDTH: tl.constexpr = BLOCK_N // 2
+    HALF: tl.constexpr = BLOCK_N // 2
+    PIECES: tl.constexpr = SUBTILES // 2 if SUBTILES > 1 else 1  # of a half
+    WIDTH: tl.constexpr = HALF // PIECES
     PARTS: tl.constexpr = 2 if SWIGLU else 1
     COLUMNS: tl.constexpr = BLOCK_N // PARTS  # of a
     stride = PARTS * HIDDEN  # of h
@@ -78,7 +94,7 @@ def up_kernel(
         token = _tokens(slots, row + tl.arange(0, BLOCK_M), end, top_k)
         x_rows = x + token.to(tl.int64)[:, None] * K
         first = expert * stride + n * COLUMNS
-        second = first + (HIDDEN if SWIGLU else WIDTH)
+        second = first + (HIDDEN if SWIGLU else HALF)
         acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
         for step in range(tl.cdiv(K, BLOCK_K)):
             k = step * BLOCK_K
@@ -86,30 +102,26 @@ def up_kernel(
             if TMA:
                 w_tile = w.load([expert * PARTS, n * COLUMNS, k]).reshape(BLOCK_N, BLOCK_K)
             else:
-                w_tile = _load_pair(w, first, second, k, n_experts * stride, K, WIDTH, BLOCK_K)
+                w_tile = _load_pair(w, first, second, k, n_experts * stride, K, HALF, BLOCK_K)
             acc = tl.dot(x_tile, w_tile.T, acc, input_precision="ieee")
-        left, right = halves(acc, BLOCK_M, BLOCK_N)
         # The tile's position is computed a second time: carried across the inner loop it would make the epilogue depend
         # on the loads of the next tile.
         epilogue_tile += tl.num_programs(0)
         _, row, end, n = _find_tile(epilogue_tile, starts, tile_starts, tile_experts, n_tiles_n, BLOCK_M, GROUP_M)
-        column = n * COLUMNS
-        if SWIGLU:
-            if SAVE:
-                at, inside = _row_tile(h, row, end, column, HIDDEN, stride, BLOCK_M, WIDTH)
-                tl.store(at, left.to(h.dtype.element_ty), mask=inside)
-                tl.store(at + HIDDEN, right.to(h.dtype.element_ty), mask=inside)
-            at, inside = _row_tile(a, row, end, column, HIDDEN, HIDDEN, BLOCK_M, WIDTH)
-            tl.store(at, (left * sigmoid(left) * right).to(a.dtype.element_ty), mask=inside)
-        else:
-            for i in tl.static_range(2):
-                z = left if i == 0 else right
+        left, right = halves(acc, BLOCK_M, BLOCK_N)
+        lefts, rights = split_tile(left, BLOCK_M, HALF, PIECES), split_tile(right, BLOCK_M, HALF, PIECES)
+        for i in tl.static_range(PIECES):
+            column = n * COLUMNS + i * WIDTH
+            if SWIGLU:
                 if SAVE:
-                    at, inside = _row_tile(h, row, end, column + i * WIDTH, HIDDEN, HIDDEN, BLOCK_M, WIDTH)
-                    tl.store(at, z.to(h.dtype.element_ty), mask=inside)
-                root = tl.where(z < 0, z * slope, z)
-                at, inside = _row_tile(a, row, end, column + i * WIDTH, HIDDEN, HIDDEN, BLOCK_M, WIDTH)
-                tl.store(at, (root * root).to(a.dtype.element_ty), mask=inside)
+                    at, inside = _row_tile(h, row, end, column, HIDDEN, stride, BLOCK_M, WIDTH)
+                    tl.store(at, lefts[i].to(h.dtype.element_ty), mask=inside)
+                    tl.store(at + HIDDEN, rights[i].to(h.dtype.element_ty), mask=inside)
+                at, inside = _row_tile(a, row, end, column, HIDDEN, HIDDEN, BLOCK_M, WIDTH)
+                tl.store(at, (lefts[i] * sigmoid(lefts[i]) * rights[i]).to(a.dtype.element_ty), mask=inside)
+            else:
+                _store_squared(h, a, lefts[i], slope, row, end, column, HIDDEN, SAVE, BLOCK_M, WIDTH)
+                _store_squared(h, a, rights[i], slope, row, end, column + HALF, HIDDEN, SAVE, BLOCK_M, WIDTH)
 
 
 @triton.jit(do_not_specialize=["n_experts", "n_rows"])
@@ -207,23 +219,19 @@ def weight_gradient_kernel(
     left, right, slots, starts, out, top_k, n_experts, n_rows, M, N,
     GATHER_LEFT: tl.constexpr, TMA: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr, SUBTILES: tl.constexpr,
-    FLATTEN: tl.constexpr,
 ):  # fmt: skip
     """out (experts, M, N): left^T right of the rows of each expert, and zeros without rows. Rows of left or right are
     gathered from (tokens, M) or (tokens, N); the other has sorted rows. Gathered rows beyond the end are 0."""
     WIDTH: tl.constexpr = BLOCK_N // SUBTILES
     n_tiles_m, n_tiles_n = tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N)
     per_expert = n_tiles_m * n_tiles_n
-    epilogue_tile = tl.program_id(0) - tl.num_programs(0)
-    for index in tl.range(tl.program_id(0), n_experts * per_expert, tl.num_programs(0), flatten=FLATTEN):
+    for index in range(tl.program_id(0), n_experts * per_expert, tl.num_programs(0)):
         expert = index // per_expert
         m, n = tile_at(index % per_expert, n_tiles_m, n_tiles_n, GROUP_M)
         start, end = tl.load(starts + expert), tl.load(starts + expert + 1)
         acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
         token = _tokens(slots, start + tl.arange(0, BLOCK_K), end, top_k)
-        # At least one step, so that the loops can be flattened.
-        for step in range(tl.maximum(tl.cdiv(end - start, BLOCK_K), 1)):
-            row = start + step * BLOCK_K
+        for row in range(start, end, BLOCK_K):
             is_row = (tl.arange(0, BLOCK_K) < end - row)[:, None]
             at = token.to(tl.int64)[:, None]
             # Tokens are loaded one step ahead: an indirect load would halve the depth of the pipeline.
@@ -237,14 +245,12 @@ def weight_gradient_kernel(
                 right_tile = tl.load(right + at * N + columns, mask=is_row & (columns < N), other=0.0)
                 left_tile = load_tile(left, row, m * BLOCK_M, n_rows, M, BLOCK_K, BLOCK_M, TMA)
             acc = tl.dot(left_tile.T, right_tile, acc, input_precision="ieee")
-        epilogue_tile += tl.num_programs(0)
-        expert = epilogue_tile // per_expert
-        m, n = tile_at(epilogue_tile % per_expert, n_tiles_m, n_tiles_n, GROUP_M)
-        row = expert * M + m * BLOCK_M
+        first = expert * M + m * BLOCK_M
         subtiles = split_tile(acc, BLOCK_M, BLOCK_N, SUBTILES)
         for i in tl.static_range(SUBTILES):
-            at, inside = _row_tile(out, row, expert * M + M, n * BLOCK_N + i * WIDTH, N, N, BLOCK_M, WIDTH)
-            tl.store(at, subtiles[i].to(out.dtype.element_ty), mask=inside)
+            column = n * BLOCK_N + i * WIDTH
+            pointers, inside = _row_tile(out, first, expert * M + M, column, N, N, BLOCK_M, WIDTH)
+            tl.store(pointers, subtiles[i].to(out.dtype.element_ty), mask=inside)
 
 
 @triton.jit

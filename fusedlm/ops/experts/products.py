@@ -28,7 +28,7 @@ class Tiles:
 
 
 _TILES = {
-    "up": Tiles(128, 256, 64, 8, 1, True, 8, 3, 1),
+    "up": Tiles(128, 256, 64, 8, 4, True, 8, 4, 1),
     "down": Tiles(128, 256, 64, 8, 4, True, 8, 4, 1),
     "down_backward": Tiles(128, 256, 64, 8, 4, True, 8, 3, 1),
     "up_backward": Tiles(128, 256, 64, 8, 4, True, 8, 4, 1),
@@ -79,7 +79,7 @@ class Products:
         kernels.up_kernel[self._grid(tiles, columns, self.hidden, x.device)](
             x, matrix, schedule.slots, *_tables(schedule), h, a, slope, top_k, self.n_experts, self.hidden,
             self.dim, SWIGLU=swiglu, SAVE=save, TMA=use_tma, MASK_K=self.dim % tiles.BLOCK_K != 0,
-            **_options(tiles, "SUBTILES"),
+            **_options(tiles),
         )  # fmt: skip
         return a, h
 
@@ -147,7 +147,7 @@ class Products:
         n_programs = min(n_tiles, tiles.per_processor * n_multiprocessors(out.device))
         kernels.weight_gradient_kernel[(n_programs,)](
             left, right, schedule.slots, schedule.starts, out, top_k, self.n_experts, self.n_slots, M, N,
-            GATHER_LEFT=gather_left, TMA=use_tma, **_options(tiles),
+            GATHER_LEFT=gather_left, TMA=use_tma, **_options(tiles, "FLATTEN"),
         )  # fmt: skip
         return out
 
