@@ -17,8 +17,10 @@ class ExpertOrder(NamedTuple):
 
 
 def sort_by_expert(indices_NK: torch.Tensor, n_experts: int) -> ExpertOrder:
-    """Args:
-    indices_NK: (N, k), or slots in any shape, int64 in [0, n_experts).
+    """Slots sorted by expert.
+
+    Args:
+        indices_NK: (N, k) int64 in [0, n_experts).
     """
     experts = indices_NK.flatten()
     sorted_experts, slots = torch.sort(experts, stable=True)

@@ -109,7 +109,8 @@ def schedule_tiles(indices_NK: torch.Tensor, n_experts: int, block_m: int) -> Ti
     indices, n_slots = indices_NK.contiguous(), indices_NK.numel()
     schedule = empty_schedule(indices, n_slots, n_experts)
     if not n_slots:
-        schedule.starts.zero_(), schedule.tile_starts.zero_(), schedule.tile_experts.zero_()
+        for table in schedule:
+            table.zero_()
         return schedule
     experts = triton.next_power_of_2(n_experts)
     block = max(16, min(256, _TILE // experts))  # slots
