@@ -9,8 +9,8 @@ from fusedlm.model.decoder import Decoder
 
 @dataclass(frozen=True)
 class ParameterCount:
-    """total: all, shared ones once. active: those that a token uses, where tokens differ on average (routed
-    feed-forwards: at their budget). embedding: the token table."""
+    """total: all, shared ones once. active: those that a token uses, without the experts that it does not; where tokens
+    differ in number, on average (routed feed-forwards: at their budget). embedding: the token table."""
 
     total: int
     active: int
@@ -32,7 +32,7 @@ def forward_flops(model: Decoder, n_tokens: int) -> int:
     computes it: a multiply-add is two; causal attention counts in full (PaLM, arXiv 2204.02311, appendix B), with a
     window as that many keys per token; linear-time mixers count the products of their recurrence, token by token, so
     that neither chunks nor solves enter; elementwise work and padding do not count. Routed feed-forwards count at their
-    budget, whatever they last ran."""
+    budget, whatever they last ran; mixtures of experts count the experts that a token uses."""
     embedded = 0 if model.bigram is None else model.bigram.flops(n_tokens)
     return embedded + sum(block.flops(n_tokens) for block in model.blocks) + model.head.flops(n_tokens)
 

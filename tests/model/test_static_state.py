@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from fusedlm.model.waiting import waiting_module
 from fusedlm.nn.cache import TokenCache
 from fusedlm.nn.rope import YaRN, rope_table
 from fusedlm.testing import MIXER_CASES, assert_close, part_model
@@ -62,7 +63,7 @@ def test_a_step_needs_nothing_from_the_device(make, monkeypatch):
     model = random_model(make)
     state = _prefilled(model)
     state.make_static(max(PROMPTS) + 2)
-    waits = any(getattr(module, "waits_for_device", False) for module in model.modules())
+    waits = waiting_module(model, torch.device("cpu"), torch.float64) is not None
     with HostReads() as reads:
         model(some_tokens(len(PROMPTS), 1, 2), state=state)
     assert bool(reads.found) == waits
