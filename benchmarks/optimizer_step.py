@@ -3,10 +3,10 @@
     python benchmarks/optimizer_step.py [recipes/gpt-350m.yaml] [key=value ...] [--only NAME ...] [--out FILE]
 
 Contenders: torch's fused AdamW for all parameters, torch.optim.Muon for hidden matrices with fused AdamW for the rest
-(packed matrices whole, as torch has no splits), muon_adamw, and normuon_adamw with each of two schemes. Each is timed as it is called, host
-included, and where it can be captured as a CUDA graph. The floor is the time of the bytes that a step must read and
-write at the rate of a copy, plus that of the FLOPs of the products, symmetric ones by half, at the rate of a large
-matrix product. On a CPU nothing is captured.
+(packed matrices whole, as torch has no splits), muon_adamw, and normuon_adamw with each of two schemes. Each is timed
+as it is called, host included, and where it can be captured as a CUDA graph. The floor is the time of the bytes that a
+step must read and write at the rate of a copy, plus that of the FLOPs of the products, symmetric ones by half, at the
+rate of a large matrix product. On a CPU nothing is captured.
 """
 
 import argparse
