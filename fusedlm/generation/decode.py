@@ -49,7 +49,7 @@ class BatchDecoder:
         self._speculation = speculation
         self._model, self._tokenizer, self._sampling = model, tokenizer, sampling
         self._device, self._dtype = device, dtype
-        obstacle = graph_obstacle(model, device)
+        obstacle = graph_obstacle(model, device, dtype)
         if compile and cuda_graph is False:
             raise ValueError("compile=True compiles the steps of a CUDA graph; leave out cuda_graph=False")
         for name, wanted in (("cuda_graph", cuda_graph), ("compile", compile)):

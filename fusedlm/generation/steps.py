@@ -9,6 +9,7 @@ import torch
 from fusedlm.generation.sampling import Sampling, draw
 from fusedlm.model.cast_weights import CastWeights
 from fusedlm.model.precision import autocast
+from fusedlm.model.waiting import waiting_module
 
 _log = logging.getLogger("fusedlm.generation")
 
@@ -98,13 +99,13 @@ def at(x_BTD: torch.Tensor, index_B: torch.Tensor) -> torch.Tensor:
     return x_BTD.gather(1, index_B.expand(-1, 1, *x_BTD.shape[2:]))[:, 0]
 
 
-def graph_obstacle(model: torch.nn.Module, device: torch.device) -> str | None:
-    """Why steps of a model cannot be captured in a CUDA graph; None: they can."""
+def graph_obstacle(model: torch.nn.Module, device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why steps of a model, with activations in dtype, cannot be captured in a CUDA graph; None: they can."""
     if device.type != "cuda":
         return f"needs a CUDA device, not {device.type}"
-    for name, module in model.named_modules():
-        if getattr(module, "waits_for_device", False):
-            return f"{name} ({type(module).__name__}) waits for the device"
+    if waiting := waiting_module(model, device, dtype):
+        name, module = waiting
+        return f"{name} ({type(module).__name__}) waits for the device"
     return None
 
 

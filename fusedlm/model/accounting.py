@@ -9,9 +9,9 @@ from fusedlm.model.decoder import Decoder
 
 @dataclass(frozen=True)
 class ParameterCount:
-    """total: all, shared ones once. active: those that a token uses, where tokens differ on average (routed
-    feed-forwards: at their budget). embedding: the token table. mtp: the modules of multi-token prediction, which plain
-    decoding does not use; among the total and the active ones."""
+    """total: all, shared ones once. active: those that a token uses, without the experts that it does not; where tokens
+    differ in number, on average (routed feed-forwards: at their budget). embedding: the token table. mtp: the
+    modules of multi-token prediction, which plain decoding does not use; among the total and the active ones."""
 
     total: int
     active: int
@@ -37,7 +37,8 @@ def forward_flops(model: Decoder, n_tokens: int) -> int:
     computes it: a multiply-add is two; causal attention counts in full (PaLM, arXiv 2204.02311, appendix B), with a
     window as that many keys per token; linear-time mixers count the products of their recurrence, token by token, so
     that neither chunks nor solves enter; elementwise work and padding do not count. Routed feed-forwards count at their
-    budget, whatever they last ran. Multi-token prediction does not count: it is a part of training alone."""
+    budget, whatever they last ran; mixtures of experts count the experts that a token uses. Multi-token
+    prediction does not count: it is a part of training alone."""
     embedded = 0 if model.bigram is None else model.bigram.flops(n_tokens)
     return embedded + sum(block.flops(n_tokens) for block in model.blocks) + model.head.flops(n_tokens)
 

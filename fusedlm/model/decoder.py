@@ -7,6 +7,7 @@ from functools import partial
 
 import torch
 
+from fusedlm.model.layer_metrics import collect, summarise
 from fusedlm.model.multi_token import multi_token_loss, prediction_modules
 from fusedlm.model.output import Output
 from fusedlm.model.state import State
@@ -14,12 +15,10 @@ from fusedlm.nn.bigram import BigramHash
 from fusedlm.nn.block import Block
 from fusedlm.nn.context import Context, document_positions, row_boundaries
 from fusedlm.nn.embedding import Embedding
-from fusedlm.nn.linear import Linear
 from fusedlm.nn.lm_head import LMHead
 from fusedlm.nn.module import UNFUSED, UNFUSED_REASON, Module, OpUse, use_backends
 from fusedlm.nn.mup import MuP
 from fusedlm.nn.previous import PreviousToken
-from fusedlm.nn.report import Loss, Report
 from fusedlm.nn.rope import YaRN
 from fusedlm.nn.smear import SmearGate
 from fusedlm.nn.value_embedding import STD as VALUE_STD
@@ -121,7 +120,7 @@ class Decoder(Module):
         self.rope_specs = set().union(*(block.mixer.rope_specs() for block in self.all_blocks()))
         if init == "orthogonal":
             for module in self.modules():
-                if isinstance(module, Linear):
+                if hasattr(module, "init_orthogonal"):
                     module.init_orthogonal()
 
     @staticmethod
@@ -195,7 +194,7 @@ class Decoder(Module):
                 reports += further
         if state is not None:
             state.advance(context, documents, n_new)
-        own, metrics = _collect(reports)
+        own, metrics = collect(reports)
         for name, loss in own.items():
             weight = batch_weight
             if loss.per == "token":
@@ -331,12 +330,7 @@ class Decoder(Module):
     def summarise(self, metrics: dict[str, torch.Tensor]) -> dict:
         """Figures of summed `Output.metrics`, as metrics.jsonl and `fusedlm eval --json` hold them: numbers and lists
         of them by name. Waits for the device if the metrics are on one."""
-        figures = {}
-        for name, sums in metrics.items():
-            layers = [module for module in self.modules() if getattr(module, "metric", None) == name]
-            # Modules of multi-token prediction come last, and report in training alone.
-            figures |= layers[0].summarise(layers[: len(sums)], sums.tolist())
-        return figures
+        return summarise(self, metrics)
 
     def recompute_mixers(self, recompute: bool = True) -> None:
         """Save only the input and the attention output of each mixer for backward, and recompute the rest."""
@@ -470,15 +464,3 @@ def default_embedding_std(dim: int, tied: bool) -> float:
     2 / dim that is 2, and training starts at ln(vocab)."""
     return min(0.02, 2 / dim) if tied else 0.02
 
-
-def _collect(reports: list[Report]) -> tuple[dict[str, Loss], dict[str, torch.Tensor]]:
-    """Each loss as the mean over the layers that have it, each metric of all layers that have it, stacked."""
-    losses: dict[str, list[Loss]] = {}
-    metrics: dict[str, list[torch.Tensor]] = {}
-    for report in reports:
-        for name, loss in report.losses.items():
-            losses.setdefault(name, []).append(loss)
-        for name, metric in report.metrics.items():
-            metrics.setdefault(name, []).append(metric)
-    means = {n: Loss(torch.stack([one.value for one in all_]).mean(), all_[0].per) for n, all_ in losses.items()}
-    return means, {name: torch.stack(all_) for name, all_ in metrics.items()}

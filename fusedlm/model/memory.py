@@ -62,8 +62,9 @@ def _recomputed_mixer(mixer, dtype: torch.dtype) -> float:
 
 def _feed_forward(ffn, dim: int, dtype: torch.dtype) -> float:
     """Bytes per token of a feed-forward. Squared ReLU saves one matrix of its hidden layer."""
-    shared = ffn.up.out_features if isinstance(ffn, ReLU2) else 0
-    return _linears(ffn, dim, dtype) - dtype.itemsize * shared
+    once = sum(part.up.out_features for part in ffn.modules() if isinstance(part, ReLU2))
+    experts = ffn.saved_elements() if hasattr(ffn, "saved_elements") else 0
+    return _linears(ffn, dim, dtype) + dtype.itemsize * (experts - once)
 
 
 def _linears(part: torch.nn.Module, dim: int, dtype: torch.dtype) -> int:

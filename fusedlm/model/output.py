@@ -12,8 +12,8 @@ class Output(NamedTuple):
     nll: nats of each target, (B, T) or (n,), 0 where the target is -100, without a gradient; None without targets.
     losses: () each, by name, weighted and normalised: their sum is what is differentiated. `nll` is that of the
         targets, the others are those of layers and of multi-token prediction and are there while training.
-    metrics: counts and sums by name, without a gradient, stacked over the layers that report one; they add up over
-        micro-batches and ranks.
+    metrics: counts and sums by name, without a gradient, stacked over the layers that report one, shorter ones filled
+        up with zeros; they add up over micro-batches and ranks.
     hidden: (B, T, dim), the output of the last block, also with a selection; None where it was not requested.
     """
 

@@ -8,6 +8,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from fusedlm.config.model import ModelConfig, MTPConfig
 from fusedlm.model import build_model
 from fusedlm.model.accounting import count_parameters, forward_flops, state_bytes, training_flops_per_token
+from fusedlm.model.layer_metrics import end_step
 from fusedlm.model.memory import activation_bytes
 from fusedlm.nn.context import Context
 from fusedlm.nn.module import roles
@@ -211,6 +212,7 @@ def test_a_selection_of_targets():
 
 
 def test_compiled_in_full_graphs():
+    torch._dynamo.reset()
     model, (tokens, targets, documents) = _model(MIXER_CASES["gdn"][0]), _batch()
     expected = model(tokens, targets=targets, documents=documents)
     model.compile_blocks(backend="aot_eager")
@@ -226,8 +228,23 @@ def test_reports_of_the_block_come_with_those_of_the_layers():
     tokens, targets, _ = _batch()
     output = model(tokens, targets=targets)
     assert len(output.metrics["routed"]) == 3 and len(model.summarise(output.metrics)["routed_layers"]) == 3
+    end_step(model, output.metrics, torch.tensor(True))
     output = model.eval()(tokens, targets=targets)
     assert len(output.metrics["routed"]) == 2 and len(model.summarise(output.metrics)["routed_layers"]) == 2
+
+
+def test_experts_of_a_module_are_balanced_too():
+    torch.manual_seed(0)
+    model = part_model(MIXER_CASES["attention"][0], FFN_CASES["moe"][0], VOCAB, "mtp: {depth: 1}").train()
+    tokens, targets, _ = _batch()
+    output = model(tokens, targets=targets)
+    name = model.blocks[0].ffn.metric
+    assert len(output.metrics[name]) == 3 and model.summarise(output.metrics)
+    before = {key: value.clone() for key, value in model.mtp.state_dict().items()}
+    end_step(model, output.metrics, torch.tensor(True))
+    assert any(not torch.equal(value, before[key]) for key, value in model.mtp.state_dict().items())
+    model.eval()
+    assert model.summarise(model(tokens, targets=targets).metrics)
 
 
 def test_every_parameter_has_its_role_and_its_rate():

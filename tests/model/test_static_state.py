@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from fusedlm.model.waiting import waiting_module
 from fusedlm.nn.cache import TokenCache, WindowCache
 from fusedlm.nn.rope import YaRN, rope_table
 from fusedlm.testing import MIXER_CASES, assert_close, part_model
@@ -62,7 +63,7 @@ def test_a_step_needs_nothing_from_the_device(make, monkeypatch):
     model = random_model(make)
     state = _prefilled(model)
     state.make_static(max(PROMPTS) + 2)
-    waits = any(getattr(module, "waits_for_device", False) for module in model.modules())
+    waits = waiting_module(model, torch.device("cpu"), torch.float64) is not None
     with HostReads() as reads:
         model(some_tokens(len(PROMPTS), 1, 2), state=state)
     assert bool(reads.found) == waits
@@ -124,7 +125,7 @@ def test_tokens_that_are_taken_back(make, monkeypatch):
     growing, static = _prefilled(model), _prefilled(model)
     static.make_static(max(PROMPTS) + 8 * SPARE, SPARE)
     addresses = _addresses(static)
-    waits = any(getattr(module, "waits_for_device", False) for module in model.modules())
+    waits = waiting_module(model, torch.device("cpu"), torch.float64) is not None
     keeps = torch.tensor([[1, 5, 0, 3], [5, 2, 4, 1], [0, 0, 0, 0], [4, 4, 4, 4], [1, 2, 3, 5]])
     for turn, keep in enumerate(keeps):
         draft, lengths = some_tokens(len(PROMPTS), 4, 20 + turn), torch.tensor([4, 4, 3, 4])
