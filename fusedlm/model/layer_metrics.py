@@ -29,7 +29,7 @@ def summarise(model: torch.nn.Module, metrics: dict[str, torch.Tensor]) -> dict:
     """As `Decoder.summarise`."""
     figures = {}
     for name, sums in metrics.items():
-        layers = _layers(model, name)
+        layers = _layers(model, name)[: len(sums)]
         figures |= layers[0].summarise(layers, sums.tolist())
     return figures
 
@@ -43,11 +43,12 @@ def end_step(model: torch.nn.Module, metrics: dict[str, torch.Tensor], taken: to
         taken: () bool on the device, whether parameters were updated; if not, layers stay as they are too.
     """
     for name, sums in metrics.items():
-        layers = _layers(model, name)
+        layers = _layers(model, name)[: len(sums)]
         if layers and hasattr(layers[0], "end_step"):
             layers[0].end_step(layers, sums, taken)
 
 
 def _layers(model: torch.nn.Module, metric: str) -> list[torch.nn.Module]:
-    """The layers that report a metric, in the order of its rows."""
+    """The layers that report a metric, in the order of its rows. Those of multi-token prediction come last, and report
+    in training alone: metrics of evaluation have fewer rows."""
     return [module for module in model.modules() if getattr(module, "metric", None) == metric]

@@ -246,6 +246,8 @@ class Trainer:
     def _step(self, batch: Batch, loader: Loader) -> None:
         scale = schedule_scale(self.settings.schedule, self.state.step, self.settings.steps)
         rows = self.settings.micro_batch_rows(*batch.tokens.shape)
+        if self.model.mtp is not None:
+            self.model.set_mtp_weight(self.recipe.model.mtp.weight_at(self.state.step, self.settings.steps))
         try:
             result = train_step(
                 self.model,
