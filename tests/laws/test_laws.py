@@ -96,10 +96,12 @@ def test_documents_gradients(make):
         return model(tokens[:, span], **inputs).losses["nll"]
 
     nll(slice(None), documents).backward()
-    packed = {name: p.grad.clone() for name, p in model.named_parameters()}
+    # Multi-token prediction has no part in this loss; tests/model/test_multi_token.py has its documents.
+    parameters = {name: p for name, p in model.named_parameters() if not name.startswith("mtp.")}
+    packed = {name: p.grad.clone() for name, p in parameters.items()}
     model.zero_grad()
     (nll(slice(0, 19)) + nll(slice(19, None))).backward()
-    for name, parameter in model.named_parameters():
+    for name, parameter in parameters.items():
         assert_close(packed[name], parameter.grad, 1e-9, name)
 
 
