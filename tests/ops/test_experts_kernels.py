@@ -120,10 +120,11 @@ def test_backward_twice():
     assert all(torch.equal(a, b) for a, b in zip(torch.autograd.grad(out, leaves, upstream), first, strict=True))
 
 
-@pytest.mark.parametrize("tile", [order_kernels._TILE, 128])
+@pytest.mark.parametrize(("chunk", "tile"), [(order_kernels._CHUNK, order_kernels._TILE), (16, 64), (64, 128)])
 @pytest.mark.parametrize("shape", [(300, 5, 2, "skewed"), (41, 4, 3, "even"), (7, 1, 1, "even"), (19, 6, 1, "one")])
-def test_order_of_slots(shape, tile, poisoned, monkeypatch):
-    """As torch sorts them; with small tiles in many blocks. Every row tile has its expert."""
+def test_order_of_slots(shape, chunk, tile, poisoned, monkeypatch):
+    """As torch sorts them, in one chunk and in many, in one step and in several. Every row tile has its expert."""
+    monkeypatch.setattr(order_kernels, "_CHUNK", chunk)
     monkeypatch.setattr(order_kernels, "_TILE", tile)
     n, n_experts, k, choice = shape
     indices = choose(n, n_experts, k, choice).to(DEVICE)
@@ -137,6 +138,13 @@ def test_order_of_slots(shape, tile, poisoned, monkeypatch):
     experts = [e for e in range(n_experts) for _ in range(heights[e])]
     rest = [n_experts - 1] * (len(schedule.tile_experts) - len(experts))
     assert schedule.tile_experts.tolist() == experts + rest
+
+
+@pytest.mark.gpu
+def test_order_of_many_slots():
+    indices = choose(20000, 96, 8, "skewed").cuda()
+    schedule = order_kernels.schedule_tiles(indices, 96, 128)
+    assert all(torch.equal(a, b) for a, b in zip(schedule.order, sort_by_expert(indices, 96), strict=True))
 
 
 def test_operators_pass_opcheck():
