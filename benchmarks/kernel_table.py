@@ -26,7 +26,7 @@ _NEAR = 0.8  # fraction of the floor
 # Kernels of `fusedlm.ops`, by the op that launches them. These compute matrix products:
 PRODUCTS = {"relu2_mlp": ("_up_kernel", "_down_backward_kernel"), "rmsnorm_linear": ("_scaled_matmul_kernel",)}
 # These read or write a matrix so many times: the logits, the heads, x, half of the packed projection. A gated norm with
-# a skip reads one more.
+# a skip reads one more, mix_inputs what it adds to x, exclude_own_value the values.
 PASSES = {
     "softcap_cross_entropy": {
         "forward_kernel": 1,
@@ -36,6 +36,8 @@ PASSES = {
     },
     "differential_combine": {"_forward_kernel": 3, "_backward_kernel": 5},
     "gated_rmsnorm": {"_forward_kernel": 3, "_backward_kernel": 5},
+    "mix_inputs": {"_forward_kernel": 3, "_backward_kernel": 4},
+    "exclude_own_value": {"_forward_kernel": 2, "_backward_kernel": 3},
     "short_conv": {"forward_kernel": 2, "backward_kernel": 3},
     "rmsnorm_linear": {"_normalise_kernel": 2, "_backward_kernel": 4},
     "swiglu_mlp": {"_forward_kernel": 3, "_backward_kernel": 6},
@@ -210,7 +212,12 @@ def _moved_by_ours(kernel: str, op: str, dims) -> int | None:
         elements = x[0] * w_gate_up[0] // 2
     elif family == "short_conv":
         elements = math.prod(dims[1] if "backward" in op else dims[0])
+    elif family == "exclude_own_value":
+        y, v = matrices[-2:]
+        return 2 * (passes * math.prod(y) + (passes - 1) * math.prod(v))
     else:
+        if family == "mix_inputs":  # what is added is read, and its gradient written
+            passes += 2 * (len(matrices) - 3) if "backward" in op else len(matrices) - 1
         if family == "gated_rmsnorm":
             passes += sum(len(size) == 4 for size in dims) - (3 if "backward" in op else 2)
         elements = math.prod(matrices[1] if op == "fusedlm::rmsnorm_linear_backward" else matrices[0])

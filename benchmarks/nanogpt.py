@@ -165,24 +165,24 @@ def run(arguments, data, seq_len: int, device: torch.device, dtype: torch.dtype)
         losses.append(loss.item())
     seconds = time.perf_counter() - start
     loader.close()
-    score = score_documents(
-        Scored(model, vocab_size),
-        data.validation.documents(),
-        window=seq_len,
-        stride=seq_len,
-        longest=data.validation.longest,
-        device=device,
-        dtype=dtype,
-    )
+    scores = [_score(model, data, seq_len, stride, device, dtype) for stride in (seq_len, seq_len // 2)]
     return {
         "parameters": sum(p.numel() for p in model.parameters()),
         "steps": step,
         "tokens": step * arguments.batch_size * seq_len,
         "seconds": seconds,
         "losses": [sum(losses[i : i + 100]) / len(losses[i : i + 100]) for i in range(0, len(losses), 100)],
-        "val_nll_per_token": score.nll_per_token,
-        "val_bpb": score.bpb,
+        "val_nll_per_token": scores[0].nll_per_token,
+        "val_bpb": scores[0].bpb,
+        "eval_bpb": scores[1].bpb,
     }
+
+
+def _score(model: GPT, data, window: int, stride: int, device: torch.device, dtype: torch.dtype):
+    """Of the validation text: without overlap as training validates, by half windows as `fusedlm eval` scores."""
+    longest = data.validation.longest
+    rows = {"window": window, "stride": stride, "longest": longest, "device": device, "dtype": dtype}
+    return score_documents(Scored(model, data.tokenizer.vocab_size), data.validation.documents(), **rows)
 
 
 if __name__ == "__main__":

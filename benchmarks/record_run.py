@@ -1,6 +1,9 @@
-"""Record the measurements of a finished run as one JSON file for benchmarks/results.
+"""Record the measurements of finished runs as one JSON file for benchmarks/results.
 
-    python benchmarks/record_run.py RUN benchmarks/results/NAME.json --command "fusedlm train ..."
+    python benchmarks/record_run.py RUN [RUN ...] benchmarks/results/NAME.json --command "fusedlm train ..."
+
+Several runs are seeds of one recipe: the validation at the end is their mean, `seeds` has that of each, and all else is
+of the first run. RUN/eval.json, what `fusedlm eval RUN --json` printed, is recorded where it is there.
 
 Rates are medians over the steps after the first tenth, in which kernels compile and clocks settle. The loader's
 fraction is of the total time of those steps.
@@ -51,6 +54,42 @@ def summarise(run: Path, name: str, command: str) -> dict:
     }
 
 
+def summarise_seeds(runs: list[Path], name: str, command: str) -> dict:
+    """The record of runs of one recipe that differ in their seeds.
+
+    Raises:
+        ValueError: the recipes differ in more than the seed, or two have the same.
+    """
+    recipes = [load_recipe(run / "recipe.yaml") for run in runs]
+    seeds = [recipe.train.seed for recipe in recipes]
+    if len(set(seeds)) < len(seeds):
+        raise ValueError(f"runs of the same seed: {', '.join(map(str, seeds))}; name each seed once")
+    for run, recipe in zip(runs, recipes, strict=True):
+        if _without_seed(recipe) != _without_seed(recipes[0]):
+            raise ValueError(f"{run}: not the recipe of {runs[0]} with another seed")
+    records = [summarise(run, name, command) for run in runs]
+    record = records[0]
+    record["seeds"] = [_of_seed(*of_run) for of_run in zip(seeds, runs, records, strict=True)]
+    record["val_bpb"] = statistics.mean(seed["val_bpb"] for seed in record["seeds"])
+    return record
+
+
+def _without_seed(recipe) -> dict:
+    values = recipe.model_dump()
+    values["name"] = values["train"]["seed"] = None
+    return values
+
+
+def _of_seed(seed: int, run: Path, record: dict) -> dict:
+    """What a seed's entry of the record has."""
+    step, bpb, nll_per_token = record["validation"][-1]
+    entry = {"seed": seed, "step": step, "val_bpb": bpb, "val_nll_per_token": nll_per_token}
+    entry["training_seconds"] = record["training_seconds"]
+    if (run / "eval.json").exists():
+        entry["eval"] = json.loads((run / "eval.json").read_text())
+    return entry
+
+
 def _median_or_none(values: list[float | None]) -> float | None:
     known = [value for value in values if value is not None]
     return round(statistics.median(known), 4) if known else None
@@ -58,11 +97,11 @@ def _median_or_none(values: list[float | None]) -> float | None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("run", type=Path)
+    parser.add_argument("runs", type=Path, nargs="+")
     parser.add_argument("out", type=Path)
-    parser.add_argument("--command", required=True, help="the command that made the run")
+    parser.add_argument("--command", required=True, help="the command that made the runs")
     arguments = parser.parse_args()
-    record = summarise(arguments.run, arguments.out.stem, arguments.command)
+    record = summarise_seeds(arguments.runs, arguments.out.stem, arguments.command)
     arguments.out.write_text(json.dumps(record, indent=1) + "\n")
     print(json.dumps({key: value for key, value in record.items() if key != "validation"}, indent=1))
 

@@ -10,8 +10,9 @@ from fusedlm.nn.ffn import FFNS
 from fusedlm.nn.mixers import MIXERS
 from fusedlm.nn.module import Constant, Module, OpUse, Role
 from fusedlm.nn.norm import RMSNorm
-from fusedlm.nn.pending import PendingNorm, PendingProduct
+from fusedlm.nn.pending import PendingMix, PendingNorm, PendingProduct
 from fusedlm.nn.report import Report, with_report
+from fusedlm.ops.common import runs_fused
 
 
 class Block(Module):
@@ -66,29 +67,47 @@ class Block(Module):
         x0_BTD: torch.Tensor | None = None,
         skip_BTD: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, Report]:
-        if self.takes_skip:
-            x_BTD = x_BTD + self.skip_weight.to(x_BTD.dtype) * skip_BTD
-        if self.mixes_x0:
-            # Of one tensor one product: gradients then add up in the same order whatever wraps the block.
-            own, first = self.mix_x.to(x_BTD.dtype), self.mix_x0.to(x_BTD.dtype)
-            x_BTD = (own + first) * x_BTD if x0_BTD is None else own * x_BTD + first * x0_BTD
+        x_BTD, normed = self._input(x_BTD, x0_BTD, skip_BTD)
+        is_normed = normed is not None
+        mixer_input = normed if is_normed else x_BTD
         if self.recomputes and state is None and torch.is_grad_enabled():
             mixed = checkpoint(
-                lambda x: self._mix(x, context, None), x_BTD, use_reentrant=False, context_fn=_save_attention
+                lambda x: self._mix(x, is_normed, context, None),
+                mixer_input,
+                use_reentrant=False,
+                context_fn=_save_attention,
             )
         else:
-            mixed = self._mix(x_BTD, context, state)
+            mixed = self._mix(mixer_input, is_normed, context, state)
         x_BTD = self._add(x_BTD, mixed)
         y, report = with_report(self.ffn(self._normed(self.ffn_norm, x_BTD, self.ffn), context))
         return self._add(x_BTD, y), report
 
-    def _mix(self, x_BTD: torch.Tensor, context: Context, state) -> torch.Tensor:
-        return self.mixer(self._normed(self.mixer_norm, x_BTD, self.mixer), context, state)
+    def _input(self, x_BTD, x0_BTD, skip_BTD) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The input after mixing, and the mixer's norm of it where one op computes both."""
+        if not (self.mixes_x0 or self.takes_skip):
+            return x_BTD, None
+        mix_x = mix_x0 = skip_weight = None
+        if self.mixes_x0 and x0_BTD is None:
+            # Of one tensor one product: gradients then add up in the same order whatever wraps the block.
+            mix_x = self.mix_x + self.mix_x0
+        elif self.mixes_x0:
+            mix_x, mix_x0 = self.mix_x, self.mix_x0
+        if self.takes_skip:
+            skip_weight = self.skip_weight
+        mix = PendingMix(x_BTD, mix_x, x0_BTD, mix_x0, skip_BTD, skip_weight)
+        is_fused = runs_fused("mix_inputs", self.backend("mix_inputs"), x_BTD, width=x_BTD.shape[-1])
+        if is_fused and not _fuses_norm(self.mixer, x_BTD):
+            return self.mixer_norm(mix)
+        return mix.compute(), None
+
+    def _mix(self, x_BTD: torch.Tensor, is_normed: bool, context: Context, state) -> torch.Tensor:
+        """The mixer's output; is_normed: x is its input after the norm."""
+        return self.mixer(x_BTD if is_normed else self._normed(self.mixer_norm, x_BTD, self.mixer), context, state)
 
     @staticmethod
     def _normed(norm: RMSNorm, x_BTD: torch.Tensor, part: torch.nn.Module) -> torch.Tensor | PendingNorm:
-        fuses_norm = getattr(part, "fuses_norm", None)
-        return norm(x_BTD, pending=fuses_norm is not None and fuses_norm(x_BTD))
+        return norm(x_BTD, pending=_fuses_norm(part, x_BTD))
 
     def _add(self, x_BTD: torch.Tensor, y_BTD: torch.Tensor | PendingProduct) -> torch.Tensor:
         if self.branch_scale != 1.0:
@@ -117,7 +136,16 @@ class Block(Module):
         return self.mixer.flops(n_tokens) + self.ffn.flops(n_tokens)
 
     def ops(self, device: torch.device) -> list[OpUse]:
-        return [*self.mixer.ops(device), *self.ffn.ops(device), OpUse("token_linear", "token_linear", {})]
+        used = [*self.mixer.ops(device), *self.ffn.ops(device), OpUse("token_linear", "token_linear", {})]
+        if self.mixes_x0 or self.takes_skip:
+            used.append(OpUse("mix_inputs", "mix_inputs", {"width": len(self.mixer_norm.weight)}))
+        return used
+
+
+def _fuses_norm(part: torch.nn.Module, x_BTD: torch.Tensor) -> bool:
+    """Whether a mixer or feed-forward computes the norm of its input x itself."""
+    fuses_norm = getattr(part, "fuses_norm", None)
+    return fuses_norm is not None and fuses_norm(x_BTD)
 
 
 def _without_type(arguments: dict) -> dict:

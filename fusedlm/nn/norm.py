@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 
 from fusedlm.nn.module import Constant, Module, OpUse, Role
-from fusedlm.nn.pending import PendingNorm
+from fusedlm.nn.pending import PendingMix, PendingNorm
 from fusedlm.ops import gated_rmsnorm
 
 
@@ -32,9 +32,14 @@ class RMSNorm(Module):
         else:
             self.add_constant("scale", scale)
 
-    def forward(self, x: torch.Tensor, *, pending: bool = False) -> torch.Tensor | PendingNorm:
-        """pending: leave the norm to the next projection, which must support it (`fuses_norm`)."""
+    def forward(
+        self, x: torch.Tensor | PendingMix, *, pending: bool = False
+    ) -> torch.Tensor | PendingNorm | tuple[torch.Tensor, torch.Tensor]:
+        """pending: leave the norm to the next projection, which must support it (`fuses_norm`). Of a pending mix, the
+        mixed tensor and its norm."""
         gain = self.weight if self.scale is None else self.weight * self.scale
+        if isinstance(x, PendingMix):
+            return x.norm(gain, self.eps, self.backend("mix_inputs"))
         return PendingNorm(x, gain, self.eps) if pending else rms_norm(x, self.eps, gain)
 
 

@@ -13,8 +13,37 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from fusedlm.ops import relu2_mlp, rmsnorm_linear, swiglu_mlp, token_linear
+from fusedlm.ops import mix_inputs, relu2_mlp, rmsnorm_linear, swiglu_mlp, token_linear
 from fusedlm.ops.common import runs_fused
+from fusedlm.ops.mixing.reference import mix
+
+
+class PendingMix(NamedTuple):
+    """The input of a block, mix_x * (x + skip_weight * skip) + mix_x0 * x0, not computed yet; without what is None."""
+
+    x: torch.Tensor
+    mix_x: torch.Tensor | None
+    x0: torch.Tensor | None
+    mix_x0: torch.Tensor | None
+    skip: torch.Tensor | None
+    skip_weight: torch.Tensor | None
+
+    def compute(self) -> torch.Tensor:
+        return mix(*self).to(self.x.dtype)
+
+    def norm(self, gain: torch.Tensor, eps: float, backend: str) -> tuple[torch.Tensor, torch.Tensor]:
+        """The input and its RMSNorm."""
+        return mix_inputs(
+            self.x,
+            gain,
+            mix_x_D=self.mix_x,
+            x0=self.x0,
+            mix_x0_D=self.mix_x0,
+            skip=self.skip,
+            skip_weight_D=self.skip_weight,
+            eps=eps,
+            backend=backend,
+        )
 
 
 class PendingNorm(NamedTuple):

@@ -18,6 +18,7 @@ from fusedlm.ops.latent.op import latent_decode
 from fusedlm.ops.latent.reference import quantise_latent
 from fusedlm.ops.linear_attention.op import decayed_linear_attention
 from fusedlm.ops.linear_cross_entropy.op import linear_softcap_cross_entropy
+from fusedlm.ops.mixing.op import mix_inputs
 from fusedlm.ops.norm_linear.op import rmsnorm_linear
 from fusedlm.ops.one_token.op import token_linear
 from fusedlm.ops.polar.op import orthogonalize
@@ -25,6 +26,7 @@ from fusedlm.ops.relu2.op import relu2_mlp
 from fusedlm.ops.rotary.op import rmsnorm_rope, rope_append
 from fusedlm.ops.scan.op import gated_scan
 from fusedlm.ops.swiglu.op import swiglu_mlp
+from fusedlm.ops.xsa.op import exclude_own_value
 
 __all__ = [
     "OPS",
@@ -36,12 +38,14 @@ __all__ = [
     "differential_combine",
     "differential_linear_attention",
     "draw_token",
+    "exclude_own_value",
     "explain",
     "gated_delta_rule",
     "gated_rmsnorm",
     "gated_scan",
     "latent_decode",
     "linear_softcap_cross_entropy",
+    "mix_inputs",
     "orthogonalize",
     "packed_attention",
     "quantise_latent",

@@ -6,7 +6,7 @@ import torch
 from fusedlm.config import parse_recipe
 from fusedlm.model import build_model
 from fusedlm.nn.context import Context
-from fusedlm.nn.xsa import exclude_own_value
+from fusedlm.ops import exclude_own_value
 from fusedlm.testing import assert_close, part_model, randomise_
 
 

@@ -62,6 +62,8 @@ CALLS = {
     ),
     "differential_combine": lambda run, **options: run(_heads(), _heads(), torch.ones(2), **options),
     "draw_token": lambda run, **options: run(torch.ones(2, 3), temperature=0, **options),
+    "exclude_own_value": lambda run, **options: run(_heads(), _heads(), **options),
+    "mix_inputs": lambda run, **options: run(torch.ones(3, 8), torch.ones(8), mix_x_D=torch.ones(8), **options),
     "orthogonalize": lambda run, **options: run(torch.ones(2, 128, 128), **options),
     "gated_delta_rule": lambda run, **options: run(
         _heads(), _heads(), _heads(), torch.zeros(1, 3, 2), torch.zeros(1, 3, 2), **options
@@ -377,11 +379,13 @@ def test_auto_on_a_gpu_is_the_kernel():
         "differential_combine": "triton",
         "differential_linear_attention": "triton",
         "draw_token": "triton",
+        "exclude_own_value": "triton",
         "gated_delta_rule": "triton",
         "gated_rmsnorm": "triton",
         "gated_scan": "triton",
         "latent_decode": "triton",
         "linear_softcap_cross_entropy": "chunked",
+        "mix_inputs": "triton",
         "orthogonalize": "triton" if tuned else "reference",
         "relu2_mlp": "triton" if tuned else "reference",
         "rmsnorm_linear": "packed",

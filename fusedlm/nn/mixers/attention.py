@@ -11,8 +11,7 @@ from fusedlm.nn.norm import rms_norm
 from fusedlm.nn.rope import apply_rope
 from fusedlm.nn.value_embedding import ValueEmbedding
 from fusedlm.nn.value_residual import ValueResidual
-from fusedlm.nn.xsa import exclude_own_value
-from fusedlm.ops import cached_attention, rmsnorm_rope, rope_append
+from fusedlm.ops import cached_attention, exclude_own_value, rmsnorm_rope, rope_append
 from fusedlm.ops.common import runs_fused
 
 Q_GAIN = 1.5  # initial learnt gain on normalised queries: unit vectors alone cannot give sharp attention
@@ -78,7 +77,7 @@ class Attention(Module):
             v = self.value_residual(v.flatten(-2), context).view_as(v)
         own = v
         scale = context.scale_scores(self.scale, self.rope[0])
-        appends = fuses_append(context, self.backend("rope_append"), qkv)
+        appends = fuses_append(context, self.backend("rope_append"), qkv) and not state[0].spare
         if appends:
             q, k, v = self._appended(q, k, v, context, state)
         else:
@@ -99,7 +98,7 @@ class Attention(Module):
                 backend=self.backend("cached_attention"),
             )
         if self.xsa:
-            y = exclude_own_value(y, own)
+            y = exclude_own_value(y, own, backend=self.backend("exclude_own_value"))
         return self.out(y.flatten(-2))
 
     def _rotated(self, qkv, q, k, context: Context) -> tuple[torch.Tensor, torch.Tensor]:
@@ -155,4 +154,7 @@ class Attention(Module):
     def ops(self, device: torch.device) -> list[OpUse]:
         cached = OpUse("cached_attention", "cached_attention", self.attend.sizes)
         rotary = [OpUse(name, name, {}) for name in ("rmsnorm_rope", "rope_append")]
-        return [*self.attend.ops(device), cached, self.qkv.norm_op(), *rotary]
+        used = [*self.attend.ops(device), cached, self.qkv.norm_op(), *rotary]
+        if self.xsa:
+            used.append(OpUse("exclude_own_value", "exclude_own_value", {"head_dim": self.head_dim}))
+        return used

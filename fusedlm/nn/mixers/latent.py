@@ -13,8 +13,7 @@ from fusedlm.nn.module import Module, OpUse
 from fusedlm.nn.norm import RMSNorm
 from fusedlm.nn.rope import RopeTable, apply_rope
 from fusedlm.nn.value_residual import ValueResidual
-from fusedlm.nn.xsa import exclude_own_value
-from fusedlm.ops import latent_decode, rmsnorm_rope, rope_append
+from fusedlm.ops import exclude_own_value, latent_decode, rmsnorm_rope, rope_append
 from fusedlm.ops.common import runs_fused
 
 
@@ -168,7 +167,7 @@ class LatentMixer(Module, ABC):
 
     def _output(self, heads_BTHE, v_BTGE) -> torch.Tensor:
         if self.xsa:
-            heads_BTHE = exclude_own_value(heads_BTHE, v_BTGE)
+            heads_BTHE = exclude_own_value(heads_BTHE, v_BTGE, backend=self.backend("exclude_own_value"))
         return self.out(heads_BTHE.flatten(-2))
 
     @abstractmethod
@@ -246,6 +245,8 @@ class LatentMixer(Module, ABC):
         sizes = {"rank": self.rank, "rope_dim": self.rope[0]}
         used = [*self.attend.ops(device), OpUse("latent_decode", "latent_decode", sizes)]
         used += [OpUse(name, name, {}) for name in ("rmsnorm_rope", "rope_append")]
+        if self.xsa:
+            used.append(OpUse("exclude_own_value", "exclude_own_value", {"head_dim": self.head_dim}))
         if self.q_norm is not None:
             used.append(self.q_up.norm_op()._replace(name="q_rmsnorm_linear"))
             if not self.combines_with_input:

@@ -1,0 +1,1 @@
+"""Exclusive self-attention: the output without its component along the token's own value."""
