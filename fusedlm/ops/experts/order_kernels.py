@@ -132,7 +132,7 @@ def schedule_tiles(indices_NK: torch.Tensor, n_experts: int, block_m: int) -> Ti
     )
     _schedule_kernel[(n_experts,)](
         counts, places, schedule.starts, schedule.tile_starts, schedule.tile_experts, n_chunks,
-        len(schedule.tile_experts), BLOCK_M=block_m, CHUNKS=height, EXPERTS=experts, BLOCK=256, num_warps=8,
+        len(schedule.tile_experts), BLOCK_M=block_m, CHUNKS=height, EXPERTS=experts, BLOCK=_TILE // 32, num_warps=8,
     )  # fmt: skip
     _place_kernel[(n_chunks,)](
         indices, places, schedule.slots, schedule.rows, n_slots, n_experts, CHUNK=_CHUNK,
