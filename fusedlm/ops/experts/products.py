@@ -32,7 +32,7 @@ class Tiles:
 _TILES = {
     "up": Tiles(128, 256, 64, 8, 4, True, 8, 4, 1),
     "down": Tiles(128, 256, 64, 8, 4, True, 8, 4, 1),
-    "down_backward": Tiles(128, 256, 64, 8, 4, True, 8, 4, 1, PREFETCH=16),
+    "down_backward": Tiles(128, 256, 64, 8, 4, True, 8, 4, 1),
     "up_backward": Tiles(128, 256, 64, 8, 4, True, 8, 4, 1),
     "down_gradient": Tiles(128, 128, 64, 8, 2, False, 4, 3, 2),
     "up_gradient": Tiles(256, 128, 64, 8, 2, False, 8, 3, 1),
