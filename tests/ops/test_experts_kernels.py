@@ -42,11 +42,12 @@ def test_kernel_on_empty_tensors(shape, poisoned):
 
 
 @pytest.mark.parametrize("activation", ["swiglu", "relu2"])
-@pytest.mark.parametrize("n_subtiles", [1, 2, 4])
+@pytest.mark.parametrize(("n_subtiles", "ahead"), [(1, True), (2, False), (4, True), (8, False)])
 @pytest.mark.parametrize("shape", [(110, 40, 72, 4, 2, "skewed"), (50, 37, 41, 4, 2, "even")])
-def test_kernel_in_many_small_tiles(shape, n_subtiles, activation, poisoned, monkeypatch):
+def test_kernel_in_many_small_tiles(shape, n_subtiles, ahead, activation, poisoned, monkeypatch):
     """Several tiles per program and expert, several groups of tiles, several steps of the inner loop."""
-    small = replace(products._FLOAT32, BLOCK_M=32, BLOCK_N=32, BLOCK_K=16, GROUP_M=2, SUBTILES=n_subtiles, FLATTEN=True)
+    sizes = {"BLOCK_M": 32, "BLOCK_N": 32, "BLOCK_K": 16, "GROUP_M": 2, "SUBTILES": n_subtiles}
+    small = replace(products._FLOAT32, **sizes, FLATTEN=True, AHEAD=ahead)
     monkeypatch.setattr(products, "_FLOAT32", small)
     _check(kernels.routed_experts, *inputs(shape, activation), activation, 0.25)
 
@@ -120,10 +121,11 @@ def test_backward_twice():
     assert all(torch.equal(a, b) for a, b in zip(torch.autograd.grad(out, leaves, upstream), first, strict=True))
 
 
-@pytest.mark.parametrize("tile", [order_kernels._TILE, 128])
+@pytest.mark.parametrize(("chunk", "tile"), [(order_kernels._CHUNK, order_kernels._TILE), (16, 64), (64, 128)])
 @pytest.mark.parametrize("shape", [(300, 5, 2, "skewed"), (41, 4, 3, "even"), (7, 1, 1, "even"), (19, 6, 1, "one")])
-def test_order_of_slots(shape, tile, poisoned, monkeypatch):
-    """As torch sorts them; with small tiles in many blocks. Every row tile has its expert."""
+def test_order_of_slots(shape, chunk, tile, poisoned, monkeypatch):
+    """As torch sorts them, in one chunk and in many, in one step and in several. Every row tile has its expert."""
+    monkeypatch.setattr(order_kernels, "_CHUNK", chunk)
     monkeypatch.setattr(order_kernels, "_TILE", tile)
     n, n_experts, k, choice = shape
     indices = choose(n, n_experts, k, choice).to(DEVICE)
@@ -137,6 +139,13 @@ def test_order_of_slots(shape, tile, poisoned, monkeypatch):
     experts = [e for e in range(n_experts) for _ in range(heights[e])]
     rest = [n_experts - 1] * (len(schedule.tile_experts) - len(experts))
     assert schedule.tile_experts.tolist() == experts + rest
+
+
+@pytest.mark.gpu
+def test_order_of_many_slots():
+    indices = choose(20000, 96, 8, "skewed").cuda()
+    schedule = order_kernels.schedule_tiles(indices, 96, 128)
+    assert all(torch.equal(a, b) for a, b in zip(schedule.order, sort_by_expert(indices, 96), strict=True))
 
 
 def test_operators_pass_opcheck():
@@ -195,6 +204,17 @@ def test_products_of_both_kinds(shape, library, poisoned, monkeypatch):
     names = ("down", "up_backward", "down_gradient", "up_gradient")
     monkeypatch.setattr(products, "_LIBRARY", frozenset(names if library else ()))
     _check(kernels.routed_experts, *inputs(shape, "swiglu", torch.bfloat16), floor=1e-5)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("options", [{"PREFETCH": 0}, {"PREFETCH": 4}, {"PREFETCH": 99, "SUBTILES": 8, "AHEAD": True}])
+@pytest.mark.parametrize("activation", ["swiglu", "relu2"])
+@pytest.mark.parametrize("shape", LARGE[1:3])
+def test_loads_of_the_hidden_layer(shape, activation, options, poisoned, monkeypatch):
+    """Prefetched or not, in step or one subtile ahead."""
+    changed = replace(products._TILES["down_backward"], **options)
+    monkeypatch.setitem(products._TILES, "down_backward", changed)
+    _check(kernels.routed_experts, *inputs(shape, activation, torch.bfloat16), activation, floor=1e-5)
 
 
 @pytest.mark.gpu

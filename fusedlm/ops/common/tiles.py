@@ -24,12 +24,13 @@ def halves(tile, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
 
 @triton.jit
 def split_tile(tile, ROWS: tl.constexpr, COLUMNS: tl.constexpr, SUBTILES: tl.constexpr):
-    """The tile in 1, 2 or 4 subtiles from left to right: the epilogue of one at a time needs less shared memory."""
+    """The tile in 1, 2, 4 or 8 subtiles from left to right: the epilogue of one at a time needs less shared memory."""
     if SUBTILES == 1:
         parts = (tile,)
     else:
         left, right = halves(tile, ROWS, COLUMNS)
-        parts = (left, right) if SUBTILES == 2 else halves(left, ROWS, COLUMNS // 2) + halves(right, ROWS, COLUMNS // 2)
+        lefts = split_tile(left, ROWS, COLUMNS // 2, SUBTILES // 2)
+        parts = lefts + split_tile(right, ROWS, COLUMNS // 2, SUBTILES // 2)
     return parts
 
 

@@ -1,7 +1,8 @@
 """Slots sorted by expert, and row tiles assigned to experts, in three kernels.
 
-A counting sort: counts per block of slots, their sums over earlier blocks, and then the place of each slot, which is
-its rank within its expert and block after these sums. It is stable, and nothing waits for the host.
+A counting sort: counts per chunk of slots, their sums over earlier chunks and experts, and then the place of each slot,
+which is its rank among the slots of its expert in the chunk after these sums. It is stable, and nothing waits for the
+host. No kernel has a single program, whose loop would take longer than all the rest.
 """
 
 from typing import NamedTuple
@@ -12,7 +13,8 @@ import triton.language as tl
 
 from fusedlm.ops.experts.order import ExpertOrder
 
-_TILE = 4096  # elements of a (slots, experts) tile
+_CHUNK = 256  # slots of a program; the time for ranks is proportional to it
+_TILE = 8192  # elements of a tile in registers
 _LEAST_BLOCK_M = 32  # of a row tile, by which room for tiles is allocated
 
 
@@ -32,63 +34,73 @@ class TileSchedule(NamedTuple):
 
 
 @triton.jit
-def _is_expert(indices, block, n_slots, BLOCK: tl.constexpr, EXPERTS: tl.constexpr):
-    """Slots of a block, whether they are inside, and their experts in one-hot encoding."""
-    slot = block * BLOCK + tl.arange(0, BLOCK)
-    inside = slot < n_slots
-    expert = tl.load(indices + slot, mask=inside, other=-1).to(tl.int32)
-    return slot, inside, (expert[:, None] == tl.arange(0, EXPERTS)[None, :]).to(tl.int32)
+def _load_experts(indices, slot, n_slots):
+    """Experts of slots; -1 beyond the last slot."""
+    return tl.load(indices + slot, mask=slot < n_slots, other=-1).to(tl.int32)
 
 
 @triton.jit
-def _count_kernel(indices, counts, n_slots, BLOCK: tl.constexpr, EXPERTS: tl.constexpr):
-    """Counts (blocks, EXPERTS)."""
-    block = tl.program_id(0)
-    _, _, is_expert = _is_expert(indices, block, n_slots, BLOCK, EXPERTS)
-    tl.store(counts + block * EXPERTS + tl.arange(0, EXPERTS), tl.sum(is_expert, 0))
+def _count_kernel(indices, counts, n_slots, CHUNK: tl.constexpr, STEP: tl.constexpr, EXPERTS: tl.constexpr):
+    """Counts (chunks, EXPERTS)."""
+    first = tl.program_id(0) * CHUNK
+    experts = tl.arange(0, EXPERTS)
+    count = tl.zeros((EXPERTS,), dtype=tl.int32)
+    for step in range(0, CHUNK, STEP):
+        expert = _load_experts(indices, first + step + tl.arange(0, STEP), n_slots)
+        count += tl.sum((expert[:, None] == experts[None, :]).to(tl.int32), 0)
+    tl.store(counts + tl.program_id(0) * EXPERTS + experts, count)
 
 
 @triton.jit
 def _schedule_kernel(
-    counts, places, starts, tile_starts, tile_experts, n_blocks, n_experts, n_tiles,
-    BLOCK_M: tl.constexpr, BLOCKS: tl.constexpr, EXPERTS: tl.constexpr,
+    counts, places, starts, tile_starts, tile_experts, n_chunks, n_tiles,
+    BLOCK_M: tl.constexpr, CHUNKS: tl.constexpr, EXPERTS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """One program. places (blocks, EXPERTS): the row of the first slot of each block and expert."""
-    expert = tl.arange(0, EXPERTS)
-    total = tl.zeros((EXPERTS,), dtype=tl.int32)
-    for first in range(0, n_blocks, BLOCKS):
-        block = first + tl.arange(0, BLOCKS)
-        at = counts + block[:, None] * EXPERTS + expert[None, :]
-        total += tl.sum(tl.load(at, mask=(block < n_blocks)[:, None], other=0), 0)
-    start = tl.cumsum(total, 0) - total
-    height = tl.cdiv(total, BLOCK_M)
-    tile_end = tl.cumsum(height, 0)
-    tl.store(starts + expert, start, mask=expert < n_experts)
-    tl.store(starts + expert + 1, start + total, mask=expert == n_experts - 1)
-    tl.store(tile_starts + expert, tile_end - height, mask=expert < n_experts)
-    tl.store(tile_starts + expert + 1, tile_end, mask=expert == n_experts - 1)
-    for first in range(0, n_tiles, BLOCKS):
-        tile = first + tl.arange(0, BLOCKS)
-        # Tiles after the last one are read by no program, and have the last expert.
-        before = tl.sum(((tile_end[None, :] <= tile[:, None]) & (expert < n_experts)[None, :]).to(tl.int32), 1)
-        tl.store(tile_experts + tile, tl.minimum(before, n_experts - 1), mask=tile < n_tiles)
-    for first in range(0, n_blocks, BLOCKS):
-        block = first + tl.arange(0, BLOCKS)
-        offsets = block[:, None] * EXPERTS + expert[None, :]
-        inside = (block < n_blocks)[:, None] & (expert >= 0)[None, :]
-        count = tl.load(counts + offsets, mask=inside, other=0)
-        tl.store(places + offsets, start[None, :] + tl.cumsum(count, 0) - count, mask=inside)
+    """One program per expert, which sums the counts of all. places (chunks, EXPERTS): the row of the first slot of each
+    chunk and expert."""
+    expert, is_last = tl.program_id(0), tl.program_id(0) == tl.num_programs(0) - 1
+    experts = tl.arange(0, EXPERTS)
+    partials = tl.zeros((CHUNKS, EXPERTS), dtype=tl.int32)
+    for first in range(0, n_chunks, CHUNKS):
+        chunk = first + tl.arange(0, CHUNKS)
+        at = counts + chunk[:, None] * EXPERTS + experts[None, :]
+        partials += tl.load(at, mask=(chunk < n_chunks)[:, None], other=0)
+    totals = tl.sum(partials, 0)
+    heights = tl.cdiv(totals, BLOCK_M)
+    start, end = tl.sum(tl.where(experts < expert, totals, 0)), tl.sum(tl.where(experts <= expert, totals, 0))
+    tile, tile_end = tl.sum(tl.where(experts < expert, heights, 0)), tl.sum(tl.where(experts <= expert, heights, 0))
+    tl.store(starts + expert, start)
+    tl.store(starts + expert + 1, end, mask=is_last)
+    tl.store(tile_starts + expert, tile)
+    tl.store(tile_starts + expert + 1, tile_end, mask=is_last)
+    # Tiles after the last one are read by no program, and have the last expert.
+    tile_end = tl.where(is_last, n_tiles, tile_end)
+    for first in range(tile, tile_end, BLOCK):
+        at = first + tl.arange(0, BLOCK)
+        tl.store(tile_experts + at, expert + tl.zeros((BLOCK,), dtype=tl.int32), mask=at < tile_end)
+    for first in range(0, n_chunks, BLOCK):
+        chunk = first + tl.arange(0, BLOCK)
+        offsets = chunk * EXPERTS + expert
+        count = tl.load(counts + offsets, mask=chunk < n_chunks, other=0)
+        tl.store(places + offsets, start + tl.cumsum(count, 0) - count, mask=chunk < n_chunks)
         start += tl.sum(count, 0)
 
 
 @triton.jit
-def _place_kernel(indices, places, slots, rows, n_slots, BLOCK: tl.constexpr, EXPERTS: tl.constexpr):
-    block = tl.program_id(0)
-    slot, inside, is_expert = _is_expert(indices, block, n_slots, BLOCK, EXPERTS)
-    first = tl.load(places + block * EXPERTS + tl.arange(0, EXPERTS))
-    row = tl.sum(is_expert * (first[None, :] + tl.cumsum(is_expert, 0) - 1), 1)
+def _place_kernel(
+    indices, places, slots, rows, n_slots, n_experts, CHUNK: tl.constexpr, STEP: tl.constexpr, EXPERTS: tl.constexpr
+):
+    first = tl.program_id(0) * CHUNK
+    slot = first + tl.arange(0, CHUNK)
+    expert = _load_experts(indices, slot, n_slots)
     # An index that is no expert would write anywhere.
-    inside = inside & (tl.sum(is_expert, 1) > 0)
+    inside = (expert >= 0) & (expert < n_experts)
+    row = tl.load(places + tl.program_id(0) * EXPERTS + expert, mask=inside, other=0)
+    for step in range(0, CHUNK, STEP):
+        other = first + step + tl.arange(0, STEP)
+        other_expert = _load_experts(indices, other, n_slots)
+        is_before = (other_expert[:, None] == expert[None, :]) & (other[:, None] < slot[None, :])
+        row += tl.sum(is_before.to(tl.int32), 0)
     tl.store(rows + slot, row, mask=inside)
     tl.store(slots + row, slot, mask=inside)
 
@@ -112,17 +124,18 @@ def schedule_tiles(indices_NK: torch.Tensor, n_experts: int, block_m: int) -> Ti
         for table in schedule:
             table.zero_()
         return schedule
-    experts = triton.next_power_of_2(n_experts)
-    block = max(16, min(256, _TILE // experts))  # slots
-    blocks = max(1, min(256, 2 * _TILE // experts))  # of slots at a time in the one program
-    n_blocks = triton.cdiv(n_slots, block)
-    counts, places = (torch.empty(n_blocks, experts, dtype=torch.int32, device=indices.device) for _ in range(2))
-    _count_kernel[(n_blocks,)](indices, counts, n_slots, BLOCK=block, EXPERTS=experts, num_warps=4)
-    _schedule_kernel[(1,)](
-        counts, places, schedule.starts, schedule.tile_starts, schedule.tile_experts, n_blocks, n_experts,
-        len(schedule.tile_experts), BLOCK_M=block_m, BLOCKS=blocks, EXPERTS=experts, num_warps=8,
-    )  # fmt: skip
-    _place_kernel[(n_blocks,)](
-        indices, places, schedule.slots, schedule.rows, n_slots, BLOCK=block, EXPERTS=experts, num_warps=4
+    experts, n_chunks = triton.next_power_of_2(n_experts), triton.cdiv(n_slots, _CHUNK)
+    height = max(1, _TILE // experts)  # of a tile with a column per expert
+    counts, places = (torch.empty(n_chunks, experts, dtype=torch.int32, device=indices.device) for _ in range(2))
+    _count_kernel[(n_chunks,)](
+        indices, counts, n_slots, CHUNK=_CHUNK, STEP=min(height, _CHUNK), EXPERTS=experts, num_warps=4
     )
+    _schedule_kernel[(n_experts,)](
+        counts, places, schedule.starts, schedule.tile_starts, schedule.tile_experts, n_chunks,
+        len(schedule.tile_experts), BLOCK_M=block_m, CHUNKS=height, EXPERTS=experts, BLOCK=_TILE // 32, num_warps=8,
+    )  # fmt: skip
+    _place_kernel[(n_chunks,)](
+        indices, places, schedule.slots, schedule.rows, n_slots, n_experts, CHUNK=_CHUNK,
+        STEP=min(_TILE // _CHUNK, _CHUNK), EXPERTS=experts, num_warps=4,
+    )  # fmt: skip
     return schedule

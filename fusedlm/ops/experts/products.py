@@ -25,21 +25,25 @@ class Tiles:
     num_warps: int
     num_stages: int
     per_processor: int  # programs
+    PREFETCH: int = 0  # these two are described in down_backward_kernel
+    AHEAD: bool = False
 
 
 _TILES = {
     "up": Tiles(128, 256, 64, 8, 4, True, 8, 4, 1),
     "down": Tiles(128, 256, 64, 8, 4, True, 8, 4, 1),
-    "down_backward": Tiles(128, 256, 64, 8, 4, True, 8, 3, 1),
+    "down_backward": Tiles(128, 256, 64, 8, 4, True, 8, 4, 1),
     "up_backward": Tiles(128, 256, 64, 8, 4, True, 8, 4, 1),
-    "down_gradient": Tiles(128, 256, 64, 8, 4, False, 8, 3, 1),
-    "up_gradient": Tiles(128, 256, 64, 8, 4, False, 8, 3, 1),
+    "down_gradient": Tiles(128, 128, 64, 8, 2, False, 4, 3, 2),
+    "up_gradient": Tiles(256, 128, 64, 8, 2, False, 8, 3, 1),
 }
+_HIDDEN_LOADS = ("PREFETCH", "AHEAD")  # options of one kernel
 _POINTERS = Tiles(128, 128, 32, 8, 2, False, 8, 3, 2)  # without TMA or on small multiprocessors
 _FEW_ROWS = Tiles(64, 128, 64, 8, 2, False, 4, 3, 2)  # of each expert, on average
 _FLOAT32 = Tiles(32, 64, 32, 8, 2, False, 4, 2, 2)
-# Plain products for which F.grouped_mm is used where it can run.
-_LIBRARY = frozenset({"down", "up_backward"})
+# Products for which F.grouped_mm is used where it can run: those that it is faster for. Their gathered rows are in
+# memory until the product is done, and take as much of it as the output of up_backward, which follows.
+_LIBRARY = frozenset({"down_gradient", "up_gradient"})
 
 
 class Products:
@@ -79,7 +83,7 @@ class Products:
         kernels.up_kernel[self._grid(tiles, columns, self.hidden, x.device)](
             x, matrix, schedule.slots, *_tables(schedule), h, a, slope, top_k, self.n_experts, self.hidden,
             self.dim, SWIGLU=swiglu, SAVE=save, TMA=use_tma, MASK_K=self.dim % tiles.BLOCK_K != 0,
-            **_options(tiles),
+            **_options(tiles, *_HIDDEN_LOADS),
         )  # fmt: skip
         return a, h
 
@@ -102,14 +106,14 @@ class Products:
             matrix = descriptor(matrix, *box)
         kernels.rows_kernel[self._grid(tiles, tiles.BLOCK_N, N, out.device)](
             a, matrix, *_tables(schedule), out, self.n_experts, self.n_slots, N, K,
-            TRANSPOSED=transposed, TMA=use_tma, **_options(tiles),
+            TRANSPOSED=transposed, TMA=use_tma, **_options(tiles, *_HIDDEN_LOADS),
         )  # fmt: skip
         return out
 
     def down_backward(self, dy, w, schedule: TileSchedule, weights, h, swiglu: bool, slope: float):
         """The gradient of h, a times the weights of its rows, and the gradient of the weights by row, float32."""
         dh, weighted = torch.empty_like(h), _empty(h, self.n_slots, self.hidden)
-        matrix, use_tma = w.view(-1, self.hidden), can_use_tma(w)
+        matrix, use_tma = w.view(-1, self.hidden), can_use_tma(w, h)
         tiles = self.tiles("down_backward", use_tma)
         n_columns = triton.cdiv(self.hidden, tiles.BLOCK_N)
         scores = torch.empty(n_columns, self.n_slots, dtype=torch.float32, device=dy.device)
@@ -147,7 +151,7 @@ class Products:
         n_programs = min(n_tiles, tiles.per_processor * n_multiprocessors(out.device))
         kernels.weight_gradient_kernel[(n_programs,)](
             left, right, schedule.slots, schedule.starts, out, top_k, self.n_experts, self.n_slots, M, N,
-            GATHER_LEFT=gather_left, TMA=use_tma, **_options(tiles, "FLATTEN"),
+            GATHER_LEFT=gather_left, TMA=use_tma, **_options(tiles, "FLATTEN", *_HIDDEN_LOADS),
         )  # fmt: skip
         return out
 
