@@ -11,7 +11,7 @@ def folded(
     model: Decoder, config: ModelConfig, tensors: dict[str, torch.Tensor], *, keep_embedding_scale: bool = False
 ) -> tuple[dict[str, torch.Tensor], ModelConfig]:
     """The tensors, and the model section, of a decoder that computes the same without these factors: `embedding_rms`,
-    `depth_scaled_norms` and those of `mup`.
+    `depth_scaled_norms` and those of `mup`; and without the modules of `mtp`, which logits do not depend on.
 
     Each factor is applied in the dtype of the tensor, as the forward pass does, so that a folded embedding is the input
     of the first block bit for bit. Elsewhere the result is the same up to rounding.
@@ -22,6 +22,9 @@ def folded(
         keep_embedding_scale: leave `embedding_rms` as it is.
     """
     found, changes = dict(tensors), {}
+    if config.mtp is not None:
+        found = {name: tensor for name, tensor in found.items() if not name.startswith(("mtp.", "mtp_"))}
+        changes["mtp"] = None
     scale = model.embedding_scale
     if scale != 1.0 and not keep_embedding_scale:
         found["embedding.weight"] = found["embedding.weight"] * scale

@@ -82,6 +82,12 @@ CASES = {
         "pattern: amm, m: {mixer: {type: mamba2, n_heads: 4, head_dim: 8, n_groups: 2, conv_size: 3, chunk_size: 16}, "
         "ffn: {type: swiglu, hidden: 48}}",
     ),
+    "deepseek_v3-mtp": (
+        "deepseek_v3",
+        "{type: mla, n_heads: 4, kv_rank: 12, rope_dim: 6}",
+        SWIGLU,
+        "tie_embeddings: false, mtp: {depth: 2}",
+    ),
     "deepseek_v3-mup": (
         "deepseek_v3",
         "{type: mla, n_heads: 4, kv_rank: 12, rope_dim: 6, q_rank: 20}",

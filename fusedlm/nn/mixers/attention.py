@@ -86,6 +86,7 @@ class Attention(Module):
         scale = context.scale_scores(self.scale, self.rope[0])
         # The kernels have one gain per head.
         appends = self.k_gain is None and fuses_append(context, self.backend("rope_append"), qkv)
+        appends = appends and not state[0].spare
         if appends:
             q, k, v = self._appended(q, k, v, context, state)
         else:
