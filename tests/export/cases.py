@@ -29,7 +29,7 @@ CASES = {
         "qwen3",
         "{type: attention, n_heads: 4, qk_gain: dim}",
         SWIGLU,
-        "pattern: aba, b: {mixer: {type: attention, n_heads: 4, qk_gain: dim, window: 6}, "
+        "pattern: aab, b: {mixer: {type: attention, n_heads: 4, qk_gain: dim, window: 6}, "
         "ffn: {type: swiglu, hidden: 48}}",
     ),
     "qwen3-mup": (
