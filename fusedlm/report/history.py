@@ -38,6 +38,7 @@ _VALIDATION_COLUMNS = (
     "val_routed_flops_share",
 )
 _LAYER_LOSS = "loss_"  # prefix of the losses of layers
+_SOURCE_TOKENS, _SOURCE_EPOCHS = "source_tokens_", "source_epochs_"  # prefixes, of several sources
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,7 @@ class History:
     validation: dict[str, np.ndarray]
     skipped: list[int]  # steps that were skipped because loss or gradient was not finite
     layer_losses: dict[str, np.ndarray] = field(default_factory=dict)  # of each step, by name without the prefix
+    sources: dict[str, tuple[float, float]] = field(default_factory=dict)  # tokens and epochs at the last step, by name
 
 
 def read_history(run_dir: Path) -> History:
@@ -65,7 +67,10 @@ def read_history(run_dir: Path) -> History:
     steps: dict[int, dict] = {}
     validation: dict[int, dict] = {}
     names = sorted({key for record in records for key in record if key.startswith(_LAYER_LOSS)})
-    step_columns = (*_STEP_COLUMNS, *names)
+    sources = sorted({key for record in records for key in record if key.startswith(_SOURCE_TOKENS)})
+    sources = [key.removeprefix(_SOURCE_TOKENS) for key in sources]
+    counts = [prefix + name for name in sources for prefix in (_SOURCE_TOKENS, _SOURCE_EPOCHS)]
+    step_columns = (*_STEP_COLUMNS, *names, *counts)
     # No line is damaged, so record n is line n.
     for line, record in enumerate(records, start=1):
         for kind, key, columns in ((steps, "loss", step_columns), (validation, "val_bpb", _VALIDATION_COLUMNS)):
@@ -76,10 +81,12 @@ def read_history(run_dir: Path) -> History:
                 kind[record["step"]] = row | {"skipped": record.get("skipped") is True}
     if not steps:
         raise ValueError(f"{path}: no training step is recorded yet")
+    last = steps[max(steps)]
     return History(
         steps=_columns(steps, _STEP_COLUMNS),
         validation=_columns(validation, _VALIDATION_COLUMNS),
         skipped=[step for step in sorted(steps) if steps[step]["skipped"]],
+        sources={name: (last[_SOURCE_TOKENS + name], last[_SOURCE_EPOCHS + name]) for name in sources},
         layer_losses={name.removeprefix(_LAYER_LOSS): column for name, column in _columns(steps, names).items()},
     )
 
