@@ -16,7 +16,7 @@ from fusedlm.model import build_model
 from fusedlm.optim import build_optimizer
 from fusedlm.report import write_report
 from fusedlm.runs.checkpoint import Checkpoints
-from fusedlm.train import train
+from fusedlm.train import train, trainer
 from fusedlm.train.step import train_step
 from tests.train.runs import assert_same_run, records, resume, tiny_recipe
 
@@ -101,11 +101,22 @@ def test_a_run_beyond_the_epochs_of_a_source_is_refused(run, tmp_path):
         train(mixed(folder, "data.sources.a.max_epochs=0.01"), tmp_path / "run")
 
 
-def test_packed_rows_are_trained_on(tmp_path):
-    recipe, output = mixed(tmp_path, "data.packing=best_fit"), io.StringIO()
+@pytest.mark.parametrize("packing", ["stream", "best_fit"])
+def test_training_takes_the_samples_of_the_recipe(tmp_path, packing, monkeypatch):
+    recipe, output, seen = mixed(tmp_path, f"data.packing={packing}"), io.StringIO(), []
+
+    def watched(model, optimizer, batch, **options):
+        seen.append(batch)
+        return train_step(model, optimizer, batch, **options)
+
+    monkeypatch.setattr(trainer, "train_step", watched)
     train(recipe, tmp_path / "run", console=Console(file=output, width=1000))
-    assert len([record for record in records(tmp_path / "run") if "loss" in record]) == 12
-    assert "% of the positions filled up, no token left out" in output.getvalue()
+    assert ("% of the positions filled up, no token left out" in output.getvalue()) == (packing == "best_fit")
+    shards = prepare(recipe.data).train
+    with Loader(shards, seq_len=16, batch_size=4, seed=0, samples=open_training_text(shards, recipe).samples) as loader:
+        for batch, expected in zip(seen, loader, strict=False):
+            assert torch.equal(batch.tokens, expected.tokens) and torch.equal(batch.targets, expected.targets)
+    assert len(seen) == 12
 
 
 @pytest.mark.parametrize("micro_batch_size", [1, 2, 8])
