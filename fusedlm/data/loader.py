@@ -59,6 +59,7 @@ class Loader:
         prefetch: batches prepared ahead.
 
     Attributes:
+        samples: what the samples are.
         wait_seconds: total time that the consumer waited for batches; assign 0 to restart.
 
     Raises:
@@ -96,7 +97,7 @@ class Loader:
             raise ValueError(f"batch_size={batch_size} is not a multiple of the {world_size} ranks that share it")
         if not 0 <= rank < world_size:
             raise ValueError(f"rank={rank} is not in 0..{world_size - 1}")
-        self._samples = samples or Windows(shards, seq_len, seed)
+        self.samples = samples or Windows(shards, seq_len, seed)
         self._seq_len, self._document_mask = seq_len, document_mask
         self._step_shape = step_shape or (lambda _: (batch_size, seq_len))
         self._rank, self._world_size = rank, world_size
@@ -194,8 +195,8 @@ class Loader:
         shape = (3 if self._document_mask else 2, n_rows, seq_len)
         host = torch.empty(shape, dtype=torch.int64, pin_memory=self._copies is not None)
         rows = host.numpy()
-        for row, place in enumerate(self._samples.locate(windows)):
-            tokens, targets, starts = self._samples.read(place, int(part[row]) * seq_len, seq_len)
+        for row, place in enumerate(self.samples.locate(windows)):
+            tokens, targets, starts = self.samples.read(place, int(part[row]) * seq_len, seq_len)
             rows[0, row], rows[1, row] = tokens, targets
             if self._document_mask:
                 rows[2, row] = 0
