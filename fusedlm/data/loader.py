@@ -25,7 +25,7 @@ class Batch:
     Attributes:
         tokens: (B, T) int64.
         targets: (B, T) int64, the token after each; -100 where a packed row is filled up, and nowhere else.
-        documents: (B, T) int64, from 0 in each row, plus one at every end-of-text; None without document mask.
+        documents: (B, T) int64, from 0 in each row, plus one where a document starts; None without document mask.
         n_valid: targets of this part that are not masked.
         next_sample: global samples drawn up to the end of this batch; a loader that starts there resumes after it.
     """
