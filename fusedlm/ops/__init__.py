@@ -17,6 +17,8 @@ from fusedlm.ops.latent.reference import quantise_latent
 from fusedlm.ops.linear_attention.op import decayed_linear_attention
 from fusedlm.ops.linear_cross_entropy.op import linear_softcap_cross_entropy
 from fusedlm.ops.mixing.op import mix_inputs
+from fusedlm.ops.mx.formats import MXTensor
+from fusedlm.ops.mx.op import dequantize_mx, quantize_mx
 from fusedlm.ops.norm_linear.op import rmsnorm_linear
 from fusedlm.ops.one_token.op import token_linear
 from fusedlm.ops.polar.op import orthogonalize
@@ -28,10 +30,12 @@ from fusedlm.ops.xsa.op import exclude_own_value
 
 __all__ = [
     "OPS",
+    "MXTensor",
     "SigmoidCap",
     "cached_attention",
     "causal_attention",
     "decayed_linear_attention",
+    "dequantize_mx",
     "differential_combine",
     "differential_linear_attention",
     "draw_token",
@@ -47,6 +51,7 @@ __all__ = [
     "packed_attention",
     "quantise_latent",
     "relu2_mlp",
+    "quantize_mx",
     "rmsnorm_linear",
     "rmsnorm_rope",
     "rope_append",
