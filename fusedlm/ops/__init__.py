@@ -22,6 +22,8 @@ from fusedlm.ops.mx.op import dequantize_mx, quantize_mx
 from fusedlm.ops.norm_linear.op import rmsnorm_linear
 from fusedlm.ops.one_token.op import token_linear
 from fusedlm.ops.polar.op import orthogonalize
+from fusedlm.ops.quantized.op import dequantize_weight, quantize_weight, quantized_linear
+from fusedlm.ops.quantized.reference import QuantizedWeight
 from fusedlm.ops.relu2.op import relu2_mlp
 from fusedlm.ops.rotary.op import rmsnorm_rope, rope_append
 from fusedlm.ops.scan.op import gated_scan
@@ -31,11 +33,13 @@ from fusedlm.ops.xsa.op import exclude_own_value
 __all__ = [
     "OPS",
     "MXTensor",
+    "QuantizedWeight",
     "SigmoidCap",
     "cached_attention",
     "causal_attention",
     "decayed_linear_attention",
     "dequantize_mx",
+    "dequantize_weight",
     "differential_combine",
     "differential_linear_attention",
     "draw_token",
@@ -52,6 +56,8 @@ __all__ = [
     "quantise_latent",
     "relu2_mlp",
     "quantize_mx",
+    "quantize_weight",
+    "quantized_linear",
     "rmsnorm_linear",
     "rmsnorm_rope",
     "rope_append",

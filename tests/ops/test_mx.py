@@ -44,7 +44,7 @@ def blocks(dtype=torch.float32) -> torch.Tensor:
 
 
 def definition(x: torch.Tensor, format, scaling: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """(values, scales) by real arithmetic in float64: the nearest of all elements, the one with an even code in a tie."""
+    """(values, scales) by float64 arithmetic: the nearest of all elements, the one with an even code in a tie."""
     x = x.double()
     largest = x.abs().amax(1)
     fraction, exponent = torch.frexp(largest)  # largest = fraction * 2^exponent, fraction in [0.5, 1)
@@ -85,9 +85,9 @@ def test_conversion_by_its_definition(name, scaling):
 def test_kernels_give_the_bits_of_the_reference(name, scaling, poisoned):
     x = torch.cat([blocks()[::7], special_blocks()]).to(DEVICE)
     expected = quantize_mx(x, name, scaling, backend="reference")
-    codes, scales = kernels.quantize(x, name, scaling)
-    assert torch.equal(codes, expected.codes) and torch.equal(scales, expected.scales)
-    value = kernels.dequantize(codes, scales, 32, name, torch.float32)
+    found = kernels.quantize(x, name, scaling)
+    assert torch.equal(found.codes, expected.codes) and torch.equal(found.scales, expected.scales)
+    value = kernels.dequantize(found.codes, found.scales, 32, name, torch.float32)
     assert _same(value, dequantize_mx(expected, backend="reference"))
 
 
@@ -97,17 +97,17 @@ def test_kernels_give_the_bits_of_the_reference(name, scaling, poisoned):
 def test_kernels_in_any_shape(name, shape, dtype, poisoned):
     x = torch.randn(shape, generator=torch.Generator().manual_seed(1)).to(DEVICE, dtype)
     expected = quantize_mx(x, name, backend="reference")
-    codes, scales = kernels.quantize(x, name, "floor")
-    assert torch.equal(codes, expected.codes) and torch.equal(scales, expected.scales)
-    value = kernels.dequantize(codes, scales, shape[-1], name, torch.float32)
+    found = kernels.quantize(x, name, "floor")
+    assert torch.equal(found.codes, expected.codes) and torch.equal(found.scales, expected.scales)
+    value = kernels.dequantize(found.codes, found.scales, shape[-1], name, torch.float32)
     assert value.shape == shape and torch.equal(value, dequantize_mx(expected, backend="reference"))
 
 
 def test_the_kernel_reads_strided_input():
     x = torch.randn(70, 64, device=DEVICE).T[3:40]
-    codes, scales = kernels.quantize(x, "mxfp6_e3m2", "floor")
+    found = kernels.quantize(x, "mxfp6_e3m2", "floor")
     expected = quantize_mx(x, "mxfp6_e3m2", backend="reference")
-    assert torch.equal(codes, expected.codes) and torch.equal(scales, expected.scales)
+    assert torch.equal(found.codes, expected.codes) and torch.equal(found.scales, expected.scales)
 
 
 def special_blocks() -> torch.Tensor:
@@ -231,4 +231,4 @@ def test_operators_pass_opcheck(name):
     x = torch.randn(3, 40, device=DEVICE)
     torch.library.opcheck(torch.ops.fusedlm.quantize_mx.default, (x, name, "rceil"))
     found = kernels.quantize(x, name, "rceil")
-    torch.library.opcheck(torch.ops.fusedlm.dequantize_mx.default, (*found, 40, name, torch.float32))
+    torch.library.opcheck(torch.ops.fusedlm.dequantize_mx.default, (found.codes, found.scales, 40, name, torch.float32))

@@ -11,7 +11,8 @@ _INPUTS = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def _quantize(x, format, scaling):
-    return reference.quantize(x, FORMATS[format], scaling)
+    codes, scales = reference.quantize(x, FORMATS[format], scaling)
+    return MXTensor(codes, scales, tuple(x.shape), FORMATS[format])
 
 
 def _dequantize(codes, scales, width, format, dtype):
@@ -52,13 +53,12 @@ def quantize_mx(x: torch.Tensor, format: str, scaling: str = "floor", *, backend
         raise ValueError(f"scaling={scaling!r} must be one of {', '.join(SCALINGS)}")
     if x.dtype not in _INPUTS or not x.ndim:
         raise ValueError(f"x {tuple(x.shape)} {x.dtype} must be (..., K) in float32, bfloat16 or float16")
-    codes, scales = resolve("quantize_mx", backend, x)(x, format, scaling)
-    return MXTensor(codes, scales, tuple(x.shape), FORMATS[format])
+    return resolve("quantize_mx", backend, x)(x, format, scaling)
 
 
 def dequantize_mx(tensor: MXTensor, dtype: torch.dtype = torch.float32, *, backend: str = "auto") -> torch.Tensor:
-    """The values of an MX tensor: exact in float64 and float32, and rounded once to other dtypes. Magnitudes from 2^128,
-    to which rceil rounds the largest numbers of float32 up, are infinite there (the standard leaves them open).
+    """The values of an MX tensor: exact in float64 and float32, and rounded once to other dtypes. 2^128, to which rceil
+    rounds the largest numbers of float32 up, is infinite there (the standard leaves such values open).
 
     Args:
         dtype: float32, bfloat16 or float16, and by the reference float64.

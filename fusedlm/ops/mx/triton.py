@@ -5,7 +5,7 @@ import torch
 import triton
 import triton.language as tl
 
-from fusedlm.ops.mx.formats import BLOCK, FORMATS, MXFormat
+from fusedlm.ops.mx.formats import BLOCK, FORMATS, MXFormat, MXTensor
 
 _BLOCKS = 32  # that a program converts
 
@@ -46,10 +46,8 @@ def _encode(
     half = (one << drop) >> 1
     kept += ((rest > half) | ((rest == half) & (drop > 0) & ((kept & 1) == 1))).to(tl.int32)
     code = tl.minimum(kept + ((step - EMIN) << MANTISSA), LARGEST)
-    if INTEGER:
-        code = tl.where(bits < 0, -code, code) & 0xFF
-    else:
-        code = code | ((bits < 0).to(tl.int32) << (BITS - 1))
+    negative = bits < 0
+    code = (tl.where(negative, -code, code) & 0xFF) if INTEGER else (code | (negative.to(tl.int32) << (BITS - 1)))
     return tl.where(scale == 255, 0, code)
 
 
@@ -92,17 +90,19 @@ def element_value(
 ):  # fmt: skip
     """The value of int32 codes, float32."""
     if INTEGER:
-        return (code - ((code >> 7) << 8)).to(tl.float32) * (1.0 / (1 << MANTISSA))
-    magnitude = code & ((1 << (BITS - 1)) - 1)
-    fraction = magnitude & ((1 << MANTISSA) - 1)
-    normal = ((magnitude + ((126 + EMIN) << MANTISSA)) << (23 - MANTISSA)).to(tl.float32, bitcast=True)
-    subnormal = fraction.to(tl.float32) * (1.0 / (1 << (MANTISSA - EMIN)))
-    value = tl.where((magnitude >> MANTISSA) == 0, subnormal, normal)
-    if BITS == 8:
-        value = tl.where(magnitude > LARGEST, float("nan"), value)
-        if MANTISSA == 2:
-            value = tl.where(magnitude == LARGEST + 1, float("inf"), value)
-    return tl.where((code >> (BITS - 1)) == 1, -value, value)
+        value = (code - ((code >> 7) << 8)).to(tl.float32) * (1.0 / (1 << MANTISSA))
+    else:
+        magnitude = code & ((1 << (BITS - 1)) - 1)
+        fraction = magnitude & ((1 << MANTISSA) - 1)
+        normal = ((magnitude + ((126 + EMIN) << MANTISSA)) << (23 - MANTISSA)).to(tl.float32, bitcast=True)
+        subnormal = fraction.to(tl.float32) * (1.0 / (1 << (MANTISSA - EMIN)))
+        value = tl.where((magnitude >> MANTISSA) == 0, subnormal, normal)
+        if BITS == 8:
+            value = tl.where(magnitude > LARGEST, float("nan"), value)
+            if MANTISSA == 2:
+                value = tl.where(magnitude == LARGEST + 1, float("inf"), value)
+        value = tl.where((code >> (BITS - 1)) == 1, -value, value)
+    return value
 
 
 @triton.jit
@@ -193,7 +193,8 @@ def _(codes, scales, width, format, dtype):
 
 
 def quantize(x, format, scaling):
-    return _quantize(x.detach(), format, scaling)
+    codes, scales = _quantize(x.detach(), format, scaling)
+    return MXTensor(codes, scales, tuple(x.shape), FORMATS[format])
 
 
 def dequantize(codes, scales, width, format, dtype):
