@@ -4,7 +4,7 @@ from collections.abc import Mapping
 
 import torch
 
-from fusedlm.nn.linear import Linear, product_dtype
+from fusedlm.nn.linear import Linear, product, product_dtype
 from fusedlm.ops import QuantizedWeight, dequantize_weight, quantized_linear
 from fusedlm.ops.quantized.reference import group_of, layout
 
@@ -31,12 +31,12 @@ class QuantizedLinear(Linear):
         self.register_buffer("scales", weight.scales)
         self.register_parameter("bias", None)
 
-    def forward(self, x, *, part=None, groups=None, transposed=False, then=None, dtype=None):
-        """As `Linear.forward`."""
-        if groups is not None or transposed or then is not None:
-            return super().forward(x, part=part, groups=groups, transposed=transposed, then=then, dtype=dtype)
-        x = x.to(dtype or product_dtype(x))
-        return quantized_linear(x, self.quantized_weight(part), backend=self.backend("quantized_linear"))
+    def forward(self, x, *, part=None, groups=None, transposed=False, dtype=None):
+        """As `Linear.forward`, of a layer that takes and returns nothing that is pending."""
+        x, weight = x.to(dtype or product_dtype(x)), self.quantized_weight(part)
+        if groups is not None or transposed:
+            return product(x, dequantize_weight(weight, x.dtype), groups, transposed)
+        return quantized_linear(x, weight, backend=self.backend("quantized_linear"))
 
     def quantized_weight(self, part: str | None = None) -> QuantizedWeight:
         """The rows of a split, or all."""
