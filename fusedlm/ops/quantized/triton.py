@@ -46,7 +46,7 @@ def _load_scale(at, inside, KIND: tl.constexpr):
     return scale_value(scale.to(tl.int32)) if KIND == _MXFP4 else scale.to(tl.float32)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["units_per_split"])
 def one_token_kernel(
     x, codes, scales, out, n_out, width, row_bytes, n_groups, units_per_split,
     KIND: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, UNITS: tl.constexpr, PDL: tl.constexpr,
@@ -90,7 +90,7 @@ def one_token_kernel(
     tl.store(out + tl.program_id(1).to(tl.int64) * n_out + row, y.to(out.dtype.element_ty), mask=row_inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n_tokens"])
 def several_tokens_kernel(
     x, codes, scales, out, n_tokens, n_out, width, row_bytes, n_groups, bytes_per_split,
     KIND: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, BYTES: tl.constexpr, TOKENS: tl.constexpr,
