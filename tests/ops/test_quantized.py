@@ -147,18 +147,21 @@ def test_every_code_has_its_value():
         group = reference.group_of(format, None)
         code = torch.arange(codes, device=DEVICE)
         code = code[(code & 0x7F) != 0x7F] if format == "fp8" else code
-        packed = code[:, None].repeat(1, 16 if format == "mxfp4" else 32 if group else 1)
+        packed = code[:, None].repeat(1, group // 2 if group else 16)
         packed = (packed * 17 if group else packed).to(torch.uint8)
         for scale in (0, 1, 127, 250) if format == "mxfp4" else (1e-30, 0.3, 1e4):
             dtype = reference.layout(1, 1, format, group)[1][1]
             scales = torch.full((len(code), 1), scale, device=DEVICE, dtype=dtype)
-            x = torch.zeros(1, group or 1, device=DEVICE)
-            x[0, -1] = 1
-            arguments = (packed, scales, group or 1, format, group)
-            exact = reference.quantized_linear(x.double(), *arguments)
-            for tokens in (1, 2):
-                found = kernels.run(x.expand(tokens, -1), *arguments)
-                assert_close(found.double(), exact.expand(tokens, -1), 1e-7)
+            width = group or 16
+            arguments = (packed, scales, width, format, group)
+            for column in range(8):  # every place in a word
+                x = torch.zeros(1, width, device=DEVICE)
+                x[0, width - 8 + column] = 1
+                exact = reference.quantized_linear(x.double(), *arguments)
+                for tokens in (1, 2) if column == 7 else (1,):
+                    config = {"ROWS": 64, "UNITS": 4, "SPLITS": 1} if tokens == 1 else None
+                    found = kernels.run(x.expand(tokens, -1), *arguments, config=config)
+                    assert_close(found.double(), exact.expand(tokens, -1), 1e-7)
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ MXFP4 = FORMATS["mxfp4"]
 GROUPS = (32, 64, 128)  # elements of int4 that share a scale
 DEFAULT_GROUP = 64
 WEIGHT_FORMATS = ("mxfp4", "int4", "fp8", "int8")
+_ALIGNMENT = 16  # bytes of a row of codes, which kernels load at a time
 _LARGEST = {"int4": 7, "fp8": 448, "int8": 127}
 
 
@@ -20,7 +21,8 @@ class QuantizedWeight:
     """A matrix (N, K) of weights.
 
     codes: (N, bytes) uint8. mxfp4 and int4: two elements per byte, the even one in the low nibble, the last group
-        filled with zeros; int4 is stored plus 8. fp8: E4M3. int8: two's complement.
+        filled with zeros; int4 is stored plus 8. fp8: E4M3; int8: two's complement; rows are filled with zeros to
+        a multiple of 16 bytes.
     scales: mxfp4 (N, groups) uint8, E8M0; int4 (N, groups) bfloat16; fp8 and int8 (N, 1) float32.
     width: K.
     format: one of WEIGHT_FORMATS.
@@ -61,7 +63,7 @@ def group_of(format: str, group: int | None) -> int:
 def layout(n_rows: int, width: int, format: str, group: int) -> tuple[tuple, tuple]:
     """((shape, dtype) of codes, (shape, dtype) of scales); group as `group_of` returns it."""
     n_groups = -(-width // group) if group else 1
-    n_bytes = n_groups * group // 2 if group else width
+    n_bytes = n_groups * group // 2 if group else -(-width // _ALIGNMENT) * _ALIGNMENT
     dtype = {"mxfp4": torch.uint8, "int4": torch.bfloat16}.get(format, torch.float32)
     return ((n_rows, n_bytes), torch.uint8), ((n_rows, n_groups), dtype)
 
@@ -72,7 +74,8 @@ def quantize(weight: torch.Tensor, format: str, group: int) -> QuantizedWeight:
     if format == "mxfp4":
         codes, scales = mx.quantize(weight, MXFP4, "floor")
         return QuantizedWeight(codes, scales, width, format, group)
-    weight = F.pad(weight, (0, -width % group)).unflatten(1, (-1, group)) if group else weight[:, None]
+    filled = F.pad(weight, (0, -width % (group or _ALIGNMENT)))
+    weight = filled.unflatten(1, (-1, group)) if group else filled[:, None]
     largest = _LARGEST[format]
     magnitude = weight.abs().amax(-1) if width else weight.new_zeros(weight.shape[:2])
     scales = (magnitude / largest).to(torch.bfloat16 if format == "int4" else torch.float32)
@@ -99,10 +102,10 @@ def dequantize(weight: QuantizedWeight, dtype: torch.dtype) -> torch.Tensor:
         values = mx.unpack(weight.codes, MXFP4).to(wide) - 8
     scales = weight.scales.to(wide)
     if weight.group:
-        values = (values.unflatten(1, (-1, weight.group)) * scales[..., None]).flatten(1)[:, : weight.width]
+        values = (values.unflatten(1, (-1, weight.group)) * scales[..., None]).flatten(1)
     else:
         values = values * scales
-    return values.to(dtype)
+    return values[:, : weight.width].to(dtype)
 
 
 def quantized_linear(x: torch.Tensor, codes, scales, width: int, format: str, group: int) -> torch.Tensor:

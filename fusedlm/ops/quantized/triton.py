@@ -1,6 +1,6 @@
 """Products of 1 to 32 tokens with weights in few bits in Triton, bound by reading the codes once.
 
-Codes are decoded in registers. One token is multiplied on the CUDA cores in float32, in units of 16 bytes per thread;
+Codes are decoded in registers. One token is multiplied on the CUDA cores in float32, in units of 16 bytes of codes;
 more tokens on the tensor cores, 64 or more rows of the weight by 32 tokens. Where a weight has too few rows for the
 device, its columns are split, and a second kernel adds the parts in a fixed order.
 """
@@ -17,8 +17,7 @@ from fusedlm.ops.quantized import reference
 
 TOKENS = 32  # of the kernel for several tokens, which fills them up
 _KINDS = {"mxfp4": 0, "int4": 1, "fp8": 2, "int8": 3}
-_MXFP4, _INT4, _FP8 = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
-_UNIT = tl.constexpr(16)  # bytes that a thread loads at a time
+_MXFP4, _INT4, _FP8, _INT8 = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2), tl.constexpr(3)
 
 
 @triton.jit
@@ -46,44 +45,67 @@ def _load_scale(at, inside, KIND: tl.constexpr):
     return scale_value(scale.to(tl.int32)) if KIND == _MXFP4 else scale.to(tl.float32)
 
 
+@triton.jit
+def _shifted(word, BITS: tl.constexpr):
+    """word << BITS, or >> -BITS."""
+    return word << BITS if BITS >= 0 else word >> -BITS
+
+
+@triton.jit
+def _decode_word(word, INDEX: tl.constexpr, KIND: tl.constexpr):
+    """As `_decode`, of one of the 8 or 4 codes of a word of 32 bits, without taking it apart into bytes."""
+    if KIND == _MXFP4:
+        bits = (_shifted(word, 28 - 4 * INDEX) & -0x80000000) | (_shifted(word, 22 - 4 * INDEX) & 0x01C00000)
+        value = bits.to(tl.float32, bitcast=True) * 8.507059173023462e37
+    elif KIND == _INT4:
+        value = (((word >> (4 * INDEX)) & 0xF) | 0x4B000000).to(tl.float32, bitcast=True) - 8388616.0
+    elif KIND == _FP8:
+        bits = (_shifted(word, 24 - 8 * INDEX) & -0x80000000) | (_shifted(word, 20 - 8 * INDEX) & 0x07F00000)
+        value = bits.to(tl.float32, bitcast=True) * 1.329227995784916e36
+    else:
+        value = (((word >> (8 * INDEX)) & 0xFF) | 0x4B000000).to(tl.float32, bitcast=True) - 8388736.0
+    return value
+
+
 @triton.jit(do_not_specialize=["units_per_split"])
 def one_token_kernel(
-    x, codes, scales, out, n_out, width, row_bytes, n_groups, units_per_split,
+    x, codes, scales, out, n_out, width, row_words, n_groups, units_per_split,
     KIND: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, UNITS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """out: (splits, N). Grid: (blocks of rows, splits)."""
+    """codes: words of 32 bits. out: (splits, N). Grid: (blocks of rows, splits)."""
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     row_inside = row < n_out
-    rows = codes + row.to(tl.int64)[:, None, None] * row_bytes
-    offset = tl.arange(0, UNITS)[:, None] * _UNIT + tl.arange(0, _UNIT)[None, :]
+    rows = codes + row.to(tl.int64)[:, None, None] * row_words
+    PER_WORD: tl.constexpr = 8 if GROUP > 0 else 4
+    offset = tl.arange(0, UNITS)[:, None] * 4 + tl.arange(0, 4)[None, :]
     first = tl.program_id(1) * units_per_split
-    last = tl.minimum(first + units_per_split, tl.cdiv(row_bytes, _UNIT))
-    byte = first * _UNIT + offset
-    inside = row_inside[:, None, None] & ((byte < row_bytes) & (byte < last * _UNIT))[None, :, :]
-    packed = tl.load(rows + byte[None, :, :], mask=inside, other=0)
+    last = tl.minimum((first + units_per_split) * 4, row_words)
+    at = first * 4 + offset
+    word = tl.load(rows + at[None, :, :], mask=row_inside[:, None, None] & (at < last)[None, :, :], other=0)
     if PDL:
         gdc_launch_dependents()
         gdc_wait()
     total = tl.zeros((ROWS, UNITS), tl.float32)
-    for start in range(first, last, UNITS):
-        byte = start * _UNIT + offset
-        is_part = byte < last * _UNIT
-        code = packed.to(tl.int32)
+    for start in range(first, tl.cdiv(last, 4), UNITS):
+        current = word ^ -0x7F7F7F80 if KIND == _INT8 else word  # the sign bits of four bytes
+        at = start * 4 + offset
+        is_part = at < last
+        column = at * PER_WORD
         # The next codes are on their way while these are multiplied.
-        following = byte + UNITS * _UNIT
-        inside = row_inside[:, None, None] & ((following < row_bytes) & (following < last * _UNIT))[None, :, :]
-        packed = tl.load(rows + following[None, :, :], mask=inside, other=0)
+        following = at + UNITS * 4
+        inside = row_inside[:, None, None] & (following < last)[None, :, :]
+        word = tl.load(rows + following[None, :, :], mask=inside, other=0)
+        product = tl.zeros((ROWS, UNITS, 4), tl.float32)
+        for i in tl.static_range(PER_WORD):
+            value = tl.load(x + column + i, mask=is_part & (column + i < width), other=0.0).to(tl.float32)
+            product += _decode_word(current, i, KIND) * value[None, :, :]
         if GROUP > 0:
-            even = tl.load(x + 2 * byte, mask=is_part & (2 * byte < width), other=0.0).to(tl.float32)
-            odd = tl.load(x + 2 * byte + 1, mask=is_part & (2 * byte + 1 < width), other=0.0).to(tl.float32)
-            product = _decode(code & 0xF, KIND) * even[None, :, :] + _decode(code >> 4, KIND) * odd[None, :, :]
             group = (start + tl.arange(0, UNITS)) // (GROUP // 32)
-            at = scales + row.to(tl.int64)[:, None] * n_groups + group[None, :]
-            scale = _load_scale(at, row_inside[:, None] & (group < n_groups)[None, :], KIND)
+            group_at = scales + row.to(tl.int64)[:, None] * n_groups + group[None, :]
+            scale = _load_scale(group_at, row_inside[:, None] & (group < n_groups)[None, :], KIND)
             total += tl.sum(product, 2) * scale
         else:
-            value = tl.load(x + byte, mask=is_part & (byte < width), other=0.0).to(tl.float32)
-            total += tl.sum(_decode(code, KIND) * value[None, :, :], 2)
+            total += tl.sum(product, 2)
     y = tl.sum(total, 1)
     if GROUP == 0:
         y *= tl.load(scales + row, mask=row_inside, other=0.0)
@@ -162,7 +184,9 @@ def run(x, codes, scales, width: int, format: str, group: int, config: dict | No
     tensors = x.contiguous(), codes.contiguous(), scales.contiguous(), partial
     if n_tokens == 1:
         units = triton.cdiv(triton.cdiv(row_bytes, 16), splits * config["UNITS"]) * config["UNITS"]
-        one_token_kernel[grid](*tensors, n_out, width, row_bytes, scales.shape[1], units, **constants)
+        x, codes, *rest = tensors
+        words = codes.view(torch.int32)
+        one_token_kernel[grid](x, words, *rest, n_out, width, row_bytes // 4, scales.shape[1], units, **constants)
     else:
         per_split = triton.cdiv(row_bytes, splits * config["BYTES"]) * config["BYTES"]
         groups = max(1, 2 * config["BYTES"] // group) if group else 1  # of the columns that are read at a time
