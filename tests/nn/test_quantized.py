@@ -8,6 +8,7 @@ import torch
 from fusedlm.config.train import AdamWConfig
 from fusedlm.model.accounting import forward_flops
 from fusedlm.model.cast_weights import CastWeights
+from fusedlm.model.memory import quantized_bytes
 from fusedlm.nn.linear import Linear
 from fusedlm.nn.module import roles
 from fusedlm.nn.quantized import QuantizedLinear, empty_weight, hidden_matrices, quantized_layers, replace_layers
@@ -150,3 +151,13 @@ def test_refusals():
     weight = empty_weight(Linear(8, 4), "int8", None)
     with pytest.raises(ValueError, match=r"weight of shape \(4, 8\) does not fit a layer of \(5, 8\)"):
         QuantizedLinear(Linear(8, 5), weight)
+
+
+@pytest.mark.parametrize("format", WEIGHT_FORMATS)
+def test_the_planned_size_is_that_of_the_tensors(format):
+    model = part_model(ATTENTION, "{type: routed}")
+    planned = quantized_bytes(model.to("meta"), format)
+    model = part_model(ATTENTION, "{type: routed}")
+    replace_layers(model, round_weights(model, format))
+    live = {id(tensor): tensor.nbytes for tensor in (*model.parameters(), *model.buffers())}
+    assert planned == sum(live.values())
