@@ -160,7 +160,7 @@ def measure(model, batch: int, context: int, rate: float, device, dtype, compila
 
 
 def _measured(model, batch: int, context: int, rate: float, device, dtype, compilation) -> dict:
-    graph = graph_obstacle(model, device) is None
+    graph = graph_obstacle(model, device, dtype) is None
     steps = StaticSteps(Predictor(model, None, device, dtype), SAMPLING, batch, graph=graph, compilation=compilation)
     steps.adopt(filled_state(model, batch, context, device, dtype), context + _SPARE)
     for _ in range(4):  # compiles and captures
@@ -175,7 +175,7 @@ def _measured(model, batch: int, context: int, rate: float, device, dtype, compi
         "weight_rate": weights / seconds / rate,
         "floor_milliseconds": 1e3 * (weights + state) / rate,
         "graph": steps.graphed > 0,
-        "graph_reason": steps.reason or graph_obstacle(model, device),
+        "graph_reason": steps.reason or graph_obstacle(model, device, dtype),
     }
 
 

@@ -3,10 +3,10 @@
     python benchmarks/optimizer_step.py [recipes/gpt-350m.yaml] [key=value ...] [--only NAME ...] [--out FILE]
 
 Contenders: torch's fused AdamW for all parameters, torch.optim.Muon for hidden matrices with fused AdamW for the rest
-(packed matrices whole, as torch has no splits), muon_adamw and normuon_adamw. Each is timed as it is called, host
-included, and where it can be captured as a CUDA graph. The floor is the time of the bytes that a step must read and
-write at the rate of a copy, plus that of the FLOPs of the products, symmetric ones by half, at the rate of a large
-matrix product. On a CPU nothing is captured.
+(packed matrices whole, as torch has no splits), muon_adamw, and normuon_adamw with each of two schemes. Each is timed
+as it is called, host included, and where it can be captured as a CUDA graph. The floor is the time of the bytes that a
+step must read and write at the rate of a copy, plus that of the FLOPs of the products, symmetric ones by half, at the
+rate of a large matrix product. On a CPU nothing is captured.
 """
 
 import argparse
@@ -36,8 +36,13 @@ from fusedlm.optim.stacks import stacks_of  # noqa: E402
 from fusedlm.runs.hardware import environment  # noqa: E402
 
 RECIPE = Path(__file__).resolve().parent.parent / "recipes/gpt-350m.yaml"
-CONFIGS = {"adamw": AdamWConfig(), "muon_adamw": MuonAdamWConfig(), "normuon_adamw": NorMuonAdamWConfig()}
-CONTENDERS = ("adamw", "torch_muon_adamw", "muon_adamw", "normuon_adamw")
+CONFIGS = {
+    "adamw": AdamWConfig(),
+    "muon_adamw": MuonAdamWConfig(),
+    "normuon_adamw": NorMuonAdamWConfig(),
+    "normuon_adamw_turbo": NorMuonAdamWConfig(matrix={"scheme": "turbo"}),  # four polynomials, not five
+}
+CONTENDERS = ("adamw", "torch_muon_adamw", "muon_adamw", "normuon_adamw", "normuon_adamw_turbo")
 _UPDATE_BYTES = 2  # of an element of an update that is orthogonalised
 
 
@@ -80,7 +85,7 @@ def measure(recipe, device, dtype, names: tuple[str, ...], *, vocab_size: int, r
             step = _step(name, model, device)
         except AttributeError as error:  # before torch 2.9 there is no torch.optim.Muon
             found["cases"].append(case | {"reason": str(error)})
-            print(f"  {name:18} {error}", flush=True)
+            print(f"  {name:19} {error}", flush=True)
             continue
         case |= {"bytes": _bytes(name, model), "flops": _flops(name, model)}
         seconds = case["bytes"] / ceilings.bytes_per_second + case["flops"] / ceilings.flops_per_second
@@ -137,7 +142,8 @@ def _flops(name: str, model) -> int:
     if name == "adamw":
         return 0
     hidden, by_name = matrix_roles(model), dict(model.named_parameters())
-    n_steps = len(SCHEMES[MuonAdamWConfig().matrix.scheme].coefficients)
+    matrix = CONFIGS.get(name, CONFIGS["muon_adamw"]).matrix
+    n_steps = len(SCHEMES[matrix.scheme].coefficients)
     total = 0
     for stack in stacks_of([by_name[key] for key in hidden], list(hidden.values())):
         small, large = sorted((stack.rows, stack.columns))
@@ -188,7 +194,7 @@ def _line(case: dict) -> str:
     graph = case["graph_milliseconds"]
     graph = f"{graph:8.3f} ms as a graph" if graph is not None else f"no graph: {case['graph_reason']}"
     return (
-        f"  {case['optimizer']:18} {case['milliseconds']:8.3f} ms, floor {case['floor_milliseconds']:.3f} ms, "
+        f"  {case['optimizer']:19} {case['milliseconds']:8.3f} ms, floor {case['floor_milliseconds']:.3f} ms, "
         f"the host is busy {case['host_milliseconds']:.3f} ms; {graph}"
     )
 

@@ -1,6 +1,7 @@
 """fusedlm generate: text from a trained model; one prompt as it is generated, or a file of prompts."""
 
 import json
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -69,16 +70,26 @@ def generate(
     compile: Annotated[
         bool, typer.Option("--compile", help="Compile the steps first, which takes tens of seconds.")
     ] = False,
+    speculate: Annotated[
+        int | None,
+        typer.Option(
+            parser=integer,
+            metavar="K",
+            help="Draft K tokens per step with the modules of model.mtp; prints the fraction of drafts kept.",
+            show_default=False,
+        ),
+    ] = None,
     yarn: YaRNOption = None,
     checkpoint: CheckpointOption = "last",
     weights: WeightsOption = "raw",
     device: DeviceOption = "auto",
 ) -> None:
     """Continue a prompt, or a file of prompts, with the model of RUN, until end of text or --max-tokens."""
-    from fusedlm.generation import generate
+    from fusedlm.generation import Speculation, generate
 
     if (prompt is None) == (prompts is None):
         raise ValueError("give either --prompt TEXT or --prompts FILE")
+    speculation = None if speculate is None else Speculation(speculate)
     texts = None if prompts is None else read_prompts(prompts)
     loaded = load_run(run, checkpoint=checkpoint, weights=weights, device=device, overrides=overrides)
     stretch(loaded.model, loaded.recipe, yarn)
@@ -90,6 +101,7 @@ def generate(
         "dtype": loaded.dtype,
         "cuda_graph": cuda_graph,
         "compile": compile,
+        "speculate": speculation,
     }
     if texts is None:
         pieces = generate(loaded.model, loaded.tokenizer, prompt, seed=seed, stream=True, **options)
@@ -97,6 +109,7 @@ def generate(
         for piece in pieces:
             show(piece)
         print()
+        _show_acceptance(speculation)
         return
     # Results appear after every few batches, among which prompts are sorted by length.
     n = 8 * max(batch_size, 1)
@@ -106,6 +119,15 @@ def generate(
         found = generate(loaded.model, loaded.tokenizer, some, seed=wrapped, batch_size=batch_size, **options)
         for one, text in zip(some, found, strict=True):
             print(json.dumps({"prompt": one, "text": text}), flush=True)
+    _show_acceptance(speculation)
+
+
+def _show_acceptance(speculation) -> None:
+    """Print what a Speculation counted to standard error: standard output is the text."""
+    if speculation is not None and speculation.steps:
+        shares = ", ".join(f"{share:.1%}" for share in speculation.acceptance())
+        rate = speculation.tokens_per_step()
+        print(f"drafts kept, by position: {shares}; {rate:.2f} tokens per step", file=sys.stderr)
 
 
 def read_prompts(path: Path) -> list[str]:

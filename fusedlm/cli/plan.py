@@ -129,6 +129,7 @@ def make_plan(
         "parameters": parameters.total,
         "active_parameters": parameters.active,
         "embedding_parameters": parameters.embedding,
+        "mtp_parameters": parameters.mtp,
         "training_flops_per_token": flops,
         "tokens": tokens,
         "training_flops": flops * tokens,

@@ -36,8 +36,10 @@ def _size(estimate: dict):
     rows = [("parameters", count(estimate["parameters"]), "")]
     if estimate["active_parameters"] != estimate["parameters"]:
         rows.append(("  active per token", count(estimate["active_parameters"]), ""))
+    rows.append(("  embedding", count(estimate["embedding_parameters"]), ""))
+    if estimate["mtp_parameters"]:
+        rows.append(("  multi-token", count(estimate["mtp_parameters"]), "model.mtp, in training alone"))
     rows += [
-        ("  embedding", count(estimate["embedding_parameters"]), ""),
         ("vocabulary", f"{estimate['vocab_size']:,}", sources[estimate["vocab_source"]]),
         ("training tokens", count(estimate["tokens"]), "steps × batch × length"),
         ("FLOPs per token", flops(estimate["training_flops_per_token"]), "forward and backward"),

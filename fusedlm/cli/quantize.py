@@ -46,7 +46,8 @@ def quantize(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object only.")] = False,
 ) -> None:
     """Round the hidden matrices of RUN to few bits, each element by itself, and write them as a run that eval and
-    generate read. Embeddings, head, norms and routers stay as they are."""
+    generate read. Embeddings, head, norms, routers and stacks of experts stay as they are."""
+    from fusedlm.nn.module import parameters_by_kind
     from fusedlm.nn.quantized import quantized_layers, replace_layers
     from fusedlm.ops.quantized.reference import group_of
     from fusedlm.quant.rounding import round_weights
@@ -84,6 +85,7 @@ def quantize(
         "layers": len(layers),
         "quantized_weights": elements,
         "bits_per_weight": 8 * n_bytes / max(elements, 1),
+        "matrices_left": sum(p.numel() for _, kind, p in parameters_by_kind(loaded.model) if kind == "matrix"),
         "bytes_before": source.stat().st_size,
         "bytes_after": written.stat().st_size,
         "bpb_before": before,
@@ -143,6 +145,8 @@ def _described(result: dict, out: Path) -> str:
         f"{result['bits_per_weight']:.3g} bits per weight",
         f"model on disk: {size(result['bytes_before'])} before, {size(result['bytes_after'])} after",
     ]
+    if result["matrices_left"]:
+        lines.insert(1, f"{count(result['matrices_left'])} weights of experts stay in float32")
     if result["bpb_before"] is not None:
         lines.append(f"bits per byte: {result['bpb_before']:.4f} before, {result['bpb_after']:.4f} after")
     return "\n".join([*lines, f"next: fusedlm eval {out}"])

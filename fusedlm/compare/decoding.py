@@ -68,7 +68,7 @@ def _step_seconds(model: Decoder, length: int, device: torch.device, dtype: torc
 
 def _step(model: Decoder, length: int, capacity: int, device: torch.device, dtype: torch.dtype) -> Callable[[], None]:
     predictor, state = Predictor(model, None, device, dtype), _state(model, length, capacity, device, dtype)
-    if graph_obstacle(model, device) is None:
+    if graph_obstacle(model, device, dtype) is None:
         steps = StaticSteps(predictor, Sampling(capacity, 0.0, None, None), 1, graph=True)
         steps.adopt(state, capacity)
         return steps.step

@@ -81,6 +81,36 @@ class BlockConfig(Config):
     """The feed-forward, by its type."""
 
 
+class MTPConfig(Config):
+    """Multi-token prediction (DeepSeek-V3, arXiv 2412.19437, section 2.2): modules that predict further tokens in
+    training, and that draft tokens in generation."""
+
+    depth: int = Field(1, ge=0, le=16)
+    """Number of modules, each of which looks one token further; 0: none."""
+    block: BlockName | None = None
+    """Block of every module, by its letter; null: that of the last layer."""
+    weight: NonNegativeFloat = 0.3
+    """Weight of the modules' loss."""
+    final_weight: NonNegativeFloat | None = 0.1
+    """Weight from final_from on; null: the same as weight."""
+    final_from: Fraction = 0.68
+    """Fraction of all steps after which final_weight takes the place of weight."""
+    depth_weights: list[NonNegativeFloat] | None = Field(None, max_length=16)
+    """Factor of each module's loss in theirs; null: the mean of all, 1 / depth each."""
+
+    @model_validator(mode="after")
+    def _check(self):
+        if self.depth_weights is not None and len(self.depth_weights) != self.depth:
+            raise ValueError(f"depth_weights={self.depth_weights}: needs depth={self.depth} numbers, one per module")
+        return self
+
+    def weight_at(self, step: int, steps: int) -> float:
+        """The weight in a step, counted from 0, of so many."""
+        if self.final_weight is None or step < round(self.final_from * steps):
+            return self.weight
+        return self.final_weight
+
+
 class MuPConfig(Config):
     """Maximal update parametrisation (arXiv 2203.03466, 2310.17813): rates, start and scales that are tuned at
     base_width hold at other widths. At base_width nothing changes."""
@@ -138,6 +168,8 @@ class ModelConfig(Config):
     """Initial hidden matrices: normal, or orthogonal where both sides of a projection have at least 64."""
     mup: MuPConfig | None = None
     """Maximal update parametrisation; null: standard parametrisation."""
+    mtp: MTPConfig | None = None
+    """Multi-token prediction; null: none."""
     vocab_multiple: int = Field(64, gt=0, le=2**16)
     """The embedding is padded to a multiple of this; padding is never predicted."""
 
@@ -150,6 +182,8 @@ class ModelConfig(Config):
         unknown = sorted(set(self.pattern) - set(self.blocks))
         if unknown:
             raise ValueError(f"pattern={self.pattern!r}: no block {unknown[0]!r}; blocks has {sorted(self.blocks)}")
+        if self.mtp is not None and self.mtp.block not in (None, *self.blocks):
+            raise ValueError(f"mtp.block={self.mtp.block!r}: no such block; blocks has {sorted(self.blocks)}")
         value_width = None
         for name, block in self.blocks.items():
             mixer, where = block.mixer, f"blocks.{name}.mixer"

@@ -5,7 +5,9 @@ from collections.abc import Iterator
 
 import torch
 
+from fusedlm.generation.acceptance import Speculation
 from fusedlm.generation.sampling import NOT_FINITE, Sampling
+from fusedlm.generation.speculation import SpeculativeSteps
 from fusedlm.generation.steps import GrowingSteps, Predictor, Row, StaticSteps, graph_obstacle
 from fusedlm.generation.text import TextStream
 
@@ -14,7 +16,8 @@ class BatchDecoder:
     """Decodes batches of one model, one after another.
 
     Steps are CUDA graphs over a static state where that is possible. Elsewhere the state grows, which on the CPU costs
-    less than attention to all the room that a static one has; tokens are the same up to rounding.
+    less than attention to all the room that a static one has; tokens are the same up to rounding. Speculative steps
+    have a static state everywhere.
 
     graphed_steps: so far.
     """
@@ -28,15 +31,25 @@ class BatchDecoder:
         dtype: torch.dtype,
         cuda_graph: bool | None = None,
         compile: bool = False,
+        speculation: Speculation | None = None,
     ):
-        """cuda_graph: None: where possible. compile: with torch.compile, of steps with a graph.
+        """cuda_graph: None: where possible. compile: with torch.compile, of steps with a graph. speculation: steps with
+        drafts, which it counts; None: without.
 
         Raises:
-            ValueError: cuda_graph or compile is True, and a graph is not possible here.
+            ValueError: cuda_graph or compile is True, and a graph is not possible here; or the model cannot draft.
         """
+        if speculation is not None and getattr(model, "mtp", None) is None:
+            raise ValueError(
+                f"speculate={speculation.draft_tokens}: the model has no multi-token prediction to draft with; train "
+                "one with model.mtp, or leave speculate out"
+            )
+        if speculation is not None and compile:
+            raise ValueError("compile=True compiles steps of one token; leave it out, or speculate")
+        self._speculation = speculation
         self._model, self._tokenizer, self._sampling = model, tokenizer, sampling
         self._device, self._dtype = device, dtype
-        obstacle = graph_obstacle(model, device)
+        obstacle = graph_obstacle(model, device, dtype)
         if compile and cuda_graph is False:
             raise ValueError("compile=True compiles the steps of a CUDA graph; leave out cuda_graph=False")
         for name, wanted in (("cuda_graph", cuda_graph), ("compile", compile)):
@@ -90,12 +103,16 @@ class BatchDecoder:
     def _steps(self, n_rows: int) -> GrowingSteps | StaticSteps:
         if self._predictor is None:
             self._predictor = Predictor(self._model, self._tokenizer, self._device, self._dtype)
-        if not self._graph:
+        if not self._graph and self._speculation is None:
             return GrowingSteps(self._predictor, self._sampling)
         if self._static is None or self._static.n_rows != n_rows:
             self._graphed_before = self.graphed_steps
             self._static = None  # its memory is needed
-            self._static = StaticSteps(
-                self._predictor, self._sampling, n_rows, graph=True, compilation=self._compilation
-            )
+            self._static = self._static_steps(n_rows)
         return self._static
+
+    def _static_steps(self, n_rows: int) -> StaticSteps:
+        steps = (self._predictor, self._sampling, n_rows)
+        if self._speculation is not None:
+            return SpeculativeSteps(*steps, self._speculation, graph=self._graph)
+        return StaticSteps(*steps, graph=True, compilation=self._compilation)

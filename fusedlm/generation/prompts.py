@@ -6,6 +6,7 @@ from typing import Literal, overload
 
 import torch
 
+from fusedlm.generation.acceptance import Speculation
 from fusedlm.generation.decode import BatchDecoder
 from fusedlm.generation.sampling import Sampling, check_sampling
 from fusedlm.generation.steps import Row
@@ -38,6 +39,7 @@ def generate(
     dtype: torch.dtype | str = "auto",
     cuda_graph: bool | None = None,
     compile: bool = False,
+    speculate: int | Speculation | None = None,
 ):
     """Continue a prompt, or a list of prompts.
 
@@ -65,6 +67,9 @@ def generate(
             elsewhere.
         cuda_graph: whether a step is one CUDA graph; None: where the device and all layers of the model allow it.
         compile: the steps of a CUDA graph with torch.compile, which takes tens of seconds and pays for many tokens.
+        speculate: drafts per step of speculative decoding, for models with multi-token prediction; or a `Speculation`,
+            which also counts how many of them are kept. Greedy texts are the same up to rounding, sampled ones have the
+            same distribution, but are others. None: one token per step.
 
     Returns:
         The continuation, without the prompt; a list of them for a list of prompts. With `stream` an iterator of
@@ -74,7 +79,7 @@ def generate(
 
     Raises:
         ValueError: at the call, a value is out of range, a prompt is not text, or cuda_graph or compile is not possible
-            here; in decoding, the model's logits are not finite.
+            here, or the model cannot draft; in decoding, the model's logits are not finite.
     """
     check_sampling(temperature, top_k, top_p)
     for name, value in (("max_tokens", max_tokens), ("batch_size", batch_size)):
@@ -90,7 +95,8 @@ def generate(
     device = _device_of(model) if device is None else resolve_device(device)
     dtype = resolve_dtype(dtype, device) if isinstance(dtype, str) else dtype
     sampling = Sampling(max_tokens, temperature, top_k, top_p)
-    decoder = BatchDecoder(model, tokenizer, sampling, device, dtype, cuda_graph, compile)
+    speculation = speculate if isinstance(speculate, Speculation | None) else Speculation(speculate)
+    decoder = BatchDecoder(model, tokenizer, sampling, device, dtype, cuda_graph, compile, speculation)
     for index, text in enumerate(prompts):
         _check_text(text, index)
     rows = [Row(i, [tokenizer.eot_id, *tokenizer.encode(text)], _generator(seed + i)) for i, text in enumerate(prompts)]

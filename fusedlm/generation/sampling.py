@@ -75,6 +75,13 @@ def draw(logits_BV: torch.Tensor, uniform_B: torch.Tensor | None, sampling: Samp
     return checked(invert(weights_BV, uniform_B), logits_BV.amax(-1))
 
 
+def probabilities(logits_BV: torch.Tensor, sampling: Sampling) -> torch.Tensor:
+    """(B, V) float64 on the device of the logits, what `next_token_probabilities` gives for each row; NaN where it
+    raises an error."""
+    weights_BV = _weights(logits_BV.double(), sampling.temperature, sampling.top_k, sampling.top_p)
+    return weights_BV / weights_BV.sum(-1, keepdim=True)
+
+
 def _weights(logits_BV: torch.Tensor, temperature: float, top_k: int | None, top_p: float | None) -> torch.Tensor:
     """Unnormalised probabilities (B, V) from float64 logits."""
     if temperature == 0:

@@ -9,6 +9,7 @@ import torch
 from fusedlm.generation.sampling import Sampling, draw
 from fusedlm.model.cast_weights import CastWeights
 from fusedlm.model.precision import autocast
+from fusedlm.model.waiting import waiting_module
 
 _log = logging.getLogger("fusedlm.generation")
 
@@ -53,13 +54,34 @@ class Predictor:
     @torch.no_grad()
     def logits(self, tokens_BT: torch.Tensor, state, **arguments) -> torch.Tensor:
         """(..., vocab) float32; the tokens are appended to the state. -inf for ids without a token."""
+        return self.logits_and_hidden(tokens_BT, state, **arguments)[0]
+
+    @torch.no_grad()
+    def logits_and_hidden(self, tokens_BT, state, **arguments) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """`logits`, and with hidden=True the output of the last block."""
         with self._weights.in_use(), autocast(self.device, self.dtype):
-            logits = self.model(tokens_BT, state=state, **arguments).logits.float()
+            output = self.model(tokens_BT, state=state, **arguments)
+        return self._of_tokens(output.logits), output.hidden
+
+    @torch.no_grad()
+    def draft(self, depth: int, tokens_BT, hidden_BTD, state, lengths, last_B) -> tuple[torch.Tensor, torch.Tensor]:
+        """`Decoder.draft`: its output (B, T, dim), and the logits (B, vocab) from it at place last_B of each row."""
+        with self._weights.in_use(), autocast(self.device, self.dtype):
+            hidden_BTD = self.model.draft(depth, tokens_BT, hidden_BTD, state, lengths)
+            logits = self.model.head(at(hidden_BTD, last_B))
+        return hidden_BTD, self._of_tokens(logits)
+
+    def _of_tokens(self, logits: torch.Tensor) -> torch.Tensor:
+        logits = logits.float()
         return logits if self._unused is None else logits.index_fill(-1, self._unused, -torch.inf)
 
     def last_logits(self, new: dict[int, list[int]], state) -> torch.Tensor:
         """(len(new), vocab) logits after the new ids of each row; all ids are appended to the state, whose other rows
         stay as they are."""
+        return self.last_logits_and_hidden(new, state)[0]
+
+    def last_logits_and_hidden(self, new: dict[int, list[int]], state, **arguments):
+        """`last_logits`, and with hidden=True the output of the last block at all ids."""
         width = max(map(len, new.values()))
         lengths = [len(new.get(row, ())) for row in range(len(state.lengths))]
         tokens = [[*new.get(row, ()), *[0] * (width - n)] for row, n in enumerate(lengths)]
@@ -67,16 +89,23 @@ class Predictor:
         # Without padding the state need not keep a length per row.
         padding = {"lengths": lengths} if min(lengths) < width else {}
         select = torch.tensor(last, device=self.device)
-        return self.logits(torch.tensor(tokens, device=self.device), state, select=select, **padding)
+        tokens = torch.tensor(tokens, device=self.device)
+        return self.logits_and_hidden(tokens, state, select=select, **padding, **arguments)
 
 
-def graph_obstacle(model: torch.nn.Module, device: torch.device) -> str | None:
-    """Why steps of a model cannot be captured in a CUDA graph; None: they can."""
+def at(x_BTD: torch.Tensor, index_B: torch.Tensor) -> torch.Tensor:
+    """(B, ...) the rows x[b, index_B[b]]; of a negative index the first."""
+    index_B = index_B.clamp(min=0).view(-1, *[1] * (x_BTD.dim() - 1))
+    return x_BTD.gather(1, index_B.expand(-1, 1, *x_BTD.shape[2:]))[:, 0]
+
+
+def graph_obstacle(model: torch.nn.Module, device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why steps of a model, with activations in dtype, cannot be captured in a CUDA graph; None: they can."""
     if device.type != "cuda":
         return f"needs a CUDA device, not {device.type}"
-    for name, module in model.named_modules():
-        if getattr(module, "waits_for_device", False):
-            return f"{name} ({type(module).__name__}) waits for the device"
+    if waiting := waiting_module(model, device, dtype):
+        name, module = waiting
+        return f"{name} ({type(module).__name__}) waits for the device"
     return None
 
 
@@ -123,6 +152,8 @@ class StaticSteps:
     reason: why the last capture failed; None: it did not.
     """
 
+    _draws_per_step = 1  # random numbers of a row in each step
+
     def __init__(
         self, predictor: Predictor, sampling: Sampling, n_rows: int, *, graph: bool, compilation: dict | None = None
     ):
@@ -140,9 +171,10 @@ class StaticSteps:
         self._fed_B1 = torch.zeros(n_rows, 1, dtype=torch.int64, device=device)
         self._tokens_B = torch.zeros(n_rows, dtype=torch.int64, device=device)
         self._ended_B = torch.zeros(n_rows, dtype=torch.bool, device=device)
-        self._uniform_BK = torch.zeros(n_rows, _DRAWS, dtype=torch.float64, device=device)
+        n_draws = _DRAWS * self._draws_per_step
+        self._uniform_BK = torch.zeros(n_rows, n_draws, dtype=torch.float64, device=device)
         self._n_drawn = torch.zeros(1, dtype=torch.int64, device=device)
-        self._readers = [_Reader(n_rows, device) for _ in range(2)]
+        self._readers = [Reader(self._tokens_B, device) for _ in range(2)]
 
     def run(self, rows: list[Row]) -> Iterator[list[int]]:
         """As `GrowingSteps.run`, of n_rows rows."""
@@ -186,8 +218,11 @@ class StaticSteps:
 
     def _capacity(self, needed: int, longest: int) -> int:
         """A power of two, so that the state seldom has to grow, or what max_tokens need in the end."""
-        most = longest + self._sampling.max_tokens - 1
-        return max(needed, min(most, max(_LEAST_CAPACITY, 1 << (needed - 1).bit_length())))
+        return max(needed, min(self._most(longest), max(_LEAST_CAPACITY, 1 << (needed - 1).bit_length())))
+
+    def _most(self, longest: int) -> int:
+        """Tokens of a row in the end."""
+        return longest + self._sampling.max_tokens - 1
 
     def _forget_graph(self) -> None:
         self._graph, self._warm = None, 0
@@ -196,7 +231,7 @@ class StaticSteps:
         """Before each draw: when the random numbers on the device are used up, the next ones."""
         if self._sampling.temperature > 0 and self._n_used % _DRAWS == 0:
             if self._rows:
-                uniform = _uniform(self._rows, _DRAWS)
+                uniform = _uniform(self._rows, self._uniform_BK.shape[1])
                 if self._uniform_BK.is_cuda:
                     uniform = uniform.pin_memory()
                 self._uniform_BK.copy_(uniform, non_blocking=True)
@@ -253,13 +288,13 @@ class StaticSteps:
         torch.clamp(tokens_B, min=0, out=self._fed_B1[:, 0])
 
 
-class _Reader:
+class Reader:
     """Tokens on their way to the host."""
 
-    def __init__(self, n_rows: int, device: torch.device):
+    def __init__(self, like: torch.Tensor, device: torch.device):
         cuda = device.type == "cuda"
         self._device = device
-        self._tokens_B = torch.zeros(n_rows, dtype=torch.int64, pin_memory=cuda)
+        self._tokens_B = torch.zeros(like.shape, dtype=torch.int64, pin_memory=cuda)
         self._event = torch.cuda.Event() if cuda else None
 
     def send(self, tokens_B: torch.Tensor) -> None:
@@ -267,7 +302,7 @@ class _Reader:
         if self._event is not None:
             self._event.record(torch.cuda.current_stream(self._device))
 
-    def receive(self) -> list[int]:
+    def receive(self) -> list:
         if self._event is not None:
             self._event.synchronize()
         return self._tokens_B.tolist()

@@ -54,8 +54,8 @@ def _allocate(vocab_size: int, config) -> Decoder:
         arguments["embedding_std"] = default_embedding_std(mup["base_width"], arguments["tie_embeddings"])
     model, base = Decoder(vocab_size=vocab_size, **arguments), _allocate(vocab_size, config.at_base_width())
     depth = len(model.blocks) / (mup["base_depth"] or len(model.blocks))
-    model.mup = widen(model, base, list(model.blocks), depth=depth, depth_exponent=mup["depth_exponent"])
-    for block in model.blocks:
+    model.mup = widen(model, base, model.all_blocks(), depth=depth, depth_exponent=mup["depth_exponent"])
+    for block in model.all_blocks():
         block.branch_scale = model.mup.branch_scale()
     return model
 

@@ -3,21 +3,22 @@
 import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 
 import torch
 
+from fusedlm.model.layer_metrics import collect, summarise
+from fusedlm.model.multi_token import multi_token_loss, prediction_modules
 from fusedlm.model.output import Output
 from fusedlm.model.state import State
 from fusedlm.nn.bigram import BigramHash
 from fusedlm.nn.block import Block
 from fusedlm.nn.context import Context, document_positions, row_boundaries
 from fusedlm.nn.embedding import Embedding
-from fusedlm.nn.linear import Linear
 from fusedlm.nn.lm_head import LMHead
 from fusedlm.nn.module import UNFUSED, UNFUSED_REASON, Module, OpUse, use_backends
 from fusedlm.nn.mup import MuP
 from fusedlm.nn.previous import PreviousToken
-from fusedlm.nn.report import Loss, Report
 from fusedlm.nn.rope import YaRN
 from fusedlm.nn.smear import SmearGate
 from fusedlm.nn.value_embedding import STD as VALUE_STD
@@ -56,6 +57,7 @@ class Decoder(Module):
         unet_skips: bool = False,
         depth_scaled_norms: bool = False,
         init: str = "normal",
+        mtp: dict | None = None,
         vocab_multiple: int = 64,
     ):
         """Allocates; `init_weights` draws. The arguments are plain values, under the names of `fusedlm.config.model`.
@@ -68,6 +70,7 @@ class Decoder(Module):
             yarn: arguments of `YaRN`, for every mixer with rotary embedding; None: not stretched.
             bigram: arguments of `BigramHash`; None: none.
             init: normal or orthogonal, of hidden matrices.
+            mtp: the keys of `fusedlm.config.model.MTPConfig`; None, or depth 0: no multi-token prediction.
 
         Raises:
             ValueError: blocks have value embeddings of different widths.
@@ -102,15 +105,22 @@ class Decoder(Module):
             )
             for layer, name in enumerate(self.layer_names)
         )
+        self.mtp, self.mtp_factors = None, []
+        if mtp is not None and mtp["depth"]:
+            letter = mtp["block"] or self.layer_names[-1]
+            shared = {"dim": dim, "dropout": dropout, "norm_eps": norm_eps, "depth_scaled_norms": depth_scaled_norms}
+            self.mtp = prediction_modules(mtp["depth"], first_layer=n_layers, **blocks[letter], **shared)
+            self.mtp_factors = mtp["depth_weights"] or [1 / mtp["depth"]] * mtp["depth"]
+            self.add_constant("mtp_weight", mtp["weight"])
         cap = logit_softcap if logit_rescale is None else SigmoidCap(**logit_rescale)
         tied = self.embedding if tie_embeddings else None
         self.head = LMHead(dim=dim, n_rows=n_rows, vocab_size=vocab_size, cap=cap, norm_eps=norm_eps, tied=tied)
         self.tied = tie_embeddings
         self._step_calls: list | None = None
-        self.rope_specs = set().union(*(block.mixer.rope_specs() for block in self.blocks))
+        self.rope_specs = set().union(*(block.mixer.rope_specs() for block in self.all_blocks()))
         if init == "orthogonal":
             for module in self.modules():
-                if isinstance(module, Linear):
+                if hasattr(module, "init_orthogonal"):
                     module.init_orthogonal()
 
     @staticmethod
@@ -139,6 +149,7 @@ class Decoder(Module):
         targets: torch.Tensor | None = None,
         loss_weight: torch.Tensor | None = None,
         batch_weight: torch.Tensor | float = 1.0,
+        hidden: bool = False,
     ) -> Output:
         """Logits of the token after each, or the loss on targets.
 
@@ -158,6 +169,7 @@ class Decoder(Module):
             loss_weight: () factor on each token's nll and on each loss per token; None: one over the number of valid
                 targets of this call.
             batch_weight: factor on losses that are means over the sequences of this call.
+            hidden: return the output of the last block too, for `draft`.
 
         Raises:
             ValueError: shapes that do not match, a state without room, or on the CPU an id outside of the vocabulary.
@@ -165,7 +177,8 @@ class Decoder(Module):
         n_new = self._check(tokens, documents, state, lengths)
         context = self._context(tokens, documents, state, n_new, select)
         with self._compilation(state):
-            x = self._embed(tokens, context, {} if state is None else state.inputs)
+            embedded = self.embedding(tokens)
+            x = self._embed(embedded, tokens, context, {} if state is None else state.inputs)
             reports, x0, skips = [], x, []
             for index, block in enumerate(self.blocks):
                 inputs = {"x0_BTD": x0} if block.mixes_x0 and index > 0 else {}
@@ -176,33 +189,81 @@ class Decoder(Module):
                 if index < self.n_skips:
                     skips.append(x)
             logits, nll, losses = self._head(x, select, targets, loss_weight)
+            if self.mtp is not None and self.training and targets is not None and state is None:
+                losses["mtp"], further = multi_token_loss(self, x, embedded, context, targets, loss_weight)
+                reports += further
         if state is not None:
             state.advance(context, documents, n_new)
-        own, metrics = _collect(reports)
+        own, metrics = collect(reports)
         for name, loss in own.items():
             weight = batch_weight
             if loss.per == "token":
                 weight = 1.0 if loss_weight is None else loss_weight
             losses[name] = loss.value * weight
-        return Output(logits, nll, losses, metrics)
+        return Output(logits, nll, losses, metrics, x if hidden else None)
 
-    def _embed(self, tokens_BT: torch.Tensor, context: Context, states: dict[str, PreviousToken]) -> torch.Tensor:
+    def _embed(
+        self, embedded_BTD, tokens_BT: torch.Tensor, context: Context, states: dict[str, PreviousToken]
+    ) -> torch.Tensor:
         """The input of the first block; the context gets the rows of the value embedding."""
-        x = self.embedding(tokens_BT)
+        x = embedded_BTD
         if self.bigram is not None:
             x = x + self.bigram(tokens_BT, context, states.get("bigram"))
-        x = self._cast(x * self.embedding_scale)
+        x = self.cast(x * self.embedding_scale)
         if self.smear is not None:
             x = self.smear(x, context, states.get("smear"))
         if self.value_table is not None:
-            context.value_rows_BTW = self._cast(self.value_table(tokens_BT))
+            context.value_rows_BTW = self.cast(self.value_table(tokens_BT))
         return self.dropout(x)
 
     @staticmethod
-    def _cast(x: torch.Tensor) -> torch.Tensor:
+    def cast(x: torch.Tensor) -> torch.Tensor:
         """x in autocast's dtype: a float32 residual stream would double its traffic."""
         device = x.device.type
         return x.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else x
+
+    def draft(
+        self,
+        depth: int,
+        tokens: torch.Tensor,
+        hidden: torch.Tensor,
+        state: State,
+        lengths: Sequence[int] | torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Run a module of multi-token prediction, for `fusedlm.generation`; the head gives the logits of its output.
+
+        Args:
+            depth: of the module, from 1.
+            tokens: (B, T) int64, the tokens `depth` places after the positions.
+            hidden: (B, T, dim), the output of the module before, or for the first one of the last block.
+            state: of `init_draft_state`, updated in place: the positions follow those it has seen.
+            lengths: as `forward` takes them.
+
+        Returns:
+            (B, T, dim).
+        """
+        n_new = self._check(tokens, None, state, lengths)
+        context = self._context(tokens, None, state, n_new, None)
+        with self._compilation(state):
+            embedded = self.embedding(tokens)
+            if self.value_table is not None:
+                context.value_rows_BTW = self.cast(self.value_table(tokens))
+            x, _ = self.mtp[depth - 1](hidden, self.cast(embedded * self.embedding_scale), context, state.layers[0])
+        state.advance(context, None, n_new)
+        return x
+
+    def init_draft_state(self, depth: int, batch_size: int) -> State:
+        """An empty state of the module of that depth, from 1."""
+        mixer = self.mtp[depth - 1].block.mixer
+        return State([mixer.init_state(batch_size)], batch_size, self.embedding.weight.device, {})
+
+    def set_mtp_weight(self, weight: float) -> None:
+        """The weight of the loss of multi-token prediction from now on; in the memory that a CUDA graph reads."""
+        self.mtp_weight.fill_(weight)
+
+    def all_blocks(self) -> list[Block]:
+        """Those of the layers, and those of multi-token prediction."""
+        return [*self.blocks, *(module.block for module in self.mtp or ())]
 
     def _head(self, x_BTD, select, targets, loss_weight):
         if select is not None:
@@ -256,7 +317,8 @@ class Decoder(Module):
         """
         device = torch.device(device)
         call = Call(device, dtype, deterministic)
-        parts = [*zip(self.layer_names, self.blocks, strict=True), ("head", self.head)]
+        modules = [("mtp", module) for module in self.mtp or ()]
+        parts = [*zip(self.layer_names, self.blocks, strict=True), *modules, ("head", self.head)]
         return {f"{name}.{use.name}": self._explain(use, call) for name, part in parts for use in part.ops(device)}
 
     def _explain(self, use: OpUse, call: Call) -> BackendSelection:
@@ -268,15 +330,11 @@ class Decoder(Module):
     def summarise(self, metrics: dict[str, torch.Tensor]) -> dict:
         """Figures of summed `Output.metrics`, as metrics.jsonl and `fusedlm eval --json` hold them: numbers and lists
         of them by name. Waits for the device if the metrics are on one."""
-        figures = {}
-        for name, sums in metrics.items():
-            layers = [module for module in self.modules() if getattr(module, "metric", None) == name]
-            figures |= layers[0].summarise(layers, sums.tolist())
-        return figures
+        return summarise(self, metrics)
 
     def recompute_mixers(self, recompute: bool = True) -> None:
         """Save only the input and the attention output of each mixer for backward, and recompute the rest."""
-        for block in self.blocks:
+        for block in self.all_blocks():
             block.recompute_mixer(recompute)
 
     def compile_blocks(self, backend: str = "inductor", dynamic: bool | None = None) -> None:
@@ -291,7 +349,7 @@ class Decoder(Module):
             part.compile(fullgraph=True, backend=backend, dynamic=dynamic)
 
     def _compiled_parts(self) -> tuple[Module, ...]:
-        return (*self.input_parts(), *self.blocks, self.head)
+        return (*self.input_parts(), *self.blocks, *(self.mtp or ()), self.head)
 
     def compile_steps(self, options: dict | None) -> None:
         """torch.compile each block and the head for one-token steps over a static state, whatever is compiled for
@@ -330,13 +388,13 @@ class Decoder(Module):
     def _context(self, tokens, documents, state, n_new: list[int] | None, select) -> Context:
         batch, n_tokens = tokens.shape
         packed = documents is not None or (state is not None and state.packed)
-        past = 0 if state is None else state.past()
+        past = 0 if state is None else state.past(n_tokens)
         starts_B = None if state is None else state.starts()
         if documents is not None:
             before = (state.last_document_B, state.next_position_B) if past else ()
             positions = document_positions(documents, *before)
         elif state is not None and state.capacity is not None:
-            positions = state.next_position_B[:, None]
+            positions = state.next_of(state.next_position_B, n_tokens)
         else:
             positions = torch.arange(n_tokens, device=tokens.device)[None]
             if past:
@@ -344,8 +402,10 @@ class Decoder(Module):
         one_row = not packed and starts_B is None
         context = Context(positions[:1] if one_row else positions.expand(batch, -1), packed, past, starts_B)
         context.select = select
-        context.slots_B = None if state is None else state.slots()
-        if n_new is not None and min(n_new) < n_tokens:
+        context.slots_B = None if state is None else state.slots(n_tokens)
+        if isinstance(n_new, torch.Tensor):
+            context.lengths_B = n_new
+        elif n_new is not None and min(n_new) < n_tokens:
             context.lengths_B = torch.tensor(n_new, device=tokens.device)
         if past == 0 and self._varlen_attention(tokens.device):
             if packed:
@@ -353,7 +413,7 @@ class Decoder(Module):
             else:  # for windows
                 context.boundaries = row_boundaries(batch, n_tokens, tokens.device)
         wide = torch.promote_types(self.embedding.weight.dtype, torch.float32)
-        of_next = None if state is None or state.capacity is None else state.rope
+        of_next = None if state is None or state.capacity is None else partial(state.rope, n_tokens=n_tokens)
         context.add_rope(self.rope_specs, wide, self.yarn, of_next)
         return context
 
@@ -368,14 +428,14 @@ class Decoder(Module):
         requested = self.backend("packed_attention")
         return any(
             OPS["packed_attention"].select(requested, call, **use.sizes).backend == "flash"
-            for block in self.blocks
+            for block in self.all_blocks()
             for use in block.ops(device)
             if use.op == "packed_attention"
         )
 
     @staticmethod
-    def _check(tokens, documents, state, lengths) -> list[int] | None:
-        """The number of new tokens of each row, with a state."""
+    def _check(tokens, documents, state, lengths) -> list[int] | torch.Tensor | None:
+        """The number of new tokens of each row, with a state; a tensor of a static one if it was given."""
         if tokens.dim() != 2 or 0 in tokens.shape:
             raise ValueError(f"tokens must be (batch, length), both at least 1, not {tuple(tokens.shape)}")
         batch, n_tokens = tokens.shape
@@ -387,8 +447,10 @@ class Decoder(Module):
             return None
         if len(state.lengths) != batch:
             raise ValueError(f"the state is for {len(state.lengths)} sequences, tokens has {batch}")
-        if state.capacity is not None and (n_tokens > 1 or lengths is not None or documents is not None):
-            raise ValueError("a static state takes one token per row, without lengths and documents")
+        if state.capacity is not None:
+            state.check_static(n_tokens, lengths, documents)
+            if isinstance(lengths, torch.Tensor):
+                return lengths
         if lengths is None:
             return [n_tokens] * batch
         lengths = [int(n) for n in lengths]
@@ -402,15 +464,3 @@ def default_embedding_std(dim: int, tied: bool) -> float:
     2 / dim that is 2, and training starts at ln(vocab)."""
     return min(0.02, 2 / dim) if tied else 0.02
 
-
-def _collect(reports: list[Report]) -> tuple[dict[str, Loss], dict[str, torch.Tensor]]:
-    """Each loss as the mean over the layers that have it, each metric of all layers that have it, stacked."""
-    losses: dict[str, list[Loss]] = {}
-    metrics: dict[str, list[torch.Tensor]] = {}
-    for report in reports:
-        for name, loss in report.losses.items():
-            losses.setdefault(name, []).append(loss)
-        for name, metric in report.metrics.items():
-            metrics.setdefault(name, []).append(metric)
-    means = {n: Loss(torch.stack([one.value for one in all_]).mean(), all_[0].per) for n, all_ in losses.items()}
-    return means, {name: torch.stack(all_) for name, all_ in metrics.items()}

@@ -24,11 +24,13 @@ def activation_bytes(model: Decoder, n_tokens: int, dtype: torch.dtype, recomput
             attention.
     """
     per_token = 0.0
-    for block in model.blocks:
+    for block in model.all_blocks():
         mixer = _recomputed_mixer(block.mixer, dtype) if recompute else _mixer(block.mixer, model.dim, dtype)
         per_token += mixer + _feed_forward(block.ffn, model.dim, dtype)
         per_token += 2 * model.dim * (model.dropout.p > 0)  # masks, one byte per element
     per_token += (2 * model.dim + _input_elements(model)) * dtype.itemsize  # embedding, and the input of the head
+    # Embedding moved, concatenation of both norms, projection, and the input of the head.
+    per_token += 5 * model.dim * len(model.mtp or ()) * dtype.itemsize
     logits = min(4 * n_tokens * model.embedding.weight.shape[0], _LOGITS)
     return round(n_tokens * per_token) + logits
 
@@ -69,8 +71,9 @@ def _recomputed_mixer(mixer, dtype: torch.dtype) -> float:
 
 def _feed_forward(ffn, dim: int, dtype: torch.dtype) -> float:
     """Bytes per token of a feed-forward. Squared ReLU saves one matrix of its hidden layer."""
-    shared = ffn.up.out_features if isinstance(ffn, ReLU2) else 0
-    return _linears(ffn, dim, dtype) - dtype.itemsize * shared
+    once = sum(part.up.out_features for part in ffn.modules() if isinstance(part, ReLU2))
+    experts = ffn.saved_elements() if hasattr(ffn, "saved_elements") else 0
+    return _linears(ffn, dim, dtype) + dtype.itemsize * (experts - once)
 
 
 def _linears(part: torch.nn.Module, dim: int, dtype: torch.dtype) -> int:

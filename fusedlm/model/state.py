@@ -20,19 +20,23 @@ class Mark:
     last_document_B: torch.Tensor
     # Of each append since: tokens of each row, and the position after each token and its document, (B, T).
     appended: list[tuple[list[int], torch.Tensor, torch.Tensor | None]] = field(default_factory=list)
+    # Of a static state: its counters when the mark was set, and of each append tokens of each row and width.
+    counters: torch.Tensor | None = None
+    appended_static: list[tuple[torch.Tensor | int, int]] = field(default_factory=list)
 
 
 class State:
     """The decoding state of a batch of sequences, which may differ in length.
 
     A static state (`make_static`) keeps all its tensors at fixed addresses and counts on the device, so that one-token
-    steps can be captured in a CUDA graph.
+    steps, and appends of a few tokens with their rollback, can be captured in a CUDA graph.
 
     layers: what each mixer's `init_state` gave.
     inputs: the states of the parts before the first block, by name.
     lengths: tokens seen, of each row; of a static state those before it became static.
     next_position_B, last_document_B: (B,) int64, the next position and the number of each row's last document.
     capacity: most tokens of a row of a static state; None: it is not static.
+    spare: most tokens per row between a mark and its rollback, of a static state.
     lengths_B: (B,) int64 tokens seen, of a static state.
     growing_B: (B,) int64, 1 for rows that keep the next token, 0 for rows that overwrite it with the one after; of a
         static state.
@@ -45,6 +49,7 @@ class State:
         self.next_position_B = torch.zeros(batch_size, dtype=torch.int64, device=device)
         self.last_document_B = torch.zeros(batch_size, dtype=torch.int64, device=device)
         self.capacity: int | None = None
+        self.spare = 0
         self.lengths_B: torch.Tensor | None = None
         self.growing_B: torch.Tensor | None = None
         # Of a static state: lengths_B, next_position_B and slots, which advance together, (3, B).
@@ -57,10 +62,10 @@ class State:
         """Tokens seen, of the row that has the most."""
         return max(self.lengths)
 
-    def past(self) -> int:
-        """Tokens before the next one, of the row that has the most; of a static state the most there can be, since
+    def past(self, n_tokens: int = 1) -> int:
+        """Tokens before the next n_tokens, of the row that has the most; of a static state the most there can be, since
         shapes must not depend on lengths."""
-        return self.length if self.capacity is None else self.capacity - 1
+        return self.length if self.capacity is None else self.capacity - n_tokens
 
     def starts(self) -> torch.Tensor | None:
         """(B,) int64 tokens seen; None where all rows have `length`."""
@@ -70,29 +75,61 @@ class State:
             return None
         return torch.tensor(self.lengths, device=self.next_position_B.device)
 
-    def slots(self) -> torch.Tensor | None:
-        """(B,) int64 places of the next tokens among the B * capacity of a static cache; None: not static."""
-        return None if self.capacity is None else self._counters[2]
+    def slots(self, n_tokens: int = 1) -> torch.Tensor | None:
+        """(B,) int64 places of the next tokens among the B * capacity of a static cache, or (B, n_tokens) of several;
+        None: not static."""
+        if self.capacity is None:
+            return None
+        return self._counters[2] if n_tokens == 1 else self.next_of(self._counters[2], n_tokens)
+
+    @staticmethod
+    def next_of(first_B: torch.Tensor, n_tokens: int) -> torch.Tensor:
+        """(B, n_tokens) int64, consecutive numbers from those given."""
+        first_B1 = first_B[:, None]
+        return first_B1 if n_tokens == 1 else first_B1 + torch.arange(n_tokens, device=first_B.device)
 
     def _place(self) -> None:
         """Set the slots by the lengths."""
         rows_B = torch.arange(len(self.lengths), device=self.lengths_B.device)
         self._counters[2] = rows_B * self.capacity + self.lengths_B
 
-    def rope(self, dim: int, base: float, dtype: torch.dtype, yarn: YaRN | None) -> RopeTable:
+    def rope(self, dim: int, base: float, dtype: torch.dtype, yarn: YaRN | None, n_tokens: int = 1) -> RopeTable:
         """`rope_table` of the next tokens of a static state: rows of a table of all its positions, which is computed at
         the first call."""
         key = (dim, base, dtype, yarn)
         if key not in self._tables:
             positions = torch.arange(self.capacity, device=self.lengths_B.device)
             self._tables[key] = torch.stack(rope_table(positions[None], dim, base, dtype, yarn))[:, 0]
-        cos, sin = self._tables[key].index_select(1, self.next_position_B)
-        return cos[:, None], sin[:, None]
+        index = self.next_position_B if n_tokens == 1 else self.next_of(self.next_position_B, n_tokens).flatten()
+        cos, sin = self._tables[key].index_select(1, index).unflatten(1, (-1, n_tokens))
+        return cos, sin
 
-    def advance(self, context: Context, documents_BT: torch.Tensor | None, lengths: list[int]) -> None:
-        """Count an append of so many tokens per row."""
+    def check_static(self, n_tokens: int, lengths, documents_BT: torch.Tensor | None) -> None:
+        """Raises:
+        ValueError: a static state cannot take these tokens.
+        """
+        if self._mark is None:
+            if n_tokens > 1 or lengths is not None or documents_BT is not None:
+                raise ValueError("a static state takes one token per row, without lengths and documents")
+            return
+        if documents_BT is not None or not isinstance(lengths, torch.Tensor | None):
+            raise ValueError("a static state takes no documents, and lengths as a tensor on its device")
+        n_appended = n_tokens + sum(width for _, width in self._mark.appended_static)
+        if n_appended > self.spare:
+            raise ValueError(f"{n_appended} tokens since the mark are more than the spare={self.spare} of this state")
+
+    def advance(
+        self, context: Context, documents_BT: torch.Tensor | None, lengths: list[int] | torch.Tensor
+    ) -> None:
+        """Count an append of so many tokens per row; of a static state with a mark a tensor, or all."""
         if self.capacity is not None:
-            self._counters += self.growing_B
+            if self._mark is None:
+                self._counters += self.growing_B
+            else:
+                width = context.positions_BT.shape[1]
+                n_new = lengths if isinstance(lengths, torch.Tensor) else width
+                self._mark.appended_static.append((n_new, width))
+                self._counters += n_new
             return
         after_BT = (context.positions_BT + 1).expand(len(lengths), -1)
         if self._mark is not None:
@@ -113,10 +150,14 @@ class State:
         if documents_BT is not None:
             self.last_document_B = torch.where(n_B > 0, documents_BT.gather(1, last_B)[:, 0], self.last_document_B)
 
-    def make_static(self, capacity: int) -> None:
+    def make_static(self, capacity: int, spare: int = 0) -> None:
         """Keep all tensors at fixed addresses from now on, with room for `capacity` tokens in every row. The state then
-        takes one token per row at a time, and cannot be rolled back. Called again, it gives a static state more room;
-        a graph captured before is then of no use.
+        takes one token per row at a time. Called again, it gives a static state more room; a graph captured before is
+        then of no use.
+
+        Args:
+            spare: with a mark, so many tokens per row may be appended, any number at a time, before some are taken
+                back; those must fit the capacity. 0: it takes no mark.
 
         Raises:
             ValueError: the state has a mark, documents, or no tokens, or the capacity is too small.
@@ -138,11 +179,12 @@ class State:
             self._counters = torch.stack([lengths_B, self.next_position_B, lengths_B])
             self.lengths_B, self.next_position_B, _ = self._counters
             self.growing_B = torch.ones_like(self.lengths_B)
+            self.spare = spare
         self.capacity = capacity
         self._tables = {}
         self._place()
         for part in self._parts():
-            part.make_static(capacity, self.lengths_B)
+            part.make_static(capacity, self.lengths_B, self.spare)
 
     def load(self, other: "State") -> None:
         """Replace the contents of this static state by those of another, which is not static, in the same memory.
@@ -169,13 +211,16 @@ class State:
         """Set a point to roll back to. One at a time: `rollback` or `release` it before the next.
 
         Raises:
-            ValueError: a mark is set already, or the state is static.
+            ValueError: a mark is set already, or the state is static without spare tokens.
         """
-        if self.capacity is not None:
-            raise ValueError("a static state cannot be rolled back, and takes no mark")
+        if self.capacity is not None and not self.spare:
+            raise ValueError("a static state without spare tokens cannot be rolled back, and takes no mark")
         if self._mark is not None:
             raise ValueError("this state has a mark already; roll back to it or release it first")
-        self._mark = Mark(list(self.lengths), self.packed, self.next_position_B, self.last_document_B)
+        counters = None if self.capacity is None else self._counters.clone()
+        self._mark = Mark(
+            list(self.lengths), self.packed, self.next_position_B, self.last_document_B, counters=counters
+        )
         for part in self._parts():
             part.mark()
         return self._mark
@@ -185,12 +230,16 @@ class State:
 
         Args:
             mark: from `mark()`, not used yet.
-            keep: tokens to keep, one number for all rows or one per row.
+            keep: tokens to keep, one number for all rows or one per row; of a static state (B,) int64 on its device,
+                which is not waited for and not checked.
 
         Raises:
             ValueError: the mark is not the current one, or a row has fewer tokens to keep.
         """
         self._check(mark)
+        if mark.counters is not None:
+            self._rollback_static(mark, keep)
+            return
         keep = self._keep_list(keep, mark)
         self._mark = None
         self.lengths, self.packed = list(mark.lengths), mark.packed
@@ -203,6 +252,17 @@ class State:
             if any(taken):
                 self.packed = self.packed or documents_BT is not None
                 self._follow(taken, after_BT, documents_BT)
+        for part in self._parts():
+            part.rollback(kept)
+
+    def _rollback_static(self, mark: Mark, keep_B: torch.Tensor) -> None:
+        self._mark = None
+        torch.add(mark.counters, keep_B, out=self._counters)
+        left_B, kept = keep_B, []
+        for n_new, _ in mark.appended_static:
+            taken_B = left_B.clamp(max=n_new)
+            left_B = left_B - taken_B
+            kept.append(taken_B)
         for part in self._parts():
             part.rollback(kept)
 

@@ -14,6 +14,8 @@ class TokenCache:
     Rollback needs no work: the decoder reports fewer tokens, and later appends overwrite the rest.
     """
 
+    spare = 0  # see WindowCache
+
     def __init__(self, max_tokens: int | None = None):
         self.max_tokens = max_tokens
         self.rows: torch.Tensor | None = None
@@ -55,7 +57,7 @@ class TokenCache:
         """starts_B and visible_before_BT of attention to what `append` returned."""
         return context.starts_B, context.visible_before()
 
-    def make_static(self, capacity: int, lengths_B: torch.Tensor) -> None:
+    def make_static(self, capacity: int, lengths_B: torch.Tensor, spare: int = 0) -> None:
         """See `State.make_static`. lengths_B: tokens of each row."""
         self.rows = _resized(self.rows, capacity)
         self.max_tokens = capacity
@@ -96,16 +98,19 @@ class WindowCache:
     """The window - 1 tokens that the next one can still see, (B, at most window - 1, ...), each row's newest last. Rows
     that have seen fewer tokens hold unused entries first, which no query sees.
 
-    Static, it is a ring of `window` tokens, in which the token at position p has place p % window."""
+    Static, it is a ring of window + spare tokens, in which the token at position p has place p % (window + spare): the
+    tokens that the next one sees are still there when the last `spare` ones are taken back."""
 
     def __init__(self, window: int):
-        self.window = window
+        self.window, self.spare, self.static = window, 0, False
         self.rows: torch.Tensor | None = None
         self._before: torch.Tensor | None = None  # rows when the mark was set
         self._since: list[torch.Tensor] | None = None  # what was appended after a mark; None: there is none
 
     def append(self, new: torch.Tensor, context: Context) -> torch.Tensor:
         """Append (B, T, ...); returns (B, S, ...), the earlier and the new tokens, oldest first unless static."""
+        if self.spare:
+            return self._append_to_ring(new, context.starts_B)
         if context.slots_B is not None:
             rows_B = torch.arange(len(new), device=new.device)
             write(self.rows, rows_B * self.window + context.starts_B % self.window, new)
@@ -116,16 +121,26 @@ class WindowCache:
             self.rows = None  # after a rollback to length 0 they belong to no row
         return self._shift_in(new, context.lengths_B)
 
+    def _append_to_ring(self, new: torch.Tensor, starts_B: torch.Tensor) -> torch.Tensor:
+        """Returns the tokens that these see, in order: the ring holds older ones too, which no mask of attention could
+        leave out where they are."""
+        n_tokens, size = new.shape[1], self.rows.shape[1]
+        rows_B1 = torch.arange(len(new), device=new.device)[:, None]
+        seen = starts_B[:, None] + torch.arange(1 - self.window, n_tokens, device=new.device)
+        self.rows[rows_B1, seen[:, self.window - 1 :] % size] = new
+        return self.rows[rows_B1, seen % size]
+
     def visible(self, context: Context) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         """See TokenCache. Rows end with the newest token, whatever their length; in the ring, the order does not matter
         and tokens beyond a row's length are after its own."""
-        if context.slots_B is not None:
+        if context.slots_B is not None and not self.spare:
             return context.starts_B.clamp(max=self.window - 1), None
         return None, context.visible_before(self.window)
 
-    def make_static(self, capacity: int, lengths_B: torch.Tensor) -> None:
+    def make_static(self, capacity: int, lengths_B: torch.Tensor, spare: int = 0) -> None:
         """See TokenCache."""
-        if self.rows.shape[1] < self.window:
+        if not self.static:
+            self.static, self.spare = True, spare
             self.rows = self._ring(self.rows, lengths_B)
 
     def load(self, other: "WindowCache", lengths_B: torch.Tensor) -> None:
@@ -136,8 +151,9 @@ class WindowCache:
         n = rows.shape[1]
         position = lengths_B[:, None] - n + torch.arange(n, device=rows.device)
         batch = torch.arange(len(rows), device=rows.device)[:, None]
-        ring = rows.new_zeros(len(rows), self.window, *rows.shape[2:])
-        ring[batch, position % self.window] = rows  # of positions below 0: to places that are not visible yet
+        size = self.window + self.spare
+        ring = rows.new_zeros(len(rows), size, *rows.shape[2:])
+        ring[batch, position % size] = rows  # of positions below 0: to places that are not visible yet
         return ring
 
     def _shift_in(self, new: torch.Tensor, n_new_B: torch.Tensor | None) -> torch.Tensor:
@@ -160,13 +176,14 @@ class WindowCache:
             self.rows = torch.cat([self.rows, self.rows[:, :n]], dim=1)
 
     def mark(self) -> None:
-        """From now on save what `rollback` needs."""
-        self._before, self._since = self.rows, []
+        """From now on save what `rollback` needs; a ring has it."""
+        if not self.static:
+            self._before, self._since = self.rows, []
 
     def rollback(self, kept: list[torch.Tensor] | None) -> None:
         """Keep only the first kept[i][b] tokens of the i-th append since the mark in row b; None: keep all."""
         since, self._since = self._since, None
-        if kept is not None:
+        if kept is not None and not self.static:
             self.rows = self._before
             for new, n_kept_B in zip(since, kept, strict=True):
                 self._shift_in(new, n_kept_B)
@@ -177,13 +194,14 @@ class WindowCache:
 
 
 def fuses_append(context: Context, backend: str, like: torch.Tensor) -> bool:
-    """Whether one op rotates the tokens of a static state and writes them into the `rows` of its caches."""
-    return context.slots_B is not None and not torch.is_grad_enabled() and runs_fused("rope_append", backend, like)
+    """Whether one op rotates the token of each row of a static state and writes it into the `rows` of its caches."""
+    one_token = context.slots_B is not None and context.slots_B.dim() == 1
+    return one_token and not torch.is_grad_enabled() and runs_fused("rope_append", backend, like)
 
 
-def write(rows_BS: torch.Tensor, slots_B: torch.Tensor, new_B1: torch.Tensor) -> None:
-    """Write one token per row, (B, 1, ...), into (B, S, ...) at places among its B * S."""
-    rows_BS.flatten(0, 1).index_copy_(0, slots_B, new_B1.flatten(0, 1))
+def write(rows_BS: torch.Tensor, slots_BT: torch.Tensor, new_BT: torch.Tensor) -> None:
+    """Write tokens (B, T, ...) into (B, S, ...) at places among its B * S, (B, T), or (B,) of one token per row."""
+    rows_BS.flatten(0, 1).index_copy_(0, slots_BT.flatten(), new_BT.flatten(0, 1))
 
 
 def _resized(rows: torch.Tensor, n_tokens: int) -> torch.Tensor:

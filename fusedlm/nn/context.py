@@ -16,7 +16,8 @@ class Context:
     packed: whether documents may begin inside; when not, positions are known to be consecutive and nothing is masked.
     past: tokens in the state before these, in the row that has the most.
     starts_B: (B,) int64, tokens in the state before these; None: `past` in every row.
-    slots_B: (B,) int64, the places of these tokens in the caches of a static state (`State.slots`); None: not static.
+    slots_B: (B,) int64, the places of these tokens in the caches of a static state (`State.slots`), (B, T) of several
+        tokens per row; None: not static.
     lengths_B: (B,) int64, how many of the T tokens each row has, the rest being padding; None: all.
     select: (n,) int64, which of the B * T tokens the head computes and metrics count; None: all.
     boundaries: cumulative document lengths (N + 1,) int32 over the B * T tokens, and the longest; for the

@@ -84,7 +84,7 @@ class Constant:
 class Orthogonal:
     """Orthonormal rows or columns, whichever are fewer, uniformly distributed (Saxe et al., arXiv 1312.6120), times
     sqrt(rows / columns) where there are more rows: elements have the variance 1 / columns of `Normal`. Packed parts
-    are drawn one by one; parts with a side below LEAST_SIDE are normal.
+    and the matrices of a stack are drawn one by one; parts with a side below LEAST_SIDE are normal.
 
     splits: rows of the parts; empty: it is one.
     """
@@ -92,7 +92,9 @@ class Orthogonal:
     splits: tuple[int, ...] = ()
 
     def __call__(self, shape: tuple[int, ...], generator: torch.Generator) -> torch.Tensor:
-        rows, columns = shape
+        *stacked, rows, columns = shape
+        if stacked:
+            return torch.stack([self(shape[1:], generator) for _ in range(shape[0])])
         return torch.cat([self._part(n, columns, generator) for n in self.splits or (rows,)])
 
     @staticmethod
@@ -130,7 +132,6 @@ class Module(torch.nn.Module):
 
     backends: Mapping[str, str] = {}
     branch_end: str | None = None  # of mixers and feed-forwards: the linear layer whose output is theirs
-    waits_for_device = False  # whether a forward pass needs numbers on the host, which a CUDA graph cannot give
 
     def add_parameter(self, name: str, shape: tuple[int, ...], role: Role, init: Init) -> None:
         """Allocate a parameter; `init_weights` fills it."""
@@ -140,8 +141,12 @@ class Module(torch.nn.Module):
     def add_constant(self, name: str, value: float) -> None:
         """A number that differs per layer, as a buffer () that is saved with the parameters: compiled blocks share a
         graph, which must not contain it as a constant."""
-        self.register_buffer(name, torch.tensor(value))
-        self.__dict__.setdefault("_constants", {})[name] = value
+        self.add_buffer(name, (), value)
+
+    def add_buffer(self, name: str, shape: tuple[int, ...], value: float) -> None:
+        """A float32 tensor that training does not differentiate, saved with the parameters. It starts as `value`."""
+        self.register_buffer(name, torch.full(shape, value, dtype=torch.float32))
+        self.__dict__.setdefault("_buffer_starts", {})[name] = value
 
     def backend(self, op: str) -> str:
         """The backend that this module asks an op for."""
@@ -150,6 +155,11 @@ class Module(torch.nn.Module):
     def ops(self, device: torch.device) -> list[OpUse]:
         """The ops that this module and those inside it run on a device."""
         return []
+
+    def waits_for_device(self, device: torch.device, dtype: torch.dtype) -> bool:
+        """Whether a forward pass with activations in dtype needs numbers on the host, which a CUDA graph cannot give;
+        of this module alone."""
+        return False
 
 
 def use_backends(model: torch.nn.Module, backends: Mapping[str, str]) -> None:
@@ -162,7 +172,7 @@ def use_backends(model: torch.nn.Module, backends: Mapping[str, str]) -> None:
 
 @torch.no_grad()
 def init_weights(model: torch.nn.Module, seed: int | None = None) -> None:
-    """Draw every declared parameter, and set every constant, of a model and what is inside it.
+    """Draw every declared parameter, and set every buffer to its start, of a model and what is inside it.
 
     Each parameter has a random stream of its own, keyed by the seed and its name, so its start depends neither on the
     device, nor on other parameters, nor on how the model is sharded.
@@ -178,7 +188,7 @@ def init_weights(model: torch.nn.Module, seed: int | None = None) -> None:
             key = hashlib.blake2b(f"{seed} {prefix}.{name}".encode(), digest_size=8).digest()
             generator = torch.Generator("cpu").manual_seed(int.from_bytes(key, "little"))
             _assign(parameter, init(tuple(parameter.shape), generator))
-        for name, value in module.__dict__.get("_constants", {}).items():
+        for name, value in module.__dict__.get("_buffer_starts", {}).items():
             getattr(module, name).fill_(value)
 
 

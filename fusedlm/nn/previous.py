@@ -15,7 +15,7 @@ class PreviousToken(WindowCache):
     def before(self, new_BT: torch.Tensor, context: Context) -> torch.Tensor:
         """Append (B, T, ...); returns the value before each, (B, T, ...), meaningless for a row's first token."""
         rows = self.append(new_BT, context)
-        if context.slots_B is not None:
+        if context.slots_B is not None and not self.spare:
             place_B = (context.starts_B + 1) % self.window  # the one that was not written now
             index = place_B.view(-1, *[1] * (rows.dim() - 1)).expand(-1, 1, *rows.shape[2:])
             return rows.gather(1, index)

@@ -64,8 +64,8 @@ class QuantizedLinear(Linear):
 
 
 def hidden_matrices(model: torch.nn.Module) -> dict[str, Linear]:
-    """The layers of a model that can be quantised, by name: those whose weight has the role of a hidden matrix. The
-    others are embeddings, heads and routers."""
+    """The layers of a model that can be quantised, by name: those whose weight has the role of a hidden matrix. Not
+    among them are embeddings, heads, routers, and stacks of experts, which are no linear layers."""
     return {
         name: module
         for name, module in model.named_modules()

@@ -13,7 +13,8 @@ class RecurrentState:
     C), or a working memory (B, C). Both None before the first token.
 
     The tensors are replaced, never written to, unless the state is static. After `mark`, every append leaves a function
-    that runs its tokens again; `rollback` starts from the marked tensors and replays the tokens that are kept.
+    that runs its tokens again; `rollback` starts from the marked tensors and replays the tokens that are kept. A static
+    state is written to at `rollback` alone, so that the marked tensors need no copy.
     """
 
     def __init__(self):
@@ -26,14 +27,19 @@ class RecurrentState:
     def update(self, memory: torch.Tensor, carried: torch.Tensor | None, replay: Replay) -> None:
         """Set the tensors after an append; replay(memory, carried, n_kept_B) gives those after its first tokens
         alone."""
-        if self.static:
+        if self.in_place:
             self._copy(memory, carried)
             return
         self.memory, self.carried = memory, carried
         if self._since is not None:
             self._since.append(replay)
 
-    def make_static(self, capacity: int, lengths_B: torch.Tensor) -> None:
+    @property
+    def in_place(self) -> bool:
+        """Whether appends write to the tensors."""
+        return self.static and self._since is None
+
+    def make_static(self, capacity: int, lengths_B: torch.Tensor, spare: int = 0) -> None:
         """See `TokenCache.make_static`."""
         if not self.static:
             self.static = True
@@ -58,12 +64,14 @@ class RecurrentState:
         """Keep only the first kept[i][b] tokens of the i-th append since the mark in row b; None: keep all."""
         before, since = self._before, self._since
         self._before = self._since = None
-        if kept is None:
-            return
-        self.memory, self.carried = before
-        for replay, n_kept_B in zip(since, kept, strict=True):
-            if self.memory is not None or bool((n_kept_B > 0).any()):
-                self.memory, self.carried = replay(self.memory, self.carried, n_kept_B)
+        if kept is not None:
+            self.memory, self.carried = before
+            for replay, n_kept_B in zip(since, kept, strict=True):
+                if self.memory is not None or bool((n_kept_B > 0).any()):
+                    self.memory, self.carried = replay(self.memory, self.carried, n_kept_B)
+        if self.static:
+            after, (self.memory, self.carried) = (self.memory, self.carried), before
+            self._copy(*after)
 
     def tensors(self) -> list[torch.Tensor]:
         return [x for x in (self.memory, self.carried) if x is not None]

@@ -11,6 +11,8 @@ from fusedlm.ops.delta_rule.op import gated_delta_rule
 from fusedlm.ops.differential.op import differential_combine
 from fusedlm.ops.differential_linear.op import differential_linear_attention
 from fusedlm.ops.draw.op import draw_token
+from fusedlm.ops.experts.op import routed_experts
+from fusedlm.ops.experts.order import count_tokens
 from fusedlm.ops.gated_norm.op import gated_rmsnorm
 from fusedlm.ops.latent.op import latent_decode
 from fusedlm.ops.latent.reference import quantise_latent
@@ -37,6 +39,7 @@ __all__ = [
     "SigmoidCap",
     "cached_attention",
     "causal_attention",
+    "count_tokens",
     "decayed_linear_attention",
     "dequantize_mx",
     "dequantize_weight",
@@ -61,6 +64,7 @@ __all__ = [
     "rmsnorm_linear",
     "rmsnorm_rope",
     "rope_append",
+    "routed_experts",
     "short_conv",
     "short_conv_tail",
     "softcap_cross_entropy",

@@ -25,6 +25,9 @@ _STEP_COLUMNS = (
     "routed_full",
     "routed_flops_share",
     "routed_budget",
+    "moe_entropy",
+    "moe_max_load",
+    "moe_dead",
 )
 _VALIDATION_COLUMNS = (
     "step",
@@ -36,7 +39,9 @@ _VALIDATION_COLUMNS = (
     "val_window",
     "val_stride",
     "val_routed_flops_share",
+    "val_moe_max_load",
 )
+_LAYER_LOADS = "moe_layers"  # of each layer: entropy of the loads, highest over mean load, dead experts
 _LAYER_LOSS = "loss_"  # prefix of the losses of layers
 
 
@@ -48,6 +53,8 @@ class History:
     validation: dict[str, np.ndarray]
     skipped: list[int]  # steps that were skipped because loss or gradient was not finite
     layer_losses: dict[str, np.ndarray] = field(default_factory=dict)  # of each step, by name without the prefix
+    # (n, layers) float64, the highest over the mean load of the experts of each layer at each step; None: no experts.
+    max_loads: np.ndarray | None = None
 
 
 def read_history(run_dir: Path) -> History:
@@ -64,6 +71,7 @@ def read_history(run_dir: Path) -> History:
         raise ValueError(f"{path} line {damaged[0]}: not a JSON object with a step number; remove the line")
     steps: dict[int, dict] = {}
     validation: dict[int, dict] = {}
+    loads: dict[int, list[float]] = {}
     names = sorted({key for record in records for key in record if key.startswith(_LAYER_LOSS)})
     step_columns = (*_STEP_COLUMNS, *names)
     # No line is damaged, so record n is line n.
@@ -74,6 +82,8 @@ def read_history(run_dir: Path) -> History:
                 if math.isnan(row["tokens"]):
                     raise ValueError(f"{path} line {line}: tokens is missing; remove the line")
                 kind[record["step"]] = row | {"skipped": record.get("skipped") is True}
+        if "loss" in record and _LAYER_LOADS in record:
+            loads[record["step"]] = _max_loads(record[_LAYER_LOADS], f"{path} line {line}: {_LAYER_LOADS}")
     if not steps:
         raise ValueError(f"{path}: no training step is recorded yet")
     return History(
@@ -81,7 +91,21 @@ def read_history(run_dir: Path) -> History:
         validation=_columns(validation, _VALIDATION_COLUMNS),
         skipped=[step for step in sorted(steps) if steps[step]["skipped"]],
         layer_losses={name.removeprefix(_LAYER_LOSS): column for name, column in _columns(steps, names).items()},
+        max_loads=_table([loads.get(step, []) for step in sorted(steps)]),
     )
+
+
+def _max_loads(layers, where: str) -> list[float]:
+    """Of each layer, from the value of `moe_layers`."""
+    if not isinstance(layers, list) or not all(isinstance(row, list) and len(row) == 3 for row in layers):
+        raise ValueError(f"{where}={str(layers)[:40]!r}: not three numbers for each layer")
+    return [_number(highest, where) for _, highest, _ in layers]
+
+
+def _table(rows: list[list[float]]) -> np.ndarray | None:
+    """Rows that may lack values at their end; None: all are empty."""
+    width = max(map(len, rows))
+    return np.array([row + [math.nan] * (width - len(row)) for row in rows], dtype=np.float64) if width else None
 
 
 def _number(value, where: str) -> float:

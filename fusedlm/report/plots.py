@@ -5,7 +5,9 @@ from functools import partial
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
+from matplotlib.patches import Patch, PathPatch
+from matplotlib.path import Path
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
 from fusedlm.report.history import History, half_life, median, smooth, thin
 from fusedlm.report.style import (
@@ -28,11 +30,14 @@ from fusedlm.report.units import count, memory, memory_unit, percent, power_of
 
 _LINE, _SECOND = PALETTE[:2]
 _SHOWN = 1200  # points of a curve
+# Of the map of expert loads: the highest over the mean load up to which a shade holds, and its opacity.
+_SHADES = ((1.1, 0.07), (1.25, 0.16), (1.5, 0.28), (2.0, 0.42), (3.0, 0.58), (5.0, 0.78), (np.inf, 1.0))
+_INTERVALS = 60  # of the steps in the map
 
 
 def draw_plots(history: History) -> list[Plot]:
     """The plots for which the run has values."""
-    draw = (_loss, _validation, _optimization, _throughput, _memory, _layer_losses, _routing)
+    draw = (_loss, _validation, _optimization, _throughput, _memory, _layer_losses, _routing, _loads)
     plots = [plot(partial(one, history)) for one in draw]
     return [one for one in plots if one is not None]
 
@@ -211,6 +216,61 @@ def _routing(history: History, narrow: bool) -> Drawing | None:
         f"{ends['full']} full, at {percent(float(share[last]))} of the FLOPs."
     )
     return Drawing("routing", "Levels of the routed feed-forward", caption, figure, wide=True)
+
+
+def _loads(history: History, narrow: bool) -> Drawing | None:
+    """How even the loads of experts are: of the worst layer as a curve, of every layer as a map over the steps."""
+    worst = history.steps["moe_max_load"]
+    if history.max_loads is None or not np.isfinite(worst).any():
+        return None
+    figure = canvas(wide_size(narrow, 5.6 if narrow else 3.3))
+    curve, shades = figure.subplots(2, 1) if narrow else figure.subplots(1, 2)
+    x = _style(curve, history)
+    _curve(curve, x, worst, "worst layer")
+    curve.set_ylim(1, max(1.5, 1.05 * _robust_top(worst[np.isfinite(worst)])))
+    curve.set_ylabel("Highest / mean load")
+    _style(shades, history)
+    _map(shades, x, history.max_loads)
+    last = np.flatnonzero(np.isfinite(worst))[-1]
+    dead = history.steps["moe_dead"][last]
+    caption = (
+        "Tokens of the expert that has the most, over the mean of its layer; 1 is even. Left: the worst layer. Right: "
+        f"each layer with routed experts, means over steps; darker is less even. At the end {worst[last]:.2f} in the "
+        f"worst layer, entropy of the loads {percent(float(history.steps['moe_entropy'][last]))} of its maximum, "
+        f"{dead:.0f} experts without a token."
+    )
+    return Drawing("expert_loads", "Loads of experts", caption, figure, wide=True)
+
+
+def _map(axes: Axes, x: np.ndarray, values: np.ndarray) -> None:
+    """A row for each column of values, the first on top; x: where each step ends. One colour in several opacities, so
+    that the page can change it in dark mode."""
+    bounds = np.array([limit for limit, _ in _SHADES])
+    cells: list[list[tuple[float, float, int]]] = [[] for _ in _SHADES]  # left, right, row
+    for steps in np.array_split(np.arange(len(x)), min(_INTERVALS, len(x))):
+        left, right = (x[steps[0] - 1] if steps[0] else 0.0), x[steps[-1]]
+        for row, column in enumerate(values[steps].T):
+            if len(known := column[np.isfinite(column)]):
+                shade = cells[np.searchsorted(bounds, known.mean())]
+                # One rectangle for neighbours of one shade keeps the page small.
+                before = next((cell for cell in shade if cell[1:] == (left, row)), None)
+                if before is not None:
+                    shade.remove(before)
+                shade.append((left if before is None else before[0], right, row))
+    names = [f"up to {limit:g}" for limit in bounds[:-1]] + [f"above {bounds[-2]:g}"]
+    handles = []
+    for (_, opacity), found, name in zip(_SHADES, cells, names, strict=True):
+        style = {"facecolor": _SECOND, "edgecolor": "none", "alpha": opacity}
+        handles.append(Patch(**style, label=name))
+        if found:
+            corners = [[(a, r + 0.5), (b, r + 0.5), (b, r + 1.5), (a, r + 1.5), (a, r + 0.5)] for a, b, r in found]
+            axes.add_patch(PathPatch(Path.make_compound_path(*map(Path, corners)), **style))
+    axes.grid(False)
+    axes.set_ylim(values.shape[1] + 0.5, 0.5)
+    axes.yaxis.set_major_locator(MaxNLocator(6, integer=True))
+    axes.set_ylabel("Layer with experts")
+    where = {"loc": "lower left", "bbox_to_anchor": (0.0, 1.0), "ncols": 4, "borderaxespad": 0.2}
+    axes.legend(handles=handles, **where, frameon=False, fontsize=7, labelcolor=INK, handlelength=1.2, columnspacing=1)
 
 
 def _figure(history: History, size: tuple[float, float], tokens: np.ndarray | None = None):

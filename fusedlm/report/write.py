@@ -112,6 +112,10 @@ def _key_figures(history: History, environment: dict) -> list[tuple[str, str, st
     if np.isfinite(saved).any():
         share = float(saved[np.isfinite(saved)][-1])
         figures.append(("Feed-forward FLOPs", percent(share), "of full ones, last validation"))
+    loads = history.validation["val_moe_max_load"]
+    if np.isfinite(loads).any():
+        highest = float(loads[np.isfinite(loads)][-1])
+        figures.append(("Highest expert load", f"{highest:.2f}", "of the mean, worst layer, last validation"))
     figures.append(("Tokens trained", count(float(steps["tokens"].max())), f"in {len(steps['step']):,} steps"))
     seconds = float(np.nansum(steps["step_seconds"]))
     if seconds:

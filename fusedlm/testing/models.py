@@ -54,6 +54,13 @@ FFN_CASES = {
     "swiglu": ["{type: swiglu}", "{type: swiglu, hidden: 40}"],
     "relu2": ["{type: relu2}", "{type: relu2, slope: 0.5, hidden: 48}"],
     "routed": ["{type: routed}", "{type: routed, hidden: 40, light: 0.5, low: 0.6, high: 0.8, n_classes: 3}"],
+    "moe": [
+        "{type: moe, n_experts: 8, top_k: 2, hidden: 16, sequence_loss: 0.001, z_loss: 0.001}",
+        "{type: moe, n_experts: 12, top_k: 3, hidden: 10, n_shared: 2, activation: relu2, slope: 0.5, n_groups: 4, "
+        "n_limited_groups: 2, routed_scaling: 2.5}",
+        "{type: moe, n_experts: 3, top_k: 1, hidden: 24, n_shared: 0}",
+        "{type: moe, n_experts: 0, top_k: 2, hidden: 16}",
+    ],
 }
 
 

@@ -64,6 +64,7 @@ class Display(Screen):
             text = "skipped"
         else:
             text = f"loss {record['loss']:.4f}  {record['tokens_per_second']:,.0f} tokens/s"
+            text += _loads(record)
         if self._bar(text, record["step"], self._steps):
             return
         if self._due() or record["step"] == self._steps:
@@ -110,3 +111,11 @@ class Display(Screen):
             return False
         self._last_line = now
         return True
+
+
+def _loads(record: dict) -> str:
+    """The loads of experts, of a model that has some."""
+    if "moe_max_load" not in record:
+        return ""
+    dead = f", {record['moe_dead']} dead" if record["moe_dead"] else ""
+    return f"  load {record['moe_max_load']:.2f}{dead}"

@@ -10,6 +10,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from fusedlm.distributed import World
+from fusedlm.model.layer_metrics import end_step
 from fusedlm.optim import set_learning_rates, step_if
 from fusedlm.train.cuda_graph import CapturedBackward
 from fusedlm.train.micro_batch import forward_backward
@@ -88,7 +89,7 @@ def train_step(
     captured: CapturedBackward | None = None,
     world: World | None = None,
 ) -> StepResult:
-    """Forward, backward, clipping by the norm of all gradients, update.
+    """Forward, backward, clipping by the norm of all gradients, update; then layers may use the metrics of the step.
 
     The host waits for the device once, and more often with layers that wait for it and optimizers that are not fused.
 
@@ -107,7 +108,9 @@ def train_step(
         torch.nn.utils.clip_grads_with_norm_(parameters, grad_clip, norm)
     numbers = torch.stack([norm.float(), *(loss.float() for loss in losses.values())])
     set_learning_rates(optimizer, lr_scale)
-    step_if(optimizer, numbers.isfinite().all())
+    finite = numbers.isfinite().all()
+    step_if(optimizer, finite)
+    end_step(model, metrics, finite)
     # Read after the update was queued, so that the device keeps working while the host waits.
     counts = [metric.flatten().double() for metric in metrics.values()]
     norm_value, *values = torch.cat([numbers.double(), *counts]).tolist()
@@ -120,6 +123,6 @@ def train_step(
     }
     if captured is None:  # a graph writes the next gradients into the same memory
         optimizer.zero_grad(set_to_none=True)
-    finite = math.isfinite(norm_value) and all(map(math.isfinite, loss_values.values()))
+    skipped = not (math.isfinite(norm_value) and all(map(math.isfinite, loss_values.values())))
     loss = loss_values.pop("nll")
-    return StepResult(loss, loss_values, norm_value, skipped=not finite, metrics=metrics)
+    return StepResult(loss, loss_values, norm_value, skipped=skipped, metrics=metrics)

@@ -19,6 +19,7 @@ from fusedlm.evaluate import first_tokens, score_documents
 from fusedlm.model import build_model
 from fusedlm.model.accounting import count_parameters, training_flops_per_token
 from fusedlm.model.precision import autocast
+from fusedlm.model.waiting import waiting_module
 from fusedlm.optim import Averages, build_optimizer, describe_split, optimizer_split, schedule_scale
 from fusedlm.runs.backends import use_backends
 from fusedlm.runs.folder import RunFolder
@@ -158,12 +159,11 @@ class Trainer:
             raise ValueError(
                 "runtime.cuda_graph=true: document boundaries differ from batch to batch; set data.document_mask=false"
             )
-        for module in self.model.modules():
-            if getattr(module, "waits_for_device", False):
-                raise ValueError(
-                    f"runtime.cuda_graph=true: {type(module).__name__} waits for the device; "
-                    "set runtime.cuda_graph=false"
-                )
+        if waiting := waiting_module(self.model, self.device, self.dtype):
+            raise ValueError(
+                f"runtime.cuda_graph=true: {type(waiting[1]).__name__} waits for the device; "
+                "set runtime.cuda_graph=false"
+            )
         several = any(self.settings.micro_batch_rows(*shape) < shape[0] for shape in self.settings.shapes())
         return CapturedBackward(self.model, partial(autocast, self.device, self.dtype), accumulates=several)
 
@@ -246,6 +246,8 @@ class Trainer:
     def _step(self, batch: Batch, loader: Loader) -> None:
         scale = schedule_scale(self.settings.schedule, self.state.step, self.settings.steps)
         rows = self.settings.micro_batch_rows(*batch.tokens.shape)
+        if self.model.mtp is not None:
+            self.model.set_mtp_weight(self.recipe.model.mtp.weight_at(self.state.step, self.settings.steps))
         try:
             result = train_step(
                 self.model,

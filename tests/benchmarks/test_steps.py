@@ -65,13 +65,14 @@ def test_optimizer_steps_are_measured_beside_their_floors():
     recipe, cpu = load_recipe(GPT, TINY), torch.device("cpu")
     found = optimizer_step.measure(recipe, cpu, torch.float32, optimizer_step.CONTENDERS, vocab_size=61, repeats=1)
     assert [case["optimizer"] for case in found["cases"]] == list(optimizer_step.CONTENDERS)
-    adamw, torch_muon, muon, normuon = found["cases"]
+    adamw, torch_muon, muon, normuon, turbo = found["cases"]
     total, hidden = found["parameters"], found["matrix_parameters"]
     assert 0 < hidden < total and adamw["bytes"] == 28 * total and adamw["flops"] == 0
     # One state less, the update four times in two bytes; NorMuon has a float of each row.
     assert muon["bytes"] == torch_muon["bytes"] == 28 * total
     assert 0 < normuon["bytes"] - muon["bytes"] < 8 * hidden / 16
     assert muon["flops"] == torch_muon["flops"] == normuon["flops"] > 0
+    assert 0.5 < turbo["flops"] / normuon["flops"] < 0.9, "four polynomials for five"
     for case in found["cases"]:
         assert case["milliseconds"] >= case["host_milliseconds"] > 0 and case["floor_milliseconds"] > 0
         assert case["graph_milliseconds"] is None and "needs a CUDA device" in case["graph_reason"]

@@ -172,3 +172,12 @@ def test_a_quantised_run_is_not_trained(fusedlm, small):
     assert "run small has quantised weights, which are not trained" in outcome.err
     assert fusedlm("eval", small, "--weights", "ema").code == 2
     assert "no validated checkpoint yet" in fusedlm("eval", small, "--checkpoint", "best").err
+
+
+def test_experts_stay_and_are_counted(fusedlm, workspace):
+    experts = "model.blocks.g.ffn={type: moe, n_experts: 4, top_k: 2, hidden: 8}"
+    assert fusedlm("train", "small.yaml", experts, "--out", "moe").code == 0
+    outcome = fusedlm("quantize", "moe", "--format", "int8", "--out", "small", "--no-score")
+    left = sum(p.numel() for name, p in load("small")[0].named_parameters() if p.ndim == 3)
+    assert left == 1536 and outcome.out.splitlines()[1] == "1.54 k weights of experts stay in float32"
+    assert fusedlm("eval", "small").code == 0

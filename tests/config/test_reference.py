@@ -32,8 +32,8 @@ def test_the_reference_has_every_key():
     assert all(f"| `{key.rpartition('.')[2]}` |" in text for key in listed)
 
 
-_OPTIONAL = ("model.blocks", "model.yarn", "model.bigram", "model.mup", "model.logit_rescale", "data.validation")
-_OPTIONAL += ("train.swa", "train.ramps", "train.optimizer.")
+_OPTIONAL = ("model.blocks", "model.yarn", "model.bigram", "model.mup", "model.mtp", "model.logit_rescale")
+_OPTIONAL += ("data.validation", "train.swa", "train.ramps", "train.optimizer.")
 
 
 def test_defaults_are_those_of_the_schema():

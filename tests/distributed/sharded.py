@@ -34,7 +34,9 @@ blocks:
   a: {mixer: {type: attention, n_heads: 4, n_kv_heads: 2, window: 9}, ffn: {type: swiglu, hidden: 48}}
   g: {mixer: {type: gdn, n_heads: 2}, ffn: {type: routed, hidden: 40}}
   c: {mixer: {type: cmd_mla, n_heads: 2, kv_rank: 8, rope_dim: 4}, ffn: {type: relu2, hidden: 40}}
-  m: {mixer: {type: mamba2, n_heads: 4, state_dim: 8}, ffn: {type: swiglu, hidden: 48}}
+  m:
+    mixer: {type: mamba2, n_heads: 4, state_dim: 8}
+    ffn: {type: moe, n_experts: 5, top_k: 2, hidden: 12, bias_rate: 0.1, sequence_loss: 0.1, z_loss: 0.1}
 """
 
 

@@ -116,9 +116,9 @@ def test_logits_that_are_not_finite_are_found_in_any_row():
 
 def test_why_there_is_no_graph():
     model = _model(CASES[0])
-    assert graph_obstacle(model, CPU) == "needs a CUDA device, not cpu"
-    routed = _model(CASES[0], FFN_CASES["routed"][0])
-    assert graph_obstacle(routed, torch.device("cuda")) == "blocks.0.ffn (RoutedFFN) waits for the device"
+    assert graph_obstacle(model, CPU, torch.float32) == "needs a CUDA device, not cpu"
+    routed, cuda = _model(CASES[0], FFN_CASES["routed"][0]), torch.device("cuda")
+    assert graph_obstacle(routed, cuda, torch.bfloat16) == "blocks.0.ffn (RoutedFFN) waits for the device"
     with pytest.raises(ValueError, match="cuda_graph=True: needs a CUDA device"):
         generate(model, ByteTokenizer(), "x", device="cpu", cuda_graph=True)
     options = {"device": "cpu", "dtype": "float32", "max_tokens": 5}

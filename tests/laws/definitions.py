@@ -5,6 +5,7 @@ from functools import partial
 import torch
 
 from fusedlm.ops.differential_linear import reference
+from fusedlm.ops.experts.reference import activate
 
 
 def delta_rule(q, k, v, log_decay, beta, state, reset, chunk_size):
@@ -46,3 +47,13 @@ def window_attention(q, k, v, scale, positions, window, boundaries):
     scores = torch.bmm(q.flatten(0, 2)[:, None] * scale, k.mT).unflatten(0, (batch, n_tokens, heads))
     weights = scores.masked_fill((index < 0)[None, :, None, None], -torch.inf).softmax(-1)
     return torch.bmm(weights.flatten(0, 2), v)[:, 0].unflatten(0, (batch, n_tokens, heads))
+
+
+def routed_experts(x, w_up, w_down, indices, weights, activation, slope):
+    """Token by token, so that no token's rounding depends on how many others use its experts."""
+    y = torch.zeros_like(x)
+    for slot in range(indices.shape[1]):
+        up, down = (w[indices[:, slot]] for w in (w_up, w_down))
+        hidden = activate(torch.bmm(x[:, None], up.mT), activation, slope)
+        y = y + weights[:, slot, None] * torch.bmm(hidden, down.mT)[:, 0]
+    return y

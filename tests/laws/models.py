@@ -31,9 +31,23 @@ def parts():
 
 
 def one_period(recipe):
-    """The model section with one layer of each of its blocks."""
+    """The model section with one layer of each of its blocks; of a wide model with experts a narrow one with few."""
     pattern = "".join(sorted(set(recipe.model.pattern)))
-    return recipe.model.model_copy(update={"n_layers": len(pattern), "pattern": pattern})
+    config = recipe.model.model_copy(update={"n_layers": len(pattern), "pattern": pattern})
+    with_experts = any(getattr(block.ffn, "n_experts", 0) for block in config.blocks.values())
+    return narrowed(_few_experts(config)) if with_experts and config.dim > 512 else config
+
+
+def _few_experts(config):
+    """Three groups of two experts, or six in one, of which a token uses two: weights of gigabytes need not be drawn to
+    test a law."""
+    tree = config.model_dump()
+    for block in tree["blocks"].values():
+        if block["ffn"].get("n_experts"):
+            groups = min(block["ffn"]["n_groups"], 3)
+            limits = {"n_groups": groups, "n_limited_groups": min(groups, 2)}
+            block["ffn"] |= {"n_experts": 6, "top_k": 2} | limits
+    return ModelConfig.model_validate(tree)
 
 
 def narrowed(config):

@@ -7,7 +7,7 @@ from functools import partial
 import pytest
 import torch
 
-from fusedlm.config.ffn import ReLU2Config, RoutedConfig, SwiGLUConfig
+from fusedlm.config.ffn import MoEConfig, ReLU2Config, RoutedConfig, SwiGLUConfig
 from fusedlm.config.mixers import (
     AttentionConfig,
     CMDMLAConfig,
@@ -38,7 +38,8 @@ def test_every_parameter_has_one_role(make):
     for name, role in found.items():
         parameter = dict(model.named_parameters())[name]
         if role.kind in ("matrix", "router", "head", "embedding"):
-            assert parameter.shape == (role.fan_out, role.fan_in), name
+            stacked = (len(parameter),) if ".experts." in name else ()
+            assert parameter.shape == (*stacked, role.fan_out, role.fan_in), name
         if role.splits:
             assert sum(rows for _, rows in role.splits) == role.fan_out, name
             assert all(rows > 0 for _, rows in role.splits), name
@@ -81,6 +82,10 @@ def test_roles_of_the_rest():
     assert found["embedding.weight"].kind == "embedding" and "head.weight" not in found
     assert found["blocks.0.ffn.router.weight"].kind == "router"
     assert found["blocks.0.ffn.light.gate_up.weight"].splits == (("gate", 24), ("up", 24))
+    experts = roles(part_model(MIXER_CASES["attention"][0], FFN_CASES["moe"][0]))
+    assert experts["blocks.0.ffn.router.project.weight"].kind == "router"
+    assert experts["blocks.0.ffn.experts.up"].splits == (("gate", 16), ("up", 16))
+    assert experts["blocks.0.ffn.experts.down"].kind == "matrix"
     assert found["head.norm.weight"].kind == "gain"
     untied = roles(part_model(MIXER_CASES["attention"][0], extra="tie_embeddings: false"))
     assert untied["head.weight"].kind == "head" and untied["embedding.weight"].kind == "embedding"
@@ -152,7 +157,15 @@ def test_matrices_start_with_the_variance_of_their_fan_in(make):
             continue
         parameter = own[name]
         if (
-            name.endswith(("mixer.out.weight", "down.weight", "noise_weight.project.weight", "bigram.project.weight"))
+            name.endswith(
+                (
+                    "mixer.out.weight",
+                    "down.weight",
+                    "experts.down",
+                    "noise_weight.project.weight",
+                    "bigram.project.weight",
+                )
+            )
             and ".mixer.down" not in name
         ):
             assert not parameter.any(), name
@@ -187,6 +200,7 @@ CONFIGS = [
     (SwiGLUConfig, FFNS["swiglu"]),
     (ReLU2Config, FFNS["relu2"]),
     (RoutedConfig, FFNS["routed"]),
+    (MoEConfig, FFNS["moe"]),
     (ModelConfig, Decoder),
     (YaRNConfig, YaRN),
 ]

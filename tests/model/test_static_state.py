@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fusedlm.nn.cache import TokenCache
+from fusedlm.model.waiting import waiting_module
+from fusedlm.nn.cache import TokenCache, WindowCache
 from fusedlm.nn.rope import YaRN, rope_table
 from fusedlm.testing import MIXER_CASES, assert_close, part_model
 from tests.laws.models import ALL_MODELS, random_model, some_tokens
@@ -62,7 +63,7 @@ def test_a_step_needs_nothing_from_the_device(make, monkeypatch):
     model = random_model(make)
     state = _prefilled(model)
     state.make_static(max(PROMPTS) + 2)
-    waits = any(getattr(module, "waits_for_device", False) for module in model.modules())
+    waits = waiting_module(model, torch.device("cpu"), torch.float64) is not None
     with HostReads() as reads:
         model(some_tokens(len(PROMPTS), 1, 2), state=state)
     assert bool(reads.found) == waits
@@ -111,6 +112,75 @@ def test_a_row_that_does_not_grow_leaves_the_others_as_they_are(make):
     assert static.lengths_B.tolist() == [7, 1 + STEPS, 12, 3]
 
 
+SPARE = 5
+
+
+@ALL_MODELS
+@torch.no_grad()
+def test_tokens_that_are_taken_back(make, monkeypatch):
+    """Appends of several tokens, of rows of any lengths, and rollback: those of a growing state, in the same memory and
+    with no wait for the device; rows may keep none of them, and the state may be more than once around a ring."""
+    monkeypatch.setattr("fusedlm.nn.embedding.check_ids", lambda *_: None)  # on the CPU alone
+    model = random_model(make)
+    growing, static = _prefilled(model), _prefilled(model)
+    static.make_static(max(PROMPTS) + 8 * SPARE, SPARE)
+    addresses = _addresses(static)
+    waits = waiting_module(model, torch.device("cpu"), torch.float64) is not None
+    keeps = torch.tensor([[1, 5, 0, 3], [5, 2, 4, 1], [0, 0, 0, 0], [4, 4, 4, 4], [1, 2, 3, 5]])
+    for turn, keep in enumerate(keeps):
+        draft, lengths = some_tokens(len(PROMPTS), 4, 20 + turn), torch.tensor([4, 4, 3, 4])
+        last = some_tokens(len(PROMPTS), 1, 40 + turn)
+        keep_B = keep.clamp(max=lengths + 1)
+        logits = []
+        for state, given in ((growing, lengths.tolist()), (static, lengths)):
+            with HostReads() as reads:
+                mark = state.mark()
+                first = model(draft, state=state, lengths=given).logits
+                second = model(last, state=state).logits
+                state.rollback(mark, keep_B)
+            logits.append(torch.cat([first[:, :3], second], dim=1))
+        assert bool(reads.found) == waits
+        assert_close(logits[1], logits[0], BOUND)
+        assert static.lengths_B.tolist() == static.next_position_B.tolist() == growing.lengths
+        assert _addresses(static) == addresses
+    mark = static.mark()
+    model(last, state=static)
+    static.release(mark)
+    model(last, state=growing)
+    for step in some_tokens(len(PROMPTS), 3, 60).split(1, dim=1):
+        assert_close(model(step, state=static).logits, model(step, state=growing).logits, BOUND)
+
+
+@pytest.mark.parametrize("case", [case for cases in MIXER_CASES.values() for case in cases])
+@torch.no_grad()
+def test_a_state_after_rollback_is_that_of_a_straight_run(case):
+    """Tensor by tensor, and not only by what is computed from them; caches up to the tokens of each row."""
+    model = random_model(lambda: part_model(case, vocab_size=61))
+    kept, keep = some_tokens(len(PROMPTS), 4, 2), torch.tensor([4, 0, 2, 3])
+    static, straight = _prefilled(model), _prefilled(model)
+    for state in (static, straight):
+        state.make_static(max(PROMPTS) + 2 * SPARE, SPARE)
+    mark = static.mark()
+    model(torch.cat([kept, some_tokens(len(PROMPTS), 1, 3)], dim=1), state=static)
+    static.rollback(mark, keep)
+    for i, token in enumerate(kept.split(1, dim=1)):
+        straight.growing_B.copy_(i < keep)
+        before = [tensor.clone() for part in straight._parts() for tensor in part.tensors()]
+        model(token, state=straight)
+        for tensor, old in zip((t for part in straight._parts() for t in part.tensors()), before, strict=True):
+            tensor[i >= keep] = old[i >= keep]  # growing_B lets rows that stop compute on; here they must not
+    assert static.lengths_B.tolist() == straight.lengths_B.tolist()
+    for own, other in zip(static._parts(), straight._parts(), strict=True):
+        for a, b in zip(own.tensors(), other.tensors(), strict=True):
+            for row, n in enumerate(static.lengths_B.tolist()):
+                places = slice(None)
+                if isinstance(own, TokenCache):
+                    places = slice(n)
+                elif isinstance(own, WindowCache):
+                    places = torch.arange(max(0, n - own.window + 1), n) % a.shape[1]
+                assert_close(a[row][places], b[row][places], BOUND)
+
+
 def _static(model, capacity=20):
     state = _prefilled(model)
     state.make_static(capacity)
@@ -141,6 +211,14 @@ def test_what_a_static_state_cannot_do_is_refused():
             model(some_tokens(4, 1), state=_static(model), **arguments)
     with pytest.raises(ValueError, match="one token per row"):
         model(some_tokens(4, 2), state=_static(model))
+    with pytest.raises(ValueError, match="6 tokens since the mark are more than the spare=5"):
+        marked = _prefilled(model)
+        marked.make_static(40, SPARE)
+        marked.mark()
+        model(some_tokens(4, 4), state=marked)
+        model(some_tokens(4, 2), state=marked)
+    with pytest.raises(ValueError, match="no documents, and lengths as a tensor"):
+        model(some_tokens(4, 1), state=marked, lengths=[1, 1, 1, 0])
     with pytest.raises(ValueError, match="capacity=13 cannot load rows of"):
         longer = _prefilled(model)
         model(some_tokens(4, 2), state=longer)

@@ -99,6 +99,14 @@ CALLS = {
     ),
     "relu2_mlp": lambda run, **options: run(torch.ones(3, 64), torch.ones(128, 64), torch.ones(64, 128), **options),
     "rmsnorm_linear": lambda run, **options: run(torch.ones(3, 8), torch.ones(8), torch.ones(16, 8), **options),
+    "routed_experts": lambda run, **options: run(
+        torch.ones(3, 8),
+        torch.ones(4, 16, 8),
+        torch.ones(4, 8, 8),
+        torch.tensor([[0, 1], [3, 0], [1, 3]]),
+        torch.ones(3, 2),
+        **options,
+    ),
     "short_conv": lambda run, **options: run(torch.ones(1, 3, 8), torch.ones(4, 8), **options),
     "softcap_cross_entropy": lambda run, **options: run(torch.ones(3, 8), torch.arange(3), **options),
     "swiglu_mlp": lambda run, **options: run(torch.ones(3, 8), torch.ones(16, 8), torch.ones(8, 8), **options),
@@ -340,7 +348,7 @@ def test_check_backends_names_the_key():
 
 def test_every_op_has_its_public_function():
     assert set(OP_OF) == set(CALLS)
-    others = {"OPS", "SigmoidCap", "explain", "quantise_latent", "short_conv_tail"}
+    others = {"OPS", "SigmoidCap", "count_tokens", "explain", "quantise_latent", "short_conv_tail"}
     others |= {"MXTensor", "QuantizedWeight", "quantize_weight", "dequantize_weight"}
     assert set(CALLS) | others == set(fusedlm.ops.__all__)
     for name in CALLS:
@@ -405,6 +413,7 @@ def test_auto_on_a_gpu_is_the_kernel():
         "rmsnorm_linear": "packed",
         "rmsnorm_rope": "triton",
         "rope_append": "triton",
+        "routed_experts": "triton",
         "short_conv": "triton",
         "softcap_cross_entropy": "triton",
         "swiglu_mlp": "triton",

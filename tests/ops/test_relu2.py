@@ -51,8 +51,8 @@ def _check(function, tensors, upstream, slope, floor):
 
 def _uses_tma(monkeypatch) -> list[bool]:
     """Whether each launch from now on uses TMA."""
-    used, can_use_tma = [], kernels._can_use_tma
-    monkeypatch.setattr(kernels, "_can_use_tma", lambda *matrices: used.append(can_use_tma(*matrices)) or used[-1])
+    used, can_use_tma = [], kernels.can_use_tma
+    monkeypatch.setattr(kernels, "can_use_tma", lambda *matrices: used.append(can_use_tma(*matrices)) or used[-1])
     return used
 
 

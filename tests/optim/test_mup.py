@@ -28,7 +28,9 @@ blocks:
   m: {mixer: {type: mamba2, n_heads: 4, state_dim: 8, chunk_size: 8}, ffn: {type: relu2, hidden: 40}}
   g: {mixer: {type: gdn, n_heads: 2, chunk_size: 8}, ffn: {type: relu2}}
   s: {mixer: {type: sdla, n_heads: 2, rank: 12, rope_dim: 4, chunk_size: 8}, ffn: {type: relu2}}
-  d: {mixer: {type: diff_mla, n_heads: 2, kv_rank: 8, rope_dim: 4}, ffn: {type: relu2}}
+  d:
+    mixer: {type: diff_mla, n_heads: 2, kv_rank: 8, rope_dim: 4}
+    ffn: {type: moe, n_experts: 4, top_k: 2, hidden: 8, z_loss: 0.01}
 """
 BASE = 16  # a quarter of the width
 
@@ -47,7 +49,8 @@ GROWN = {
     **{f"blocks.3.{name}": 4.0 for name in ("mixer.qkv", "mixer.gates", "mixer.z", "mixer.out", "ffn.up", "ffn.down")},
     **{f"blocks.4.{name}": 4.0 for name in ("mixer.down", "mixer.write", "mixer.read", "mixer.out")},
     **{f"blocks.4.{name}": 4.0 for name in ("ffn.up", "ffn.down")},
-    **{f"blocks.5.{name}": 4.0 for name in ("mixer.down", "mixer.q_up", "mixer.out", "ffn.up", "ffn.down")},
+    **{f"blocks.5.{name}": 4.0 for name in ("mixer.down", "mixer.q_up", "mixer.out")},
+    **{f"blocks.5.ffn.{name}": 4.0 for name in ("router.project", "experts.up", "shared.gate_up")},
     # Hidden widths are rounded: swiglu has 64 units at width 16 and 192 at 64, of which light has 16 and 40.
     "blocks.0.ffn.down": 3.0,
     "blocks.1.ffn.light.down": 40 / 16,
@@ -56,7 +59,10 @@ GROWN = {
     "blocks.5.mixer.noise_weight.q": 4.0,
     "blocks.5.mixer.noise_weight.k": 4.0,
 }
-NOT_GROWN = ("blocks.1.mixer.q_up", "blocks.1.mixer.kv_up", "blocks.2.ffn.down", "blocks.4.mixer.qk_up")
+NOT_GROWN = (
+    *("blocks.1.mixer.q_up", "blocks.1.mixer.kv_up", "blocks.2.ffn.down", "blocks.4.mixer.qk_up"),
+    *("blocks.5.ffn.experts.down", "blocks.5.ffn.shared.down"),
+)
 
 
 def test_rates_and_decay_of_every_parameter_of_a_hybrid_are_those_of_the_table():

@@ -37,6 +37,18 @@ def test_losses_of_layers_are_columns_of_their_own(tmp_path):
         read(tmp_path, line(1) + line(2, loss_z="much"))
 
 
+def test_loads_of_experts_are_a_table_of_layers(tmp_path):
+    layers = [[0.9, 1.5, 0], [0.8, 2.0, 1]]
+    history = read(tmp_path, line(1) + line(2, moe_layers=layers, moe_dead=1) + line(3, moe_layers=[[0.9, None, 0]]))
+    nan = np.nan
+    np.testing.assert_array_equal(history.max_loads, [[nan, nan], [1.5, 2.0], [nan, nan]])
+    np.testing.assert_array_equal(history.steps["moe_dead"], [nan, 1, nan])
+    assert read(tmp_path, line(1)).max_loads is None
+    for damaged in ("much", [1.0], [[1.0, 2.0]], [[0.9, "much", 0]]):
+        with pytest.raises(ValueError, match="metrics.jsonl line 2: moe_layers=.*: not (three numbers|a number)"):
+            read(tmp_path, line(1) + line(2, moe_layers=damaged))
+
+
 def test_skipped_steps_are_listed(tmp_path):
     history = read(tmp_path, line(1) + line(2, loss=None, skipped=True) + line(3))
     assert history.skipped == [2]

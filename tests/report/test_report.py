@@ -326,6 +326,31 @@ def test_levels_of_routing_are_shown_if_a_run_has_them(tmp_path, n):
     assert "Feed-forward FLOPs" not in parse(write_report(run)).text
 
 
+MOE = {
+    "moe_entropy": lambda step: 0.987,
+    "moe_max_load": lambda step: 1 + 2 / step,
+    "moe_dead": lambda step: 3,
+    "moe_layers": lambda step: [[0.99, 1.0, 0], [0.9, 1 + 2 / step, 3]],
+}
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("n", [1, 30, 200])
+def test_loads_of_experts_are_shown_if_a_run_has_them(tmp_path, n):
+    run = write_run(tmp_path / "run", n=n, **MOE)
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write(json.dumps({"step": n, "val_bpb": 2.1, "tokens": 100 * n, "val_moe_max_load": 1.234}) + "\n")
+    page = parse(write_report(run))
+    assert f"At the end {1 + 2 / n:.2f} in the worst layer" in page.text and "Highest expert load 1.23" in page.text
+    assert "98.7% of its maximum, 3 experts without a token" in page.text
+    assert (run / "plots/expert_loads.png").is_file()
+    for svg in drawings((run / "report.html").read_text())["Loads of experts"]:
+        assert not re.search(r"#[0-9a-fA-F]{6}\b", re.sub(r"url\(#\w+\)|href=\"#\w+\"", "", svg))
+        assert len(re.findall(r"fill: var\(--c1\); opacity: 0.07", svg)) == 2, "the even layer, and the legend"
+    write_run(run, n=n)
+    assert "Loads of experts" not in parse(write_report(run)).text
+
+
 @pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize("n", [1, 30])
 def test_losses_of_layers_are_shown_if_a_run_has_them(tmp_path, n):
@@ -360,6 +385,9 @@ def test_window_and_stride_of_validations_are_shown(tmp_path, not_drawn):
 ODD = {
     "shares without a budget": ROUTED | {"routed_budget": lambda step: None},
     "a share alone": {"routed_flops_share": lambda step: 1.3},
+    "loads of layers alone": {"moe_layers": MOE["moe_layers"]},
+    "loads without layers": MOE | {"moe_layers": lambda step: []},
+    "loads of some steps": MOE | {name: lambda step: None if step < 9 else 2.0 for name in list(MOE)[:3]},
     "nothing but the loss": {
         name: lambda step: None
         for name in ("lr", "grad_norm", "tokens_per_second", "peak_memory_bytes", "loader_wait_seconds", "step_seconds")

@@ -33,6 +33,17 @@ def test_lines_if_the_console_is_no_terminal():
     ]
 
 
+def test_loads_of_experts_are_shown_if_a_model_has_them():
+    shown, output = display()
+    shown.begin(0, 3)
+    for dead in (0, 2):
+        shown.step(STEP | {"moe_max_load": 1.234, "moe_dead": dead})
+    assert output.getvalue().splitlines() == [
+        "step 3/3  loss 2.0000  12,345 tokens/s  load 1.23  lr 1.00e-03",
+        "step 3/3  loss 2.0000  12,345 tokens/s  load 1.23, 2 dead  lr 1.00e-03",
+    ]
+
+
 def test_lines_come_at_most_once_a_second_but_the_last_always(monkeypatch):
     now = iter([0.0, 0.4, 0.9, 1.1, 1.2])
     monkeypatch.setattr(display_module.time, "monotonic", lambda: next(now))

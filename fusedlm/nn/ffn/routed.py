@@ -29,7 +29,6 @@ class RoutedFFN(Module):
     """
 
     metric = "routed"
-    waits_for_device = True  # for the number of gathered tokens
 
     def __init__(
         self,
@@ -145,6 +144,10 @@ class RoutedFFN(Module):
         """Parameters that a token uses on average, at the budget."""
         full = sum(p.numel() for part in (self.light, self.rest) for p in part.parameters())
         return round(self.budget * full)
+
+    def waits_for_device(self, device: torch.device, dtype: torch.dtype) -> bool:
+        """For the number of gathered tokens."""
+        return True
 
     def ops(self, device: torch.device) -> list[OpUse]:
         return self.light.ops(device)

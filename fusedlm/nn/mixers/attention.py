@@ -77,7 +77,7 @@ class Attention(Module):
             v = self.value_residual(v.flatten(-2), context).view_as(v)
         own = v
         scale = context.scale_scores(self.scale, self.rope[0])
-        appends = fuses_append(context, self.backend("rope_append"), qkv)
+        appends = fuses_append(context, self.backend("rope_append"), qkv) and not state[0].spare
         if appends:
             q, k, v = self._appended(q, k, v, context, state)
         else:

@@ -65,7 +65,7 @@ class GatedDeltaNet(Module):
         log_decay = -self.log_rate.exp() * F.softplus(step + self.dt_bias)
         beta = strength.sigmoid()
         valid_BT, reset_BT = context.valid_BT, context.reset_BT
-        in_place = state is not None and state.static
+        in_place = state is not None and state.in_place
         y, after = self._rule(q, k, v, log_decay, beta, memory, reset_BT, valid_BT, in_place)
         if state is not None:
 

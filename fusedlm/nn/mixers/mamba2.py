@@ -65,7 +65,7 @@ class Mamba2(Module):
         dt = F.softplus(dt.to(self.log_rate.dtype) + self.dt_bias)
         value, log_decay = (x * dt[..., None]).to(x.dtype), -self.log_rate.exp() * dt
         reset_BT = context.reset_BT
-        in_place = state is not None and state.static
+        in_place = state is not None and state.in_place
         y, after = self._rule(c, b, value, log_decay, memory, reset_BT, context.valid_BT, in_place)
         if state is not None:
 

@@ -117,7 +117,7 @@ class SelectiveDifferentialLinearAttention(Module):
         streams, rope = (q, k, k_rope, v, log_decay), self._rope(context)
         sums, working = (None, None) if state is None else (state.memory, state.carried)
         valid_BT, reset_BT = context.valid_BT, context.reset_BT
-        in_place = state is not None and state.static
+        in_place = state is not None and state.in_place
         o, sums_after = self._attend(*streams, rope, sums, reset_BT, valid_BT, in_place)
         o = o.flatten(-2).to(projected.dtype)
         scanned = None

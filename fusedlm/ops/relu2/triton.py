@@ -13,11 +13,10 @@ aligned to 16 bytes or the device has no TMA.
 import torch
 import triton
 import triton.language as tl
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 from fusedlm.ops.common.device import n_multiprocessors
 from fusedlm.ops.common.products import cast_weight, matmul
-from fusedlm.ops.common.tiles import split_tile, tile_at
+from fusedlm.ops.common.tiles import can_use_tma, descriptor, load_tile, split_tile, tile_at, tile_offsets
 
 _KEYS = (
     "BLOCK_M", "BLOCK_N", "BLOCK_K", "GROUP_M", "SUBTILES", "FLATTEN", "num_warps", "num_stages", "programs_per_sm"
@@ -45,30 +44,11 @@ def _config(M: int, N: int, K: int, which: str) -> dict:
 
 
 @triton.jit
-def _offsets(row, column, n_rows, n_columns, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """Offsets of a tile in a row-major matrix, and its mask."""
-    rows, columns = row + tl.arange(0, ROWS), column + tl.arange(0, COLUMNS)
-    inside = (rows < n_rows)[:, None] & (columns < n_columns)[None, :]
-    return rows.to(tl.int64)[:, None] * n_columns + columns[None, :], inside
-
-
-@triton.jit
-def _load(source, row, column, n_rows, n_columns, ROWS: tl.constexpr, COLUMNS: tl.constexpr, TMA: tl.constexpr):
-    """A tile of a row-major matrix, 0 out of bounds."""
-    if TMA:
-        tile = source.load([row, column])
-    else:
-        offsets, inside = _offsets(row, column, n_rows, n_columns, ROWS, COLUMNS)
-        tile = tl.load(source + offsets, mask=inside, other=0.0)
-    return tile
-
-
-@triton.jit
 def _store(target, tile, row, column, n_rows, n_columns, ROWS: tl.constexpr, COLUMNS: tl.constexpr, TMA: tl.constexpr):
     if TMA:
         target.store([row, column], tile.to(target.dtype))
     else:
-        offsets, inside = _offsets(row, column, n_rows, n_columns, ROWS, COLUMNS)
+        offsets, inside = tile_offsets(row, column, n_rows, n_columns, ROWS, COLUMNS)
         tl.store(target + offsets, tile.to(target.dtype.element_ty), mask=inside)
 
 
@@ -94,7 +74,7 @@ def _activate(
     a = tl.where(z < 0, z * slope if LEAKY else 0.0, z)
     _store(h, a * a, row, column, M, N, ROWS, COLUMNS, TMA)
     if SAVE_SIGNS:
-        offsets, inside = _offsets(row, column // 8, M, tl.cdiv(N, 64) * 8, ROWS, COLUMNS // 8)
+        offsets, inside = tile_offsets(row, column // 8, M, tl.cdiv(N, 64) * 8, ROWS, COLUMNS // 8)
         tl.store(signs + offsets, _pack(z < 0, ROWS, COLUMNS), mask=inside)
 
 
@@ -113,8 +93,8 @@ def _up_kernel(
         m, n = tile_at(index, n_tiles_m, n_tiles_n, GROUP_M)
         z = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
         for k in range(tl.cdiv(K, BLOCK_K)):
-            x_tile = _load(x, m * BLOCK_M, k * BLOCK_K, M, K, BLOCK_M, BLOCK_K, TMA)
-            w_tile = _load(w, n * BLOCK_N, k * BLOCK_K, N, K, BLOCK_N, BLOCK_K, TMA)
+            x_tile = load_tile(x, m * BLOCK_M, k * BLOCK_K, M, K, BLOCK_M, BLOCK_K, TMA)
+            w_tile = load_tile(w, n * BLOCK_N, k * BLOCK_K, N, K, BLOCK_N, BLOCK_K, TMA)
             z = tl.dot(x_tile, w_tile.T, z, input_precision="ieee")
         # The tile's position is computed a second time: carried across the inner loop it would make the epilogue depend
         # on the loads of the next tile.
@@ -130,7 +110,7 @@ def _up_kernel(
 def _scale_negative(dh, signs, negative_factor, row, column, M, N, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     """dh, times negative_factor where z was negative. Of the full accumulator, not its subtiles: the packed signs are
     then converted to its layout, and not the accumulator to theirs."""
-    offsets, inside = _offsets(row, column // 8, M, tl.cdiv(N, 64) * 8, ROWS, COLUMNS // 8)
+    offsets, inside = tile_offsets(row, column // 8, M, tl.cdiv(N, 64) * 8, ROWS, COLUMNS // 8)
     is_negative = _unpack(tl.load(signs + offsets, mask=inside, other=0), ROWS, COLUMNS)
     return tl.where(is_negative, dh * negative_factor, dh)
 
@@ -150,8 +130,8 @@ def _down_backward_kernel(
         m, n = tile_at(index, n_tiles_m, n_tiles_n, GROUP_M)
         dh = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
         for k in range(tl.cdiv(K, BLOCK_K)):
-            dy_tile = _load(dy, m * BLOCK_M, k * BLOCK_K, M, K, BLOCK_M, BLOCK_K, TMA)
-            w_tile = _load(w, k * BLOCK_K, n * BLOCK_N, K, N, BLOCK_K, BLOCK_N, TMA)
+            dy_tile = load_tile(dy, m * BLOCK_M, k * BLOCK_K, M, K, BLOCK_M, BLOCK_K, TMA)
+            w_tile = load_tile(w, k * BLOCK_K, n * BLOCK_N, K, N, BLOCK_K, BLOCK_N, TMA)
             dh = tl.dot(dy_tile, w_tile, dh, input_precision="ieee")
         epilogue_tile += tl.num_programs(0)
         m, n = tile_at(epilogue_tile, n_tiles_m, n_tiles_n, GROUP_M)
@@ -161,21 +141,8 @@ def _down_backward_kernel(
         subtiles = split_tile(dh, BLOCK_M, BLOCK_N, SUBTILES)
         for i in tl.static_range(SUBTILES):
             column = n * BLOCK_N + i * WIDTH
-            root = tl.sqrt(_load(h, row, column, M, N, BLOCK_M, WIDTH, TMA).to(tl.float32))
+            root = tl.sqrt(load_tile(h, row, column, M, N, BLOCK_M, WIDTH, TMA).to(tl.float32))
             _store(dz, subtiles[i] * (2.0 * root), row, column, M, N, BLOCK_M, WIDTH, TMA)
-
-
-def _can_use_tma(*matrices: torch.Tensor) -> bool:
-    """Whether rows and bases are aligned to 16 bytes, and the device has TMA (as the interpreter does)."""
-    device = matrices[0].device
-    if device.type == "cuda" and torch.cuda.get_device_capability(device) < (9, 0):
-        return False
-    return all(x.data_ptr() % 16 == 0 and x.shape[1] * x.element_size() % 16 == 0 for x in matrices)
-
-
-def _descriptor(matrix: torch.Tensor, rows: int, columns: int) -> TensorDescriptor:
-    # Not matrix.stride(): that of a dimension of size 1 can be anything.
-    return TensorDescriptor(matrix, list(matrix.shape), [matrix.shape[1], 1], [rows, columns])
 
 
 def _launch(
@@ -192,7 +159,7 @@ def _launch(
         config: instead of that of `_config`.
     """
     (M, K), N = first.shape, hidden[0].shape[1]
-    use_tma = _can_use_tma(first, second, *hidden)
+    use_tma = can_use_tma(first, second, *hidden)
     if config is None:
         if first.dtype == torch.float32:
             config = _CONFIGS["float32"]
@@ -203,9 +170,9 @@ def _launch(
     n_tiles = triton.cdiv(M, block_m) * triton.cdiv(N, block_n)
     n_programs = min(n_tiles, config.pop("programs_per_sm") * n_multiprocessors(first.device))
     if use_tma:
-        first = _descriptor(first, block_m, block_k)
-        second = _descriptor(second, *((block_n, block_k) if which == "up" else (block_k, block_n)))
-        hidden = [_descriptor(matrix, block_m, block_n // config["SUBTILES"]) for matrix in hidden]
+        first = descriptor(first, block_m, block_k)
+        second = descriptor(second, *((block_n, block_k) if which == "up" else (block_k, block_n)))
+        hidden = [descriptor(matrix, block_m, block_n // config["SUBTILES"]) for matrix in hidden]
     kernel = _up_kernel if which == "up" else _down_backward_kernel
     kernel[(n_programs,)](first, second, *hidden, signs, factor, M, N, K, TMA=use_tma, **constants, **config)
 

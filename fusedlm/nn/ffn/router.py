@@ -1,0 +1,107 @@
+"""The router of a mixture of experts: which experts a token uses, and what keeps their loads even."""
+
+from typing import NamedTuple
+
+import torch
+
+from fusedlm.nn.linear import Linear
+from fusedlm.nn.module import Module
+
+
+class Routing(NamedTuple):
+    """Of N tokens and E experts, k of them for each token; float32 or better.
+
+    logits_NE: W x.
+    scores_NE: sigmoid(logits), without the balance bias.
+    indices_NK: (N, k) int64, the experts of each token, all different.
+    weights_NK: (N, k), the factors of their outputs.
+    """
+
+    logits_NE: torch.Tensor
+    scores_NE: torch.Tensor
+    indices_NK: torch.Tensor
+    weights_NK: torch.Tensor
+
+
+class Router(Module):
+    """Group-limited top-k routing with a balance bias (DeepSeek-V3, arXiv 2412.19437, eq. 13 to 16).
+
+    The bias is added to the scores for the selection alone: neither weights nor gradients see it. It is a buffer, which
+    `balance` moves once per optimizer step.
+    """
+
+    def __init__(
+        self,
+        *,
+        dim: int,
+        n_experts: int,
+        top_k: int,
+        n_groups: int,
+        n_limited_groups: int | None,
+        scaling: float,
+        bias_rate: float,
+    ):
+        super().__init__()
+        self.n_experts, self.top_k, self.scaling, self.bias_rate = n_experts, top_k, scaling, bias_rate
+        self.n_groups, self.n_limited_groups = n_groups, n_limited_groups or n_groups
+        self.project = Linear(dim, n_experts, kind="router")
+        self.add_buffer("bias", (n_experts,), 0.0)
+
+    def forward(self, x_ND: torch.Tensor) -> Routing:
+        with torch.autocast(x_ND.device.type, enabled=False):
+            logits_NE = self.project(x_ND, dtype=torch.promote_types(x_ND.dtype, torch.float32))
+            scores_NE = logits_NE.sigmoid()
+            indices_NK = self.select(scores_NE.detach() + self.bias)
+            weights_NK = scores_NE.gather(-1, indices_NK)
+            if self.top_k > 1:  # the only weight would always be 1, and the router would not learn
+                total_N1 = weights_NK.sum(-1, keepdim=True)
+                weights_NK = weights_NK / total_N1.clamp(min=torch.finfo(total_N1.dtype).tiny)
+            return Routing(logits_NE, scores_NE, indices_NK, weights_NK * self.scaling)
+
+    def select(self, biased_NE: torch.Tensor) -> torch.Tensor:
+        """(N, k) int64: the experts with the highest biased scores in the best groups, which are those with the highest
+        sums of their two best."""
+        if self.n_limited_groups < self.n_groups:
+            grouped_NGM = biased_NE.unflatten(-1, (self.n_groups, -1))
+            value_NG = grouped_NGM.topk(min(2, grouped_NGM.shape[-1]), dim=-1).values.sum(-1)
+            best = value_NG.topk(self.n_limited_groups, dim=-1).indices
+            excluded_NG = torch.ones_like(value_NG, dtype=torch.bool).scatter(-1, best, False)
+            biased_NE = grouped_NGM.masked_fill(excluded_NG[..., None], -torch.inf).flatten(-2)
+        return biased_NE.topk(self.top_k, dim=-1).indices
+
+    @torch.no_grad()
+    def balance(self, loads_E: torch.Tensor, taken: torch.Tensor) -> None:
+        """Move the bias by the loads of an optimizer step: by bias_rate * sign(mean load - load), less the mean of that
+        over the experts, so that biases do not drift together. Does not wait for the device.
+
+        Args:
+            loads_E: (E,) int64 tokens of each expert, of the full batch: all micro-batches and processes.
+            taken: () bool, whether the step was taken; if not, the bias stays as it is.
+        """
+        # In integers: a load that is the mean has a sign of exactly 0.
+        direction_E = (loads_E.sum() - self.n_experts * loads_E).sign().to(self.bias.dtype)
+        self.bias += self.bias_rate * taken * (direction_E - direction_E.mean())
+
+    def flops(self, n_tokens: int) -> int:
+        return self.project.flops(n_tokens)
+
+
+def sequence_balance_loss(scores_BTE: torch.Tensor, top_k: int) -> torch.Tensor:
+    """() sum over the experts of f P, mean over the sequences (arXiv 2412.19437, eq. 17 to 20); 1 where all is even.
+
+    f is the fraction of a sequence's tokens that have the expert among the top_k of their scores, without bias and
+    groups, times E / top_k; P the mean of its score as a fraction of all scores of the token. f has no gradient.
+    """
+    _, n_tokens, n_experts = scores_BTE.shape
+    best_BTK = scores_BTE.detach().topk(top_k, dim=-1).indices
+    counts_BE = torch.zeros_like(scores_BTE[:, 0]).scatter_add(
+        -1, best_BTK.flatten(1), torch.ones_like(best_BTK.flatten(1), dtype=scores_BTE.dtype)
+    )
+    total_BT1 = scores_BTE.sum(-1, keepdim=True).clamp(min=torch.finfo(scores_BTE.dtype).tiny)
+    share_BE = (scores_BTE / total_BT1).mean(1)
+    return (counts_BE * share_BE).sum(-1).mean() * (n_experts / (top_k * n_tokens))
+
+
+def router_z_loss(logits_NE: torch.Tensor) -> torch.Tensor:
+    """() mean over the tokens of log(sum(exp(logits)))^2 (arXiv 2202.08906, eq. 5)."""
+    return logits_NE.logsumexp(-1).square().mean()
