@@ -1,5 +1,6 @@
 """Layers with quantised weights in every model: the products are those of the values that the codes stand for."""
 
+import contextlib
 import copy
 
 import pytest
@@ -12,12 +13,12 @@ from fusedlm.model.memory import quantized_bytes
 from fusedlm.nn.linear import Linear
 from fusedlm.nn.module import roles
 from fusedlm.nn.quantized import QuantizedLinear, empty_weight, hidden_matrices, quantized_layers, replace_layers
-from fusedlm.ops import dequantize_weight
+from fusedlm.ops import OPS, dequantize_weight
 from fusedlm.ops.common.dispatch import recorded
 from fusedlm.ops.quantized.reference import WEIGHT_FORMATS
 from fusedlm.probes.training import fit
 from fusedlm.quant.rounding import round_weights
-from fusedlm.testing import FFN_CASES, MIXER_CASES, assert_close, part_model, randomise_
+from fusedlm.testing import FFN_CASES, MIXER_CASES, assert_close, backend_of, part_model, randomise_
 
 ATTENTION = MIXER_CASES["attention"][1]
 CASES = [(cases[1 % len(cases)], "{type: swiglu, hidden: 40}") for cases in MIXER_CASES.values()]
@@ -118,6 +119,23 @@ def test_the_ops_that_run_are_shown():
     shown = {choice.op for choice in quantised.explain("cpu", torch.float64).values()}
     assert "quantized_linear" in names <= shown
     assert "quantized_linear" not in {choice.op for choice in model.explain("cpu", torch.float64).values()}
+
+
+def test_fused_backends_leave_quantised_layers_out():
+    """As on a GPU: layers before and after them compute their own step, in training and of one token."""
+    quantised, model = _pair()
+    ops = ("relu2_mlp", "rmsnorm_linear", "token_linear")
+    for m in (quantised, model):
+        m.use_backends(dict.fromkeys(ops, "auto"))
+    expected = model(_tokens()).logits
+    one = model(_tokens(1, 1), state=model.init_state(1)).logits
+    with contextlib.ExitStack() as stack:
+        for op in ops:
+            OPS[op].backends["reference"].load()
+            stack.enter_context(backend_of(op, OPS[op].backends["reference"].run))
+        assert_close(quantised(_tokens()).logits, expected, 1e-12)
+        with torch.no_grad():
+            assert_close(quantised(_tokens(1, 1), state=quantised.init_state(1)).logits, one, 1e-5)
 
 
 def test_autocast_and_cast_weights():
