@@ -80,13 +80,15 @@ def small(fusedlm, workspace) -> Path:
 )
 def test_a_damaged_file_is_named(fusedlm, small, name):
     path = small / "checkpoints/step-00000002" / name
-    content = bytearray(path.read_bytes())
+    original = path.read_bytes()
+    content = bytearray(original)
     content[len(content) // 2] ^= 1
-    path.write_bytes(content)
-    for command in (["eval", small], ["generate", small, "--prompt", "a"]):
-        outcome = fusedlm(*command)
-        assert (outcome.code, outcome.out) == (2, "") and outcome.err.count("\n") == 1
-        assert str(path) in outcome.err
+    for damaged in (content, original + b" "):  # the second is still JSON
+        path.write_bytes(damaged)
+        for command in (["eval", small], ["generate", small, "--prompt", "a"]):
+            outcome = fusedlm(*command)
+            assert (outcome.code, outcome.out) == (2, "") and outcome.err.count("\n") == 1
+            assert str(path) in outcome.err
     path.unlink()
     assert str(path) in fusedlm("eval", small).err
 
