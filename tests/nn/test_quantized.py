@@ -159,6 +159,14 @@ def test_hooks_fire_and_gradients_reach_the_input():
     assert_close(quantised.embedding.weight.grad, model.embedding.weight.grad, 1e-12)
 
 
+def test_layers_compile_as_one_graph():
+    quantised, model = _pair(MIXER_CASES["mla"][0], format="mxfp4")
+    for block in quantised.blocks:
+        block.compile(backend="eager", fullgraph=True)
+    loss = quantised(_tokens(), targets=_tokens()).total()  # parts run compiled with gradients
+    assert_close(loss, model(_tokens(), targets=_tokens()).total(), 1e-12)
+
+
 def test_refusals():
     quantised, _ = _pair()
     with pytest.raises(ValueError, match="the model is quantised already"):

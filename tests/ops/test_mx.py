@@ -32,7 +32,7 @@ def blocks(dtype=torch.float32) -> torch.Tensor:
     random = torch.cat([torch.cat([top, (top.double() * part).float()], 1) for part in (near, far)])
     ties = []
     for format in FORMATS.values():
-        values = reference.element_values(format).double()
+        values = reference.element_values(format, torch.device("cpu")).double()
         values = values[values.isfinite()].unique()
         middle = torch.cat([values, (values[1:] + values[:-1]) / 2])
         middle = torch.cat([middle, middle.new_zeros(-len(middle) % 31)]).view(-1, 31)
@@ -53,7 +53,7 @@ def definition(x: torch.Tensor, format, scaling: str) -> tuple[torch.Tensor, tor
         power = power + (2 * fraction > format.largest_value / 2**format.emax).int()
     power = torch.where(largest == 0, -127, power).clamp(-127, 127)
     code = torch.arange(1 << format.bits)
-    values = reference.element_values(format).double()
+    values = reference.element_values(format, torch.device("cpu")).double()
     kept = values.isfinite() & (values.abs() <= format.largest_value)  # -2 of INT8 is not used
     code, values = code[kept], values[kept]
     values, order = values.sort(stable=True)

@@ -5,8 +5,6 @@ to nearest even and clamped to the largest one. No float product is rounded, so 
 treats subnormal numbers.
 """
 
-import functools
-
 import torch
 import torch.nn.functional as F
 
@@ -89,10 +87,9 @@ def unpack(packed: torch.Tensor, format: MXFormat) -> torch.Tensor:
     return packed
 
 
-@functools.cache
-def element_values(format: MXFormat) -> torch.Tensor:
-    """The value of every code, float32 on the CPU."""
-    code = torch.arange(1 << format.bits, device="cpu")
+def element_values(format: MXFormat, device: torch.device) -> torch.Tensor:
+    """The value of every code, float32. It is computed on the device: a CUDA graph cannot copy it there."""
+    code = torch.arange(1 << format.bits, device=device)
     if format.is_integer:
         return (code - ((code >> 7) << 8)).float() / 2**format.mantissa
     magnitude = code & ((1 << (format.bits - 1)) - 1)
@@ -116,6 +113,6 @@ def scale_values(scales: torch.Tensor) -> torch.Tensor:
 def dequantize(codes: torch.Tensor, scales: torch.Tensor, width: int, format: MXFormat, dtype) -> torch.Tensor:
     """(..., width) in dtype; exact in float64, and in float32 up to its largest number; rounded once to others."""
     code = unpack(codes, format)
-    value = element_values(format).to(code.device, torch.promote_types(dtype, torch.float32))[code.int()]
+    value = element_values(format, code.device).to(torch.promote_types(dtype, torch.float32))[code.int()]
     product = value.unflatten(-1, (-1, BLOCK)) * scale_values(scales)[..., None]
     return product.flatten(-2)[..., :width].to(dtype)
