@@ -76,6 +76,7 @@ def make_plan(
     """
     import torch
 
+    from fusedlm.data.mixture import stage_lines
     from fusedlm.data.vocabulary import lacks_file, planned_vocab_size
     from fusedlm.model import build_model
     from fusedlm.model.accounting import count_parameters, state_bytes, training_flops_per_token
@@ -132,6 +133,9 @@ def make_plan(
         "mtp_parameters": parameters.mtp,
         "training_flops_per_token": flops,
         "tokens": tokens,
+        "text": planned_text(recipe),
+        "stages": stage_lines(recipe),
+        "packing": recipe.data.packing,
         "training_flops": flops * tokens,
         **fixed,
         "optimizer": train.optimizer.type,
@@ -155,6 +159,20 @@ def make_plan(
         "price_per_hour": price,
         "cost": None if price is None else seconds / 3600 * price,
     }
+
+
+def planned_text(recipe) -> list[dict]:
+    """What a run of a recipe reads: of each source `name` (None: the single one), `type`, `path` (None: it has none)
+    and `tokens`."""
+    from fusedlm.data.mixture import source_schedule, total_samples
+
+    schedule = source_schedule(recipe)
+    samples = {None: total_samples(recipe)} if schedule is None else schedule.counts(total_samples(recipe))
+    seq_len = recipe.train.seq_len
+    return [
+        {"name": name, "type": one.type, "path": getattr(one, "path", None), "tokens": samples[name] * seq_len}
+        for name, one in recipe.data.named_sources().items()
+    ]
 
 
 def fit(capacity: float, fixed: int, activations, micro_batch: int) -> dict:
