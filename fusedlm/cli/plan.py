@@ -40,7 +40,7 @@ def plan(
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")] = False,
 ) -> None:
-    """Print parameters, training FLOPs, memory, time, cost and decoding state of RECIPE, without training."""
+    """Print parameters, FLOPs, memory, time, cost, decoding state and quantised sizes of RECIPE, without training."""
     from fusedlm.config import load_recipe
 
     config = load_recipe(recipe, overrides or [])
@@ -80,9 +80,10 @@ def make_plan(
     from fusedlm.data.vocabulary import lacks_file, planned_vocab_size
     from fusedlm.model import build_model
     from fusedlm.model.accounting import count_parameters, state_bytes, training_flops_per_token
-    from fusedlm.model.memory import activation_bytes, weight_copy_bytes
+    from fusedlm.model.memory import activation_bytes, quantized_bytes, weight_copy_bytes
     from fusedlm.model.precision import resolve_dtype
     from fusedlm.ops.common import check_backends
+    from fusedlm.ops.quantized.reference import WEIGHT_FORMATS
     from fusedlm.optim import optimizer_bytes
 
     card = find_gpu(gpu)
@@ -148,6 +149,7 @@ def make_plan(
         "compile": recipe.runtime.compile,
         "state_dtype": str(dtype).removeprefix("torch."),
         "state_bytes": {str(length): state_bytes(model, length, dtype) for length in _LENGTHS},
+        "quantized_bytes": {format: quantized_bytes(model, format) for format in WEIGHT_FORMATS},
         "gpu": gpu.lower(),
         "fits": fits,
         "mfu": mfu,

@@ -20,6 +20,7 @@ def plan_lines(estimate: dict, columns: int) -> list[str]:
     """The lines of the plan, at most `columns` long from 40 columns on: label, figure, and in wide terminals a note."""
     lines = [f"plan of {estimate['name']}"]
     sections = [_size(estimate), _text(estimate), _memory(estimate), _time(estimate), _states(estimate)]
+    sections.append(_quantized(estimate))
     label_width = max(len(label) for _, rows in sections for label, _, _ in rows)
     for title, rows in sections:
         lines += ["", title]
@@ -99,6 +100,11 @@ def _states(estimate: dict):
     return "decoding state of one sequence", [
         (f"{int(length):,} tokens", _size_of(n), estimate["state_dtype"]) for length, n in states
     ]
+
+
+def _quantized(estimate: dict):
+    note = "hidden matrices; the others float32"
+    return "weights after fusedlm quantize", [(f, _size_of(n), note) for f, n in estimate["quantized_bytes"].items()]
 
 
 def _sentences(estimate: dict) -> list[str]:
