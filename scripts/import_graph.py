@@ -17,7 +17,7 @@ LAYERS = [
     ["compare"],
     ["export", "probes", ""],
     ["report"],
-    ["train"],
+    ["train", "quant"],
     ["runs", "evaluate", "generation"],
     ["data", "model", "optim"],
     ["nn"],

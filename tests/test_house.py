@@ -90,7 +90,7 @@ def test_no_file_has_two_subjects():
         ("nn/norm.py", "from fusedlm.config import Recipe\n", "nn takes plain arguments"),
         ("config/recipe.py", "from fusedlm.data import prepare\n", "imports none of ours"),
         ("train/loop.py", "from fusedlm.testing import assert_close\n", "for tests only"),
-        ("train/loop.py", "from fusedlm.quant import pack\n", "has no layer"),
+        ("train/loop.py", "from fusedlm.nowhere import pack\n", "has no layer"),
     ],
 )
 def test_import_rules(tmp_path: Path, file: str, source: str, problem: str | None):

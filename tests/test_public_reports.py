@@ -29,7 +29,7 @@ def test_resume_in_a_later_epoch_does_not_replay_the_first(tmp_path):
     options = {"seq_len": 64, "batch_size": 2, "seed": 0, "document_mask": True, "device": torch.device("cpu")}
     with Loader(shards, **options) as loader:
         batches = iter(loader)
-        per_epoch = loader.windows // 2
+        per_epoch = loader.samples.per_epoch // 2
         tokens = [next(batches).tokens for _ in range(4 * per_epoch)]
     for start in (2 * per_epoch + 1, 3 * per_epoch):
         with Loader(shards, start_sample=2 * start, **options) as loader:

@@ -26,6 +26,7 @@ from fusedlm.cli.interrupts import Terminated, die_of_interrupt, exit_code, rais
 from fusedlm.cli.openmp import bound_spinning
 from fusedlm.cli.plan import plan
 from fusedlm.cli.probe import probe
+from fusedlm.cli.quantize import quantize
 from fusedlm.cli.recipes import recipes
 from fusedlm.cli.report import report
 from fusedlm.cli.train import train
@@ -42,6 +43,7 @@ app = typer.Typer(
 app.command()(train)
 app.command("eval")(evaluate)
 app.command()(generate)
+app.command()(quantize)
 app.command()(compare)
 app.add_typer(data, name="data")
 app.add_typer(recipes, name="recipes")

@@ -40,7 +40,7 @@ def plan(
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")] = False,
 ) -> None:
-    """Print parameters, training FLOPs, memory, time, cost and decoding state of RECIPE, without training."""
+    """Print parameters, FLOPs, memory, time, cost, decoding state and quantised sizes of RECIPE, without training."""
     from fusedlm.config import load_recipe
 
     config = load_recipe(recipe, overrides or [])
@@ -76,12 +76,14 @@ def make_plan(
     """
     import torch
 
+    from fusedlm.data.mixture import stage_lines
     from fusedlm.data.vocabulary import lacks_file, planned_vocab_size
     from fusedlm.model import build_model
     from fusedlm.model.accounting import count_parameters, state_bytes, training_flops_per_token
-    from fusedlm.model.memory import activation_bytes, weight_copy_bytes
+    from fusedlm.model.memory import activation_bytes, quantized_bytes, weight_copy_bytes
     from fusedlm.model.precision import resolve_dtype
     from fusedlm.ops.common import check_backends
+    from fusedlm.ops.quantized.reference import WEIGHT_FORMATS
     from fusedlm.optim import optimizer_bytes
 
     card = find_gpu(gpu)
@@ -131,6 +133,9 @@ def make_plan(
         "mtp_parameters": parameters.mtp,
         "training_flops_per_token": flops,
         "tokens": tokens,
+        "text": planned_text(recipe),
+        "stages": stage_lines(recipe),
+        "packing": recipe.data.packing,
         "training_flops": flops * tokens,
         **fixed,
         "optimizer": train.optimizer.type,
@@ -144,6 +149,7 @@ def make_plan(
         "compile": recipe.runtime.compile,
         "state_dtype": str(dtype).removeprefix("torch."),
         "state_bytes": {str(length): state_bytes(model, length, dtype) for length in _LENGTHS},
+        "quantized_bytes": {format: quantized_bytes(model, format) for format in WEIGHT_FORMATS},
         "gpu": gpu.lower(),
         "fits": fits,
         "mfu": mfu,
@@ -153,6 +159,20 @@ def make_plan(
         "price_per_hour": price,
         "cost": None if price is None else seconds / 3600 * price,
     }
+
+
+def planned_text(recipe) -> list[dict]:
+    """What a run of a recipe reads: of each source `name` (None: the single one), `type`, `path` (None: it has none)
+    and `tokens`."""
+    from fusedlm.data.mixture import source_schedule, total_samples
+
+    schedule = source_schedule(recipe)
+    samples = {None: total_samples(recipe)} if schedule is None else schedule.counts(total_samples(recipe))
+    seq_len = recipe.train.seq_len
+    return [
+        {"name": name, "type": one.type, "path": getattr(one, "path", None), "tokens": samples[name] * seq_len}
+        for name, one in recipe.data.named_sources().items()
+    ]
 
 
 def fit(capacity: float, fixed: int, activations, micro_batch: int) -> dict:

@@ -1,10 +1,12 @@
 """The plan of a recipe for a person: rounded, in 40 columns if need be."""
 
 import textwrap
+from pathlib import PurePath
 
 from fusedlm.cli.gpus import GPUS
 from fusedlm.terminal import make_console
 
+_LONGEST_LABEL = 20
 _WIDE = 72  # columns from which notes stand beside the figures
 
 
@@ -17,7 +19,8 @@ def print_plan(estimate: dict) -> None:
 def plan_lines(estimate: dict, columns: int) -> list[str]:
     """The lines of the plan, at most `columns` long from 40 columns on: label, figure, and in wide terminals a note."""
     lines = [f"plan of {estimate['name']}"]
-    sections = [_size(estimate), _memory(estimate), _time(estimate), _states(estimate)]
+    sections = [_size(estimate), _text(estimate), _memory(estimate), _time(estimate), _states(estimate)]
+    sections.append(_quantized(estimate))
     label_width = max(len(label) for _, rows in sections for label, _, _ in rows)
     for title, rows in sections:
         lines += ["", title]
@@ -46,6 +49,21 @@ def _size(estimate: dict):
         ("training FLOPs", flops(estimate["training_flops"]), ""),
     ]
     return "size", rows
+
+
+def _text(estimate: dict):
+    from fusedlm.report.text import shortened
+    from fusedlm.report.units import count, percent
+
+    rows = []
+    for source in estimate["text"]:
+        where = source["path"] or f"source {source['type']}"
+        label = source["name"] or PurePath(where).name
+        note = f"{percent(source['tokens'] / estimate['tokens'])} of the tokens, " if source["name"] else ""
+        rows.append((shortened(label, _LONGEST_LABEL), count(source["tokens"]), note + shortened(where, 40)))
+    if estimate["packing"] != "stream":
+        rows.append(("packing", estimate["packing"], "tokens include what fills up rows"))
+    return "tokens read of each source" if estimate["text"][0]["name"] else "tokens read", rows
 
 
 def _memory(estimate: dict):
@@ -84,11 +102,16 @@ def _states(estimate: dict):
     ]
 
 
+def _quantized(estimate: dict):
+    note = "hidden matrices; the others float32"
+    return "weights after fusedlm quantize", [(f, _size_of(n), note) for f, n in estimate["quantized_bytes"].items()]
+
+
 def _sentences(estimate: dict) -> list[str]:
     outcomes: dict[tuple, list[str]] = {}
     for name, found in estimate["fits"].items():
         outcomes.setdefault((found["gpus"], found["micro_batch_size"]), []).append(name)
-    sentences = []
+    sentences = [f"Stages: {'; then '.join(estimate['stages'])}."] if estimate["stages"] else []
     for (gpus, micro), names in outcomes.items():
         if gpus == 1 and micro == estimate["micro_batch_size"]:
             sentences.append(f"Fits on one: {', '.join(names)}.")

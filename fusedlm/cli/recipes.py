@@ -71,7 +71,7 @@ def copy(
 
 def needs(recipe) -> list[str]:
     """Files that a recipe reads, and the device that it is made for."""
-    sources = [recipe.data.source, recipe.data.validation, recipe.data.tokenizer]
+    sources = [*recipe.data.named_sources().values(), recipe.data.validation, recipe.data.tokenizer]
     files = [source.path for source in sources if getattr(source, "path", None) is not None]
     return files + ["a GPU"] * (recipe.runtime.compile and recipe.runtime.device != "cpu")
 

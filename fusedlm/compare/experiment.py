@@ -132,8 +132,12 @@ def _run(
 def _check_same_text(recipes: dict[str, Recipe]) -> None:
     (baseline, first), *others = recipes.items()
     for name, recipe in others:
-        for key in ("source", "validation", "split"):
-            if getattr(recipe.data, key) != getattr(first.data, key):
+        texts = [
+            {"source": data.named_sources(), "validation": data.validation, "split": data.split}
+            for data in (recipe.data, first.data)
+        ]
+        for key in texts[0]:
+            if texts[0][key] != texts[1][key]:
                 raise ValueError(
                     f"variants {baseline} and {name} differ in data.{key}; their losses are not comparable"
                 )

@@ -223,7 +223,7 @@ def _facts(results: Results) -> list[tuple[str, str]]:
         ("seeds", ", ".join(map(str, results.experiment.seeds))),
         ("batch", f"{train.batch_size} sequences of {train.seq_len} tokens ({results.baseline})"),
         ("compiled", "yes" if base.runtime.compile else "no"),
-        ("text", getattr(data.source, "path", data.source.type)),
+        ("text", ", ".join(getattr(one, "path", one.type) for one in data.named_sources().values())),
         ("tokenizer", f"{data.tokenizer.type}, {results.variants[results.baseline].vocab_size:,} tokens"),
         (
             "validations during training",

@@ -38,6 +38,7 @@ class Recipe(Config):
 
     @model_validator(mode="after")
     def _check(self):
+        self.data.stage_ends(self.train.total_tokens())
         key, head_lr = self.train.optimizer.head_rate
         if head_lr is not None and self.model.tie_embeddings:
             raise ValueError(

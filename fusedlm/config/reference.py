@@ -165,7 +165,8 @@ def look_up(name: str) -> list[Found]:
     if not holders and not inner:
         prefix = name[: len(name) - len(".".join(parts))]
         hint = [prefix + key for key in suggest(".".join(parts), root)]
-        known = [key.name for one in outer[:1] for key in one.keys] or [place.key for place in places()[1:]]
+        outermost = [place.key for place in places()[1:] if place.key.count(".") < 2]
+        known = [key.name for one in outer[:1] for key in one.keys] or outermost
         hint = f"did you mean {either(hint)}?" if hint else f"known: {', '.join(known)}"
         raise ValueError(f"{printable(name)}: no such key; {hint}")
     if len(inner) == 1:  # it says all that its key does

@@ -62,6 +62,12 @@ class _Tokenizer(_Part):
     fingerprint: _Digest
 
 
+class _Source(_Part):
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_-][A-Za-z0-9._-]{0,60}$")]
+    train: Annotated[_Count, Field(ge=1)]  # shards
+    validation: _Count
+
+
 class _Manifest(_Part):
     """The keys that are read; others are for people."""
 
@@ -69,6 +75,7 @@ class _Manifest(_Part):
     tokenizer: _Tokenizer
     dtype: Literal["<u2", "<u4"]
     splits: _Splits
+    sources: list[_Source] | None = None  # several; each has the shards after those of the one before it
     files: dict[_Name, _File]
 
 
@@ -166,6 +173,21 @@ def _disagreement(manifest: dict) -> str | None:
         for key in ("documents", "tokens", "bytes"):
             if content[key] != sum(shard[key] for shard in content["shards"]):
                 return f"splits.{split}.{key} is not the sum of its shards"
+    return _disagreement_of_sources(manifest)
+
+
+def _disagreement_of_sources(manifest: dict) -> str | None:
+    sources = manifest.get("sources")
+    if sources is None:
+        return None
+    if len({source["name"] for source in sources}) < len(sources):
+        return "two sources have one name"
+    for split in SPLITS:
+        shards = len(manifest["splits"][split]["shards"])
+        # Held-out text of its own is of no source.
+        allowed = (shards,) if split == "train" else (0, shards)
+        if sum(source[split] for source in sources) not in allowed:
+            return f"its sources do not have the {shards} shards of {split}"
     return None
 
 

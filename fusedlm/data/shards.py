@@ -7,12 +7,14 @@ A prepared folder holds, for each shard of a split (`train`, `validation`),
     train-00000.bytes.npy     int64 (documents): UTF-8 bytes of each document's text
 
 the tokenizer, and manifest.json: counts, the size and sha256 of every other file, and a checksum of itself. A
-document lies in one shard, as [end-of-text, its tokens...].
+document lies in one shard, as [end-of-text, its tokens...]. Of several sources, each has consecutive shards, whose
+numbers the manifest has, in the order of its `sources`.
 """
 
 import hashlib
 import stat
 from array import array
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,17 +45,37 @@ class TokenShards:
         n_tokens: tokens of all documents, including one end-of-text each.
         n_documents, n_bytes: documents, and UTF-8 bytes of their text.
         longest: text tokens of the longest document.
+        sources: the shards of each of several sources, by name; empty: there is a single source.
     """
 
-    def __init__(self, shards: list[Shard]):
+    def __init__(self, shards: list[Shard], sources: dict[str, "TokenShards"] | None = None):
         self.shards = shards
+        self.sources = sources or {}
         self.n_tokens = sum(len(shard.tokens) for shard in shards)
         self.n_documents = sum(len(shard.n_bytes) for shard in shards)
         self.n_bytes = sum(int(shard.n_bytes.sum()) for shard in shards)
         self.longest = max((int(np.diff(shard.offsets).max()) - 1 for shard in shards), default=0)
 
     def documents(self) -> Iterator[tuple[np.ndarray, int]]:
-        """Yields each document in order: int64 tokens, end-of-text first, and the number of bytes of its text."""
+        """Yields each document in order: int64 tokens, end-of-text first, and the number of bytes of its text.
+
+        Documents of several sources alternate so that any number of the first ones has the shares of the whole.
+        """
+        yield from self._alternating() if self.sources else self._in_order()
+
+    def _alternating(self) -> Iterator[tuple[np.ndarray, int]]:
+        left = {name: source.documents() for name, source in self.sources.items() if source.n_tokens}
+        read = dict.fromkeys(left, 0)
+        while left:
+            name = min(left, key=lambda name: (read[name] / self.sources[name].n_tokens, name))
+            document = next(left[name], None)
+            if document is None:
+                del left[name]
+                continue
+            read[name] += len(document[0])
+            yield document
+
+    def _in_order(self) -> Iterator[tuple[np.ndarray, int]]:
         for shard in self.shards:
             first, n = 0, len(shard.n_bytes)
             while first < n:
@@ -89,10 +111,13 @@ class PreparedData:
 
 class ShardWriter:
     """Writes the documents of one split into shards of at most `shard_tokens` tokens; a longer document is a shard of
-    its own.
+    its own. A shard holds documents of one source.
 
     Args:
         dtype: "<u2" or "<u4".
+
+    Attributes:
+        sources: number of shards of each source.
     """
 
     def __init__(self, directory: Path, split: str, *, dtype: str, eot_id: int, shard_tokens: int):
@@ -100,14 +125,18 @@ class ShardWriter:
         self._dtype = np.dtype(dtype)
         self._eot = np.asarray([eot_id], self._dtype).tobytes()
         self._file = None
+        self._source: str | None = None
         self.shards: list[dict] = []
+        self.sources: Counter = Counter()
         self.checksums: dict[str, str] = {}
 
-    def add(self, ids: np.ndarray, n_bytes: int) -> None:
-        """Append a document: its ids without end-of-text, and the number of bytes of its text."""
+    def add(self, ids: np.ndarray, n_bytes: int, source: str | None = None) -> None:
+        """Append a document: its ids without end-of-text, the number of bytes of its text, and its source."""
         length = len(ids) + 1
-        if self._file is not None and self._offsets[-1] + length > self._shard_tokens:
+        is_full = self._file is not None and self._offsets[-1] + length > self._shard_tokens
+        if is_full or (self._file is not None and source != self._source):
             self._finish()
+        self._source = source
         if self._file is None:
             self._name = f"{self._split}-{len(self.shards):05d}"
             self._file = open(self._directory / f"{self._name}.bin", "wb")  # noqa: SIM115 (open over many calls)
@@ -139,6 +168,7 @@ class ShardWriter:
             self.checksums[path.name] = sha256_file(path)
         counts = {"documents": len(self._n_bytes), "tokens": self._offsets[-1], "bytes": sum(self._n_bytes)}
         self.shards.append({"name": self._name} | counts)
+        self.sources[self._source] += 1
 
 
 def open_prepared(
@@ -225,7 +255,11 @@ def _open_split(directory: Path, manifest: dict, split: str, verify: bool) -> To
         if verify:
             _check_documents(directory, tokens_file, tokens, offsets, manifest["tokenizer"]["eot_id"])
         shards.append(Shard(tokens, offsets, n_bytes))
-    return TokenShards(shards)
+    sources, first = {}, 0
+    for entry in manifest.get("sources") or ():
+        sources[entry["name"]] = TokenShards(shards[first : first + entry[split]])
+        first += entry[split]
+    return TokenShards(shards, sources if first else None)
 
 
 def _check_documents(directory: Path, name: str, tokens: TokenFile, offsets: np.ndarray, eot_id: int) -> None:

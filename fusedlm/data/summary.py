@@ -1,10 +1,12 @@
 """What a person should know about the text before a training starts."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from fusedlm.config import Recipe
 from fusedlm.config.data import DataConfig
+from fusedlm.data.mixture import stage_lines, total_samples
 from fusedlm.data.shards import PreparedData, TokenShards
+from fusedlm.data.training_text import TrainingText, open_training_text
 
 # Up to about four epochs, repeated text is nearly as good as new (Muennighoff et al., arXiv 2305.16264).
 _FEW_EPOCHS = 4
@@ -18,6 +20,8 @@ class TextSummary:
         held_out: bytes held out as a fraction of all bytes.
         wanted: `data.split.fraction`; None: held-out text is a source of its own.
         epochs: times that training reads the training text.
+        by_source: tokens read, and epochs, of each of several sources.
+        packing: what packing costs; None: documents are not packed.
     """
 
     train: TokenShards
@@ -25,6 +29,8 @@ class TextSummary:
     held_out: float
     wanted: float | None
     epochs: float
+    by_source: dict[str, tuple[int, float]] = field(default_factory=dict)
+    packing: str | None = None
 
     def one_line(self) -> str:
         """Both splits together, the share that is held out, and the epochs, for a run's header."""
@@ -32,7 +38,16 @@ class TextSummary:
         return (
             f"{train.n_documents + held_out.n_documents:,} documents, {train.n_bytes + held_out.n_bytes:,} bytes, "
             f"{train.n_tokens + held_out.n_tokens:,} tokens; {_percent(self.held_out)} of the bytes held out; "
-            f"{self.epochs:.3g} epochs"
+            + (self.sources_line() or f"{self.epochs:.3g} epochs")
+            + (f"; packed: {self.packing}" if self.packing else "")
+        )
+
+    def sources_line(self) -> str:
+        """Share of the tokens read, and epochs, of each of several sources; "" if there is one."""
+        total = sum(tokens for tokens, _ in self.by_source.values())
+        return ", ".join(
+            f"{name} {_percent(tokens / total)} ({epochs:.3g} epochs)"
+            for name, (tokens, epochs) in self.by_source.items()
         )
 
     def warnings(self) -> list[str]:
@@ -53,22 +68,43 @@ class TextSummary:
         )
 
     def epochs_warning(self) -> str | None:
-        """A sentence if the text is read many times."""
+        """A sentence if the text, or a source, is read many times."""
+        if self.by_source:
+            epochs = {name: epochs for name, (_, epochs) in self.by_source.items()}
+            often = [f"{name} {times:.3g} times" for name, times in epochs.items() if times > _FEW_EPOCHS]
+            if not often:
+                return None
+            return f"training reads {', '.join(often)}; past {_FEW_EPOCHS}, new text helps more than more steps"
         if self.epochs <= _FEW_EPOCHS:
             return None
         return f"every token is read {self.epochs:.3g} times; past {_FEW_EPOCHS}, new text helps more than more steps"
 
 
-def summarise(prepared: PreparedData, recipe: Recipe) -> TextSummary:
-    """Count prepared text for a recipe."""
+def summarise(prepared: PreparedData, recipe: Recipe, text: TrainingText | None = None) -> TextSummary:
+    """Count prepared text for a recipe.
+
+    Args:
+        text: what a run of the recipe reads, if it is open.
+
+    Raises:
+        ValueError: as `open_training_text`, of several sources or packed documents.
+    """
     train, validation, settings = prepared.train, prepared.validation, recipe.train
     n_bytes = train.n_bytes + validation.n_bytes
+    if text is None and (recipe.data.sources is not None or recipe.data.packing != "stream"):
+        text = open_training_text(train, recipe)
+    by_source = {}
+    if text is not None and text.schedule is not None:
+        tokens, epochs = (count(total_samples(recipe)) for count in (text.tokens, text.epochs))
+        by_source = {name: (tokens[name], epochs[name]) for name in tokens}
     return TextSummary(
         train=train,
         validation=validation,
         held_out=validation.n_bytes / n_bytes if n_bytes else 0.0,
         wanted=_wanted(recipe.data),
         epochs=settings.total_tokens() / max(1, train.n_tokens),
+        by_source=by_source,
+        packing=None if text is None else text.packing(),
     )
 
 
@@ -78,8 +114,12 @@ def text_facts(prepared: PreparedData, recipe: Recipe) -> dict[str, str]:
     facts = {
         "training text": count_text(summary.train),
         "held-out text": f"{count_text(summary.validation)}, {_percent(summary.held_out)} of the bytes",
-        "epochs": f"{summary.epochs:.3g}",
+        "epochs": summary.sources_line() or f"{summary.epochs:.3g}",
     }
+    if stages := stage_lines(recipe):
+        facts["stages"] = "; then ".join(stages)
+    if summary.packing is not None:
+        facts["packing"] = summary.packing
     for name, warning in (("held-out text", summary.split_warning()), ("epochs", summary.epochs_warning())):
         if warning is not None:
             facts[name] += f" (warning: {warning})"

@@ -62,7 +62,10 @@ The tokenizer puts the end-of-text token before each text, as training did, and 
 
 
 def _text(data) -> str:
-    source = data.source
+    return ", ".join(map(_named, data.named_sources().values()))
+
+
+def _named(source) -> str:
     path = getattr(source, "path", None)
     return source.type if path is None else f"{source.type} {path.rstrip('/').rpartition('/')[2]}"
 

@@ -26,6 +26,7 @@ from fusedlm.model import Decoder
 from fusedlm.runs.checkpoint import Checkpoints
 from fusedlm.runs.folder import CHECKPOINTS
 from fusedlm.runs.load import Weights, load_checkpoint
+from fusedlm.runs.quantization import is_quantized
 from fusedlm.runs.state import model_tensors, read_state
 
 CONFIG, GENERATION_CONFIG, CARD = "config.json", "generation_config.json", "README.md"
@@ -73,10 +74,13 @@ def export_run(
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ValueError(f"{folder}: exists already; name a folder that does not")
     loaded = load_checkpoint(run_dir, checkpoint=checkpoint, weights=weights, device="cpu")
+    checkpoints = Checkpoints(run_dir / CHECKPOINTS)
+    if is_quantized(checkpoints, loaded.step):
+        raise ValueError(f"{run_dir}: its layers are quantised; export the run that it was made of")
     chosen = choose_family(loaded.recipe.model, family)
     tensors, model = exported_tensors(chosen, loaded.model, loaded.recipe.model)
     tensors = {name: _converted(name, tensor, dtype) for name, tensor in tensors.items()}
-    state = read_state(Checkpoints(run_dir / CHECKPOINTS), loaded.step)
+    state = read_state(checkpoints, loaded.step)
     raw = weights == "raw"  # validation figures of averages are in the metrics alone
     figures = Figures(
         sum(tensor.numel() for tensor in tensors.values()),

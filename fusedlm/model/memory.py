@@ -1,10 +1,11 @@
-"""An estimate of what training keeps in memory, from shapes alone."""
+"""What training and quantised weights keep in memory, from shapes alone."""
 
 import torch
 
 from fusedlm.model.decoder import Decoder
 from fusedlm.nn.ffn.relu2 import ReLU2
 from fusedlm.nn.linear import Linear
+from fusedlm.nn.quantized import empty_weight, hidden_matrices
 
 _LOGITS = 298 * 2**20  # most bytes of logits at a time, of the chunked cross entropy
 
@@ -39,6 +40,14 @@ def weight_copy_bytes(model: Decoder, dtype: torch.dtype) -> int:
     if dtype == torch.float32:
         return 0
     return dtype.itemsize * sum(parameter.numel() for parameter in model.parameters())
+
+
+def quantized_bytes(model: Decoder, format: str) -> int:
+    """Bytes of the parameters with hidden matrices in a format of `quantize_weight`, in its default groups, and the
+    others in float32."""
+    layers = hidden_matrices(model).values()
+    others = sum(parameter.numel() for parameter in model.parameters()) - sum(x.weight.numel() for x in layers)
+    return 4 * others + sum(empty_weight(layer, format, None).nbytes for layer in layers)
 
 
 def _input_elements(model: Decoder) -> int:

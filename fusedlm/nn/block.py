@@ -11,6 +11,7 @@ from fusedlm.nn.mixers import MIXERS
 from fusedlm.nn.module import Constant, Module, OpUse, Role
 from fusedlm.nn.norm import RMSNorm
 from fusedlm.nn.pending import PendingMix, PendingNorm, PendingProduct
+from fusedlm.nn.quantized import quantized_layers
 from fusedlm.nn.report import Report, with_report
 from fusedlm.ops.common import runs_fused
 
@@ -139,6 +140,8 @@ class Block(Module):
         used = [*self.mixer.ops(device), *self.ffn.ops(device), OpUse("token_linear", "token_linear", {})]
         if self.mixes_x0 or self.takes_skip:
             used.append(OpUse("mix_inputs", "mix_inputs", {"width": len(self.mixer_norm.weight)}))
+        if quantized_layers(self):
+            used.append(OpUse("quantized_linear", "quantized_linear", {}))
         return used
 
 

@@ -81,10 +81,7 @@ class Linear(Module, torch.nn.Linear):
             x, weight = x.to(dtype), weight.to(dtype)
         if then is not None:
             return PendingActivation(x, weight, then)
-        if groups is not None:
-            weight = weight.unflatten(0, (groups, -1)).to(x.dtype)
-            return torch.einsum("...gir,grd->...gid" if transposed else "...gid,grd->...gir", x, weight)
-        return x @ weight.to(x.dtype) if transposed else F.linear(x, weight)
+        return product(x, weight, groups, transposed)
 
     def weight_of(self, part: str | None = None) -> torch.Tensor:
         """The rows of a split, or all."""
@@ -119,6 +116,14 @@ class Linear(Module, torch.nn.Linear):
     def flops(self, n_tokens: int) -> int:
         """A multiply-add counts two."""
         return 2 * self.in_features * self.out_features * n_tokens
+
+
+def product(x: torch.Tensor, weight: torch.Tensor, groups: int | None, transposed: bool) -> torch.Tensor:
+    """The products that `Linear.forward` describes, with a given weight."""
+    if groups is not None:
+        weight = weight.unflatten(0, (groups, -1)).to(x.dtype)
+        return torch.einsum("...gir,grd->...gid" if transposed else "...gid,grd->...gir", x, weight)
+    return x @ weight.to(x.dtype) if transposed else F.linear(x, weight)
 
 
 def fuses_norm(layer: torch.nn.Module, x: torch.Tensor) -> bool:

@@ -19,9 +19,13 @@ from fusedlm.ops.latent.reference import quantise_latent
 from fusedlm.ops.linear_attention.op import decayed_linear_attention
 from fusedlm.ops.linear_cross_entropy.op import linear_softcap_cross_entropy
 from fusedlm.ops.mixing.op import mix_inputs
+from fusedlm.ops.mx.formats import MXTensor
+from fusedlm.ops.mx.op import dequantize_mx, quantize_mx
 from fusedlm.ops.norm_linear.op import rmsnorm_linear
 from fusedlm.ops.one_token.op import token_linear
 from fusedlm.ops.polar.op import orthogonalize
+from fusedlm.ops.quantized.op import dequantize_weight, quantize_weight, quantized_linear
+from fusedlm.ops.quantized.reference import QuantizedWeight
 from fusedlm.ops.relu2.op import relu2_mlp
 from fusedlm.ops.rotary.op import rmsnorm_rope, rope_append
 from fusedlm.ops.scan.op import gated_scan
@@ -30,11 +34,15 @@ from fusedlm.ops.xsa.op import exclude_own_value
 
 __all__ = [
     "OPS",
+    "MXTensor",
+    "QuantizedWeight",
     "SigmoidCap",
     "cached_attention",
     "causal_attention",
     "count_tokens",
     "decayed_linear_attention",
+    "dequantize_mx",
+    "dequantize_weight",
     "differential_combine",
     "differential_linear_attention",
     "draw_token",
@@ -50,6 +58,9 @@ __all__ = [
     "packed_attention",
     "quantise_latent",
     "relu2_mlp",
+    "quantize_mx",
+    "quantize_weight",
+    "quantized_linear",
     "rmsnorm_linear",
     "rmsnorm_rope",
     "rope_append",

@@ -10,13 +10,16 @@ _LONGEST = 160
 _SIZES = ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB"))
 
 
-def header_facts(recipe: dict, environment: dict, tokens: float | None) -> list[tuple[str, str]]:
+def header_facts(
+    recipe: dict, environment: dict, tokens: float | None, sources: dict[str, tuple[float, float]] | None = None
+) -> list[tuple[str, str]]:
     """(name, value), plain text.
 
     Args:
         recipe: of the run, as a tree of plain values; may lack anything.
         environment: of the run; `data` in it has the counts of `PreparedData.counts`.
         tokens: read in training.
+        sources: tokens read, and epochs, of each of several sources.
     """
     counts = _dict(environment.get("data"))
     facts = [("Text", ", ".join(filter(None, (_source(recipe), _size(counts)))))]
@@ -24,6 +27,9 @@ def header_facts(recipe: dict, environment: dict, tokens: float | None) -> list[
     if available and tokens:
         epochs = tokens / available
         facts.append(("Epochs", f"{epochs:.3g}: {count(tokens)} tokens read of {count(available)} for training"))
+    for name, (read, epochs) in (sources or {}).items():
+        times = f", {epochs:.3g} epochs" if math.isfinite(epochs) else ""
+        facts.append((f"Source {name}", f"{count(read)} tokens read{times}"))
     device = [environment.get("device_name"), environment.get("dtype")]
     facts.append(("Device", ", ".join(str(part) for part in device if part)))
     facts.append(("Date", str(environment.get("date") or "")[:10]))
@@ -31,7 +37,12 @@ def header_facts(recipe: dict, environment: dict, tokens: float | None) -> list[
 
 
 def _source(recipe: dict) -> str:
-    source = _dict(_dict(recipe.get("data")).get("source"))
+    data = _dict(recipe.get("data"))
+    several = [_dict(_dict(one).get("source")) for one in _dict(data.get("sources")).values()]
+    return ", ".join(filter(None, map(_named, several or [_dict(data.get("source"))])))
+
+
+def _named(source: dict) -> str:
     path = source.get("path")
     paths = path if isinstance(path, list) else [path]
     names = [PurePath(one).name or one for one in paths if isinstance(one, str) and one]

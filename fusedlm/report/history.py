@@ -43,6 +43,7 @@ _VALIDATION_COLUMNS = (
 )
 _LAYER_LOADS = "moe_layers"  # of each layer: entropy of the loads, highest over mean load, dead experts
 _LAYER_LOSS = "loss_"  # prefix of the losses of layers
+_SOURCE_TOKENS, _SOURCE_EPOCHS = "source_tokens_", "source_epochs_"  # prefixes, of several sources
 
 
 @dataclass(frozen=True)
@@ -53,6 +54,7 @@ class History:
     validation: dict[str, np.ndarray]
     skipped: list[int]  # steps that were skipped because loss or gradient was not finite
     layer_losses: dict[str, np.ndarray] = field(default_factory=dict)  # of each step, by name without the prefix
+    sources: dict[str, tuple[float, float]] = field(default_factory=dict)  # tokens and epochs at the last step, by name
     # (n, layers) float64, the highest over the mean load of the experts of each layer at each step; None: no experts.
     max_loads: np.ndarray | None = None
 
@@ -73,7 +75,10 @@ def read_history(run_dir: Path) -> History:
     validation: dict[int, dict] = {}
     loads: dict[int, list[float]] = {}
     names = sorted({key for record in records for key in record if key.startswith(_LAYER_LOSS)})
-    step_columns = (*_STEP_COLUMNS, *names)
+    sources = sorted({key for record in records for key in record if key.startswith(_SOURCE_TOKENS)})
+    sources = [key.removeprefix(_SOURCE_TOKENS) for key in sources]
+    counts = [prefix + name for name in sources for prefix in (_SOURCE_TOKENS, _SOURCE_EPOCHS)]
+    step_columns = (*_STEP_COLUMNS, *names, *counts)
     # No line is damaged, so record n is line n.
     for line, record in enumerate(records, start=1):
         for kind, key, columns in ((steps, "loss", step_columns), (validation, "val_bpb", _VALIDATION_COLUMNS)):
@@ -86,10 +91,12 @@ def read_history(run_dir: Path) -> History:
             loads[record["step"]] = _max_loads(record[_LAYER_LOADS], f"{path} line {line}: {_LAYER_LOADS}")
     if not steps:
         raise ValueError(f"{path}: no training step is recorded yet")
+    last = steps[max(steps)]
     return History(
         steps=_columns(steps, _STEP_COLUMNS),
         validation=_columns(validation, _VALIDATION_COLUMNS),
         skipped=[step for step in sorted(steps) if steps[step]["skipped"]],
+        sources={name: (last[_SOURCE_TOKENS + name], last[_SOURCE_EPOCHS + name]) for name in sources},
         layer_losses={name.removeprefix(_LAYER_LOSS): column for name, column in _columns(steps, names).items()},
         max_loads=_table([loads.get(step, []) for step in sorted(steps)]),
     )

@@ -39,7 +39,7 @@ def write_report(run_dir: Path) -> Path:
     page = Page(
         title=str(tree.get("name") or "") or run_dir.resolve().name,
         description=str(tree.get("description") or ""),
-        facts=header_facts(tree, environment, float(history.steps["tokens"].max())),
+        facts=header_facts(tree, environment, float(history.steps["tokens"].max()), history.sources),
         key_figures=_key_figures(history, environment),
         plots=plots,
         notes=_notes(history) + check_run(run_dir),

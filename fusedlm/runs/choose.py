@@ -10,12 +10,12 @@ from typing import Literal
 from fusedlm.runs.checkpoint import Checkpoints, DamagedCheckpoint, ForeignCheckpoint, RemovedCheckpoint
 from fusedlm.runs.folder import CHECKPOINTS
 from fusedlm.runs.identity import Identity, read_identity
-from fusedlm.runs.state import AVERAGES, MODEL, RECIPE, STATE, TrainState, examine
+from fusedlm.runs.state import AVERAGES, MODEL, QUANTIZATION, RECIPE, STATE, TrainState, examine
 
 _log = logging.getLogger(__name__)
 
 # The files that `load` reads, without the optimizer state, which is larger than the model.
-LOADED = (*(f"{name}.safetensors" for name in (MODEL, *AVERAGES)), STATE, RECIPE)
+LOADED = (*(f"{name}.safetensors" for name in (MODEL, *AVERAGES)), STATE, RECIPE, QUANTIZATION)
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ import contextlib
 import fcntl
 import json
 import os
+import re
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -153,7 +154,7 @@ class RunFolder:
 
 
 # What the files hold is compared when the text is opened, not where they are.
-_PATHS = ("data.source.path", "data.validation.path", "data.tokenizer.path")
+_PATHS = re.compile(r"data\.(source|sources\..+\.source|validation|tokenizer)\.path")
 # Neutral keys that change the order of sums. They may change on resume: the out-of-memory error advises it.
 _ROUNDING = ("train.micro_batch_size", "runtime.recompute")
 
@@ -177,9 +178,11 @@ def check_resumable(saved: Recipe, given: Recipe, same_device: bool = True) -> l
             if now < before:
                 raise ValueError(f"train.steps={now}: the run to resume has {before} steps; give at least {before}")
             notes.append(f"{change}; the schedule is recomputed for {now} steps")
+            if any(stage.until is not None and stage.until <= 1 for stage in given.data.stages):
+                notes.append("data.stages with a fraction as until end later too: text can be read again or left out")
         elif key in _ROUNDING or (key.startswith("runtime.") and not same_device):
             notes.append(f"{change}; losses may differ by rounding")
-        elif key in _PATHS:
+        elif _PATHS.fullmatch(key):
             notes.append(f"{change}; the content is compared")
         elif not is_neutral(key, Recipe):
             raise ValueError(

@@ -20,8 +20,9 @@ from fusedlm.runs.checkpoint import Checkpoints, RemovedCheckpoint
 from fusedlm.runs.choose import choose, known_identity
 from fusedlm.runs.folder import CHECKPOINTS, require_run
 from fusedlm.runs.identity import IDENTITY
+from fusedlm.runs.quantization import allocate_layers, read_quantization
 from fusedlm.runs.recipe import checkpoint_recipe, recipe_change
-from fusedlm.runs.state import MODEL, TrainState, load_model_tensors
+from fusedlm.runs.state import MODEL, QUANTIZATION, TrainState, load_model_tensors
 
 _log = logging.getLogger(__name__)
 
@@ -52,7 +53,8 @@ def load(
             warning; those of an override are an error.
 
     Returns:
-        The decoder, with float32 parameters; the tokenizer; and the recipe with the overrides.
+        The decoder, with float32 parameters, and in a quantised run layers with codes and scales; the tokenizer; and
+        the recipe with the overrides.
 
     Raises:
         ValueError: the folder holds no run, the checkpoint does not exist, is damaged or of another run or step, it has
@@ -96,7 +98,10 @@ def load_checkpoint(
             f"{run_dir}: its tokenizer is not the one that the run was trained with; "
             f"restore it with: fusedlm train RECIPE --out {run_dir} --resume"
         )
-    model = build_model(recipe.model, vocab_size=tokenizer.vocab_size, device="meta").to_empty(device=target)
+    model = build_model(recipe.model, vocab_size=tokenizer.vocab_size, device="meta")
+    if content.quantization is not None:
+        allocate_layers(model, content.quantization, Path(content.source) / QUANTIZATION)
+    model.to_empty(device=target)
     load_model_tensors(model, content.tensors, content.source)
     requested = any(override.startswith("runtime.backends") for override in overrides)
     use_backends(model, recipe.runtime, target, resolve_dtype(recipe.runtime.dtype, target), strict=requested)
@@ -105,12 +110,14 @@ def load_checkpoint(
 
 @dataclass(frozen=True)
 class _Content:
-    """What is read from one checkpoint: tensors (on the CPU) by name; source names the checkpoint in errors."""
+    """What is read from one checkpoint: tensors (on the CPU) by name; source names the checkpoint in errors;
+    quantization: of its quantised layers, None: it has none."""
 
     state: TrainState
     recipe: Recipe
     tensors: dict[str, torch.Tensor]
     source: str
+    quantization: dict | None
 
 
 def _read(run_dir: Path, wanted: Literal["last", "best"] | int, weights: Weights, overrides: Sequence[str]) -> _Content:
@@ -131,7 +138,8 @@ def _read(run_dir: Path, wanted: Literal["last", "best"] | int, weights: Weights
                 _log.warning("%s: missing; fusedlm train --resume writes it again", run_dir / IDENTITY)
             if change := recipe_change(run_dir, identity, state, saved):
                 _log.warning("%s", change)
-            return _Content(state, recipe, tensors, str(checkpoints.path(state.step)))
+            quantization = read_quantization(checkpoints, state.step)
+            return _Content(state, recipe, tensors, str(checkpoints.path(state.step)), quantization)
     raise RemovedCheckpoint(f"run {run_dir} removes its checkpoints faster than they can be read; try again")
 
 

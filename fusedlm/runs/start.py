@@ -8,6 +8,7 @@ from fusedlm.runs.checkpoint import DamagedCheckpoint
 from fusedlm.runs.choose import foreign_steps, newest_intact
 from fusedlm.runs.folder import RunFolder
 from fusedlm.runs.identity import IDENTITY, Identity, new_run_id, read_identity
+from fusedlm.runs.quantization import is_quantized
 from fusedlm.runs.recipe import checkpoint_recipe, recipe_change
 from fusedlm.runs.state import TrainState
 
@@ -45,6 +46,10 @@ def find_start(folder: RunFolder) -> Start:
     state, refused, recipe = found.state, found.refused, None
     run = identity.run if identity else (state and state.run) or new_run_id()
     if state is not None:
+        if is_quantized(folder.checkpoints, state.step):
+            raise ValueError(
+                f"run {folder.path} has quantised weights, which are not trained; resume the run that they are from"
+            )
         recipe = checkpoint_recipe(folder.checkpoints, state.step)
         refused += foreign_steps(folder.checkpoints, run, before=state.step)
         if identity is None and not notes and state.run is not None:

@@ -14,6 +14,7 @@ from fusedlm.optim import Averages, load_optimizer_tensors, optimizer_tensors
 from fusedlm.runs.checkpoint import Checkpoints, DamagedCheckpoint, ForeignCheckpoint, Writer, write_safetensors
 
 MODEL, OPTIMIZER, RNG, STATE, RECIPE = "model", "optimizer", "rng", "state.json", "recipe.yaml"
+QUANTIZATION = "quantization.json"  # of checkpoints with quantised layers
 EMA, SWA = AVERAGES = ("ema", "swa")  # of files, and of `--weights`
 
 

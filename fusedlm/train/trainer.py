@@ -14,6 +14,7 @@ from fusedlm.data import Batch, Loader, PreparedData, prepare
 from fusedlm.data.manifest import DamagedData
 from fusedlm.data.preparation import ChangedText, paths
 from fusedlm.data.summary import summarise
+from fusedlm.data.training_text import open_training_text
 from fusedlm.distributed import World
 from fusedlm.evaluate import first_tokens, score_documents
 from fusedlm.model import build_model
@@ -86,6 +87,7 @@ class Trainer:
         self.recipe, self.settings, self.runtime, self.folder = recipe, recipe.train, recipe.runtime, folder
         self.device, self.dtype, self.display, self.world = device, dtype, display, world
         self.data = self._open_text(text, start)
+        self.text = open_training_text(self.data.train, recipe)
         torch.manual_seed(self.settings.seed)
         vocab_size = self.data.tokenizer.vocab_size
         self.model = build_model(recipe.model, vocab_size=vocab_size, device=device, seed=self.settings.seed)
@@ -306,6 +308,9 @@ class Trainer:
         }
         record |= {f"loss_{name}": value for name, value in result.layer_losses.items()}
         record |= self.model.summarise(result.metrics)
+        if self.text.schedule is not None:
+            for key, by_source in (("tokens", self.text.tokens), ("epochs", self.text.epochs)):
+                record |= {f"source_{key}_{name}": n for name, n in by_source(self.state.next_sample).items()}
         if others:
             record["lr_rest"] = others[0] * lr_scale
         if result.skipped:
@@ -423,6 +428,7 @@ class Trainer:
             seq_len=self.settings.seq_len,
             batch_size=self.settings.batch_size,
             seed=self.settings.seed,
+            samples=self.text.samples,
             document_mask=self.recipe.data.document_mask,
             start_sample=self.state.next_sample,
             start_step=self.state.step,
@@ -433,7 +439,7 @@ class Trainer:
         )
 
     def _announce(self) -> None:
-        count, summary = count_parameters(self.model), summarise(self.data, self.recipe)
+        count, summary = count_parameters(self.model), summarise(self.data, self.recipe, self.text)
         steps, start = self.settings.steps, self.state.step
         shapes = ", then ".join(f"{rows} x {seq_len}" for rows, seq_len in self.settings.shapes())
         facts = {

@@ -73,6 +73,18 @@ def prepared(pattern: str) -> Path:
     return next(Path("prepared").glob(f"*/{pattern}"))
 
 
+def mixture(name: str, named: str, *overrides: str):
+    """Training on two sources, a of text.txt and b of other.txt."""
+
+    def damage():
+        Path("other.txt").write_text("---\n".join(f"Other text {i}, as long as the first one.\n" for i in range(20)))
+        a, b = (f"{{source: {{type: text, path: {name}.txt, separator: '---'}}}}" for name in ("text", "other"))
+        given = f"data.sources={{a: {a}, b: {b}}}"
+        return ["train", "small.yaml", "data.source=null", given, *overrides, "--out", "new"]
+
+    CASES.append(pytest.param(damage, named, id=f"mixture-{name}"))
+
+
 # Recipes
 arguments("recipe-missing", "train none.yaml", "none.yaml")
 arguments("recipe-is-a-folder", "train runs", "runs")
@@ -105,6 +117,17 @@ arguments("override-without-value", "train small.yaml train.steps", "'train.step
 arguments("override-unknown", "plan small.yaml model.dims=32", "did you mean 'dim'")
 arguments("override-ill-typed", "data prepare small.yaml data.shard_tokens=many", "'many'")
 arguments("no-vocabulary", "plan small.yaml data.tokenizer={{type:\u00a0file}}", "data.tokenizer")
+
+# Several sources
+mixture("and-a-source", "give exactly one of the two", "data.source={type: sotu}")
+mixture("missing-file", "none.txt", "data.sources.a.source.path=none.txt")
+mixture("unknown-name", "stages.0.weights.c: no such source; known: a, b", "data.stages=[{weights: {c: 1}}]")
+mixture("two-weights", "sources.a.weight=2", "data.sources.a.weight=2", "data.stages=[{weights: {a: 1, b: 1}}]")
+mixture("boundary", "of 64 tokens must be", "data.stages=[{until: 1.0e-9, weights: {a: 1}}, {weights: {b: 1}}]")
+mixture("epochs", "the run would read a 0.", "data.sources.a.max_epochs=0.001")
+mixture("too-short", "data.sources.a: seq_len=4096 is longer than the text", "train.seq_len=4096")
+mixture("name-of-a-source", "must be letters, digits", "data.sources={a/b: {source: {type: sotu}}}")
+mixture("packing", "data.packing: got 'tight'", "data.packing=tight")
 
 # Data
 source("missing", "{type: text, path: none.txt}", "none.txt")

@@ -117,6 +117,25 @@ def test_forty_columns_are_enough(workspace: Path, fusedlm, overrides):
     assert all(re.search(rf"[ :]{re.escape(name)}[,.;]", text) for name in GPUS)
 
 
+def test_what_is_read_of_each_source_is_planned(workspace: Path, fusedlm):
+    names = ("web", "a-name-that-is-rather-long")
+    sources = [f"{name}: {{source: {{type: text, path: {name}.txt}}}}" for name in names]
+    stages = "[{until: 0.5, weights: {web: 3, a-name-that-is-rather-long: 1}}, {weights: {web: 1}}]"
+    given = ["data.source=null", f"data.sources={{{', '.join(sources)}}}", f"data.stages={stages}", "train.steps=1000"]
+    estimate = _json(fusedlm("plan", "small.yaml", *given, "data.packing=best_fit", "--json"))
+    assert [(one["name"], one["path"], one["tokens"]) for one in estimate["text"]] == [
+        ("a-name-that-is-rather-long", "a-name-that-is-rather-long.txt", 16 * 250),
+        ("web", "web.txt", 16 * 1750),
+    ]
+    assert sum(one["tokens"] for one in estimate["text"]) == estimate["tokens"] and estimate["packing"] == "best_fit"
+    narrow, wide = ("\n".join(plan_lines(estimate, columns)) for columns in (40, 100))
+    assert max(map(len, narrow.splitlines())) <= 40
+    assert re.search(r"web +28.0 k  87.5% of the tokens, web.txt", wide) and "best_fit" in narrow
+    assert "Stages: a-name-that-is-rather-long 25%, web 75%, to 16,000 tokens; then web 100%." in wide
+    [only] = _json(fusedlm("plan", "small.yaml", "--json"))["text"]
+    assert only == {"name": None, "type": "text", "path": "text.txt", "tokens": 64}
+
+
 def test_fits():
     def activations(micro_batch):
         return 10 * micro_batch

@@ -127,7 +127,8 @@ HINTS = {
     "optimizer.lr=1": "optimizer: unknown key; did you mean train.optimizer?",
     "batchsize=3": "did you mean train.batch_size?",
     "train.optimizer.lrs=1": "train.optimizer.lrs: unknown key; did you mean 'lr'?",
-    "path=x": "did you mean data.source.path, data.validation.path or data.tokenizer.path?",
+    "path=x": "did you mean data.source.path, data.sources.NAME.source.path, data.validation.path or "
+    "data.tokenizer.path?",
     "model.n_heads=3": "did you mean model.blocks.NAME.mixer.n_heads?",
     "model.hidden=3": "did you mean model.blocks.NAME.ffn.hidden?",
     "blocks.g.mixer.n_heads=3": "blocks: unknown key; did you mean model.blocks?",

@@ -33,7 +33,7 @@ def test_the_reference_has_every_key():
 
 
 _OPTIONAL = ("model.blocks", "model.yarn", "model.bigram", "model.mup", "model.mtp", "model.logit_rescale")
-_OPTIONAL += ("data.validation", "train.swa", "train.ramps", "train.optimizer.")
+_OPTIONAL += ("data.validation", "data.sources", "train.swa", "train.ramps", "train.optimizer.")
 
 
 def test_defaults_are_those_of_the_schema():
@@ -104,7 +104,7 @@ def test_neutral_keys_say_so():
     [
         ("train.lr", "train.lr: no such key; did you mean train.optimizer.lr?"),
         ("lr", "did you mean train.optimizer.lr?"),
-        ("data.path", "did you mean data.source.path, data.validation.path or data.tokenizer.path?"),
+        ("data.path", "did you mean data.source.path, data.sources.NAME.source.path, data.validation.path or"),
         ("train.stepz", "did you mean train.steps?"),
         ("experiment.seed", "did you mean experiment.seeds?"),
         ("experiment.xyz", "known: name, description, base"),

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from fusedlm.data import Loader
-from fusedlm.data.loader import Permutation, WindowOrder
+from fusedlm.data.order import Permutation, WindowOrder
 from fusedlm.data.ring import rings
 from fusedlm.data.shards import Shard, TokenShards
 

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import random
 import shutil
 import signal
 import subprocess
@@ -92,6 +93,22 @@ def test_every_document_is_stored_once_with_its_bytes(corpus, tokenizer):
     assert prepared.manifest["tokenizer"]["lossy_training_documents"] == 0
 
 
+def test_prepared_files_of_a_single_source_are_those_of_earlier_versions(tmp_path, monkeypatch):
+    """Name, manifest, shards and tokenizer, byte for byte."""
+    monkeypatch.chdir(tmp_path)
+    rng = random.Random(0)
+    words = ["tea", "water", "stone", "a", "river", "old", "bridge", "and"]
+    texts = [" ".join(rng.choices(words, k=rng.randrange(3, 60))) for _ in range(200)]
+    Path("text.txt").write_text("\n---\n".join(texts))
+    source = TextSource(path="text.txt", separator="---")
+    prepared = prepare(DataConfig(source=source, split=HashSplit(fraction=0.2), shard_tokens=5000))
+    digest = hashlib.sha256()
+    for path in sorted(prepared.directory.iterdir()):
+        digest.update(path.name.encode() + path.read_bytes())
+    assert prepared.directory.name == "text-e212f567988c"
+    assert digest.hexdigest() == "f6574cdacb3f2bbc42d115418de5c8fa592d691a091ad3f836b6db49761d68dd"
+
+
 def test_a_document_longer_than_a_shard_is_not_split(corpus):
     prepared = prepare(config(corpus, shard_tokens=10))
     assert all(len(shard.n_bytes) == 1 for shard in prepared.train.shards)
@@ -165,7 +182,7 @@ def test_sotu_prepared_twice_is_the_same_to_the_byte(tmp_path, monkeypatch):
         source = open_source(source_config)
         return type(source)(source.name, source.files[:25], source.read)
 
-    monkeypatch.setattr(preparation, "open_source", few)
+    monkeypatch.setattr("fusedlm.data.corpus.open_source", few)
     settings = {"tokenizer": BPETokenizerConfig(vocab_size=300), "split": HashSplit(fraction=0.2)}
     first, second = (prepare(DataConfig(dir=str(tmp_path / name), **settings)) for name in "ab")
     assert first.directory.name.startswith("sotu-")

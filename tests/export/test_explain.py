@@ -7,8 +7,10 @@ import torch
 import yaml
 
 from fusedlm.cli import main
+from fusedlm.config import Recipe
 from fusedlm.config.model import ModelConfig
 from fusedlm.export import export_run
+from fusedlm.export.card import Figures, model_card
 from fusedlm.export.families import FAMILIES, choose_family, fits
 from tests.export.cases import CASES, model_config
 
@@ -176,3 +178,20 @@ def test_a_full_disk_leaves_nothing(cases, tmp_path, monkeypatch, capsys):
     assert main(["export", str(cases["llama"].run), str(tmp_path / "new")]) == 2
     assert "new could not be written: No space left on device" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_quantised_run_is_refused(cases, tmp_path, capsys):
+    quantize = ["quantize", str(cases["llama"].run), "--format", "int8", "--no-score"]
+    assert main([*quantize, "--out", str(tmp_path / "small")]) == 0
+    capsys.readouterr()
+    assert main(["export", str(tmp_path / "small"), str(tmp_path / "new")]) == 2
+    assert "its layers are quantised; export the run that it was made of" in capsys.readouterr().err
+    assert not (tmp_path / "new").exists()
+
+
+def test_the_card_names_every_source():
+    sources = {"b": {"source": {"type": "text", "path": "/home/me/b.txt"}}, "a": {"source": {"type": "sotu"}}}
+    tree = {"name": "two", "model": _model().model_dump(), "data": {"sources": sources}}
+    recipe = Recipe.model_validate(tree | {"train": {"steps": 1, "seq_len": 8, "batch_size": 1}})
+    card = model_card(recipe, "LlamaForCausalLM", Figures(1, 1, "raw", None, 0))
+    assert "| training text | sotu, text b.txt |" in card and "/home/me" not in card

@@ -12,9 +12,19 @@ import pytest
 import torch
 
 import fusedlm.ops
-from fusedlm.ops import OPS, causal_attention, explain, gated_scan, relu2_mlp, softcap_cross_entropy
+from fusedlm.ops import (
+    OPS,
+    MXTensor,
+    QuantizedWeight,
+    causal_attention,
+    explain,
+    gated_scan,
+    relu2_mlp,
+    softcap_cross_entropy,
+)
 from fusedlm.ops.common import Backend, Call, Op, check_backends, resolve, runs_fused
 from fusedlm.ops.common.dispatch import forget, recorded
+from fusedlm.ops.mx.formats import FORMATS
 from fusedlm.testing import backend_of
 
 CPU = torch.device("cpu")
@@ -24,6 +34,10 @@ needs_no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="about a mac
 
 def _heads(width=8):
     return torch.ones(1, 3, 2, width)
+
+
+def _tensors(result):
+    return (result.codes, result.scales) if isinstance(result, MXTensor) else result
 
 
 # A small call of every public function that selects a backend.
@@ -75,6 +89,13 @@ CALLS = {
     ),
     "linear_softcap_cross_entropy": lambda run, **options: run(
         torch.ones(3, 8), torch.ones(5, 8), torch.arange(3), **options
+    ),
+    "quantize_mx": lambda run, **options: _tensors(run(torch.ones(2, 33), "mxfp6_e2m3", **options)),
+    "dequantize_mx": lambda run, **options: run(
+        MXTensor(torch.ones(2, 16).byte(), torch.ones(2, 1).byte(), (2, 30), FORMATS["mxfp4"]), **options
+    ),
+    "quantized_linear": lambda run, **options: run(
+        torch.ones(3, 8), QuantizedWeight(torch.ones(2, 8).byte(), torch.ones(2, 1), 8, "int8", 0), **options
     ),
     "relu2_mlp": lambda run, **options: run(torch.ones(3, 64), torch.ones(128, 64), torch.ones(64, 128), **options),
     "rmsnorm_linear": lambda run, **options: run(torch.ones(3, 8), torch.ones(8), torch.ones(16, 8), **options),
@@ -328,6 +349,7 @@ def test_check_backends_names_the_key():
 def test_every_op_has_its_public_function():
     assert set(OP_OF) == set(CALLS)
     others = {"OPS", "SigmoidCap", "count_tokens", "explain", "quantise_latent", "short_conv_tail"}
+    others |= {"MXTensor", "QuantizedWeight", "quantize_weight", "dequantize_weight"}
     assert set(CALLS) | others == set(fusedlm.ops.__all__)
     for name in CALLS:
         assert getattr(fusedlm.ops, name).__module__.startswith("fusedlm.ops.")

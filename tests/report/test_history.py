@@ -37,6 +37,13 @@ def test_losses_of_layers_are_columns_of_their_own(tmp_path):
         read(tmp_path, line(1) + line(2, loss_z="much"))
 
 
+def test_sources_have_the_counts_of_the_last_step(tmp_path):
+    first = line(1, source_tokens_web=10, source_epochs_web=0.5, source_tokens_code=0, source_epochs_code=0.0)
+    last = line(2, source_tokens_web=15, source_epochs_web=0.75, source_tokens_code=5, source_epochs_code=2.5)
+    assert read(tmp_path, first + last).sources == {"code": (5, 2.5), "web": (15, 0.75)}
+    assert read(tmp_path, line(1)).sources == {}
+
+
 def test_loads_of_experts_are_a_table_of_layers(tmp_path):
     layers = [[0.9, 1.5, 0], [0.8, 2.0, 1]]
     history = read(tmp_path, line(1) + line(2, moe_layers=layers, moe_dead=1) + line(3, moe_layers=[[0.9, None, 0]]))

@@ -1,0 +1,95 @@
+"""The linear layer whose weight stays in few bits, for evaluation and decoding."""
+
+from collections.abc import Mapping
+
+import torch
+
+from fusedlm.nn.linear import Linear, product, product_dtype
+from fusedlm.ops import QuantizedWeight, dequantize_weight, quantized_linear
+from fusedlm.ops.quantized.reference import group_of, layout
+
+
+class QuantizedLinear(Linear):
+    """In place of a `Linear`: the same products with the values of a `QuantizedWeight`, whose codes and scales are
+    buffers. It has no parameter, and gives gradients to its input alone.
+
+    The product with all rows or those of a split is `quantized_linear`. Grouped and transposed products decode the
+    weight first, at every call.
+    """
+
+    fuses = False  # the ops that fuse a norm or an activation read weights of floats
+
+    def __init__(self, layer: Linear, weight: QuantizedWeight):
+        torch.nn.Module.__init__(self)
+        shape = (layer.out_features, layer.in_features)
+        if (len(weight.codes), weight.width) != shape:
+            raise ValueError(f"weight of shape {(len(weight.codes), weight.width)} does not fit a layer of {shape}")
+        self.in_features, self.out_features, self.splits = layer.in_features, layer.out_features, layer.splits
+        self.backends, self.training = layer.backends, layer.training
+        self.format, self.group = weight.format, weight.group
+        self.register_buffer("codes", weight.codes)
+        self.register_buffer("scales", weight.scales)
+        self.register_parameter("bias", None)
+
+    def forward(self, x, *, part=None, groups=None, transposed=False, dtype=None):
+        """As `Linear.forward`, of a layer that takes and returns nothing that is pending."""
+        x, weight = x.to(dtype or product_dtype(x)), self.quantized_weight(part)
+        if groups is not None or transposed:
+            return product(x, dequantize_weight(weight, x.dtype), groups, transposed)
+        return quantized_linear(x, weight, backend=self.backend("quantized_linear"))
+
+    def quantized_weight(self, part: str | None = None) -> QuantizedWeight:
+        """The rows of a split, or all."""
+        weight = QuantizedWeight(self.codes, self.scales, self.in_features, self.format, self.group)
+        if part is None:
+            return weight
+        names = list(self.splits)
+        start = sum(self.splits[name] for name in names[: names.index(part)])
+        return weight.rows(start, self.splits[part])
+
+    def weight_of(self, part: str | None = None) -> torch.Tensor:
+        """The values of the rows of a split, or all, in float32."""
+        return dequantize_weight(self.quantized_weight(part))
+
+    def _apply(self, fn, recurse=True):
+        """Codes and scales move with the module and keep their dtypes, which are the format's."""
+        for name in ("codes", "scales"):
+            tensor, moved = self._buffers[name], fn(self._buffers[name])
+            self._buffers[name] = moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
+        return self
+
+    def extra_repr(self) -> str:
+        group = f", group={self.group}" if self.group else ""
+        return f"{self.in_features}, {self.out_features}, {self.format}{group}"
+
+
+def hidden_matrices(model: torch.nn.Module) -> dict[str, Linear]:
+    """The layers of a model that can be quantised, by name: those whose weight has the role of a hidden matrix. Not
+    among them are embeddings, heads, routers, and stacks of experts, which are no linear layers."""
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if type(module) is Linear and module.__dict__["_declared"]["weight"][0].kind == "matrix"
+    }
+
+
+def replace_layers(model: torch.nn.Module, weights: Mapping[str, QuantizedWeight]) -> None:
+    """Put a `QuantizedLinear` in the place of each layer that is named."""
+    for name, weight in weights.items():
+        parent, _, child = name.rpartition(".")
+        setattr(model.get_submodule(parent), child, QuantizedLinear(model.get_submodule(name), weight))
+
+
+def empty_weight(layer: Linear, format: str, group: int | None) -> QuantizedWeight:
+    """An allocated weight for a layer, on its device. Raises ValueError as `quantize_weight`."""
+    group = group_of(format, group)
+    codes, scales = (
+        torch.empty(shape, dtype=dtype, device=layer.weight.device)
+        for shape, dtype in layout(layer.out_features, layer.in_features, format, group)
+    )
+    return QuantizedWeight(codes, scales, layer.in_features, format, group)
+
+
+def quantized_layers(model: torch.nn.Module) -> dict[str, QuantizedLinear]:
+    """The quantised layers of a model by name."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, QuantizedLinear)}

@@ -1,0 +1,1 @@
+"""MX formats (OCP Microscaling Formats v1.0): conversion of float tensors and back."""

@@ -1,0 +1,185 @@
+"""fusedlm quantize: the run that it writes, its figures, and what it refuses."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from fusedlm import load
+from fusedlm.nn.quantized import hidden_matrices, quantized_layers
+from fusedlm.ops import dequantize_weight, quantize_weight
+from fusedlm.testing import assert_close
+
+RUN = "runs/small"
+OUT = "blocks.0.mixer.out"
+FORMATS = [("mxfp4", []), ("int4", ["--group", "32"]), ("fp8", []), ("int8", [])]
+
+
+@pytest.mark.parametrize(("format", "options"), FORMATS)
+def test_the_quantised_run_is_read_as_any_other(fusedlm, workspace, format, options):
+    outcome = fusedlm("quantize", RUN, "--format", format, *options, "--out", "small", "--json")
+    assert (outcome.code, outcome.err) == (0, "")
+    result = json.loads(outcome.out)
+    model, tokenizer, recipe = load("small")
+    source, _, source_recipe = load(RUN)
+    assert recipe == source_recipe
+    expected = hidden_matrices(source)
+    layers = quantized_layers(model)
+    assert layers.keys() == expected.keys() and not hidden_matrices(model)
+    for name, layer in layers.items():
+        group = 32 if format == "int4" else None
+        value = dequantize_weight(quantize_weight(expected[name].weight, format, group), torch.float64)
+        x = torch.randn(3, layer.in_features, dtype=torch.float64)
+        assert_close(layer(x), x @ value.T, 1e-14)
+    others = {
+        name: tensor for name, tensor in source.state_dict().items() if name.removesuffix(".weight") not in expected
+    }
+    assert all(torch.equal(model.state_dict()[name], tensor) for name, tensor in others.items())
+
+    assert result["bytes_after"] == next(Path("small").rglob("model.safetensors")).stat().st_size
+    assert result["bytes_before"] == Path(RUN, "checkpoints/step-00000002/model.safetensors").stat().st_size
+    assert result["bytes_after"] < result["bytes_before"] and result["layers"] == len(layers)
+    stored = sum(layer.codes.nbytes + layer.scales.nbytes for layer in layers.values())
+    weights = sum(layer.weight.numel() for layer in expected.values())
+    assert (result["quantized_weights"], result["bits_per_weight"]) == (weights, 8 * stored / weights)
+    before = json.loads(fusedlm("eval", RUN, "--json").out)
+    after = json.loads(fusedlm("eval", "small", "--json").out)
+    assert (result["bpb_before"], result["bpb_after"]) == (before["bpb"], after["bpb"])
+    assert 0 < abs(after["bpb"] - before["bpb"]) < 0.1
+    generated = fusedlm("generate", "small", "--prompt", "Doc", "--max-tokens", 5)
+    assert (generated.code, generated.err) == (0, "") and generated.out
+
+
+def test_the_figures_are_shown(fusedlm, workspace):
+    outcome = fusedlm("quantize", RUN, "--format", "int4", "--out", "small", "--text", "text.txt", "--window", 8)
+    lines = outcome.out.splitlines()
+    assert outcome.code == 0 and ": int4 in groups of 64, " in lines[0] and lines[0].endswith(" bits per weight")
+    assert lines[1].startswith("model on disk: ") and lines[2].startswith("bits per byte: ")
+    assert lines[3] == "next: fusedlm eval small"
+
+
+def test_without_scoring_no_text_is_needed(fusedlm, workspace):
+    shutil.rmtree("prepared")
+    Path("text.txt").unlink()
+    outcome = fusedlm("quantize", RUN, "--format", "fp8", "--out", "small", "--no-score")
+    assert outcome.code == 0 and "bits per byte" not in outcome.out
+    refused = fusedlm("quantize", RUN, "--format", "fp8", "--out", "other")
+    assert refused.code == 2 and not Path("other").exists()
+
+
+@pytest.fixture
+def small(fusedlm, workspace) -> Path:
+    assert fusedlm("quantize", RUN, "--format", "int4", "--out", "small", "--no-score").code == 0
+    return Path("small")
+
+
+@pytest.mark.parametrize(
+    "name", ["model.safetensors", "quantization.json", "state.json", "recipe.yaml", "manifest.json"]
+)
+def test_a_damaged_file_is_named(fusedlm, small, name):
+    path = small / "checkpoints/step-00000002" / name
+    original = path.read_bytes()
+    content = bytearray(original)
+    content[len(content) // 2] ^= 1
+    for damaged in (content, original + b" "):  # the second is still JSON
+        path.write_bytes(damaged)
+        for command in (["eval", small], ["generate", small, "--prompt", "a"]):
+            outcome = fusedlm(*command)
+            assert (outcome.code, outcome.out) == (2, "") and outcome.err.count("\n") == 1
+            assert str(path) in outcome.err
+    path.unlink()
+    assert str(path) in fusedlm("eval", small).err
+
+
+def _forge(small: Path, change) -> None:
+    """Rewrite quantization.json, with a manifest that agrees."""
+    from fusedlm.runs.checkpoint import Checkpoints
+
+    folder = small / "checkpoints/step-00000002"
+    record = json.loads((folder / "quantization.json").read_text())
+    change(record)
+    (folder / "quantization.json").write_text(json.dumps(record))
+    (folder / "manifest.json").unlink()
+    Checkpoints._seal(folder, {})
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda r: r.update(version=2), "version 2, this one reads 1; quantise the run again"),
+        (lambda r: r.pop("layers"), "not what was written"),
+        (lambda r: r.update(layers=[1]), "not what was written"),
+        (lambda r: r["layers"].update({"head": {"format": "int8", "group": 0}}), "layer 'head' is no hidden matrix"),
+        (lambda r: r["layers"].update({OUT: {"format": "int2", "group": 0}}), "format='int2' must be"),
+        (lambda r: r["layers"].update({OUT: {"format": "fp8", "group": 9}}), "fp8 has no groups of 9"),
+        (lambda r: r["layers"].update({OUT: {"format": "int4"}}), "not what was written"),
+        (
+            lambda r: r["layers"].update({OUT: {"format": "fp8", "group": 0}}),
+            "tensor 'blocks.0.mixer.out.codes' has shape (16, 32)",
+        ),
+        (lambda r: r["layers"].pop(OUT), "'blocks.0.mixer.out.codes' is in only one"),
+    ],
+)
+def test_a_forged_record_is_refused(fusedlm, small, change, words):
+    _forge(small, change)
+    outcome = fusedlm("eval", small, "--text", "text.txt")
+    assert outcome.code == 2 and outcome.err.count("\n") == 1 and words in outcome.err
+    assert str(small / "checkpoints/step-00000002") in outcome.err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["runs/none", "--format", "fp8", "--out", "x"], "runs/none holds no run"),
+        ([RUN, "--out", "x"], "Missing option '--format'"),
+        ([RUN, "--format", "fp8"], "Missing option '--out'"),
+        ([RUN, "--format", "fp4", "--out", "x"], "--format 'fp4' must be one of mxfp4, int4, fp8, int8"),
+        ([RUN, "--format", "int4", "--group", "16", "--out", "x"], "--group 16 must be one of 32, 64, 128"),
+        ([RUN, "--format", "fp8", "--group", "32", "--out", "x"], "--group 32: only int4 has groups to choose, fp8"),
+        ([RUN, "--format", "fp8", "--out", RUN], f"--out {RUN} already holds a run; name another folder"),
+        ([RUN, "--format", "fp8", "--out", "text.txt"], "--out text.txt is a file; name a folder"),
+        ([RUN, "--format", "fp8", "--out", "x", "--weights", "ema"], "has no ema weights"),
+        ([RUN, "--format", "fp8", "--out", "x", "--no-score", "--window", "8"], "--window: only for scoring"),
+        ([RUN, "--format", "fp8", "--out", "x", "--text", "a", "--data", "b"], "give only one of them"),
+        (["small", "--format", "fp8", "--out", "x"], "small is quantised already; quantise the run that it is from"),
+    ],
+)
+def test_refusals_are_one_line(fusedlm, small, arguments, words):
+    outcome = fusedlm("quantize", *arguments)
+    assert (outcome.code, outcome.out) == (2, "") and outcome.err.count("\n") == 1 and words in outcome.err
+    assert not Path("x").exists()
+
+
+def test_weights_that_are_not_finite_are_named(fusedlm, workspace):
+    from safetensors.torch import load_file, save_file
+
+    from fusedlm.runs.checkpoint import Checkpoints
+
+    folder = Path(RUN, "checkpoints/step-00000002")
+    tensors = load_file(folder / "model.safetensors")
+    tensors["blocks.0.ffn.up.weight"][0, 0] = torch.nan
+    save_file(tensors, folder / "model.safetensors")
+    (folder / "manifest.json").unlink()
+    Checkpoints._seal(folder, {})
+    outcome = fusedlm("quantize", RUN, "--format", "fp8", "--out", "x", "--no-score")
+    assert outcome.code == 2 and "blocks.0.ffn.up: weight has NaN or infinity" in outcome.err
+    assert outcome.err.count("\n") == 1 and not Path("x").exists()
+
+
+def test_a_quantised_run_is_not_trained(fusedlm, small):
+    outcome = fusedlm("train", "small.yaml", "--out", small, "--resume")
+    assert outcome.code == 2 and outcome.err.count("\n") == 1
+    assert "run small has quantised weights, which are not trained" in outcome.err
+    assert fusedlm("eval", small, "--weights", "ema").code == 2
+    assert "no validated checkpoint yet" in fusedlm("eval", small, "--checkpoint", "best").err
+
+
+def test_experts_stay_and_are_counted(fusedlm, workspace):
+    experts = "model.blocks.g.ffn={type: moe, n_experts: 4, top_k: 2, hidden: 8}"
+    assert fusedlm("train", "small.yaml", experts, "--out", "moe").code == 0
+    outcome = fusedlm("quantize", "moe", "--format", "int8", "--out", "small", "--no-score")
+    left = sum(p.numel() for name, p in load("small")[0].named_parameters() if p.ndim == 3)
+    assert left == 1536 and outcome.out.splitlines()[1] == "1.54 k weights of experts stay in float32"
+    assert fusedlm("eval", "small").code == 0
