@@ -15,7 +15,7 @@ from pathlib import Path
 LAYERS = [
     ["cli"],
     ["compare"],
-    ["probes"],
+    ["export", "probes", ""],
     ["report"],
     ["train", "quant"],
     ["runs", "evaluate", "generation"],

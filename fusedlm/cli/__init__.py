@@ -18,8 +18,10 @@ from fusedlm.cli.compare import compare
 from fusedlm.cli.data import data
 from fusedlm.cli.doctor import doctor
 from fusedlm.cli.eval import evaluate
+from fusedlm.cli.export import export
 from fusedlm.cli.generate import generate
 from fusedlm.cli.help import explain
+from fusedlm.cli.import_ import import_
 from fusedlm.cli.interrupts import Terminated, die_of_interrupt, exit_code, raising_signals
 from fusedlm.cli.openmp import bound_spinning
 from fusedlm.cli.plan import plan
@@ -47,6 +49,8 @@ app.add_typer(data, name="data")
 app.add_typer(recipes, name="recipes")
 app.add_typer(probe, name="probe")
 app.command()(report)
+app.command()(export)
+app.command("import")(import_)
 app.command()(plan)
 app.command()(doctor)
 app.command("help")(explain)

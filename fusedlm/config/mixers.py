@@ -27,7 +27,9 @@ class AttentionConfig(Config):
     rope_base: RopeBase = 10_000.0
     """Base of the frequencies of the rotary embedding."""
     qk_norm: bool = True
-    """RMSNorm on q and k, with a learned gain per query head."""
+    """RMSNorm on q and k, with learned gains."""
+    qk_gain: Literal["head", "dim"] = "head"
+    """Gains of qk_norm. head: one per query head; dim: one per dimension of q and of k, for all heads (Qwen3)."""
     window: Length | None = None
     """Each token attends to itself and the window - 1 tokens before it; null: to all."""
     xsa: bool = False
@@ -42,6 +44,8 @@ class AttentionConfig(Config):
     def _check(self):
         _check_divides("n_kv_heads", self.n_kv_heads, self.n_heads)
         check_rope_dim(self.rope_dim, self.head_dim)
+        if self.qk_gain == "dim" and not self.qk_norm:
+            raise ValueError("qk_gain=dim: not used with qk_norm=false; remove it, or set qk_norm=true")
         return self
 
 

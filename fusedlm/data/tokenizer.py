@@ -107,7 +107,7 @@ class SubwordTokenizer(Tokenizer):
 
     Args:
         content: the JSON; fingerprint and saved file are of exactly these characters.
-        end_of_text: a token of its vocabulary.
+        end_of_text: a token of its vocabulary, also an attribute.
 
     Raises:
         ValueError: the JSON is not a tokenizer, lacks the token, or has ids that are too large or given twice.
@@ -133,7 +133,7 @@ class SubwordTokenizer(Tokenizer):
         if dropout := (spec.get("model") or {}).get("dropout"):
             model.model.dropout = None
             warn_once(f"the tokenizer's dropout of {dropout:g} is switched off: a text always gets the same tokens")
-        self._model, self._content, self._end_of_text = model, content, end_of_text
+        self._model, self._content, self.end_of_text = model, content, end_of_text
         vocabulary = model.get_vocab(with_added_tokens=True)
         self._ids = _checked_ids(vocabulary)
         self.vocab_size = int(self._ids[-1]) + 1  # ids can have gaps
@@ -171,7 +171,7 @@ class SubwordTokenizer(Tokenizer):
         return np.setdiff1d(np.arange(limit), self._ids)
 
     def files(self):
-        return {_MODEL_FILE: self._content, _META_FILE: _meta("subword", self.fingerprint, self._end_of_text)}
+        return {_MODEL_FILE: self._content, _META_FILE: _meta("subword", self.fingerprint, self.end_of_text)}
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int) -> SubwordTokenizer:

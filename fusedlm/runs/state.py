@@ -89,8 +89,18 @@ def save_state(
         rng["cuda"] = torch.cuda.get_rng_state(device)
     tensors = {MODEL: model_tensors(model), OPTIMIZER: optimizer_tensors(model, optimizer), RNG: rng}
     tensors |= {name: average.state_dict() for name, average in averages.kept().items()}
-    texts = {STATE: json.dumps(asdict(state), indent=2) + "\n", RECIPE: dump_recipe(recipe)}
-    checkpoints.save(state.step, tensors, texts, write=write, world=world)
+    checkpoints.save(state.step, tensors, _texts(state, recipe), write=write, world=world)
+
+
+def save_weights(
+    checkpoints: Checkpoints, state: TrainState, recipe: Recipe, tensors: dict[str, torch.Tensor], *, world: World
+) -> None:
+    """Write a checkpoint of weights alone, which can be loaded but not resumed; errors as in `Checkpoints.save`."""
+    checkpoints.save(state.step, {MODEL: tensors}, _texts(state, recipe), world=world)
+
+
+def _texts(state: TrainState, recipe: Recipe) -> dict[str, str]:
+    return {STATE: json.dumps(asdict(state), indent=2) + "\n", RECIPE: dump_recipe(recipe)}
 
 
 def restore_state(

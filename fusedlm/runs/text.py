@@ -7,6 +7,8 @@ from fusedlm.data import PreparedData, open_prepared, prepare
 from fusedlm.data.lookup import find_prepared, places
 from fusedlm.data.meter import ReportProgress, silent
 
+NO_TEXT = "none"  # the fingerprint of a run that was made of weights alone
+
 
 def open_text(
     recipe: Recipe, fingerprint: str, run_dir: Path, *, remedy: str, progress: ReportProgress = silent
@@ -23,6 +25,8 @@ def open_text(
         ValueError: the folder is damaged, or there is none and the source has changed or is gone.
         OSError: a file cannot be read, or the folder not be written.
     """
+    if fingerprint == NO_TEXT:
+        raise ValueError(f"{run_dir}: the run was imported, and has no text of its own; {remedy}")
     folder = find_prepared(fingerprint, places(recipe.data.dir, run_dir))
     if folder is not None:
         return open_prepared(folder, fingerprint=fingerprint, progress=progress)

@@ -13,7 +13,7 @@ HEADS, GROUPS, WIDTH = 4, 2, 8
 BOUND = 1e-11
 
 
-def _theirs(window=None, rope=None):
+def _theirs(window=None, rope=None, gain="head"):
     layer = "full_attention" if window is None else "sliding_attention"
     config = qwen3.Qwen3Config(
         vocab_size=VOCAB,
@@ -33,20 +33,21 @@ def _theirs(window=None, rope=None):
     )
     model = randomise_(qwen3.Qwen3ForCausalLM(config).double(), scale=0.1).eval()
     with torch.no_grad():
-        for index, layer in enumerate(model.model.layers):
+        for index, layer in enumerate(model.model.layers if gain == "head" else ()):
             layer.self_attn.q_norm.weight.fill_(1.5 + index)  # ours is one number per head
             layer.self_attn.k_norm.weight.fill_(1.0)  # of which ours has none
     return model
 
 
-def _ours(window=None, extra=""):
-    attention = f"{{type: attention, n_heads: {HEADS}, n_kv_heads: {GROUPS}, window: {window or 'null'}}}"
+def _ours(window=None, extra="", gain="head"):
+    sizes = f"n_heads: {HEADS}, n_kv_heads: {GROUPS}, window: {window or 'null'}"
+    attention = f"{{type: attention, {sizes}, qk_gain: {gain}}}"
     plain = "tie_embeddings: false, embedding_rms: null, vocab_multiple: 1"
     return part_model(attention, f"{{type: swiglu, hidden: {HIDDEN}}}", VOCAB, extra=f"{plain}{extra}").double()
 
 
-def _packed(get):
-    """Parameters of ours from get(name) of theirs."""
+def _packed(get, gain="head"):
+    """Parameters of ours from get(name) of theirs; gains per head are not among them."""
     packed = {
         "embedding.weight": get("model.embed_tokens.weight"),
         "head.weight": get("lm_head.weight"),
@@ -64,20 +65,26 @@ def _packed(get):
             f"{ours}.ffn.gate_up.weight": torch.cat(gate_up),
             f"{ours}.ffn.down.weight": get(f"{theirs}.mlp.down_proj.weight"),
         }
+        if gain == "dim":
+            packed |= {f"{ours}.mixer.{name}_gain": get(f"{theirs}.self_attn.{name}_norm.weight") for name in "qk"}
     return packed
 
 
 YARN = {"rope_type": "yarn", "rope_theta": 10_000.0, "factor": 4.0, "original_max_position_embeddings": 64}
 
 
-@pytest.mark.parametrize("window, rope", [(None, None), (7, None), (None, YARN)], ids=["full", "window", "yarn"])
-def test_is_qwen3(window, rope, in_float64):
+@pytest.mark.parametrize(
+    "window, rope, gain",
+    [(None, None, "head"), (7, None, "head"), (None, YARN, "head"), (None, None, "dim")],
+    ids=["full", "window", "yarn", "gain per dimension"],
+)
+def test_is_qwen3(window, rope, gain, in_float64):
     with in_float64():
-        theirs = _theirs(window, rope)
-    ours = _ours(window, "" if rope is None else ", yarn: {factor: 4.0, trained_length: 64}")
+        theirs = _theirs(window, rope, gain)
+    ours = _ours(window, "" if rope is None else ", yarn: {factor: 4.0, trained_length: 64}", gain)
     parameters = dict(ours.named_parameters())
-    packed = _packed(lambda name: theirs.get_parameter(name).detach())
-    gains = {f"blocks.{i}.mixer.q_gain": torch.full((HEADS,), 1.5 + i) for i in range(2)}
+    packed = _packed(lambda name: theirs.get_parameter(name).detach(), gain)
+    gains = {f"blocks.{i}.mixer.q_gain": torch.full((HEADS,), 1.5 + i) for i in range(2) if gain == "head"}
     assert packed.keys() | gains.keys() == parameters.keys()
     with torch.no_grad():
         for name, value in (packed | gains).items():
@@ -92,9 +99,10 @@ def test_is_qwen3(window, rope, in_float64):
     assert logits.dtype == torch.float64
     assert_close(ours(tokens[:, :-1]).logits, logits, BOUND)
     assert_close(output.losses["nll"], loss, BOUND, "loss")
-    for name, gradient in _packed(lambda name: theirs.get_parameter(name).grad).items():
+    for name, gradient in _packed(lambda name: theirs.get_parameter(name).grad, gain).items():
         assert_close(parameters[name].grad, gradient, BOUND, name)
-    for i, layer in enumerate(theirs.model.layers):  # a gain per dimension, all of one value: the chain rule adds up
+    for i, layer in enumerate(theirs.model.layers if gain == "head" else ()):
+        # A gain per dimension, all of one value: the chain rule adds up.
         expected = layer.self_attn.q_norm.weight.grad.sum()
         assert_close(parameters[f"blocks.{i}.mixer.q_gain"].grad.sum(), expected, BOUND, "gain")
 

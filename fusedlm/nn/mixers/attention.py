@@ -32,6 +32,7 @@ class Attention(Module):
         rope_dim: int | None = None,
         rope_base: float = 10_000.0,
         qk_norm: bool = True,
+        qk_gain: str = "head",
         window: int | None = None,
         xsa: bool = False,
         value_residual: bool = False,
@@ -50,10 +51,16 @@ class Attention(Module):
         widths = [heads * self.head_dim for heads in self.heads]
         self.qkv = Linear(dim, sum(widths), splits=dict(zip("qkv", widths, strict=True)))
         self.out = Linear(self.n_heads * self.head_dim, dim, zero=True)
-        if qk_norm:
+        by_dim = qk_norm and qk_gain == "dim"
+        if by_dim:
+            self.add_parameter("q_gain", (self.head_dim,), Role("gain"), Constant(Q_GAIN))
+            self.add_parameter("k_gain", (self.head_dim,), Role("gain"), Constant(1.0))
+        elif qk_norm:
             self.add_parameter("q_gain", (self.n_heads,), Role("per_head"), Constant(Q_GAIN))
         else:
             self.q_gain = None
+        if not by_dim:
+            self.k_gain = None
         self.value_embedding = None if value_embedding is None else ValueEmbedding(value_embedding, widths[2])
         self.value_residual = None
         if value_residual:
@@ -77,7 +84,9 @@ class Attention(Module):
             v = self.value_residual(v.flatten(-2), context).view_as(v)
         own = v
         scale = context.scale_scores(self.scale, self.rope[0])
-        appends = fuses_append(context, self.backend("rope_append"), qkv) and not state[0].spare
+        # The kernels have one gain per head.
+        appends = self.k_gain is None and fuses_append(context, self.backend("rope_append"), qkv)
+        appends = appends and not state[0].spare
         if appends:
             q, k, v = self._appended(q, k, v, context, state)
         else:
@@ -104,6 +113,9 @@ class Attention(Module):
     def _rotated(self, qkv, q, k, context: Context) -> tuple[torch.Tensor, torch.Tensor]:
         """Queries and keys with norm, gain and rotary embedding."""
         table, backend = context.rope[self.rope], self.backend("rmsnorm_rope")
+        if self.k_gain is not None:
+            q, k = rms_norm(q, self.eps, self.q_gain), rms_norm(k, self.eps, self.k_gain)
+            return apply_rope(q, table), apply_rope(k, table)
         if not torch.is_grad_enabled() and runs_fused("rmsnorm_rope", backend, qkv):
             eps = None if self.q_gain is None else self.eps
             qk = qkv[:, :, : self.n_heads + self.n_kv_heads]
@@ -153,7 +165,8 @@ class Attention(Module):
 
     def ops(self, device: torch.device) -> list[OpUse]:
         cached = OpUse("cached_attention", "cached_attention", self.attend.sizes)
-        rotary = [OpUse(name, name, {}) for name in ("rmsnorm_rope", "rope_append")]
+        fused = ("rmsnorm_rope", "rope_append") if self.k_gain is None else ()
+        rotary = [OpUse(name, name, {}) for name in fused]
         used = [*self.attend.ops(device), cached, self.qkv.norm_op(), *rotary]
         if self.xsa:
             used.append(OpUse("exclude_own_value", "exclude_own_value", {"head_dim": self.head_dim}))

@@ -1,0 +1,84 @@
+"""fusedlm export: a run in the format of Transformers, or which of its classes a recipe is."""
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from fusedlm.cli.common import CheckpointOption, WeightsOption, checkpoint_name
+from fusedlm.cli.packaged import complete_recipe, find_recipe
+
+
+def export(
+    run: Annotated[
+        Path,
+        typer.Argument(
+            metavar="RUN",
+            help="Run folder; with --explain, a recipe too.",
+            autocompletion=complete_recipe,
+            show_default=False,
+        ),
+    ],
+    folder: Annotated[
+        Path | None, typer.Argument(metavar="DIR", help="Folder to write.", show_default=False)
+    ] = None,
+    to: Annotated[str, typer.Option(metavar="hf", help="Format; hf: that of Transformers.")] = "hf",
+    family: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="Class to write (default: the first that fits).", show_default=False),
+    ] = None,
+    dtype: Annotated[str, typer.Option(metavar="float32|bfloat16|float16", help="Of the weights.")] = "float32",
+    explain: Annotated[
+        bool, typer.Option("--explain", help="Print which classes fit, and what stands in the way; write nothing.")
+    ] = False,
+    checkpoint: CheckpointOption = "last",
+    weights: WeightsOption = "raw",
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object only.")] = False,
+) -> None:
+    """Write the model of RUN as a folder that Transformers loads without further code: weights, tokenizer, card."""
+    if to != "hf":
+        raise ValueError(f"--to {to}: must be hf")
+    if explain:
+        if folder is not None:
+            raise ValueError(f"{folder}: --explain writes nothing; leave it out")
+        _explain(_recipe(run), family, as_json)
+        return
+    if folder is None:
+        raise ValueError("name the folder to write: fusedlm export RUN --to hf DIR")
+    from fusedlm.export import export_run
+
+    written = export_run(
+        run, folder, family=family, dtype=dtype, checkpoint=checkpoint_name(checkpoint), weights=weights
+    )
+    if as_json:
+        print(json.dumps({"folder": str(folder), "family": written.family, "files": written.files}))
+        return
+    print(f"{folder}: {written.architecture}, {written.parameters:,} parameters")
+    for name in written.files:
+        print(f"  {name}")
+
+
+def _recipe(path: Path):
+    """Of a run folder, or of a recipe by file or name."""
+    from fusedlm.config import load_recipe
+    from fusedlm.runs.recipe import run_recipe
+
+    return run_recipe(path) if path.is_dir() else load_recipe(find_recipe(str(path)))
+
+
+def _explain(recipe, family: str | None, as_json: bool) -> None:
+    from fusedlm.export.families import family_named, fits
+
+    every = fits(recipe.model)
+    if as_json:
+        print(json.dumps({name: [str(obstacle) for obstacle in found] for name, found in every.items()}))
+        return
+    for name, found in every.items():
+        fit = f"{len(found)} key{'s' * (len(found) > 1)} in the way" if found else "fits"
+        print(f"{name:12} {family_named(name).architecture:24} {fit}")
+    shown = family_named(family).name if family else next(iter(every))
+    if every[shown]:
+        print(f"\nin the way of {shown}:")
+        for obstacle in every[shown]:
+            print(f"  {obstacle}")
