@@ -14,8 +14,8 @@ MIXER_CASES = {
         "{type: attention, n_heads: 4, n_kv_heads: 1, window: 5}",
         "{type: attention, n_heads: 2, window: 2}",
         "{type: attention, n_heads: 4, n_kv_heads: 2, xsa: true, value_residual: true}",
-        "{type: attention, n_heads: 2, window: 5, xsa: true, value_residual: true}",
         "{type: attention, n_heads: 4, n_kv_heads: 2, rope_dim: 6, qk_gain: dim}",
+        "{type: attention, n_heads: 2, window: 5, xsa: true, value_residual: true}",
     ],
     "mla": [
         "{type: mla, n_heads: 4, kv_rank: 12, rope_dim: 4}",

@@ -82,6 +82,8 @@ def batches(world: World) -> list[Batch]:
 def run(model: torch.nn.Module, world: World, processes: int) -> dict:
     """Losses, gradient norms, held-out nats and a text of a model trained for some steps; its weights, whole."""
     optimizer = build_optimizer(model, AdamWConfig(lr=0.01), CPU)
+    if model.mtp is not None:
+        model.set_mtp_weight(0.25)  # the same in float32, in which one of the models starts, and in float64
     rows = ROWS // processes  # budget losses are means over a micro-batch
     results = [
         train_step(

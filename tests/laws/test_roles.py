@@ -48,7 +48,7 @@ def test_every_parameter_has_one_role(make):
 KINDS_OF = [
     ("attention", "{type: attention, n_heads: 4}", {"mixer.q_gain": "per_head", "mixer.qkv.weight": "matrix"}),
     ("value residual", MIXER_CASES["attention"][5], {"mixer.value_residual.gate": "gate"}),
-    ("gain per dimension", MIXER_CASES["attention"][7], {"mixer.q_gain": "gain", "mixer.k_gain": "gain"}),
+    ("gain per dimension", MIXER_CASES["attention"][6], {"mixer.q_gain": "gain", "mixer.k_gain": "gain"}),
     ("mla", MIXER_CASES["mla"][1], {"mixer.q_norm.weight": "gain", "mixer.kv_up.weight": "matrix"}),
     (
         "diff_mla",
