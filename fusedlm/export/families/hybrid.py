@@ -1,5 +1,6 @@
 """Families of recurrent layers and layers of softmax attention, all with swiglu."""
 
+from abc import abstractmethod
 from typing import Any
 
 import torch
@@ -26,11 +27,16 @@ _UNLIMITED = ([0.0, float("inf")], [0.0, {"__float__": "Infinity"}])  # as JSON 
 class HybridFamily(Family):
     """One kind of recurrent layer and one of attention, in any order.
 
-    recurrent: type of the recurrent mixer. attention: what its attention has.
+    Attributes:
+        recurrent: type of the recurrent mixer. attention: what its attention has.
+        final_norm, ffn_norm, ffn: what the class calls the last norm, and in a layer the second norm and feed-forward.
     """
 
     recurrent: str
     attention: SoftmaxFamily
+    final_norm: str
+    ffn_norm: str
+    ffn: str
 
     def obstacles(self, model):
         found = wiring_obstacles(model, self.label)
@@ -54,17 +60,17 @@ class HybridFamily(Family):
                 found += self.recurrent_obstacles(f"model.blocks.{name}", model, block)
         return found
 
+    @abstractmethod
     def recurrent_shape(self, model: ModelConfig, block: BlockConfig) -> dict[str, Any]:
         """What a recurrent layer is, by key, with the defaults filled in."""
-        raise NotImplementedError
 
     def recurrent_obstacles(self, where: str, model: ModelConfig, block: BlockConfig) -> list[Obstacle]:
         """Of a recurrent block by itself."""
         return []
 
+    @abstractmethod
     def recurrent_config(self, shape: dict[str, Any], block: BlockConfig) -> dict:
         """Its keys of config.json."""
-        raise NotImplementedError
 
     def layer_keys(self, types: list[str]) -> dict:
         """Of config.json which layers are full and which linear attention."""
@@ -100,9 +106,9 @@ class HybridFamily(Family):
             raise config.refusal("layer_types", f"must be {_FULL} and {_LINEAR}, of {n_layers} layers")
         return types
 
+    @abstractmethod
     def read_recurrent(self, config: ConfigJSON) -> dict:
         """The recurrent mixer, the inverse of `recurrent_config`."""
-        raise NotImplementedError
 
     def model(self, config: ConfigJSON) -> dict:
         config.must_be("attention_bias", False, "there are no biases here", default=False)
@@ -137,6 +143,40 @@ class HybridFamily(Family):
             "embedding_rms": None,
         }
 
+    @staticmethod
+    def gain_rule(ours: str, theirs: str) -> Rule:
+        """Of the gain of a norm."""
+        return same(ours, theirs)
+
+    @abstractmethod
+    def attention_rules(self, ours: str, theirs: str, model: ModelConfig, block: BlockConfig) -> list[Rule]:
+        """Of the mixer `ours` of a layer `theirs` with attention."""
+
+    @abstractmethod
+    def recurrent_rules(self, ours: str, theirs: str, block: BlockConfig) -> list[Rule]:
+        """Of the mixer `ours` of a recurrent layer `theirs`."""
+
+    def rules(self, model):
+        rules = [
+            same("embedding.weight", "model.embed_tokens.weight"),
+            self.gain_rule("head.norm.weight", f"model.{self.final_norm}.weight"),
+        ]
+        if not model.tie_embeddings:
+            rules.append(same("head.weight", "lm_head.weight"))
+        for layer, (_, block) in enumerate(layer_blocks(model)):
+            ours, theirs = f"blocks.{layer}", f"model.layers.{layer}"
+            rules += [
+                self.gain_rule(f"{ours}.mixer_norm.weight", f"{theirs}.input_layernorm.weight"),
+                self.gain_rule(f"{ours}.ffn_norm.weight", f"{theirs}.{self.ffn_norm}.weight"),
+                swiglu_rule(f"{ours}.ffn", f"{theirs}.{self.ffn}", hidden_width(model, block)),
+                same(f"{ours}.ffn.down.weight", f"{theirs}.{self.ffn}.down_proj.weight"),
+            ]
+            if block.mixer.type == "attention":
+                rules += self.attention_rules(f"{ours}.mixer", theirs, model, block)
+            else:
+                rules += self.recurrent_rules(f"{ours}.mixer", theirs, block)
+        return rules
+
 
 def taps_rule(ours: str, theirs: str) -> Rule:
     """Taps (K, C) of a causal convolution, the newest input's first, as (C, 1, K), the newest input's last."""
@@ -155,6 +195,7 @@ class Qwen35(HybridFamily):
     name, label = "qwen3_5", "Qwen3.5"
     model_type, architecture = "qwen3_5_text", "Qwen3_5ForCausalLM"
     recurrent = "gdn"
+    final_norm, ffn_norm, ffn = "norm", "post_attention_layernorm", "mlp"
     attention = SoftmaxFamily(name, label, model_type, architecture, qk_norm=True, partial_rope=True)
 
     def recurrent_shape(self, model, block):
@@ -188,26 +229,15 @@ class Qwen35(HybridFamily):
             "conv_size": config.integer("linear_conv_kernel_dim"),
         }
 
-    def rules(self, model):
-        rules = [
-            same("embedding.weight", "model.embed_tokens.weight"),
-            _less_one("head.norm.weight", "model.norm.weight"),
-        ]
-        if not model.tie_embeddings:
-            rules.append(same("head.weight", "lm_head.weight"))
-        for layer, (_, block) in enumerate(layer_blocks(model)):
-            ours, theirs = f"blocks.{layer}", f"model.layers.{layer}"
-            rules += [
-                _less_one(f"{ours}.mixer_norm.weight", f"{theirs}.input_layernorm.weight"),
-                _less_one(f"{ours}.ffn_norm.weight", f"{theirs}.post_attention_layernorm.weight"),
-                swiglu_rule(f"{ours}.ffn", f"{theirs}.mlp", hidden_width(model, block)),
-                same(f"{ours}.ffn.down.weight", f"{theirs}.mlp.down_proj.weight"),
-            ]
-            if block.mixer.type == "attention":
-                rules += _gated_attention(f"{ours}.mixer", f"{theirs}.self_attn", attention_shape(model, block))
-            else:
-                rules += _delta_net(f"{ours}.mixer", f"{theirs}.linear_attn", block.mixer.n_heads)
-        return rules
+    @staticmethod
+    def gain_rule(ours, theirs):
+        return _less_one(ours, theirs)
+
+    def attention_rules(self, ours, theirs, model, block):
+        return _gated_attention(ours, f"{theirs}.self_attn", attention_shape(model, block))
+
+    def recurrent_rules(self, ours, theirs, block):
+        return _delta_net(ours, f"{theirs}.linear_attn", block.mixer.n_heads)
 
 
 def _less_one(ours: str, theirs: str) -> Rule:
@@ -255,6 +285,7 @@ class Bamba(HybridFamily):
     name, label = "bamba", "Bamba"
     model_type, architecture = "bamba", "BambaForCausalLM"
     recurrent = "mamba2"
+    final_norm, ffn_norm, ffn = "final_layernorm", "pre_ff_layernorm", "feed_forward"
     attention = SoftmaxFamily(name, label, model_type, architecture, partial_rope=True, free_head_dim=False)
 
     def recurrent_shape(self, model, block):
@@ -315,27 +346,11 @@ class Bamba(HybridFamily):
             "chunk_size": config.integer("mamba_chunk_size", 256),
         }
 
-    def rules(self, model):
-        rules = [
-            same("embedding.weight", "model.embed_tokens.weight"),
-            same("head.norm.weight", "model.final_layernorm.weight"),
-        ]
-        if not model.tie_embeddings:
-            rules.append(same("head.weight", "lm_head.weight"))
-        for layer, (_, block) in enumerate(layer_blocks(model)):
-            ours, theirs = f"blocks.{layer}", f"model.layers.{layer}"
-            rules += [
-                same(f"{ours}.mixer_norm.weight", f"{theirs}.input_layernorm.weight"),
-                same(f"{ours}.ffn_norm.weight", f"{theirs}.pre_ff_layernorm.weight"),
-                swiglu_rule(f"{ours}.ffn", f"{theirs}.feed_forward", hidden_width(model, block)),
-                same(f"{ours}.ffn.down.weight", f"{theirs}.feed_forward.down_proj.weight"),
-            ]
-            if block.mixer.type == "attention":
-                shape = attention_shape(model, block)
-                rules += self.attention.attention_rules(f"{ours}.mixer", f"{theirs}.self_attn", shape)
-            else:
-                rules += _mamba2(f"{ours}.mixer", f"{theirs}.mamba")
-        return rules
+    def attention_rules(self, ours, theirs, model, block):
+        return self.attention.attention_rules(ours, f"{theirs}.self_attn", attention_shape(model, block))
+
+    def recurrent_rules(self, ours, theirs, block):
+        return _mamba2(ours, f"{theirs}.mamba")
 
 
 def _mamba2(ours: str, theirs: str) -> list[Rule]:
