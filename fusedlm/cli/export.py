@@ -23,7 +23,12 @@ def export(
     folder: Annotated[
         Path | None, typer.Argument(metavar="DIR", help="Folder to write.", show_default=False)
     ] = None,
-    to: Annotated[str, typer.Option(metavar="hf", help="Format; hf: that of Transformers.")] = "hf",
+    to: Annotated[
+        str,
+        typer.Option(
+            metavar="hf|hf-code", help="Format: a class of Transformers, or for any recipe a file of code for it."
+        ),
+    ] = "hf",
     family: Annotated[
         str | None,
         typer.Option(metavar="NAME", help="Class to write (default: the first that fits).", show_default=False),
@@ -36,9 +41,9 @@ def export(
     weights: WeightsOption = "raw",
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object only.")] = False,
 ) -> None:
-    """Write the model of RUN as a folder that Transformers loads without further code: weights, tokenizer, card."""
-    if to != "hf":
-        raise ValueError(f"--to {to}: must be hf")
+    """Write the model of RUN as a folder that Transformers loads: weights, tokenizer, card."""
+    if to not in ("hf", "hf-code"):
+        raise ValueError(f"--to {to}: must be hf or hf-code")
     if explain:
         if folder is not None:
             raise ValueError(f"{folder}: --explain writes nothing; leave it out")
@@ -49,7 +54,13 @@ def export(
     from fusedlm.export import export_run
 
     written = export_run(
-        run, folder, family=family, dtype=dtype, checkpoint=checkpoint_name(checkpoint), weights=weights
+        run,
+        folder,
+        family=family,
+        code=to == "hf-code",
+        dtype=dtype,
+        checkpoint=checkpoint_name(checkpoint),
+        weights=weights,
     )
     if as_json:
         print(json.dumps({"folder": str(folder), "family": written.family, "files": written.files}))

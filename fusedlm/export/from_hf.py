@@ -16,11 +16,12 @@ from fusedlm.distributed import World
 from fusedlm.export.config_json import ConfigJSON
 from fusedlm.export.families import FAMILIES
 from fusedlm.export.families.base import Family
-from fusedlm.export.origin import Origin, read_origin
+from fusedlm.export.origin import ORIGIN, Origin, read_origin
+from fusedlm.export.remote.write import MODEL_CLASS, MODEL_TYPE, PADDED, PREFIX
 from fusedlm.export.shards import read_weights
 from fusedlm.export.to_hf import CONFIG
 from fusedlm.export.tokenizer import TOKENIZER, TOKENIZER_CONFIG, restored_tokenizer
-from fusedlm.export.weights import read
+from fusedlm.export.weights import read, same
 from fusedlm.model import build_model
 from fusedlm.model.accounting import count_parameters
 from fusedlm.runs.folder import RunFolder
@@ -57,24 +58,63 @@ def import_run(folder: str | Path, run_dir: str | Path) -> Imported:
     """
     folder, run_dir = Path(folder), Path(run_dir)
     config = ConfigJSON(_read_json(folder / CONFIG), folder / CONFIG)
-    family = _family_of(config)
     origin = read_origin(folder)
+    if config.text("model_type") == MODEL_TYPE:
+        return _import_code(folder, run_dir, config, origin)
+    family = _family_of(config)
     tree = family.model(config)
     derived = _model_section(tree, config)
     tokenizer = _tokenizer(folder, config, origin)
     recipe = _recipe(folder, family, config, derived, tokenizer, origin)
     model = build_model(recipe.model, vocab_size=tokenizer.vocab_size, device="meta")
     tensors = _tensors(folder, family, recipe.model, model)
+    _write_run(run_dir, recipe, tokenizer, tensors, family.architecture, origin)
+    return Imported(run_dir, family.name, count_parameters(model).total)
+
+
+def _import_code(folder: Path, run_dir: Path, config: ConfigJSON, origin: Origin | None) -> Imported:
+    """Of a folder with a file of code; the code is not run: recipe and tensors are those of the run."""
+    if origin is None:
+        raise ValueError(f"{folder / ORIGIN}: No such file; it holds the recipe of a model with code of its own")
+    tokenizer = _tokenizer(folder, config, origin)
+    model = build_model(origin.recipe.model, vocab_size=tokenizer.vocab_size, device="meta")
+    found = read_weights(folder)
+    shapes = {name: tuple(tensor.shape) for name, tensor in model_tensors(model).items()}
+    cropped = {
+        name: (model.vocab_size, *shape[1:]) if name in PADDED else shape for name, shape in shapes.items()
+    }
+    try:
+        tensors = read([same(name, PREFIX + name) for name in shapes], found, cropped)
+    except ValueError as error:
+        raise ValueError(f"{folder}: {error}") from None
+    tensors = {name: _padded(tensor.float(), shapes[name][0] if shapes[name] else 0) for name, tensor in tensors.items()}
+    _write_run(run_dir, origin.recipe, tokenizer, tensors, MODEL_CLASS, origin)
+    return Imported(run_dir, "hf-code", count_parameters(model).total)
+
+
+def _padded(tensor: torch.Tensor, n_rows: int) -> torch.Tensor:
+    if not tensor.dim() or len(tensor) == n_rows:
+        return tensor
+    return torch.nn.functional.pad(tensor, (0, 0, 0, n_rows - len(tensor)))
+
+
+def _write_run(
+    run_dir: Path,
+    recipe: Recipe,
+    tokenizer: Tokenizer,
+    tensors: dict[str, torch.Tensor],
+    architecture: str,
+    origin: Origin | None,
+) -> None:
     run, world = new_run_id(), World()
     with RunFolder(run_dir) as target:
         if target.holds_run():
             raise ValueError(f"run folder {run_dir} already holds a run; name another")
-        described = environment(torch.device("cpu"), torch.float32) | {"imported": family.architecture}
+        described = environment(torch.device("cpu"), torch.float32) | {"imported": architecture}
         target.write_header(recipe, tokenizer, described, run)
         text = origin.text if origin is not None else NO_TEXT
         state = TrainState(data=text, run=run, tokenizer=tokenizer.fingerprint)
         save_weights(target.checkpoints, state, recipe, tensors, world=world)
-    return Imported(run_dir, family.name, count_parameters(model).total)
 
 
 def _family_of(config: ConfigJSON) -> Family:
@@ -180,8 +220,7 @@ def _tensors(folder: Path, family: Family, config: ModelConfig, model) -> dict[s
         raise ValueError(f"{folder}: {error}") from None
     for name in ("embedding.weight", "head.weight"):
         if name in tensors:
-            padding = shapes[name][0] - model.vocab_size
-            tensors[name] = torch.nn.functional.pad(tensors[name], (0, 0, 0, padding))
+            tensors[name] = _padded(tensors[name], shapes[name][0])
     return tensors
 
 

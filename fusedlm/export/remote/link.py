@@ -259,8 +259,8 @@ class Linker:
                         found[target.module, f"{target.name}.__init__"] = None
         return found
 
-    def callee(self, module: str, func: ast.expr) -> list[tuple[str, str]]:
-        """The keys of what a call may run, as far as they are known by name."""
+    def callee(self, module: str, func: ast.expr, inside: Symbol | None = None) -> list[tuple[str, str]]:
+        """The keys of what a call may run, as far as they are known by name. inside: the class that the call is in."""
         if isinstance(func, ast.Name):
             found = self.resolve(module, func.id)
             return self._key(found)
@@ -273,13 +273,24 @@ class Linker:
                     return []
             if func.attr == "__init__":
                 return []
-            return [
-                (symbol.module, f"{symbol.name}.{func.attr}")
+            having = [
+                symbol
                 for symbol, node in self.nodes.items()
                 if isinstance(node, ast.ClassDef) and symbol.module != self.verbatim
                 if any(isinstance(part, ast.FunctionDef) and part.name == func.attr for part in node.body)
             ]
+            if inside is not None and isinstance(func.value, ast.Name) and func.value.id in ("self", "cls"):
+                family = {*self._bases(inside), inside.name}
+                having = [s for s in having if s.name in family or inside.name in self._bases(s)] or having
+            return [(symbol.module, f"{symbol.name}.{func.attr}") for symbol in having]
         return []
+
+    def _bases(self, symbol: Symbol) -> set[str]:
+        """Names of the classes that one inherits from."""
+        node = self.nodes.get(symbol)
+        names = {ast.unparse(base) for base in node.bases} if isinstance(node, ast.ClassDef) else set()
+        further = [self._bases(other) for other in self.nodes if other.name in names and other != symbol]
+        return names.union(*further)
 
     def _key(self, found) -> list[tuple[str, str]]:
         if not isinstance(found, Symbol) or found not in self.nodes:
@@ -382,6 +393,11 @@ class Scoped(ast.NodeVisitor):
 
     def __init__(self):
         self._bound: list[set[str]] = []
+        self._classes: list[str] = []
+
+    def inside(self) -> Symbol | None:
+        """The class that is visited."""
+        return Symbol(self.module, self._classes[-1]) if self._classes else None
 
     def is_global(self, node: ast.Name) -> bool:
         return isinstance(node.ctx, ast.Load) and not any(node.id in bound for bound in self._bound)
@@ -400,6 +416,7 @@ class Scoped(ast.NodeVisitor):
             self.visit(part)
         own = {part.name for part in node.body if isinstance(part, ast.FunctionDef)}
         own |= {target.id for part in node.body if isinstance(part, ast.Assign) for target in part.targets}
+        self._classes.append(node.name)
         for part in node.body:  # functions do not see the names of their class
             if isinstance(part, ast.FunctionDef):
                 self.visit(part)
@@ -407,6 +424,7 @@ class Scoped(ast.NodeVisitor):
                 self._bound.append(own)
                 self.visit(part)
                 self._bound.pop()
+        self._classes.pop()
 
     def visit_Lambda(self, node):
         self._bound.append({argument.arg for argument in node.args.args})
@@ -462,7 +480,7 @@ class _Calls(Scoped):
     def visit_Call(self, node):
         keys = []
         if not isinstance(node.func, ast.Name) or self.is_global(node.func):
-            keys = self.linker.callee(self.module, node.func)
+            keys = self.linker.callee(self.module, node.func, self.inside())
         only = len(keys) == 1
         self.found += [(key, node if only else None) for key in keys]
         if isinstance(node.func, ast.Attribute):
@@ -503,7 +521,7 @@ class _ArgumentDropper(Scoped):
         if isinstance(node.func, ast.Name) and not self.is_global(node.func):
             node.keywords = [k for k in node.keywords if k.arg not in self.linker.keywords]
             return
-        written = [(key, self.linker.written(key)) for key in self.linker.callee(self.module, node.func)]
+        written = [(key, self.linker.written(key)) for key in self.linker.callee(self.module, node.func, self.inside())]
         written = [(self.linker.dropped(key), function) for key, function in written if function is not None]
         if not written:
             if not _is_of_torch(node):

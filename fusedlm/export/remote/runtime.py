@@ -19,8 +19,9 @@ class Module(torch.nn.Module):
         self.add_buffer(name, (), value)
 
     def add_buffer(self, name: str, shape: tuple[int, ...], value: float) -> None:
-        """A tensor that is stored with the parameters, and has no gradient."""
-        self.register_buffer(name, torch.full(shape, value, dtype=torch.float32))
+        """A tensor of float32 or better that is stored with the parameters, and has no gradient."""
+        dtype = torch.promote_types(torch.get_default_dtype(), torch.float32)
+        self.register_buffer(name, torch.full(shape, value, dtype=dtype))
 
 
 def decoder_forward(self, tokens, state=None, lengths=None):

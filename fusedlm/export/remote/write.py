@@ -1,6 +1,9 @@
 """The file for Transformers of one model."""
 
 import ast
+from dataclasses import dataclass
+
+import torch
 
 from fusedlm.config.model import ModelConfig
 from fusedlm.export.remote.docstrings import trimmed
@@ -9,14 +12,66 @@ from fusedlm.export.remote.layout import known_annotation, text_of
 from fusedlm.export.remote.link import Linker, Scoped
 from fusedlm.export.remote.source import External, Submodule, Symbol, resolve, source
 from fusedlm.model import Decoder, build_model
-from fusedlm.nn.module import Module
+from fusedlm.nn.module import Module, roles
+from fusedlm.runs.state import model_tensors
 
 MODELING, RUNTIME = "fusedlm.export.remote.modeling", "fusedlm.export.remote.runtime"
 FILE, CONFIG_CLASS, MODEL_CLASS, MODEL_TYPE = "modeling_fusedlm.py", "FusedLMConfig", "FusedLMForCausalLM", "fusedlm"
+PREFIX = "model."  # of the names of its tensors
 _CLASSES = (CONFIG_CLASS, "FusedLMCache", MODEL_CLASS)
 _DECODER = Symbol("fusedlm.model.decoder", "Decoder")
 _TABLES = {"MIXERS": "mixer", "FFNS": "ffn"}
 _EMPTY = (type(None), bool)
+_UNROUNDED = ("per_head", "bias", "lambda", "router")  # kinds of parameters
+PADDED = ("embedding.weight", "head.weight", "value_table.weight")  # rows of the vocabulary
+
+
+@dataclass(frozen=True)
+class RemoteCode:
+    """A model as code and tensors.
+
+    text: the file. keys: of config.json. model: the model section of the tensors. unrounded: those of them that stay in
+    float32.
+    """
+
+    text: str
+    keys: dict
+    model: ModelConfig
+    tensors: dict[str, torch.Tensor]
+    unrounded: set[str]
+
+
+def remote_code(model: Decoder, config: ModelConfig) -> RemoteCode:
+    """Without modules of multi-token prediction and rows of padding.
+
+    Args:
+        config: that the decoder was built from.
+    """
+    config = config.model_copy(update={"mtp": None})
+    text, keys = remote_model(config, model.vocab_size)
+    keys |= {
+        "model_type": MODEL_TYPE,
+        "auto_map": {
+            "AutoConfig": f"{FILE.removesuffix('.py')}.{CONFIG_CLASS}",
+            "AutoModelForCausalLM": f"{FILE.removesuffix('.py')}.{MODEL_CLASS}",
+        },
+        "tie_word_embeddings": config.tie_embeddings,
+    }
+    tensors = {}
+    for name, tensor in model_tensors(model).items():
+        if not name.startswith(("mtp.", "mtp_")):
+            is_table = name in PADDED
+            tensors[PREFIX + name] = tensor.detach()[: model.vocab_size] if is_table else tensor.detach()
+    unrounded = {name for name in tensors if any(part in name for part in _unrounded(model))}
+    return RemoteCode(text, keys, config, tensors, unrounded)
+
+
+def _unrounded(model: Decoder) -> set[str]:
+    """Parts of the names of parameters whose rounding would cost more than that of activations. Transformers searches
+    for them anywhere in a name, so that each has two of its components."""
+    names = {name for name, role in roles(model).items() if role.kind in _UNROUNDED}
+    routers = {name.removesuffix(".weight").removesuffix(".project") for name in names if name.endswith("weight")}
+    return {".".join(name.split(".")[-2:]) for name in routers | {n for n in names if not n.endswith("weight")}}
 
 
 def remote_model(config: ModelConfig, vocab_size: int) -> tuple[str, dict]:
@@ -193,6 +248,9 @@ class _Writer:
                 first = " ".join(found.docstring.split()).split(". ")[0].rstrip(".") + "."
                 parts[0] = "\n".join(_commented(first)) + "\n\n\n" + parts[0]
             sections.append(_joined(parts))
+        sections[-1] = sections[-1].replace(
+            "_keep_in_fp32_modules_strict = []", f"_keep_in_fp32_modules_strict = {sorted(_unrounded(self.model))}"
+        )
         tail = "\n".join(ast.unparse(statement) for statement in source(MODELING).statements)
         return "\n\n\n".join([self._header(), *sections, tail]).replace(": list = []", " = []") + "\n"
 
@@ -389,4 +447,3 @@ def _joined(parts: list[str]) -> str:
     return found
 
 
-__all__ = ["CONFIG_CLASS", "FILE", "MODEL_CLASS", "MODEL_TYPE", "remote_model"]
