@@ -1,0 +1,75 @@
+"""The tokenizer in the metadata of a GGUF file. llama.cpp has the splits of text before BPE in its code, by name."""
+
+import json
+from typing import Any
+
+from fusedlm.data.byte_level import BYTE_OF
+from fusedlm.data.pretokens import SPLIT, UNLIMITED
+from fusedlm.data.tokenizer import END_OF_TEXT, ByteTokenizer, SubwordTokenizer, Tokenizer
+
+_NORMAL, _CONTROL, _UNUSED = 1, 3, 5  # kinds of tokens
+# Splits of a tokenizer.json by the names of llama.cpp that cut the same.
+_SPLITS = {
+    SPLIT: "dbrx",
+    UNLIMITED: "dbrx",
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+": "dbrx",
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+": "qwen2",
+}
+
+
+def vocabulary(tokenizer: Tokenizer, n_rows: int) -> dict[str, Any]:
+    """Metadata, without `tokenizer.ggml.` before the keys.
+
+    Args:
+        n_rows: of the embedding; tokens after those of the tokenizer are unused.
+
+    Raises:
+        ValueError: llama.cpp has no such tokenizer.
+    """
+    if isinstance(tokenizer, ByteTokenizer):
+        tokens = dict(BYTE_OF.items())
+        # llama.cpp wants a merge. This one never happens: merges start from single characters.
+        merges, split = [f"{END_OF_TEXT} {END_OF_TEXT}"], "gpt-2"
+        special = {END_OF_TEXT: tokenizer.eot_id}
+    else:
+        tokens, merges, split, special = _of_json(tokenizer)
+    names = {i: token for token, i in (tokens | special).items()}
+    ids = range(max(n_rows, tokenizer.vocab_size))
+    kinds = [_CONTROL if names.get(i) in special else _NORMAL if i in names else _UNUSED for i in ids]
+    found = {
+        "model": "gpt2",
+        "pre": split,
+        "tokens": [names.get(i, f"[unused{i}]") for i in ids],
+        "token_type": kinds,
+        "merges": merges,
+        "add_bos_token": True,
+        "add_eos_token": False,
+    }
+    return found | {f"{name}_token_id": tokenizer.eot_id for name in ("bos", "eos", "padding")}
+
+
+def _of_json(tokenizer: SubwordTokenizer) -> tuple[dict[str, int], list[str], str, dict[str, int]]:
+    spec = json.loads(tokenizer.files()["tokenizer.json"])
+    model = spec["model"]
+    if model["type"] != "BPE" or spec.get("normalizer") is not None or model.get("byte_fallback"):
+        raise ValueError("tokenizer: llama.cpp reads byte-level BPE without normalisation alone; export it with --to hf")
+    split = _split(spec.get("pre_tokenizer") or {})
+    if split is None:
+        raise ValueError("tokenizer: llama.cpp has no split of text like its pre_tokenizer; export it with --to hf")
+    merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]]
+    special = {token["content"]: token["id"] for token in spec.get("added_tokens", ())}
+    return model["vocab"], merges, split, special | {tokenizer.end_of_text: tokenizer.eot_id}
+
+
+def _split(stage: dict) -> str | None:
+    if stage.get("type") == "ByteLevel":
+        return "gpt-2" if stage.get("use_regex", True) and not stage.get("add_prefix_space") else None
+    stages = stage.get("pretokenizers", [])
+    if len(stages) != 2 or stages[1].get("type") != "ByteLevel" or stages[1].get("add_prefix_space"):
+        return None
+    first, byte_level = stages
+    if first.get("type") == "Digits" and first.get("individual_digits") and byte_level.get("use_regex", True):
+        return "smollm"
+    if first.get("type") != "Split" or first.get("behavior") != "Isolated" or byte_level.get("use_regex", True):
+        return None
+    return _SPLITS.get(first["pattern"].get("Regex"))
