@@ -22,7 +22,7 @@ from fusedlm.export.shards import read_weights
 from fusedlm.export.to_hf import CONFIG
 from fusedlm.export.tokenizer import TOKENIZER, TOKENIZER_CONFIG, restored_tokenizer
 from fusedlm.export.weights import read, same
-from fusedlm.model import build_model
+from fusedlm.model import Decoder, build_model
 from fusedlm.model.accounting import count_parameters
 from fusedlm.runs.folder import RunFolder
 from fusedlm.runs.hardware import environment
@@ -43,7 +43,8 @@ class Imported:
 
 
 def import_run(folder: str | Path, run_dir: str | Path) -> Imported:
-    """Make a run of a model of one of the families, at step 0: `eval`, `generate` and the other commands read it.
+    """Make a run of a model of one of the families, at step 0: `eval`, `generate` and the other commands read it. Of a
+    GGUF file, `import_gguf` does.
 
     Of weights that `export_run` wrote the recipe is that of the run, if config.json was not changed since. Of others it
     is made from config.json, with a section `train` that is a place holder.
@@ -61,14 +62,33 @@ def import_run(folder: str | Path, run_dir: str | Path) -> Imported:
     origin = read_origin(folder)
     if config.text("model_type") == MODEL_TYPE:
         return _import_code(folder, run_dir, config, origin)
-    family = _family_of(config)
-    tree = family.model(config)
-    derived = _model_section(tree, config)
+    family = family_of(config)
+    derived = model_section(family, config)
     tokenizer = _tokenizer(folder, config, origin)
-    recipe = _recipe(folder, family, config, derived, tokenizer, origin)
+    if origin is not None and _agrees(family, origin.recipe.model, derived, config):
+        recipe = origin.recipe
+    else:
+        recipe = placeholder_recipe(folder, folder / TOKENIZER, family, config, derived, tokenizer)
+    return import_tensors(run_dir, folder, family, recipe, tokenizer, read_weights(folder), origin)
+
+
+def import_tensors(
+    run_dir: Path,
+    source: Path,
+    family: Family,
+    recipe: Recipe,
+    tokenizer: Tokenizer,
+    tensors: dict[str, torch.Tensor],
+    origin: Origin | None = None,
+) -> Imported:
+    """Make a run of the tensors of a class.
+
+    Args:
+        source: names them in errors.
+    """
     model = build_model(recipe.model, vocab_size=tokenizer.vocab_size, device="meta")
-    tensors = _tensors(folder, family, recipe.model, model)
-    _write_run(run_dir, recipe, tokenizer, tensors, family.architecture, origin)
+    ours = _tensors(source, tensors, family, recipe.model, model)
+    _write_run(run_dir, recipe, tokenizer, ours, family.architecture, origin)
     return Imported(run_dir, family.name, count_parameters(model).total)
 
 
@@ -80,21 +100,20 @@ def _import_code(folder: Path, run_dir: Path, config: ConfigJSON, origin: Origin
     model = build_model(origin.recipe.model, vocab_size=tokenizer.vocab_size, device="meta")
     found = read_weights(folder)
     shapes = {name: tuple(tensor.shape) for name, tensor in model_tensors(model).items()}
-    cropped = {
-        name: (model.vocab_size, *shape[1:]) if name in PADDED else shape for name, shape in shapes.items()
-    }
+    cropped = {name: (model.vocab_size, *shape[1:]) if name in PADDED else shape for name, shape in shapes.items()}
     try:
         tensors = read([same(name, PREFIX + name) for name in shapes], found, cropped)
     except ValueError as error:
         raise ValueError(f"{folder}: {error}") from None
-    tensors = {name: _padded(tensor.float(), shapes[name][0] if shapes[name] else 0) for name, tensor in tensors.items()}
+    tensors = {
+        name: _padded(tensor.float(), shapes[name][0]) if name in PADDED else tensor.float()
+        for name, tensor in tensors.items()
+    }
     _write_run(run_dir, origin.recipe, tokenizer, tensors, MODEL_CLASS, origin)
     return Imported(run_dir, "hf-code", count_parameters(model).total)
 
 
 def _padded(tensor: torch.Tensor, n_rows: int) -> torch.Tensor:
-    if not tensor.dim() or len(tensor) == n_rows:
-        return tensor
     return torch.nn.functional.pad(tensor, (0, 0, 0, n_rows - len(tensor)))
 
 
@@ -117,7 +136,8 @@ def _write_run(
         save_weights(target.checkpoints, state, recipe, tensors, world=world)
 
 
-def _family_of(config: ConfigJSON) -> Family:
+def family_of(config: ConfigJSON) -> Family:
+    """Raises ValueError if there is none of its model_type."""
     kind = config.text("model_type")
     for family in FAMILIES:
         if family.model_type == kind:
@@ -126,30 +146,36 @@ def _family_of(config: ConfigJSON) -> Family:
     raise config.refusal("model_type", f"must be one of {known}")
 
 
-def _model_section(tree: dict, config: ConfigJSON) -> ModelConfig:
+def model_section(family: Family, config: ConfigJSON) -> ModelConfig:
+    """Raises ValueError if our decoder does not compute it; names the key."""
     try:
-        return ModelConfig.model_validate(tree)
+        return ModelConfig.model_validate(family.model(config))
     except pydantic.ValidationError as error:
         raise ValueError(f"{config.path}: model.{describe(error, ModelConfig)}") from None
 
 
-def _recipe(
-    folder: Path,
+def placeholder_recipe(
+    source: Path,
+    tokenizer_file: Path,
     family: Family,
     config: ConfigJSON,
     derived: ModelConfig,
     tokenizer: Tokenizer,
-    origin: Origin | None,
 ) -> Recipe:
-    if origin is not None and _agrees(family, origin.recipe.model, derived, config):
-        return origin.recipe
+    """A recipe of a model of another program; its section `train` is a place holder.
+
+    Args:
+        source: gives the name.
+        tokenizer_file: the path that the recipe names.
+        derived: the model section.
+    """
     yarn = derived.yarn
     length = config.integer("max_position_embeddings", 2048) if yarn is None else yarn.trained_length
     data = {}
     if hasattr(tokenizer, "end_of_text"):
-        path = str((folder / TOKENIZER).resolve())
+        path = str(tokenizer_file.resolve())
         data = {"tokenizer": {"type": "file", "path": path, "end_of_text": tokenizer.end_of_text}}
-    name = "".join(c if c.isascii() and (c.isalnum() or c in "._-") else "-" for c in folder.resolve().name).lstrip(".")
+    name = "".join(c if c.isascii() and (c.isalnum() or c in "._-") else "-" for c in source.resolve().name).lstrip(".")
     tree = {
         "name": name[:200] or family.name,
         "description": f"{family.architecture}, imported; the section train is a place holder.",
@@ -198,9 +224,11 @@ def _tokenizer(folder: Path, config: ConfigJSON, origin: Origin | None) -> Token
     return tokenizer
 
 
-def _tensors(folder: Path, family: Family, config: ModelConfig, model) -> dict[str, torch.Tensor]:
+def _tensors(
+    folder: Path, found: dict[str, torch.Tensor], family: Family, config: ModelConfig, model: Decoder
+) -> dict[str, torch.Tensor]:
     """Our tensors in float32. Rows of the vocabulary that belong to no token are zero: nothing reads them."""
-    found = read_weights(folder)
+    found = dict(found)
     if config.tie_embeddings:
         found.pop("lm_head.weight", None)  # a copy of the embedding, which some programs write
     for name in ("model.embed_tokens.weight", "lm_head.weight"):

@@ -8,13 +8,15 @@ from fusedlm.data.pretokens import SPLIT, UNLIMITED
 from fusedlm.data.tokenizer import END_OF_TEXT, ByteTokenizer, SubwordTokenizer, Tokenizer
 
 _NORMAL, _CONTROL, _UNUSED = 1, 3, 5  # kinds of tokens
-# Splits of a tokenizer.json by the names of llama.cpp that cut the same.
-_SPLITS = {
-    SPLIT: "dbrx",
-    UNLIMITED: "dbrx",
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+": "dbrx",
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+": "qwen2",
+# The splits of llama.cpp that are read and written: patterns of a tokenizer.json, the first one of new files. dbrx is
+# that of llama-bpe, which takes a token for a whole word even where merges would not give it.
+_WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
+_REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+_PATTERNS = {
+    "dbrx": (UNLIMITED, SPLIT, rf"{_WORDS}\p{{N}}{{1,3}}{_REST}"),
+    "qwen2": (rf"{_WORDS}\p{{N}}{_REST}",),
 }
+_BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
 
 
 def vocabulary(tokenizer: Tokenizer, n_rows: int) -> dict[str, Any]:
@@ -72,4 +74,43 @@ def _split(stage: dict) -> str | None:
         return "smollm"
     if first.get("type") != "Split" or first.get("behavior") != "Isolated" or byte_level.get("use_regex", True):
         return None
-    return _SPLITS.get(first["pattern"].get("Regex"))
+    pattern = first["pattern"].get("Regex")
+    return next((name for name, patterns in _PATTERNS.items() if pattern in patterns), None)
+
+
+def tokenizer_json(vocab: dict[str, int], merges: list[str], split: str | None, special: dict[str, int]) -> str:
+    """The content of a tokenizer.json that does what llama.cpp does.
+
+    Args:
+        vocab: ids of ordinary tokens. special: of others.
+        split: its name in llama.cpp.
+
+    Raises:
+        ValueError: the split is not known here.
+    """
+    stages = {"gpt-2": _BYTE_LEVEL, "smollm": _sequence({"type": "Digits", "individual_digits": True}, _BYTE_LEVEL)}
+    for name, patterns in _PATTERNS.items():
+        first = {"type": "Split", "pattern": {"Regex": patterns[0]}, "behavior": "Isolated", "invert": False}
+        stages[name] = _sequence(first, _BYTE_LEVEL | {"use_regex": False})
+    if split not in stages:
+        raise ValueError(f"must be one of {', '.join(stages)}")
+    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+    bpe = {"type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": None}
+    bpe |= {"end_of_word_suffix": None, "fuse_unk": False, "byte_fallback": False, "ignore_merges": False}
+    happening = [merge for merge in merges if "".join(merge.split(" ", 1)) in vocab]
+    spec = {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": [{"id": i, "content": token, **flags} for token, i in sorted(special.items(), key=lambda t: t[1])],
+        "normalizer": None,
+        "pre_tokenizer": stages[split],
+        "post_processor": None,
+        "decoder": _BYTE_LEVEL,
+        "model": bpe | {"vocab": vocab | special, "merges": happening},
+    }
+    return json.dumps(spec, ensure_ascii=False, indent=2) + "\n"
+
+
+def _sequence(*stages: dict) -> dict:
+    return {"type": "Sequence", "pretokenizers": list(stages)}

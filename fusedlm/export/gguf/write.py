@@ -59,7 +59,7 @@ def export_gguf(
         raise ValueError(f"--dtype {dtype}: must be one of {', '.join(TYPES)}")
     if file.exists():
         raise ValueError(f"{file}: exists already; name a file that does not")
-    _gguf()
+    require_gguf("--to gguf")
     loaded = load_checkpoint(run_dir, checkpoint=checkpoint, weights=weights, device="cpu")
     model = _without_codes(loaded.model, loaded.recipe, dtype, run_dir)
     chosen = _choose(loaded.recipe, family)
@@ -124,16 +124,21 @@ def _without_codes(model: Decoder, recipe: Recipe, dtype: str, run_dir: Path) ->
     return model
 
 
-def _gguf():
+def require_gguf(what: str):
+    """The package gguf, which is an optional one.
+
+    Raises:
+        ValueError: it is not installed.
+    """
     try:
         import gguf
     except ImportError:
-        raise ValueError("--to gguf needs the package gguf: pip install 'fusedlm[gguf]'") from None
+        raise ValueError(f"{what} needs the package gguf: pip install 'fusedlm[gguf]'") from None
     return gguf
 
 
 def _write(file: Path, architecture: str, metadata: dict, data: dict, kinds: dict[str, str]) -> None:
-    gguf = _gguf()
+    gguf = require_gguf("--to gguf")
     file.parent.mkdir(parents=True, exist_ok=True)
     temporary = file.parent / f".{file.name}-{secrets.token_hex(8)}.tmp"
     try:
