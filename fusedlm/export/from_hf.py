@@ -17,7 +17,7 @@ from fusedlm.export.config_json import ConfigJSON
 from fusedlm.export.families import FAMILIES
 from fusedlm.export.families.base import Family
 from fusedlm.export.origin import ORIGIN, Origin, read_origin
-from fusedlm.export.remote.write import MODEL_CLASS, MODEL_TYPE, PADDED, PREFIX
+from fusedlm.export.remote.target import MODEL_CLASS, MODEL_TYPE, PADDED, PREFIX
 from fusedlm.export.shards import read_weights
 from fusedlm.export.to_hf import CONFIG
 from fusedlm.export.tokenizer import TOKENIZER, TOKENIZER_CONFIG, restored_tokenizer

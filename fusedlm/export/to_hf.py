@@ -1,4 +1,4 @@
-"""A run as a folder that Transformers loads: as one of its classes, which needs no code of ours, or with a file of code."""
+"""A run as a folder that Transformers loads: as one of its classes, or with a file of code."""
 
 import json
 import os
@@ -18,7 +18,7 @@ from fusedlm.export.families import choose_family
 from fusedlm.export.families.base import Family
 from fusedlm.export.fold import folded
 from fusedlm.export.origin import ORIGIN, Origin
-from fusedlm.export.remote.write import FILE, MODEL_CLASS, remote_code
+from fusedlm.export.remote.target import FILE, MODEL_CLASS, remote_code
 from fusedlm.export.shards import SHARD_BYTES, write_weights
 from fusedlm.export.tokenizer import tokenizer_files
 from fusedlm.export.weights import written
@@ -67,8 +67,8 @@ def export_run(
         shard_bytes: most bytes of weights per file.
 
     Raises:
-        ValueError: no family fits, and which keys stand in the way; both family and code; the folder is not empty; weights are beyond the
-            range of the dtype; or as `fusedlm.load`.
+        ValueError: no family fits, and which keys stand in the way; both family and code are given; the folder is not
+            empty; weights are beyond the range of the dtype; or as `fusedlm.load`.
         OSError: a file cannot be read or written.
     """
     run_dir, folder = Path(run_dir), Path(folder)

@@ -31,7 +31,7 @@ def check(folder: Path) -> dict[str, float]:
         found[f"{tokens.shape[1]} tokens"] = error(model(tokens, use_cache=False).logits, logits)
     tokens, logits = known["logits"][-1]
 
-    name = "cache" if "cache" in model(tokens[:, :1]).keys() else "past_key_values"
+    name = "cache" if "cache" in model(tokens[:, :1]) else "past_key_values"
     for given in ("cache", "past_key_values"):
         first = model(tokens[:, :20])
         parts, state = [first.logits], first[name]

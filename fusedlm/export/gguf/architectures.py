@@ -48,8 +48,8 @@ def obstacles(family: Family, model: ModelConfig) -> list[Obstacle]:
         mixer, where = block.mixer, f"model.blocks.{name}.mixer"
         if mixer.type == "mla" and mixer.q_rank is None:
             found.append(Obstacle(f"{where}.q_rank", None, "llama.cpp's deepseek2 has a latent of queries; set it"))
-        if mixer.type == "mamba2" and (mixer.head_dim or 2 * model.dim // mixer.n_heads) * mixer.n_heads != 2 * model.dim:
-            reason = f"in llama.cpp's granitehybrid n_heads * head_dim is {2 * model.dim}"
+        if mixer.type == "mamba2" and mixer.head_dim not in (None, 2 * model.dim / mixer.n_heads):
+            reason = f"in llama.cpp's granitehybrid n_heads * head_dim is 2 * dim = {2 * model.dim}"
             found.append(Obstacle(f"{where}.head_dim", mixer.head_dim, reason))
     return found
 
@@ -59,7 +59,8 @@ def _interval_obstacles(model: ModelConfig) -> list[Obstacle]:
     kinds = [block.mixer.type == "attention" for _, block in layer_blocks(model)]
     interval = kinds.index(True) + 1
     if kinds != [(layer + 1) % interval == 0 for layer in range(len(kinds))]:
-        found.append(Obstacle("model.pattern", model.pattern, "attention must be in every k-th layer, such as gggaggga"))
+        reason = "attention must be in every k-th layer, such as gggaggga"
+        found.append(Obstacle("model.pattern", model.pattern, reason))
     for name, block in used_blocks(model).items():
         if block.mixer.type == "gdn":
             head_dim = block.mixer.head_dim or model.dim // block.mixer.n_heads
@@ -225,7 +226,8 @@ def _phi3_layer(config: dict, layer: Tensors) -> Tensors:
 
 def _deepseek2_layer(config: dict, layer: Tensors) -> Tensors:
     heads, nope = config["num_attention_heads"], config["qk_nope_head_dim"]
-    keys, values = layer.pop("self_attn.kv_b_proj.weight").unflatten(0, (heads, -1)).split([nope, config["v_head_dim"]], 1)
+    up = layer.pop("self_attn.kv_b_proj.weight").unflatten(0, (heads, -1))
+    keys, values = up.split([nope, config["v_head_dim"]], 1)
     found = {"attn_k_b.weight": keys.transpose(1, 2), "attn_v_b.weight": values}
     experts = [name for name in layer if ".experts." in name]
     if experts:

@@ -54,7 +54,7 @@ def _of_json(tokenizer: SubwordTokenizer) -> tuple[dict[str, int], list[str], st
     spec = json.loads(tokenizer.files()["tokenizer.json"])
     model = spec["model"]
     if model["type"] != "BPE" or spec.get("normalizer") is not None or model.get("byte_fallback"):
-        raise ValueError("tokenizer: llama.cpp reads byte-level BPE without normalisation alone; export it with --to hf")
+        raise ValueError("tokenizer: llama.cpp reads byte-level BPE without normalisation; export it with --to hf")
     split = _split(spec.get("pre_tokenizer") or {})
     if split is None:
         raise ValueError("tokenizer: llama.cpp has no split of text like its pre_tokenizer; export it with --to hf")
@@ -98,11 +98,12 @@ def tokenizer_json(vocab: dict[str, int], merges: list[str], split: str | None, 
     bpe = {"type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": None}
     bpe |= {"end_of_word_suffix": None, "fuse_unk": False, "byte_fallback": False, "ignore_merges": False}
     happening = [merge for merge in merges if "".join(merge.split(" ", 1)) in vocab]
+    by_id = {i: token for token, i in special.items()}
     spec = {
         "version": "1.0",
         "truncation": None,
         "padding": None,
-        "added_tokens": [{"id": i, "content": token, **flags} for token, i in sorted(special.items(), key=lambda t: t[1])],
+        "added_tokens": [{"id": i, "content": token, **flags} for i, token in sorted(by_id.items())],
         "normalizer": None,
         "pre_tokenizer": stages[split],
         "post_processor": None,

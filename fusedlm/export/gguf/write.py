@@ -9,7 +9,6 @@ from typing import Any, Literal
 import torch
 
 from fusedlm.config import Recipe
-from fusedlm.data.tokenizer import Tokenizer
 from fusedlm.export.families import FAMILIES, fits
 from fusedlm.export.families.base import Family
 from fusedlm.export.gguf.architectures import ARCHITECTURES, gguf_tensors, obstacles

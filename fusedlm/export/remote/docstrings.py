@@ -2,6 +2,7 @@
 
 import re
 import textwrap
+from collections.abc import Collection
 
 WIDTH = 120
 # Sentences with one of these are about training or serving in fusedlm.
@@ -40,7 +41,7 @@ def trimmed(docstring: str, indent: int, dropped: set[str], *, raises: bool) -> 
             body = _entries(block, dropped)
             if body:
                 found.append("\n".join(body))
-        elif text := _sentences(" ".join(line.strip() for line in block), dropped):
+        elif text := sentences(" ".join(line.strip() for line in block), dropped):
             found.append("\n".join(textwrap.wrap(text, WIDTH - indent - 6, break_long_words=False)))
     text = "\n\n".join(found)
     if "\n" not in text:
@@ -81,10 +82,10 @@ def _entries(lines: list[str], dropped: set[str]) -> list[str]:
             names = {name.strip(" *") for name in named.group(1).split(",")}
             if names <= dropped:
                 continue
-            rest = _sentences(text[named.end() :], dropped)
+            rest = sentences(text[named.end() :], dropped)
             text = f"{named.group(1)}: {rest}" if rest else ""
         else:
-            text = _sentences(text, dropped)
+            text = sentences(text, dropped)
         if text:
             margin = " " * indent
             found += textwrap.wrap(
@@ -93,14 +94,15 @@ def _entries(lines: list[str], dropped: set[str]) -> list[str]:
     return found
 
 
-def _sentences(text: str, dropped: set[str]) -> str:
+def sentences(text: str, dropped: Collection[str] = ()) -> str:
+    """Without those about what is elsewhere, or about an argument that is left out."""
     parts = re.split(r"(?<=[.;]) +(?=[A-Z`(])", text)
     kept = [part for part in parts if not _ELSEWHERE.search(part) and not _is_of(part, dropped)]
     text = " ".join(kept)
     return f"{text[:-1]}." if text.endswith(";") else text
 
 
-def _is_of(sentence: str, dropped: set[str]) -> bool:
+def _is_of(sentence: str, dropped: Collection[str]) -> bool:
     """Whether a sentence describes an argument that is left out, as in "hidden: None: 8/3 of dim"."""
     named = _ENTRY.match(sentence)
-    return named is not None and {name.strip() for name in named.group(1).split(",")} <= dropped
+    return named is not None and {name.strip() for name in named.group(1).split(",")} <= set(dropped)

@@ -4,13 +4,10 @@ import ast
 import builtins
 
 from fusedlm.export.remote import facts as known
+from fusedlm.export.remote.calls import ArgumentDropper, Calls, is_of_torch
 from fusedlm.export.remote.facts import Facts
-from fusedlm.export.remote.simplify import (
-    default_of,
-    is_pure,
-    parameters,
-    simplified_function,
-)
+from fusedlm.export.remote.scopes import Scoped
+from fusedlm.export.remote.simplify import default_of, is_pure, parameters, simplified_function
 from fusedlm.export.remote.source import External, Submodule, Symbol, clone, resolve, source
 
 _BACKENDS = ("sdpa", "reference")  # the first that an op has: both are plain PyTorch
@@ -47,7 +44,7 @@ class Linker:
         else:
             raise RuntimeError("the simplification does not end")
         for symbol, node in self.nodes.items():
-            _ArgumentDropper(self, symbol.module).visit(node)
+            ArgumentDropper(self, symbol.module).visit(node)
         return self
 
     # What is needed
@@ -108,13 +105,16 @@ class Linker:
                     function = clone(source(at.module).definitions[at.name])
                     function.name = part.name
                     found.body.append(function)
-                elif part.name in self.loaded or part.name.startswith("__"):
-                    if (node.name, part.name) not in known.LEFT_OUT:
-                        found.body.append(self._method(symbol, part))
+                elif self._is_reached(node, part):
+                    found.body.append(self._method(symbol, part))
             elif not (isinstance(part, ast.AnnAssign) and part.target.id in gone) and not self._is_unread(part):
                 found.body.append(clone(part))
         found.body = found.body or [ast.Pass()]
         return found
+
+    def _is_reached(self, owner: ast.ClassDef, method: ast.FunctionDef) -> bool:
+        reached = method.name in self.loaded or method.name.startswith("__")
+        return reached and (owner.name, method.name) not in known.LEFT_OUT
 
     def _method(self, symbol: Symbol, node: ast.FunctionDef) -> ast.FunctionDef:
         key = (symbol.module, f"{symbol.name}.{node.name}")
@@ -188,8 +188,8 @@ class Linker:
             for part in ast.walk(node):
                 if isinstance(part, ast.Attribute) and isinstance(part.ctx, ast.Store):
                     found.add(part.attr)
-            is_data = any(isinstance(part, ast.Call | ast.Name) and "dataclass" in ast.unparse(part) for part in
-                          node.decorator_list) or any(ast.unparse(base) == "NamedTuple" for base in node.bases)
+            is_data = any("dataclass" in ast.unparse(part) for part in node.decorator_list)
+            is_data |= any(ast.unparse(base) == "NamedTuple" for base in node.bases)
             found |= {part.targets[0].id for part in node.body if isinstance(part, ast.Assign)}
             if not is_data:
                 found |= {part.target.id for part in node.body if isinstance(part, ast.AnnAssign)}
@@ -200,7 +200,7 @@ class Linker:
         given: dict[str, list[ast.expr]] = {}
         for node in self.nodes.values():
             for part in ast.walk(node):
-                if isinstance(part, ast.Call) and not _is_of_torch(part):
+                if isinstance(part, ast.Call) and not is_of_torch(part):
                     for keyword in part.keywords:
                         given.setdefault(keyword.arg, []).append(keyword.value)
         changed = False
@@ -229,17 +229,16 @@ class Linker:
             elif isinstance(node, ast.ClassDef):
                 originals = {part.name: part for part in written.body if isinstance(part, ast.FunctionDef)}
                 for part in node.body:
-                    if isinstance(part, ast.FunctionDef) and (part.name == "forward") == forward:
-                        if part.name in originals and (symbol, part.name) not in self.grafts:
-                            key = (symbol.module, f"{symbol.name}.{part.name}")
-                            found[key] = (originals[part.name], part)
+                    name = getattr(part, "name", None)
+                    if name in originals and (name == "forward") == forward and (symbol, name) not in self.grafts:
+                        found[symbol.module, f"{symbol.name}.{name}"] = (originals[name], part)
         return found
 
     def _calls(self) -> dict[tuple[str, str], list[ast.Call] | None]:
         """The calls of each function; None where it is used in another way too."""
         found: dict = {}
         for symbol, node in self.nodes.items():
-            collector = _Calls(self, symbol.module)
+            collector = Calls(self, symbol.module)
             collector.visit(node)
             for key, call in collector.found:
                 if call is None:
@@ -263,12 +262,12 @@ class Linker:
         """The keys of what a call may run, as far as they are known by name. inside: the class that the call is in."""
         if isinstance(func, ast.Name):
             found = self.resolve(module, func.id)
-            return self._key(found)
+            return self.keys_of(found)
         if isinstance(func, ast.Attribute):
             if isinstance(func.value, ast.Name):
                 owner = self.resolve(module, func.value.id)
                 if isinstance(owner, Submodule):
-                    return self._key(self.resolve(owner.module, func.attr))
+                    return self.keys_of(self.resolve(owner.module, func.attr))
                 if isinstance(owner, External):
                     return []
             if func.attr == "__init__":
@@ -292,7 +291,7 @@ class Linker:
         further = [self._bases(other) for other in self.nodes if other.name in names and other != symbol]
         return names.union(*further)
 
-    def _key(self, found) -> list[tuple[str, str]]:
+    def keys_of(self, found) -> list[tuple[str, str]]:
         if not isinstance(found, Symbol) or found not in self.nodes:
             return []
         is_class = isinstance(self.nodes[found], ast.ClassDef)
@@ -359,11 +358,6 @@ def _is_function(node) -> bool:
     return isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and isinstance(node.ctx, ast.Load)
 
 
-def _is_of_torch(node: ast.Call) -> bool:
-    owner = getattr(node.func, "value", None)
-    return isinstance(owner, ast.Name) and owner.id in ("torch", "F")
-
-
 def _attributes(node: ast.stmt) -> set[str]:
     return {part.attr for part in ast.walk(node) if isinstance(part, ast.Attribute) and isinstance(part.ctx, ast.Load)}
 
@@ -388,66 +382,6 @@ def _backend(symbol: Symbol, node: ast.FunctionDef) -> ast.expr | None:
     return None
 
 
-class Scoped(ast.NodeVisitor):
-    """Visits names that belong to the module, and no annotations."""
-
-    def __init__(self):
-        self._bound: list[set[str]] = []
-        self._classes: list[str] = []
-
-    def inside(self) -> Symbol | None:
-        """The class that is visited."""
-        return Symbol(self.module, self._classes[-1]) if self._classes else None
-
-    def is_global(self, node: ast.Name) -> bool:
-        return isinstance(node.ctx, ast.Load) and not any(node.id in bound for bound in self._bound)
-
-    def visit_FunctionDef(self, node):
-        for part in [*node.decorator_list, *node.args.defaults, *node.args.kw_defaults]:
-            if part is not None:
-                self.visit(part)
-        self._bound.append(_bound(node))
-        for part in node.body:
-            self.visit(part)
-        self._bound.pop()
-
-    def visit_ClassDef(self, node):
-        for part in [*node.bases, *node.keywords, *node.decorator_list]:
-            self.visit(part)
-        own = {part.name for part in node.body if isinstance(part, ast.FunctionDef)}
-        own |= {target.id for part in node.body if isinstance(part, ast.Assign) for target in part.targets}
-        self._classes.append(node.name)
-        for part in node.body:  # functions do not see the names of their class
-            if isinstance(part, ast.FunctionDef):
-                self.visit(part)
-            else:
-                self._bound.append(own)
-                self.visit(part)
-                self._bound.pop()
-        self._classes.pop()
-
-    def visit_Lambda(self, node):
-        self._bound.append({argument.arg for argument in node.args.args})
-        self.visit(node.body)
-        self._bound.pop()
-
-    def visit_AnnAssign(self, node):
-        self.visit(node.target)
-        if node.value is not None:
-            self.visit(node.value)
-
-
-def _bound(node: ast.FunctionDef) -> set[str]:
-    found = {argument.arg for argument in parameters(node)}
-    found |= {argument.arg for argument in (node.args.vararg, node.args.kwarg) if argument is not None}
-    for part in ast.walk(node):
-        if isinstance(part, ast.Name) and isinstance(part.ctx, ast.Store):
-            found.add(part.id)
-        elif isinstance(part, ast.FunctionDef) and part is not node:
-            found.add(part.name)
-    return found
-
-
 class _References(Scoped):
     def __init__(self, linker: Linker, module: str):
         super().__init__()
@@ -468,96 +402,3 @@ class _References(Scoped):
                 self.found.append(self.linker.resolve(owner.module, node.attr))
                 return
         self.visit(node.value)
-
-
-class _Calls(Scoped):
-    """(key, call) of calls; (key, None) where a function is named without one."""
-
-    def __init__(self, linker: Linker, module: str):
-        super().__init__()
-        self.linker, self.module, self.found = linker, module, []
-
-    def visit_Call(self, node):
-        keys = []
-        if not isinstance(node.func, ast.Name) or self.is_global(node.func):
-            keys = self.linker.callee(self.module, node.func, self.inside())
-        only = len(keys) == 1
-        self.found += [(key, node if only else None) for key in keys]
-        if isinstance(node.func, ast.Attribute):
-            self.visit(node.func.value)
-        for part in [*node.args, *node.keywords]:
-            self.visit(part)
-
-    def visit_Name(self, node):
-        if self.is_global(node):
-            found = self.linker.resolve(self.module, node.id)
-            self.found += [(key, None) for key in self.linker._key(found) if not key[1].endswith(".__init__")]
-
-    def visit_Attribute(self, node):
-        if isinstance(node.value, ast.Name) and self.is_global(node.value):
-            owner = self.linker.resolve(self.module, node.value.id)
-            if isinstance(owner, Submodule):
-                found = self.linker.resolve(owner.module, node.attr)
-                self.found += [(key, None) for key in self.linker._key(found)]
-                return
-        self.visit(node.value)
-
-
-class _ArgumentDropper(Scoped):
-    """Takes the arguments for parameters that are left out from calls."""
-
-    def __init__(self, linker: Linker, module: str):
-        super().__init__()
-        self.linker, self.module = linker, module
-        self.functions: list[ast.FunctionDef] = []
-
-    def visit_FunctionDef(self, node):
-        self.functions.append(node)
-        super().visit_FunctionDef(node)
-        self.functions.pop()
-
-    def visit_Call(self, node):
-        self.generic_visit(node)
-        if isinstance(node.func, ast.Name) and not self.is_global(node.func):
-            node.keywords = [k for k in node.keywords if k.arg not in self.linker.keywords]
-            return
-        written = [(key, self.linker.written(key)) for key in self.linker.callee(self.module, node.func, self.inside())]
-        written = [(self.linker.dropped(key), function) for key, function in written if function is not None]
-        if not written:
-            if not _is_of_torch(node):
-                node.keywords = [k for k in node.keywords if k.arg not in self.linker.keywords]
-            return
-        kept, place = [], 0
-        for argument in node.args:
-            if isinstance(argument, ast.Starred):
-                place += self._length(argument.value)
-                kept.append(argument)
-            else:
-                if not self._goes(written, place):
-                    kept.append(argument)
-                place += 1
-        node.args = kept
-        node.keywords = [k for k in node.keywords if not all(k.arg in dropped for dropped, _ in written)]
-
-    @staticmethod
-    def _goes(written: list, place: int) -> bool:
-        names = []
-        for dropped, function in written:
-            positional = [a.arg for a in function.args.args if a.arg not in ("self", "cls")]
-            if place < len(positional):
-                names.append(positional[place] in dropped)
-        return bool(names) and all(names)
-
-    def _length(self, starred: ast.expr) -> int:
-        """Of a local variable that is a tuple; else as many as there can be, so that nothing after it is taken."""
-        for part in ast.walk(self.functions[-1]) if self.functions and isinstance(starred, ast.Name) else ():
-            if not isinstance(part, ast.Assign):
-                continue
-            target, value = part.targets[0], part.value
-            pairs = [(target, value)]
-            if isinstance(target, ast.Tuple) and isinstance(value, ast.Tuple):
-                pairs = zip(target.elts, value.elts, strict=True)
-            for one, other in pairs:
-                if isinstance(one, ast.Name) and one.id == starred.id and isinstance(other, ast.Tuple):
-                    return len(other.elts)
-        return 1000

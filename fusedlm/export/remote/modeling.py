@@ -17,7 +17,9 @@ class FusedLMConfig(PretrainedConfig):
 
     model_type = "fusedlm"
 
-    def __init__(self, vocab_size=1, arguments=None, scales=None, max_position_embeddings=2048, use_cache=True, **kwargs):
+    def __init__(
+        self, vocab_size=1, arguments=None, scales=None, max_position_embeddings=2048, use_cache=True, **kwargs
+    ):
         self.vocab_size, self.arguments, self.scales = vocab_size, arguments or {}, scales or {}
         self.max_position_embeddings, self.use_cache = max_position_embeddings, use_cache
         self.hidden_size, self.num_hidden_layers = self.arguments.get("dim"), self.arguments.get("n_layers")

@@ -1,7 +1,6 @@
 """A function or class with what is known put in: branches that cannot run, and what only they use, are left out."""
 
 import ast
-from collections.abc import Iterable
 
 from fusedlm.export.remote import facts as known
 from fusedlm.export.remote.facts import NOT_NONE, Facts

@@ -132,9 +132,8 @@ def _attach_comments(tree: ast.Module, text: str) -> None:
     for token in tokenize.generate_tokens(io.StringIO(text).readline):
         if token.type == tokenize.COMMENT and "fmt:" not in token.string:
             comments[token.start[0]] = token.string
-    statements = sorted(
-        (node for node in ast.walk(tree) if isinstance(node, ast.stmt)), key=lambda node: (node.lineno, -node.end_lineno)
-    )
+    statements = [node for node in ast.walk(tree) if isinstance(node, ast.stmt)]
+    statements.sort(key=lambda node: (node.lineno, -node.end_lineno))
     for line, comment in sorted(comments.items()):
         within = [node for node in statements if node.lineno <= line <= _header_end(node)]
         after = [node for node in statements if node.lineno > line]
