@@ -11,6 +11,7 @@ from torch.distributed.tensor import DTensor
 
 from fusedlm.distributed import World
 from fusedlm.model.layer_metrics import end_step
+from fusedlm.model.low_precision import cast_weights
 from fusedlm.optim import set_learning_rates, step_if
 from fusedlm.train.cuda_graph import CapturedBackward
 from fusedlm.train.micro_batch import forward_backward
@@ -53,6 +54,7 @@ def backward(
         The losses and the metrics of this process, summed over its micro-batches, on the device.
     """
     world = world or World()
+    cast_weights(model)  # after the update, in the memory that a graph reads
     if captured is not None:
         captured.begin_step()
     # Infinite if there is no valid target: then the loss is not finite and the step is skipped.
