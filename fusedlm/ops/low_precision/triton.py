@@ -9,11 +9,12 @@ from fusedlm.ops.low_precision.formats import Cast, Grid, padded
 from fusedlm.ops.low_precision.kernels import cast_kernel, rescale_kernel, statistics_kernel
 from fusedlm.ops.low_precision.linear import linear as low_precision_linear
 
-# Tiles, when the program finds the largest magnitudes of its rows first, and when they are given. 32 rows of 4096
-# columns on each multiprocessor fit the L2 cache, from which the second pass then reads.
+# Tiles, when the program finds the largest magnitudes of its rows first, and when they are given. The rows of all
+# programs that run at a time should fit the L2 cache, from which the second pass reads: 32 of up to 2048 columns do.
+# Rows are bytes of the transpose that are contiguous, of which a sector of memory has 32.
 CONFIGS = {
     "computed": {"ROWS": 32, "COLUMNS": 256, "num_warps": 8},
-    "given": {"ROWS": 128, "COLUMNS": 128, "num_warps": 8},
+    "given": {"ROWS": 64, "COLUMNS": 128, "num_warps": 8},
 }
 _CHUNK = 131072  # terms of 127^2 whose sum fits in 32 bits
 _LEAST_ROWS = 32  # torch._int_mm takes more than 16
