@@ -13,6 +13,7 @@ from rich.console import Console
 from fusedlm.config import load_recipe, parse_recipe
 from fusedlm.model import Decoder
 from fusedlm.nn.low_precision import LowPrecisionLinear, low_precision_layers
+from fusedlm.ops.low_precision.cost import Rates
 from fusedlm.runs.load import load
 from fusedlm.train import train, trainer
 from tests.train.runs import SHORT, assert_same_run, losses, records, short_losses, tiny_recipe
@@ -37,6 +38,18 @@ def test_precision_changes_the_losses(fp8_losses, tmp_path):
 def test_every_key_changes_the_losses(fp8_losses, tmp_path, override):
     prefix = "runtime.low_precision=" if override.startswith("{") else "runtime.low_precision."
     assert short_losses(tmp_path, FP8, prefix + override) != fp8_losses
+
+
+def test_auto_leaves_layers_that_would_be_slower(fp8_losses, tmp_path, monkeypatch):
+    """On a device whose rates are known, with layers as narrow as these."""
+    rates = Rates(3e12, ((2048.0, {"bf16": 6.5e14, "fp8 tensor": 1.1e15, "fp8 row": 1.2e15}),), "test")
+    monkeypatch.setattr("fusedlm.runs.precision.rates_of", lambda device: rates)
+    for name in ("auto", "all", "slow", "none"):
+        (tmp_path / name).mkdir()
+    auto = short_losses(tmp_path / "auto", FP8)
+    assert auto == short_losses(tmp_path / "none") != fp8_losses
+    assert short_losses(tmp_path / "all", FP8, "runtime.low_precision.layers=all") == fp8_losses
+    assert short_losses(tmp_path / "slow", FP8, "runtime.low_precision.least_speedup=0.01") == fp8_losses
 
 
 @pytest.mark.parametrize("precision", ["int8", "mxfp8"])
