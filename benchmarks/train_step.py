@@ -122,6 +122,7 @@ def _measure(recipe: Recipe, device, dtype, vocab_size: int, mean_document, repe
         return captured(tokens, targets, loss_weight, batch_weight)
 
     started = time.perf_counter()
+    cast_weights(model)
     micro_batch()
     optimizer.step()
     _synchronize(device)

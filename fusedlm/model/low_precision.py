@@ -99,9 +99,11 @@ def lower_precision(model: Module, chosen: list[LayerPrecision], precision: LowP
 
 
 def cast_weights(model: torch.nn.Module) -> None:
-    """Cast the weight of every layer with 8-bit products: once after each update of the weights."""
+    """Cast the weight of every layer with 8-bit products. A loop that calls it must do so after each update of the
+    weights: forward passes then leave it to the loop."""
     for layer in low_precision_layers(model).values():
         layer.cast_weight()
+        layer.cast_by_loop = True
 
 
 def outlier_figures(model: torch.nn.Module) -> dict[str, float | list[float]]:

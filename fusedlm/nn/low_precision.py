@@ -23,7 +23,8 @@ class LowPrecisionLinear(Linear):
     Without gradients, and with a part of the weight, in groups or transposed, it is that `Linear`. So validation and
     decoding compute with the weight itself, and checkpoints are those of the plain layer.
 
-    The weight is cast by `cast_weight`, once per optimizer step; its codes keep their memory.
+    The weight is cast by `cast_weight`, whose codes keep their memory: in every forward pass of the model in training,
+    or once per optimizer step by a loop that says so (`cast_by_loop`).
     """
 
     def __init__(self, layer: Linear, precision: LowPrecision, *, outliers: float | None = None, columns=None):
@@ -41,7 +42,7 @@ class LowPrecisionLinear(Linear):
             self.register_buffer(name, None, persistent=False)
         counts = None if outliers is None else torch.zeros(len(_COUNTS), device=layer.weight.device)
         self.register_buffer("outlier_counts", counts, persistent=False)
-        self._cast_from: tuple | None = None  # address and version of the weight that was cast
+        self.cast_by_loop = False  # whether the training loop calls `cast_weight` after every update
 
     @property
     def is_active(self) -> bool:
@@ -110,12 +111,6 @@ class LowPrecisionLinear(Linear):
         cast = low_precision_weight(weight, self.precision, out=out, backend=self.backend("low_precision_weight"))
         for name, tensor in zip(_CODES, cast, strict=True):
             setattr(self, name, tensor)
-        self._cast_from = (weight.data_ptr(), weight._version)
-
-    def cast_changed_weight(self) -> None:
-        """Cast the weight if torch knows that it has changed; it does not know of writes by kernels of ours."""
-        if self._cast_from != (self.weight.data_ptr(), self.weight._version):
-            self.cast_weight()
 
     def _apply(self, fn, recurse=True):
         """Codes, scales and counts move with the module and keep their dtypes."""
@@ -136,16 +131,17 @@ def low_precision_layers(model: torch.nn.Module) -> dict[str, LowPrecisionLinear
 
 
 def replace_layers(model: torch.nn.Module, names: Iterable[str], precision: LowPrecision, **options) -> None:
-    """Put a `LowPrecisionLinear` in the place of each layer that is named; options: as it takes them. A forward pass
-    in training casts what torch knows to have changed."""
+    """Put a `LowPrecisionLinear` in the place of each layer that is named; options: as it takes them."""
     for name in names:
         parent, _, child = name.rpartition(".")
         layer = LowPrecisionLinear(model.get_submodule(name), precision, **options)
         setattr(model.get_submodule(parent), child, layer)
-    model.register_forward_pre_hook(_cast_changed_weights)
+    model.register_forward_pre_hook(_cast_weights)
 
 
-def _cast_changed_weights(model: torch.nn.Module, _) -> None:
+def _cast_weights(model: torch.nn.Module, _) -> None:
+    # The version of a tensor does not tell whether it has changed: fused optimizers do not count it up.
     if model.training and torch.is_grad_enabled() and not torch.compiler.is_compiling():
         for layer in low_precision_layers(model).values():
-            layer.cast_changed_weight()
+            if not layer.cast_by_loop:
+                layer.cast_weight()

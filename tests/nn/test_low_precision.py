@@ -81,22 +81,27 @@ def test_parts_and_transposed_products_are_those_of_the_weight():
     assert torch.equal(low(y, transposed=True), layer(y, transposed=True))
 
 
-def test_a_weight_is_cast_once_until_it_changes(monkeypatch):
+def test_weights_are_cast_by_forward_passes_or_by_the_loop(monkeypatch):
     _, lowered = _lowered()
     casts = []
     cast = LowPrecisionLinear.cast_weight
     monkeypatch.setattr(LowPrecisionLinear, "cast_weight", lambda layer: casts.append(layer) or cast(layer))
     layers = list(low_precision_layers(lowered).values())
-    _step(lowered)
-    _step(lowered)
+    first = _step(lowered)[0]
     assert casts == layers
     codes = [layer.codes.data_ptr() for layer in layers]
+    optimizer = torch.optim.AdamW(lowered.parameters(), lr=0.01, fused=True)
+    optimizer.step()
     before = _step(lowered)[0]
-    with torch.no_grad():
-        layers[0].weight.mul_(-1.0)
-    assert _step(lowered)[0] != before and casts == [*layers, layers[0]]
+    assert casts == 2 * layers and before < first
+    lowered.eval()(_tokens())
+    cast_weights(lowered.train())
+    assert casts == 3 * layers
+    assert _step(lowered)[0] == before and casts == 3 * layers
+    optimizer.step()
     cast_weights(lowered)
-    assert casts == [*layers, layers[0], *layers] and [layer.codes.data_ptr() for layer in layers] == codes
+    assert _step(lowered)[0] < before and casts == 4 * layers
+    assert [layer.codes.data_ptr() for layer in layers] == codes
 
 
 def test_codes_are_those_of_the_weight_on_its_device():

@@ -339,8 +339,8 @@ def _matrix(n, k, dtype=torch.float32):
     g = torch.Generator().manual_seed(n + k)
     x = torch.randn(n, k, generator=g) * torch.randn(n, 1, generator=g).exp()
     x[n // 2] = 0.0
-    if n > 2:
-        x[1, k // 2], x[2] = float("nan"), 1e-40
+    if n > 4:
+        x[1, k // 2], x[2], x[3, k // 2] = float("nan"), 1e-40, float("inf")
     return x.to(DEVICE, dtype)
 
 
