@@ -1,6 +1,7 @@
 """Train the layers that a recipe names in 8 bits."""
 
 import torch
+from torch.distributed.tensor import DTensor
 
 from fusedlm.config import Recipe
 from fusedlm.model import Decoder
@@ -20,7 +21,7 @@ def use_precision(model: Decoder, recipe: Recipe, device: torch.device, dtype: t
         The decision for every hidden matrix; empty with precision none.
 
     Raises:
-        ValueError: a pattern of `exclude` fits no layer, or a named backend cannot run here.
+        ValueError: the weights are sharded, a pattern of `exclude` fits no layer, or a named backend cannot run here.
     """
     runtime, train = recipe.runtime, recipe.train
     if runtime.precision == "none":
@@ -29,6 +30,11 @@ def use_precision(model: Decoder, recipe: Recipe, device: torch.device, dtype: t
     precision = LowPrecision(runtime.precision, settings.scales, settings.gradients)
     rows, seq_len = max(train.shapes(), key=lambda shape: shape[0] * shape[1])
     micro_batch = train.micro_batch_rows(rows, seq_len)
+    if any(isinstance(parameter, DTensor) for parameter in model.parameters()):
+        raise ValueError(
+            f"runtime.precision={runtime.precision}: trains in one process, whose weights are not sharded; set "
+            "runtime.precision=none"
+        )
     if unused := unused_patterns(model, settings.exclude):
         example = next(iter(hidden_matrices(model)), "none")
         raise ValueError(f"runtime.low_precision.exclude={unused[0]}: fits no hidden matrix, such as {example}")
