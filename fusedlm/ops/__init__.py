@@ -18,6 +18,8 @@ from fusedlm.ops.latent.op import latent_decode
 from fusedlm.ops.latent.reference import quantise_latent
 from fusedlm.ops.linear_attention.op import decayed_linear_attention
 from fusedlm.ops.linear_cross_entropy.op import linear_softcap_cross_entropy
+from fusedlm.ops.low_precision.formats import LowPrecision
+from fusedlm.ops.low_precision.op import isolate_outliers, low_precision_linear, low_precision_weight
 from fusedlm.ops.mixing.op import mix_inputs
 from fusedlm.ops.mx.formats import MXTensor
 from fusedlm.ops.mx.op import dequantize_mx, quantize_mx
@@ -34,6 +36,7 @@ from fusedlm.ops.xsa.op import exclude_own_value
 
 __all__ = [
     "OPS",
+    "LowPrecision",
     "MXTensor",
     "QuantizedWeight",
     "SigmoidCap",
@@ -51,8 +54,11 @@ __all__ = [
     "gated_delta_rule",
     "gated_rmsnorm",
     "gated_scan",
+    "isolate_outliers",
     "latent_decode",
     "linear_softcap_cross_entropy",
+    "low_precision_linear",
+    "low_precision_weight",
     "mix_inputs",
     "orthogonalize",
     "packed_attention",

@@ -10,6 +10,7 @@ from torch import nn
 
 from fusedlm.distributed import World, local
 from fusedlm.model.layer_metrics import end_step
+from fusedlm.model.low_precision import cast_weights
 from fusedlm.model.sharding import begin_backward, squared_norm, sum_whole_gradients
 from fusedlm.optim import set_learning_rates, step_if
 from fusedlm.train.cuda_graph import CapturedBackward
@@ -54,6 +55,7 @@ def backward(
         parameters are summed over the processes, those of others are this process's.
     """
     world = world or World()
+    cast_weights(model)  # after the update, in the memory that a graph reads
     if captured is not None:
         captured.begin_step()
     # Infinite if there is no valid target: then the loss is not finite and the step is skipped.

@@ -20,6 +20,7 @@ from fusedlm.distributed import OneProcessFailed, World
 from fusedlm.evaluate import first_tokens, score_documents
 from fusedlm.model import build_model
 from fusedlm.model.accounting import count_parameters, training_flops_per_token
+from fusedlm.model.low_precision import outlier_figures, precision_table
 from fusedlm.model.precision import autocast
 from fusedlm.model.sharding import build_sharded_model
 from fusedlm.model.waiting import waiting_module
@@ -28,6 +29,7 @@ from fusedlm.runs.backends import use_backends
 from fusedlm.runs.folder import RunFolder
 from fusedlm.runs.hardware import device_name, environment, peak_flops, peak_memory_bytes
 from fusedlm.runs.metrics import MetricsFile
+from fusedlm.runs.precision import use_precision
 from fusedlm.runs.signals import StopSignal
 from fusedlm.runs.start import Start
 from fusedlm.runs.state import TrainState, restore_state, save_state
@@ -101,6 +103,9 @@ class Trainer:
         else:
             self.model = build_sharded_model(recipe.model, **options, mesh=mesh, dtype=dtype)
         self.backends = use_backends(self.model, self.runtime, device, dtype, strict=strict_backends)
+        self.precision = use_precision(self.model, recipe, device, dtype)
+        if self.precision:  # with the op of the layers that are now in place
+            self.backends = self.model.explain(device, dtype, self.runtime.deterministic)
         self.optimizer = build_optimizer(self.model, self.settings.optimizer, device)
         self.averages = Averages(self.model, self.settings)
         self.identity = start.identity
@@ -200,6 +205,13 @@ class Trainer:
             val_bpb=self.state.val_bpb,
             signal=self._signal,
         )
+
+    def _precision(self) -> str:
+        n_low = sum(layer.reason is None for layer in self.precision)
+        settings = self.runtime.low_precision
+        scales = "" if self.runtime.precision == "mxfp8" else f", one scale per {settings.scales}"
+        emulated = ", emulated" if self.device.type == "cpu" or self.runtime.precision == "mxfp8" else ""
+        return f"{self.runtime.precision}{scales}{emulated}, in {n_low} of {len(self.precision)} hidden matrices"
 
     def _write_header(self) -> None:
         tokenizer, run = self.data.tokenizer, self.state.run
@@ -323,6 +335,7 @@ class Trainer:
         }
         record |= {f"loss_{name}": value for name, value in result.layer_losses.items()}
         record |= self.model.summarise(result.metrics)
+        record |= outlier_figures(self.model)
         if self.text.schedule is not None:
             for key, by_source in (("tokens", self.text.tokens), ("epochs", self.text.epochs)):
                 record |= {f"source_{key}_{name}": n for name, n in by_source(self.state.next_sample).items()}
@@ -464,6 +477,10 @@ class Trainer:
             "text": summary.one_line(),
             "steps": f"{steps:,} of {shapes} tokens, {self.settings.total_tokens():,} in all",
         }
+        if self.precision:
+            facts["precision"] = self._precision()
         self.display.header(facts, self.backends)
+        for line in precision_table(self.precision):
+            self.display.note(f"  {line}")
         for warning in summary.warnings():
             self.display.note(f"warning: {warning}")

@@ -24,6 +24,8 @@ from fusedlm.ops import (
 )
 from fusedlm.ops.common import Backend, Call, Op, check_backends, resolve, runs_fused
 from fusedlm.ops.common.dispatch import forget, recorded
+from fusedlm.ops.low_precision.formats import GRIDS
+from fusedlm.ops.low_precision.reference import cast_weight
 from fusedlm.ops.mx.formats import FORMATS
 from fusedlm.testing import backend_of
 
@@ -77,6 +79,10 @@ CALLS = {
     "differential_combine": lambda run, **options: run(_heads(), _heads(), torch.ones(2), **options),
     "draw_token": lambda run, **options: run(torch.ones(2, 3), temperature=0, **options),
     "exclude_own_value": lambda run, **options: run(_heads(), _heads(), **options),
+    "low_precision_linear": lambda run, **options: run(
+        torch.ones(3, 16), torch.ones(32, 16), codes=cast_weight(torch.ones(32, 16), GRIDS["e4m3"], True), **options
+    ),
+    "low_precision_weight": lambda run, **options: run(torch.ones(32, 16), **options),
     "mix_inputs": lambda run, **options: run(torch.ones(3, 8), torch.ones(8), mix_x_D=torch.ones(8), **options),
     "orthogonalize": lambda run, **options: run(torch.ones(2, 128, 128), **options),
     "gated_delta_rule": lambda run, **options: run(
@@ -349,6 +355,7 @@ def test_check_backends_names_the_key():
 def test_every_op_has_its_public_function():
     assert set(OP_OF) == set(CALLS)
     others = {"OPS", "SigmoidCap", "count_tokens", "explain", "quantise_latent", "short_conv_tail"}
+    others |= {"LowPrecision", "isolate_outliers"}
     others |= {"MXTensor", "QuantizedWeight", "quantize_weight", "dequantize_weight"}
     assert set(CALLS) | others == set(fusedlm.ops.__all__)
     for name in CALLS:
