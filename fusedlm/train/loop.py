@@ -16,6 +16,7 @@ from fusedlm.runs.start import find_start, set_aside
 from fusedlm.terminal import one_line
 from fusedlm.train.display import Display
 from fusedlm.train.loggers import check_loggers
+from fusedlm.train.teacher import open_teacher
 from fusedlm.train.trainer import Trainer, TrainingDiverged, TrainResult
 from fusedlm.train.undo import StartUndo
 
@@ -49,7 +50,8 @@ def train(
 
     Raises:
         ValueError: the folder holds a run and `resume` is not set, or is in use, or its run has another recipe or text,
-            or no intact checkpoint; a logger's package is missing; the recipe does not fit the data or the device.
+            or no intact checkpoint; a logger's package is missing; the recipe does not fit the data or the device;
+            the teacher of `train.distill` cannot be read, has another tokenizer, or is not that of the run to resume.
         TrainingDiverged: loss or gradient norm was not finite in `train.max_bad_steps` steps in a row. A ValueError.
         OSError: the disk is full, the folder cannot be written, or a file cannot be read; checkpoints stay valid.
     """
@@ -67,10 +69,11 @@ def train(
             stack.enter_context(numerics(device, dtype, recipe.runtime.deterministic))
             folder.check_resume(resume)
             start = find_start(folder)
+            recipe, teacher = open_teacher(recipe, start.recipe, device, dtype)
             for note in [*start.notes, *folder.check_recipe(recipe, device.type, start.recipe, start.identity)]:
                 display.note(note)
             set_aside(folder, start, display.note)
-            options = {"text": text, "strict_backends": strict_backends, "world": world}
+            options = {"text": text, "strict_backends": strict_backends, "teacher": teacher, "world": world}
             return Trainer(recipe, folder, device, dtype, display, start, **options).run()
     except (MemoryError, RuntimeError) as error:
         if not _is_out_of_memory(error):

@@ -35,6 +35,7 @@ from fusedlm.train.display import Display
 from fusedlm.train.loggers import Loggers
 from fusedlm.train.slowdown import Slowdown
 from fusedlm.train.step import StepResult, train_step
+from fusedlm.train.teacher import Teacher
 
 
 class TrainingDiverged(ValueError):
@@ -65,6 +66,7 @@ class Trainer:
         device, dtype: where the model runs, and the dtype of autocast.
         start: the run, and the verified checkpoint to resume from.
         text, strict_backends: as `fusedlm.train.train` takes them.
+        teacher: of `train.distill`; None: there is none.
         world: the processes of the run.
 
     Raises:
@@ -82,12 +84,16 @@ class Trainer:
         *,
         text: str | None,
         strict_backends: bool,
+        teacher: Teacher | None,
         world: World,
     ):
         self.recipe, self.settings, self.runtime, self.folder = recipe, recipe.train, recipe.runtime, folder
         self.device, self.dtype, self.display, self.world = device, dtype, display, world
         self.data = self._open_text(text, start)
         self.text = open_training_text(self.data.train, recipe)
+        self.teacher = teacher
+        if teacher is not None:
+            teacher.check_tokenizer(self.data.tokenizer)
         torch.manual_seed(self.settings.seed)
         vocab_size = self.data.tokenizer.vocab_size
         self.model = build_model(recipe.model, vocab_size=vocab_size, device=device, seed=self.settings.seed)
@@ -261,6 +267,7 @@ class Trainer:
                 autocast=partial(autocast, self.device, self.dtype),
                 # Only after the first update, so that the optimizer state is allocated before the capture.
                 captured=self._captured if self.optimizer.state else None,
+                teacher=self.teacher,
                 world=self.world,
             )
         except torch.OutOfMemoryError:
@@ -307,7 +314,10 @@ class Trainer:
             "step_seconds": seconds,
         }
         record |= {f"loss_{name}": value for name, value in result.layer_losses.items()}
-        record |= self.model.summarise(result.metrics)
+        figures = self.model.summarise(result.metrics)
+        if self.teacher is not None and (nll := figures.pop("nll")) is not None:  # that of the step is weighted
+            record["loss"] = nll
+        record |= figures
         if self.text.schedule is not None:
             for key, by_source in (("tokens", self.text.tokens), ("epochs", self.text.epochs)):
                 record |= {f"source_{key}_{name}": n for name, n in by_source(self.state.next_sample).items()}
@@ -450,6 +460,8 @@ class Trainer:
             "text": summary.one_line(),
             "steps": f"{steps:,} of {shapes} tokens, {self.settings.total_tokens():,} in all",
         }
+        if self.teacher is not None:
+            facts["teacher"] = self.teacher.describe()
         self.display.header(facts, self.backends)
         for warning in summary.warnings():
             self.display.note(f"warning: {warning}")
