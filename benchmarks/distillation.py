@@ -63,7 +63,8 @@ def main() -> None:
 
 def _trained(recipe, run: Path) -> dict:
     """Validation and speed of a finished run, which is trained first if it is not."""
-    train(recipe, run, resume=run.exists())
+    if train(recipe, run, resume=run.exists()).stopped_by_signal:
+        raise SystemExit("stopped by a signal; run it again to resume")
     metrics, _ = read_metrics(run / "metrics.jsonl")
     steps = [record for record in metrics if "loss" in record]
     last = [record for record in metrics if "val_bpb" in record][-1]

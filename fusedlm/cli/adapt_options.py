@@ -24,14 +24,14 @@ AdaptRankOption = Annotated[
 ]
 AdaptLearningRateOption = Annotated[
     float | None,
-    typer.Option(parser=number, metavar="LR", help="finetune: learning rate (default 0.001).", show_default=False),
+    typer.Option(parser=number, metavar="LR", help="finetune: learning rate (default 0.003).", show_default=False),
 ]
 AdaptChunkOption = Annotated[
     int | None,
     typer.Option(
         parser=integer,
         metavar="N",
-        help="finetune: tokens that are scored between two steps (default 1024).",
+        help="finetune: tokens that are scored between two steps (default 512).",
         show_default=False,
     ),
 ]

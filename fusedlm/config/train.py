@@ -254,7 +254,7 @@ class DistillConfig(Config):
     """Divides the logits of teacher and model in the soft loss, which is multiplied by its square."""
     format: Literal["int8", "fp8", "int4", "mxfp4"] | None = None
     """Format of the teacher's hidden matrices; null: floats, as they are."""
-    sha256: Annotated[str | None, Field(pattern="^[0-9a-f]{64}$"), NEUTRAL] = None
+    sha256: Annotated[str | None, Field(pattern="^[0-9a-f]{64}$", max_length=64), NEUTRAL] = None
     """Checksum of the teacher's weights, before format; null: computed when the run begins, and kept in its recipe."""
 
 

@@ -50,7 +50,7 @@ def paired_gain(
         starts = np.linspace(0, len(bits), n_blocks, endpoint=False).astype(np.int64)
         per_unit = np.add.reduceat(np.repeat(n_bytes / lengths, lengths), starts)
     saved = np.add.reduceat(bits, starts)
-    gain = math.fsum(bits) / n_bytes.sum()
+    gain = math.fsum(bits) / float(n_bytes.sum())
     n = len(starts)
     if n < 2:
         return Gain(gain, None, None, units, n)

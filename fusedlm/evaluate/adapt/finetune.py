@@ -27,8 +27,8 @@ class Finetune:
 
     parameters: Literal["norms", "low_rank"] = "norms"
     rank: int = 4  # of the deltas
-    lr: float = 1e-3
-    chunk: int = 1024  # tokens
+    lr: float = 3e-3
+    chunk: int = 512  # tokens
     steps: int = 1  # on each chunk
     reset: bool = False  # whether each document begins with the model as it was; then no chunk crosses documents
 
