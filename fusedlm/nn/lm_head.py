@@ -145,4 +145,4 @@ class LMHead(Module):
         return 2 * self.weight.numel() * n_tokens
 
     def ops(self, device: torch.device) -> list[OpUse]:
-        return [OpUse(_OP, _OP, {}), OpUse(_SOFT_OP, _SOFT_OP, {}), OpUse("token_linear", "token_linear", {})]
+        return [OpUse(_OP, _OP, {}), OpUse("token_linear", "token_linear", {})]

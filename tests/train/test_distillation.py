@@ -19,7 +19,7 @@ from fusedlm.nn.quantized import quantized_layers
 from fusedlm.runs import load
 from fusedlm.runs.checkpoint import Checkpoints
 from fusedlm.testing import assert_close, randomise_
-from fusedlm.testing.models import part_config, wired_config
+from fusedlm.testing.models import FFN_CASES, part_config, wired_config
 from fusedlm.train import train
 from fusedlm.train.display import Display
 from fusedlm.train.step import backward
@@ -121,6 +121,18 @@ def test_the_reference_backend_computes_the_same(student, teacher_model, batch):
     student.use_backends({})
     for name, expected in results[0].items():
         assert_close(results[1][name], expected, 1e-8, name)
+
+
+@pytest.mark.parametrize("ffn", [FFN_CASES["moe"][1], FFN_CASES["routed"][0]])
+def test_a_teacher_whose_layers_report_metrics(student, batch, ffn):
+    """Those of its layers are no part of the step."""
+    model = model_of(part_config("{type: attention, n_heads: 2}", ffn), seed=3)
+    teacher = Teacher(model, ByteTokenizer(), SETTINGS)
+    losses, metrics = backward(student, batch, 2, partial(autocast, CPU, torch.float32), teacher=teacher)
+    student.zero_grad(set_to_none=True)
+    _, kl = definition(student, model, batch, SETTINGS)
+    assert_close(losses["distill"], 0.7 * 4 * kl, 1e-10)
+    assert losses.keys() == {"nll", "distill"} and metrics.keys() == {"distill"}
 
 
 def test_without_soft_targets_nothing_changes(student, batch):
