@@ -31,9 +31,10 @@ def forward_backward(
     Returns:
         The output, with detached losses.
     """
-    weights = {"loss_weight": loss_weight, "batch_weight": batch_weight}
+    options = {"loss_weight": loss_weight, "batch_weight": batch_weight}
     with autocast():
-        soft_targets = None if teacher is None else teacher(tokens, documents)
-        output = model(tokens, documents=documents, targets=targets, soft_targets=soft_targets, **weights)
+        if teacher is not None:
+            options["soft_targets"] = teacher(tokens, documents)
+        output = model(tokens, documents=documents, targets=targets, **options)
     output.total().backward()
     return output._replace(losses={name: loss.detach() for name, loss in output.losses.items()})
