@@ -55,7 +55,6 @@ def main() -> None:
     machine = environment(device, dtype)
     record = {
         "name": loaded.recipe.name,
-        "command": shlex.join(["python", "benchmarks/adaptation.py", *sys.argv[1:]]),
         "date": machine["date"][:10],
         "device": machine["device_name"],
         "versions": {name: machine[name] for name in ("fusedlm", "python", "torch", "triton", "git_commit")},
@@ -70,8 +69,9 @@ def main() -> None:
         method = METHODS[name]
         found = score_adapted(loaded.model, documents, method, window=window, stride=stride, device=device, dtype=dtype)
         sizes = {"tokens": found.plain.tokens, "bytes": found.plain.bytes, "documents": found.plain.documents}
-        row = {"text": text, "window": window, "stride": stride, "vocab_size": loaded.model.vocab_size} | sizes
-        record["rows"].append(row | found.record(method))
+        command = shlex.join(["python", "benchmarks/adaptation.py", *sys.argv[1:]])
+        row = {"text": text, "command": command, "window": window, "stride": stride}
+        record["rows"].append(row | {"vocab_size": loaded.model.vocab_size} | sizes | found.record(method))
         gain = found.gain
         print(f"{text:16} {name:10} {found.plain.bpb:.4f} -> {found.adapted.bpb:.4f}", gain, flush=True)
         if arguments.out:  # so that a run that is stopped leaves a record
