@@ -10,6 +10,7 @@ from fusedlm.ops.cross_entropy.reference import SigmoidCap
 from fusedlm.ops.delta_rule.op import gated_delta_rule
 from fusedlm.ops.differential.op import differential_combine
 from fusedlm.ops.differential_linear.op import differential_linear_attention
+from fusedlm.ops.distillation.op import linear_distillation
 from fusedlm.ops.draw.op import draw_token
 from fusedlm.ops.experts.op import routed_experts
 from fusedlm.ops.experts.order import count_tokens
@@ -56,6 +57,7 @@ __all__ = [
     "gated_scan",
     "isolate_outliers",
     "latent_decode",
+    "linear_distillation",
     "linear_softcap_cross_entropy",
     "low_precision_linear",
     "low_precision_weight",

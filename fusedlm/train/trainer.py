@@ -40,6 +40,7 @@ from fusedlm.train.loggers import Loggers
 from fusedlm.train.parallel import dropout_seed
 from fusedlm.train.slowdown import Slowdown
 from fusedlm.train.step import StepResult, train_step
+from fusedlm.train.teacher import Teacher
 
 
 class TrainingDiverged(ValueError):
@@ -70,6 +71,7 @@ class Trainer:
         device, dtype: where the model runs, and the dtype of autocast.
         start: the run, and the verified checkpoint to resume from.
         text, strict_backends: as `fusedlm.train.train` takes them.
+        teacher: of `train.distill`; None: there is none.
         world: the processes of the run.
         mesh: of them (`fusedlm.train.parallel`); None: there is one.
 
@@ -88,6 +90,7 @@ class Trainer:
         *,
         text: str | None,
         strict_backends: bool,
+        teacher: Teacher | None,
         world: World,
         mesh: DeviceMesh | None,
     ):
@@ -95,6 +98,9 @@ class Trainer:
         self.device, self.dtype, self.display, self.world = device, dtype, display, world
         self.data = world.main_first(lambda: self._open_text(text, start))
         self.text = open_training_text(self.data.train, recipe)
+        self.teacher = teacher
+        if teacher is not None:
+            teacher.check_tokenizer(self.data.tokenizer)
         torch.manual_seed(self.settings.seed)
         vocab_size = self.data.tokenizer.vocab_size
         options = {"vocab_size": vocab_size, "device": device, "seed": self.settings.seed}
@@ -288,6 +294,7 @@ class Trainer:
                 autocast=partial(autocast, self.device, self.dtype),
                 # Only after the first update, so that the optimizer state is allocated before the capture.
                 captured=self._captured if self.optimizer.state else None,
+                teacher=self.teacher,
                 world=self.world,
             )
         except torch.OutOfMemoryError:
@@ -334,7 +341,10 @@ class Trainer:
             "step_seconds": seconds,
         }
         record |= {f"loss_{name}": value for name, value in result.layer_losses.items()}
-        record |= self.model.summarise(result.metrics)
+        figures = self.model.summarise(result.metrics)
+        if self.teacher is not None and (nll := figures.pop("nll")) is not None:  # that of the step is weighted
+            record["loss"] = nll
+        record |= figures
         record |= outlier_figures(self.model)
         if self.text.schedule is not None:
             for key, by_source in (("tokens", self.text.tokens), ("epochs", self.text.epochs)):
@@ -479,6 +489,8 @@ class Trainer:
         }
         if self.precision:
             facts["precision"] = self._precision()
+        if self.teacher is not None:
+            facts["teacher"] = self.teacher.describe()
         self.display.header(facts, self.backends)
         for line in precision_table(self.precision):
             self.display.note(f"  {line}")
