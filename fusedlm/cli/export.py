@@ -55,7 +55,9 @@ def export(
         _explain(_recipe(run), family, as_json)
         return
     if folder is None:
-        what = "file to write: fusedlm export RUN --to gguf FILE" if to == "gguf" else "folder to write: fusedlm export RUN --to hf DIR"
+        what = "file to write: fusedlm export RUN --to gguf FILE"
+        if to != "gguf":
+            what = f"folder to write: fusedlm export RUN --to {to} DIR"
         raise ValueError(f"name the {what}")
     if to == "gguf":
         _gguf(run, folder, as_json, family=family, dtype=dtype, checkpoint=checkpoint_name(checkpoint), weights=weights)

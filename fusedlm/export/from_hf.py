@@ -27,7 +27,7 @@ from fusedlm.model.accounting import count_parameters
 from fusedlm.runs.folder import RunFolder
 from fusedlm.runs.hardware import environment
 from fusedlm.runs.identity import new_run_id
-from fusedlm.runs.state import TrainState, model_tensors, save_weights
+from fusedlm.runs.state import TrainState, load_model_tensors, model_tensors, save_weights
 from fusedlm.runs.text import NO_TEXT
 
 _LARGEST_JSON = 1 << 26
@@ -57,11 +57,59 @@ def import_run(folder: str | Path, run_dir: str | Path) -> Imported:
             missing or damaged; or the folder holds a run.
         OSError: a file cannot be read or written.
     """
-    folder, run_dir = Path(folder), Path(run_dir)
+    return write_run(run_dir, _read(Path(folder)))
+
+
+def load_folder(folder: str | Path, device: str | torch.device = "cpu") -> tuple[Decoder, Tokenizer]:
+    """The model of such a folder in eval mode, with float32 parameters, and its tokenizer; nothing is written.
+
+    Raises:
+        ValueError, OSError: as `import_run`.
+    """
+    found = _read(Path(folder))
+    model = found.model.to_empty(device=device)
+    load_model_tensors(model, found.tensors, str(folder))
+    return model.eval(), found.tokenizer
+
+
+@dataclass(frozen=True)
+class Content:
+    """What was read of another program. form, architecture: what it is there. model: on the meta device. tensors: ours,
+    in float32."""
+
+    form: str
+    architecture: str
+    recipe: Recipe
+    tokenizer: Tokenizer
+    origin: Origin | None
+    model: Decoder
+    tensors: dict[str, torch.Tensor]
+
+
+def write_run(run_dir: str | Path, found: Content) -> Imported:
+    """A run at step 0.
+
+    Raises:
+        ValueError: the folder holds a run.
+        OSError: it cannot be written.
+    """
+    run_dir, run, world = Path(run_dir), new_run_id(), World()
+    with RunFolder(run_dir) as target:
+        if target.holds_run():
+            raise ValueError(f"run folder {run_dir} already holds a run; name another")
+        described = environment(torch.device("cpu"), torch.float32) | {"imported": found.architecture}
+        target.write_header(found.recipe, found.tokenizer, described, run)
+        text = found.origin.text if found.origin is not None else NO_TEXT
+        state = TrainState(data=text, run=run, tokenizer=found.tokenizer.fingerprint)
+        save_weights(target.checkpoints, state, found.recipe, found.tensors, world=world)
+    return Imported(run_dir, found.form, count_parameters(found.model).total)
+
+
+def _read(folder: Path) -> Content:
     config = ConfigJSON(_read_json(folder / CONFIG), folder / CONFIG)
     origin = read_origin(folder)
     if config.text("model_type") == MODEL_TYPE:
-        return _import_code(folder, run_dir, config, origin)
+        return _read_code(folder, config, origin)
     family = family_of(config)
     derived = model_section(family, config)
     tokenizer = _tokenizer(folder, config, origin)
@@ -69,30 +117,28 @@ def import_run(folder: str | Path, run_dir: str | Path) -> Imported:
         recipe = origin.recipe
     else:
         recipe = placeholder_recipe(folder, folder / TOKENIZER, family, config, derived, tokenizer)
-    return import_tensors(run_dir, folder, family, recipe, tokenizer, read_weights(folder), origin)
+    return content_of(folder, family, recipe, tokenizer, read_weights(folder), origin)
 
 
-def import_tensors(
-    run_dir: Path,
+def content_of(
     source: Path,
     family: Family,
     recipe: Recipe,
     tokenizer: Tokenizer,
     tensors: dict[str, torch.Tensor],
     origin: Origin | None = None,
-) -> Imported:
-    """Make a run of the tensors of a class.
+) -> Content:
+    """Of the tensors of a class.
 
     Args:
         source: names them in errors.
     """
     model = build_model(recipe.model, vocab_size=tokenizer.vocab_size, device="meta")
     ours = _tensors(source, tensors, family, recipe.model, model)
-    _write_run(run_dir, recipe, tokenizer, ours, family.architecture, origin)
-    return Imported(run_dir, family.name, count_parameters(model).total)
+    return Content(family.name, family.architecture, recipe, tokenizer, origin, model, ours)
 
 
-def _import_code(folder: Path, run_dir: Path, config: ConfigJSON, origin: Origin | None) -> Imported:
+def _read_code(folder: Path, config: ConfigJSON, origin: Origin | None) -> Content:
     """Of a folder with a file of code; the code is not run: recipe and tensors are those of the run."""
     if origin is None:
         raise ValueError(f"{folder / ORIGIN}: No such file; it holds the recipe of a model with code of its own")
@@ -109,31 +155,11 @@ def _import_code(folder: Path, run_dir: Path, config: ConfigJSON, origin: Origin
         name: _padded(tensor.float(), shapes[name][0]) if name in PADDED else tensor.float()
         for name, tensor in tensors.items()
     }
-    _write_run(run_dir, origin.recipe, tokenizer, tensors, MODEL_CLASS, origin)
-    return Imported(run_dir, "hf-code", count_parameters(model).total)
+    return Content("hf-code", MODEL_CLASS, origin.recipe, tokenizer, origin, model, tensors)
 
 
 def _padded(tensor: torch.Tensor, n_rows: int) -> torch.Tensor:
     return torch.nn.functional.pad(tensor, (0, 0, 0, n_rows - len(tensor)))
-
-
-def _write_run(
-    run_dir: Path,
-    recipe: Recipe,
-    tokenizer: Tokenizer,
-    tensors: dict[str, torch.Tensor],
-    architecture: str,
-    origin: Origin | None,
-) -> None:
-    run, world = new_run_id(), World()
-    with RunFolder(run_dir) as target:
-        if target.holds_run():
-            raise ValueError(f"run folder {run_dir} already holds a run; name another")
-        described = environment(torch.device("cpu"), torch.float32) | {"imported": architecture}
-        target.write_header(recipe, tokenizer, described, run)
-        text = origin.text if origin is not None else NO_TEXT
-        state = TrainState(data=text, run=run, tokenizer=tokenizer.fingerprint)
-        save_weights(target.checkpoints, state, recipe, tensors, world=world)
 
 
 def family_of(config: ConfigJSON) -> Family:

@@ -4,7 +4,14 @@ from pathlib import Path
 
 from fusedlm.data.tokenizer import SubwordTokenizer
 from fusedlm.export.config_json import ConfigJSON
-from fusedlm.export.from_hf import Imported, family_of, import_tensors, model_section, placeholder_recipe
+from fusedlm.export.from_hf import (
+    Imported,
+    content_of,
+    family_of,
+    model_section,
+    placeholder_recipe,
+    write_run,
+)
 from fusedlm.export.gguf.read import GGUFModel
 
 
@@ -29,4 +36,4 @@ def import_gguf(file: str | Path, run_dir: str | Path) -> Imported:
     except ValueError as error:
         raise ValueError(f"{file}: tokenizer: {error}") from None
     recipe = placeholder_recipe(file.with_suffix(""), run_dir / "tokenizer.json", family, config, derived, tokenizer)
-    return import_tensors(run_dir, file, family, recipe, tokenizer, found.tensors())
+    return write_run(run_dir, content_of(file, family, recipe, tokenizer, found.tensors()))

@@ -20,6 +20,7 @@ NAMES = {
     "reset_BT": NONE,
     "rope_key": NONE,
     "select": NONE,
+    "soft_targets": NONE,
     "targets_N": NONE,
     "token_scale": NONE,
     "token_weight": NONE,
@@ -47,6 +48,7 @@ ATTRIBUTES = {
 NEVER = {
     "_fuses_norm",
     "_varlen_attention",
+    "casts_input",
     "ends_token",
     "fuses_append",
     "fuses_norm",
@@ -114,6 +116,7 @@ LEFT_OUT = {
     ("PendingMix", "norm"),
     ("Decoder", "_apply"),
     ("LMHead", "_loss"),
+    ("LMHead", "_soft_loss"),
     ("RecurrentState", "_copy"),
     ("State", "next_of"),
     ("State", "rope"),
