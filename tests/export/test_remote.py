@@ -10,8 +10,12 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from safetensors.torch import load_file
 
+import fusedlm
+from fusedlm.cli import main
 from fusedlm.config.model import ModelConfig
+from fusedlm.export.remote import facts
 from fusedlm.export.remote.target import FILE, remote_code
 from fusedlm.export.shards import write_weights
 from fusedlm.model import build_model
@@ -113,6 +117,70 @@ def test_transformers_computes_the_same_without_fusedlm(name, answers):
     assert answers["modules"] == []
     wrong = {what: error for what, error in answers["found"][name].items() if not 0 <= error < BOUND}
     assert wrong == {} and len(answers["found"][name]) > 30
+
+
+RECIPE = """
+name: wired
+model: {model}
+data:
+  source: {{type: text, path: text.txt, separator: "---"}}
+  split: {{type: hash, fraction: 0.3}}
+  tokenizer: {{type: bpe, vocab_size: 300}}
+train: {{steps: 4, seq_len: 64, batch_size: 2, eval_every: 0, optimizer: {{type: adamw, lr: 0.02}}}}
+runtime: {{device: cpu}}
+"""
+
+
+def test_a_run_is_exported_and_imported_again(workplace, tmp_path, monkeypatch, capsys):
+    """By the commands, with a tokenizer, in float32 and bfloat16."""
+    import transformers
+
+    monkeypatch.chdir(workplace)
+    monkeypatch.setattr(transformers.dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path / "modules"))
+    config = wired_config("avgav", mtp={"depth": 1})
+    (tmp_path / "wired.yaml").write_text(RECIPE.format(model=json.dumps(config.model_dump(mode="json"))))
+    run, folder, half = (str(tmp_path / name) for name in ("run", "code", "half"))
+    assert main(["train", str(tmp_path / "wired.yaml"), "--out", run]) == 0
+    assert main(["export", run, folder, "--to", "hf-code"]) == 0
+    assert main(["export", run, half, "--to", "hf-code", "--dtype", "bfloat16"]) == 0
+    assert "FusedLMForCausalLM" in capsys.readouterr().out
+    card = (tmp_path / "code" / "README.md").read_text(encoding="utf-8")
+    assert "trust_remote_code=True" in card and "multi-token prediction were left out" in card
+    model, tokenizer, recipe = fusedlm.load(run, device="cpu")
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True).eval()
+    inputs = transformers.AutoTokenizer.from_pretrained(folder)("Document 3", return_tensors="pt")
+    tokens = torch.tensor([[tokenizer.eot_id, *tokenizer.encode("Document 3")]])
+    assert inputs["input_ids"].tolist() == tokens.tolist()
+    with torch.no_grad():
+        expected = model(tokens).logits
+        assert torch.allclose(theirs(**inputs).logits, expected, atol=1e-5)
+        text = theirs.generate(**inputs, max_new_tokens=9, do_sample=False)[0, tokens.shape[1] :]
+    ours = fusedlm.generate(model, tokenizer, "Document 3", max_tokens=9, temperature=0)
+    assert tokenizer.decode([i for i in text.tolist() if i != tokenizer.eot_id]) == ours
+    stored = load_file(tmp_path / "half" / "model.safetensors")
+    kept = {name for name, tensor in stored.items() if tensor.dtype == torch.float32}
+    assert "model.blocks.2.mixer.log_rate" in kept and "model.embedding.weight" not in kept
+    del theirs
+    assert main(["import", folder, str(tmp_path / "back")]) == 0
+    back, _, its_recipe = fusedlm.load(tmp_path / "back", device="cpu")
+    assert torch.equal(back(tokens).logits, expected)
+    assert its_recipe.model == recipe.model.model_copy(update={"mtp": None})
+    (tmp_path / "code" / "fusedlm.json").unlink()
+    assert main(["import", folder, str(tmp_path / "again")]) == 2
+    assert "fusedlm.json: No such file; it holds the recipe" in capsys.readouterr().err
+
+
+def test_what_is_left_out_by_name_is_there():
+    """A name that the package no longer has would be left out of nothing."""
+    sources = [path.read_text(encoding="utf-8") for path in Path(fusedlm.__file__).parent.rglob("*.py")]
+    text = "\n".join(source for source in sources if "LEFT_OUT = {" not in source)
+    for owner, method in facts.LEFT_OUT | facts.FIRST_OF_PAIR:
+        body = text.partition(f"class {owner}")[2].partition("\nclass ")[0]
+        assert f"def {method}(" in body, (owner, method)
+    for name in facts.NEVER - {"is_compiling"} | facts.CHECKS | facts.NO_INSTANCES - {"DTensor"}:
+        assert f"def {name}(" in text or f"class {name}(" in text, name
+    for name in [*facts.NAMES, *facts.ATTRIBUTES, *facts.READ_ELSEWHERE]:
+        assert re.search(rf"\b{name}\b", text), name
 
 
 def test_wrong_arguments_are_refused(answers):

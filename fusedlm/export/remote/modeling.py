@@ -159,10 +159,8 @@ class FusedLMForCausalLM(PreTrainedModel, GenerationMixin):
         if attention_mask is None:
             return input_ids, None, None
         if attention_mask.dim() != 2 or attention_mask.shape[1] < input_ids.shape[1]:
-            raise ValueError(
-                f"attention_mask {tuple(attention_mask.shape)} must have a row for each of input_ids "
-                f"{tuple(input_ids.shape)}, and at least as many columns"
-            )
+            given, needed = tuple(attention_mask.shape), tuple(input_ids.shape)
+            raise ValueError(f"attention_mask {given} must have the rows of input_ids {needed} and no fewer columns")
         keep = attention_mask[:, -input_ids.shape[1] :].bool()
         if keep.all():
             return input_ids, None, None
