@@ -94,7 +94,7 @@ CASES = {
         SWIGLU,
         f"{UNTIED.partition(',')[0]}, pattern: aee, "
         "e: {mixer: {type: mla, n_heads: 4, kv_rank: 12, rope_dim: 6, q_rank: 20}, ffn: {type: moe, n_experts: 8, "
-        "top_k: 3, hidden: 10, n_shared: 2, n_groups: 4, n_limited_groups: 2, routed_scaling: 2.5}}",
+        "top_k: 3, hidden: 16, n_shared: 2, n_groups: 4, n_limited_groups: 2, routed_scaling: 2.5}}",
     ),
     "deepseek_v3-one-expert": (
         "deepseek_v3",

@@ -154,7 +154,7 @@ REFUSED = {
     "no attention": ("bamba", _edit(attn_layer_indices=[]), "attn_layer_indices=[]"),
     "residual": ("granite", _edit(residual_multiplier=0.22), "residual_multiplier=0.22"),
     "factor of scores": ("granite", _edit(attention_multiplier=0.5), "attention_multiplier=0.5"),
-    "experts": ("deepseek_v3-q_rank", _edit(first_k_dense_replace=1), "gate.weight' is missing"),
+    "experts": ("deepseek_v3-q_rank", _edit(first_k_dense_replace=1), "norm_topk_prob=true: must be false of 1"),
     "scores": ("deepseek_v3-moe", _edit(scoring_func="softmax"), 'scoring_func="softmax"'),
     "weights of experts": ("deepseek_v3-moe", _edit(norm_topk_prob=False), "norm_topk_prob=false"),
     "eps": ("deepseek_v3-q_rank", _edit(rms_norm_eps=1e-5), "rms_norm_eps=1e-05"),

@@ -206,7 +206,7 @@ def test_the_file_is_clean(name, folders):
     config = CONFIGS[name]
     used = {block.mixer.type.replace("diff_", "").replace("cmd_", "") for block in config.blocks.values()}
     for class_name, kind in kinds.items():
-        assert (f"class {class_name}(" in text) == (kind in used), class_name
+        assert bool(re.search(rf"class {class_name}\b", text)) == (kind in used), class_name
     for class_name, is_used in {
         "WindowCache": any(getattr(b.mixer, "window", None) for b in config.blocks.values()) or config.smear,
         "ValueResidual": any(getattr(b.mixer, "value_residual", False) for b in config.blocks.values()),
@@ -214,4 +214,4 @@ def test_the_file_is_clean(name, folders):
         "MoE": any(block.ffn.type == "moe" for block in config.blocks.values()),
         "PredictionModule": False,
     }.items():
-        assert (f"class {class_name}(" in text) == bool(is_used), class_name
+        assert bool(re.search(rf"class {class_name}\b", text)) == bool(is_used), class_name

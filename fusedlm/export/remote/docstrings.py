@@ -9,7 +9,7 @@ WIDTH = 120
 _ELSEWHERE = re.compile(
     r"kernel|backend|fused|fuses|pending|static|CUDA|rollback|roll back|rolled back|`mark`|[Ll]oss on|`draft`|rank 0"
     r"|init_weights|init_state for|optimi[sz]er|compil|autocast|in_place|benchmark|\bwidens?\b|gradient|differentiated"
-    r"|checkpoint|PendingProduct|reset_BT|quantised|`replay|docs/|while training|[Rr]eports?\b|[Mm]etric"
+    r"|checkpoint|PendingProduct|reset_BT|quantised|replay|docs/|while training|[Rr]eports?\b|[Mm]etric"
     r"|targets|triton|paged?|float8|max_tokens|`summarise|accounting|fusedlm\.|append since|a law|at the start\b"
 )
 _ENTRY = re.compile(r"^(\*?[A-Za-z_][\w, *]*): (?=\S)")

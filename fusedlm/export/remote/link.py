@@ -7,7 +7,7 @@ from fusedlm.export.remote import facts as known
 from fusedlm.export.remote.calls import ArgumentDropper, Calls, is_of_torch
 from fusedlm.export.remote.facts import Facts
 from fusedlm.export.remote.scopes import Scoped
-from fusedlm.export.remote.simplify import default_of, is_pure, parameters, simplified_function
+from fusedlm.export.remote.simplify import default_of, is_pure, parameters, remove_unused, simplified_function
 from fusedlm.export.remote.source import External, Submodule, Symbol, clone, resolve, source
 
 _BACKENDS = ("sdpa", "reference")  # the first that an op has: both are plain PyTorch
@@ -45,6 +45,9 @@ class Linker:
             raise RuntimeError("the simplification does not end")
         for symbol, node in self.nodes.items():
             ArgumentDropper(self, symbol.module).visit(node)
+            for part in ast.walk(node) if symbol.module != self.verbatim else ():
+                while isinstance(part, ast.FunctionDef) and remove_unused(part):
+                    pass
         return self
 
     # What is needed

@@ -4,7 +4,7 @@ import ast
 
 from fusedlm.export.remote import facts as known
 from fusedlm.export.remote.facts import NOT_NONE, Facts
-from fusedlm.export.remote.source import COMMENTS, clone
+from fusedlm.export.remote.source import clone
 
 _UNKNOWN = object()
 _SIMPLE = (type(None), bool)
@@ -37,7 +37,7 @@ def simplified_function(node: Function, facts: Facts, key: tuple[str, str], run:
             break
         assumed |= fresh
     _remove_bindings(found, set(assumed))
-    while _remove_unused(found):
+    while remove_unused(found):
         pass
     if key[0].endswith(".op"):
         _spread(found)
@@ -433,7 +433,8 @@ def _remove_bindings(node: Function, names: set[str]) -> None:
     _fill(node)
 
 
-def _remove_unused(node: Function) -> bool:
+def remove_unused(node: Function) -> bool:
+    """Leave out assignments to variables that nothing reads; whether there were any."""
     loaded = {part.id for part in ast.walk(node) if isinstance(part, ast.Name) and isinstance(part.ctx, ast.Load)}
     unused = {name for name in _bindings(node) if name not in loaded}
     remover = _Remover(unused, only_pure=True)
@@ -458,7 +459,7 @@ def _spread(node: Function) -> None:
                     setattr(
                         part, name, [x for v, s in zip(values, spread, strict=True) for x in ([v] if s is None else s)]
                     )
-    while _remove_unused(node):
+    while remove_unused(node):
         pass
 
 
@@ -482,6 +483,3 @@ class _Emptied(ast.NodeTransformer):
 
 def _fill(node: ast.FunctionDef) -> None:
     node.body = [part for old in node.body if (part := _Emptied().visit(old)) is not None] or [ast.Pass()]
-
-
-__all__ = ["COMMENTS", "default_of", "is_pure", "parameters", "simplified_function"]
