@@ -26,7 +26,9 @@ import torch
 
 from benchmarks.planting import judge, plant, read_documents, spans_left, write_files
 from fusedlm.config.data import DataConfig
-from fusedlm.data import PreparedData, open_prepared, prepare
+from fusedlm.data import Loader, PreparedData, open_prepared, prepare
+from fusedlm.data.packing import PackedRows
+from fusedlm.data.samples import Windows
 from fusedlm.files import write_atomic
 from fusedlm.runs.hardware import environment
 
@@ -34,6 +36,7 @@ FRACTION, SPAN, N_FILES = 0.05, 50, 16
 OFF = {"exact": False, "near": None, "held_out_span": 0}
 GOPHER = [{"type": "gopher_quality"}, {"type": "gopher_repetition"}]
 KILLS = 10
+SHARDS = 10_000
 
 
 def main() -> None:
@@ -42,7 +45,7 @@ def main() -> None:
     parser.add_argument("--tokenizer", type=Path, help="a tokenizer.json; none: BPE trained on the text")
     parser.add_argument("--megabytes", type=float, default=20)
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/preparation.json"))
-    parser.add_argument("--only", nargs="*", default=["removal", "workers", "kills", "speed"])
+    parser.add_argument("--only", nargs="*", default=["removal", "workers", "kills", "loader", "speed"])
     parser.add_argument("--run", type=Path, help=argparse.SUPPRESS)  # what a subprocess of this one does
     arguments = parser.parse_args()
     if arguments.run is not None:
@@ -56,7 +59,7 @@ def main() -> None:
         "packages": _packages(),
         "text": {"name": arguments.text.name.split(".")[0], "megabytes": arguments.megabytes},
     }
-    parts = {"removal": _removal, "workers": _workers, "kills": _kills, "speed": _speed}
+    parts = {"removal": _removal, "workers": _workers, "kills": _kills, "loader": _loader, "speed": _speed}
     with tempfile.TemporaryDirectory() as temporary:
         bench = Bench(Path(temporary), arguments)
         record["text"] |= bench.facts
@@ -172,6 +175,50 @@ def _stage(folder: Path) -> str:
     return max(logs, key=lambda path: path.stat().st_mtime).name if logs else "before"
 
 
+def _loader(bench: Bench) -> dict:
+    """Ten thousand shards under a limit of 1,024 open files: opening, and the first batch at sample 10^9."""
+    data = bench.settings("planted", "loader", None)
+    data |= {"source": {"type": "text", "path": str(_short_documents(bench)), "separator": "--"}}
+    data |= {"tokenizer": {"type": "bytes"}, "shard_tokens": 64}
+    bench.fresh("loader")
+    assert bench.process("loader", {"data": data, "loader": True}).wait() == 0
+    return json.loads((bench.folder / "loaded.json").read_text())
+
+
+def _short_documents(bench: Bench) -> Path:
+    """One paragraph's beginning each, so that every document is a shard."""
+    lines = (line for text in bench.clean.values() for line in text.split("\n") if len(line) > 100)
+    path = bench.folder / "short.txt"
+    wanted = int(SHARDS / (1 - FRACTION) * 1.01)
+    path.write_text("\n--\n".join(line[:100] for line, _ in zip(lines, range(wanted), strict=False)), encoding="utf-8")
+    return path
+
+
+def _draw_at_a_billion(job: dict) -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (1024, hard))
+    prepared = prepare(DataConfig(**job["data"]))
+    start = time.monotonic()
+    prepared = open_prepared(prepared.directory, verify=False)
+    opened = time.monotonic() - start
+    seconds = {}
+    for kind in (Windows, PackedRows):
+        for first in (0, 10**9):
+            start = time.monotonic()
+            samples = kind(prepared.train, 64, 0)
+            options = {"seq_len": 64, "batch_size": 64, "seed": 0, "samples": samples, "start_sample": first}
+            with Loader(prepared.train, **options) as loader:
+                next(loader)
+            seconds[f"{kind.__name__} from sample {first:.0e}"] = time.monotonic() - start
+    result = {
+        "shards": len(prepared.train.shards),
+        "open_files_limit": 1024,
+        "opening_seconds": opened,
+        "first_batch_seconds": seconds,
+    }
+    Path(job["data"]["dir"]).with_name("loaded.json").write_text(json.dumps(result))
+
+
 def _speed(bench: Bench) -> dict:
     """Megabytes per second of processor time of one process."""
     paths = {
@@ -225,6 +272,9 @@ def _run(job: dict) -> None:
     imported = usage.ru_utime + usage.ru_stime
     folder = Path(job["out"] if "datatrove" in job else job["data"]["dir"]).parent
     (folder / "imported.json").write_text(json.dumps(imported))
+    if "loader" in job:
+        _draw_at_a_billion(job)
+        return
     if "datatrove" not in job:
         prepare(DataConfig(**job["data"]))
         return
