@@ -77,8 +77,10 @@ class Bench:
     def __init__(self, folder: Path, arguments: argparse.Namespace):
         self.folder = folder
         documents = read_documents(arguments.text, arguments.megabytes)
-        self.clean = {f"document {i}": document for i, document in enumerate(documents)}
         self.planted = plant(documents, FRACTION, seed=0)
+        # In the same order: of near duplicates that Wikipedia has, the first is kept.
+        clean = {f"document {i}": document for i, document in enumerate(documents)}
+        self.clean = {name: clean[name] for name in self.planted.texts if name in clean}
         self.n_bytes = write_files(self.planted.texts, folder / "planted", N_FILES)
         write_files(self.clean, folder / "clean", N_FILES)
         self.tokenizer = {"type": "bpe", "vocab_size": 8192}
