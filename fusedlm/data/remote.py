@@ -39,7 +39,7 @@ class RemoteFile:
     def identity(self) -> str:
         """What the file system says the content is, such as a checksum or a time, as 64 hexadecimal digits."""
         system, path = _system(self.url)
-        return hashlib.sha256(f"{self.url} {system.ukey(path)}".encode()).hexdigest()
+        return hashlib.sha256(f"{self.url} {system.size(path)} {system.ukey(path)}".encode()).hexdigest()
 
 
 def is_remote(path: str) -> bool:

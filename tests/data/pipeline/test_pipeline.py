@@ -12,6 +12,7 @@ import threading
 from pathlib import Path
 
 import pytest
+import zstandard
 
 pytest.importorskip("datatrove")
 
@@ -274,6 +275,34 @@ def test_other_work_in_the_folder_is_not_continued(planted, tmp_path, monkeypatc
         with pytest.raises(OSError, match="full"):
             prepare(config)
     assert not marker.exists() and work.exists()
+
+
+def test_stored_text_that_was_damaged_is_not_passed_over(planted, tmp_path, monkeypatch):
+    source, _ = planted
+    config = settings(source, tmp_path / "prepared", {"tasks": 3})
+    with monkeypatch.context() as patch:
+        patch.setattr(tokens.Tokenize, "run", _fail)
+        with pytest.raises(OSError, match="full"):
+            prepare(config)
+    [stored_text] = (tmp_path / "prepared").glob(".*.work/text/00001.jsonl.zst")
+    lines = zstandard.ZstdDecompressor().stream_reader(stored_text.read_bytes()).read().splitlines(keepends=True)
+    lines[3] = b'{"text": damaged\n'
+    stored_text.write_bytes(zstandard.ZstdCompressor().compress(b"".join(lines)))
+    with pytest.raises(ValueError, match=r"00001.jsonl.zst: \d+ of \d+ documents can be read; remove .*.work"):
+        prepare(config)
+
+
+def test_documents_of_a_validation_source_are_kept(tmp_path):
+    held, copy = text(1), edited(text(1), 1)
+    other = write(tmp_path / "held out", [held, held, copy, "short"], 2)
+    source = write(tmp_path / "text", [held, edited(held, 2), *(text(seed) for seed in range(10, 20))])
+    filters = [{"type": "gopher_quality", "min_words": 60, "min_stop_words": 0}]
+    validation = {"type": "jsonl", "path": str(other)}
+    prepared = prepare(settings(source, tmp_path / "prepared", {"filters": filters}, validation=validation))
+    assert stored(prepared, "validation") == [held, held, copy, "short"]
+    assert stored(prepared, "train") == [text(seed) for seed in range(10, 20)]
+    dropped = prepared.manifest["dropped"]
+    assert (dropped["copies_of_held_out"], dropped["near_held_out"], dropped["exact"], dropped["near"]) == (1, 1, 0, 0)
 
 
 def _fail(*args):
