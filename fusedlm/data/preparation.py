@@ -48,13 +48,18 @@ def prepare(
     document, a few batches of tokens, and 8 bytes per document of each split; training a BPE tokenizer also counts
     every distinct word, and with several sources reads the text once more to learn their sizes.
 
+    With `config.pipeline` the text is prepared in tasks (fusedlm.data.pipeline), and what a killed preparation has done
+    is not done again.
+
     Args:
         progress: called as progress(stage, done, total or None) with bytes done; stages are "hashing", "waiting for
-            another preparation", "counting", "training tokenizer", "tokenizing" and "verifying".
+            another preparation", "counting", "training tokenizer", "tokenizing" and "verifying", and those of a
+            pipeline.
         fingerprint: that the text must have; None: any.
 
     Raises:
         ChangedText: the text has another fingerprint; nothing was written. A ValueError.
+        Submitted: a cluster prepares the text; call again when it has. A ValueError.
         ValueError: there is no text, a file is malformed, the split leaves nothing to train on or nothing to hold
             out, or the folder prepared earlier is damaged.
         OSError: the disk is full, or a folder cannot be written.

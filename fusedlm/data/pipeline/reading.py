@@ -15,7 +15,7 @@ from datatrove.pipeline.writers import JsonlWriter
 
 from fusedlm.data.pipeline.filters import make_filters
 from fusedlm.data.pipeline.work import INDEX, Work
-from fusedlm.data.sources import open_source
+from fusedlm.data.sources import open_reader
 from fusedlm.data.split import content_digest, is_held_out
 
 
@@ -36,7 +36,7 @@ class ReadFiles(BaseReader):
         group = self._work.groups[rank]
         config = self._work.config
         section = config.validation if group.is_validation else config.named_sources()[group.source]
-        read = open_source(section).read
+        read = open_reader(section)  # the plan has found the files
         for path in group.files:
             for text, place in read(path):
                 self.stat_update("documents")

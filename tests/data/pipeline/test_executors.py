@@ -4,6 +4,7 @@ import importlib.util
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import types
@@ -98,6 +99,26 @@ def test_errors_of_workers_are_those_of_the_text(source, tmp_path):
     pipeline = {"executor": {"type": "local", "workers": 2}, "tasks": 3}
     with pytest.raises(ValueError, match=r"part-1.jsonl:2: not JSON \(Expecting value"):
         prepare(settings(source, tmp_path / "prepared", pipeline))
+
+
+class Dies:
+    """An executor whose tasks are killed."""
+
+    def _run_for_rank(self, rank, local_rank):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+@needs_datatrove
+def test_a_worker_that_was_killed_is_one_line(tmp_path):
+    import dill
+
+    from fusedlm.data.pipeline.executors import _Pool
+
+    saved = tmp_path / "executor.pik"
+    saved.write_bytes(dill.dumps(Dies()))
+    message = "a worker was killed, perhaps for want of memory; run again to continue"
+    with pytest.raises(ValueError, match=message), _Pool(2, tmp_path / "lock") as pool:
+        list(pool.run(str(saved), [0, 1]))
 
 
 def programs(folder: Path, monkeypatch) -> Path:
