@@ -57,15 +57,14 @@ def main() -> None:
         "command": f"python -m benchmarks.preparation --text TEXT --megabytes {arguments.megabytes:g}",
         "environment": environment(torch.device("cpu"), torch.float32) | {"processor": _processor()},
         "packages": _packages(),
-        "text": {"name": arguments.text.name.split(".")[0], "megabytes": arguments.megabytes},
+        "text": arguments.text.name.split(".")[0],
     }
     parts = {"removal": _removal, "workers": _workers, "kills": _kills, "loader": _loader, "speed": _speed}
     with tempfile.TemporaryDirectory() as temporary:
         bench = Bench(Path(temporary), arguments)
-        record["text"] |= bench.facts
         for name in arguments.only:
             start = time.monotonic()
-            record[name] = parts[name](bench)
+            record[name] = parts[name](bench) | {"text_megabytes": bench.n_bytes / 1e6}
             print(f"{name}: {time.monotonic() - start:.0f} s", json.dumps(record[name]), flush=True)
             arguments.out.parent.mkdir(parents=True, exist_ok=True)
             write_atomic(arguments.out, json.dumps(record, indent=1) + "\n")
@@ -86,7 +85,6 @@ class Bench:
         self.tokenizer = {"type": "bpe", "vocab_size": 8192}
         if arguments.tokenizer is not None:
             self.tokenizer = {"type": "file", "path": str(arguments.tokenizer)}
-        self.facts = {"documents": len(documents), "planted_bytes": self.n_bytes, "files": N_FILES}
 
     def settings(self, source: str, out: str, pipeline: dict | None) -> dict:
         data = {
