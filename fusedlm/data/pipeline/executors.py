@@ -2,7 +2,6 @@
 
 import concurrent.futures
 import contextlib
-import ctypes
 import fcntl
 import io
 import json
@@ -29,7 +28,6 @@ from fusedlm.data.meter import ReportProgress
 from fusedlm.data.preparation import Submitted
 
 _LOCK = "workers.lock"
-_PR_SET_PDEATHSIG = 1  # prctl: the signal that a process gets when its parent dies
 
 
 @dataclass(frozen=True)
@@ -239,14 +237,20 @@ class _Pool:
 
 def _begin_worker(lock: str, path: list[str]) -> None:
     """In a worker: end with the parent, and until then hold the lock."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent gets it too
     global _held
     _held = open(lock, "a")  # noqa: SIM115 (held as long as the process lives)
     fcntl.flock(_held, fcntl.LOCK_SH)
     sys.path[:] = path
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # tasks are what runs in parallel
+
+
+def _end_with_parent() -> None:
+    """The workers keep the fork server alive, and each other's queues open, so that none would notice the death of the
+    process that they work for."""
+    multiprocessing.parent_process().join()
+    os.kill(os.getpid(), signal.SIGKILL)
 
 
 def _run_task(saved: str, rank: int) -> None:

@@ -7,6 +7,7 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import types
 from pathlib import Path
 
@@ -119,6 +120,49 @@ def test_a_worker_that_was_killed_is_one_line(tmp_path):
     message = "a worker was killed, perhaps for want of memory; run again to continue"
     with pytest.raises(ValueError, match=message), _Pool(2, tmp_path / "lock") as pool:
         list(pool.run(str(saved), [0, 1]))
+
+
+class Waits:
+    """An executor whose tasks do not end."""
+
+    def __init__(self, folder: str):
+        self._folder = folder
+
+    def _run_for_rank(self, rank, local_rank):
+        Path(self._folder, f"begun {rank}").touch()
+        threading.Event().wait()
+
+
+ABANDON = """
+import sys
+from pathlib import Path
+import dill
+from fusedlm.data.pipeline.executors import _Pool
+from tests.data.pipeline.test_executors import Waits
+folder = Path(sys.argv[1])
+(folder / "executor.pik").write_bytes(dill.dumps(Waits(str(folder))))
+if __name__ == "__main__":
+    with _Pool(2, folder / "workers.lock") as pool:
+        list(pool.run(str(folder / "executor.pik"), [0, 1]))
+"""
+
+
+@needs_datatrove
+def test_workers_end_with_a_parent_that_was_killed(tmp_path):
+    from fusedlm.data.pipeline.executors import wait_for_workers
+
+    script = tmp_path / "abandon.py"
+    script.write_text(ABANDON)
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    with subprocess.Popen([sys.executable, str(script), str(tmp_path)], env=environment) as parent:
+        while not all((tmp_path / f"begun {rank}").exists() for rank in (0, 1)):
+            assert parent.poll() is None
+            threading.Event().wait(0.1)
+        parent.kill()  # its workers are in the middle of their tasks
+    waiting = threading.Thread(target=wait_for_workers, args=(tmp_path, lambda *_: None), daemon=True)
+    waiting.start()
+    waiting.join(60)
+    assert not waiting.is_alive()
 
 
 def programs(folder: Path, monkeypatch) -> Path:
