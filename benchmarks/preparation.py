@@ -9,6 +9,7 @@ what else the machine does matters little; each is of one process. Each part is 
 
 import argparse
 import hashlib
+import itertools
 import json
 import os
 import platform
@@ -64,7 +65,8 @@ def main() -> None:
         bench = Bench(Path(temporary), arguments)
         for name in arguments.only:
             start = time.monotonic()
-            record[name] = parts[name](bench) | {"text_megabytes": bench.n_bytes / 1e6}
+            measured = {"text_megabytes": bench.n_bytes / 1e6, "git_commit": record["environment"]["git_commit"]}
+            record[name] = parts[name](bench) | measured
             print(f"{name}: {time.monotonic() - start:.0f} s", json.dumps(record[name]), flush=True)
             arguments.out.parent.mkdir(parents=True, exist_ok=True)
             write_atomic(arguments.out, json.dumps(record, indent=1) + "\n")
@@ -143,36 +145,33 @@ def _workers(bench: Bench) -> dict:
 
 
 def _kills(bench: Bench) -> dict:
-    """Kill the preparation at random moments, and continue it; processes that it leaves must not change a byte."""
-    job = {"data": bench.settings("planted", "kills", pipeline(2))}
+    """Kill a preparation at a random moment and continue it, ten times; processes that it leaves must not change a
+    byte."""
+    job = {"data": bench.settings("planted", "kills", pipeline(2, tasks=N_FILES))}
     bench.fresh("kills")
     start = time.monotonic()
     assert bench.process("kills", job).wait() == 0
     seconds, expected = time.monotonic() - start, _digest(bench.folder / "kills")
-    draw, kills, rounds, faults, moments = random.Random(0), 0, 0, 0, []
-    while kills < KILLS:
+    draw, faults, moments = random.Random(0), 0, []
+    while len(moments) < KILLS:
         bench.fresh("kills")
-        rounds += 1
-        ended = False
-        while not ended:
-            process = bench.process("kills", job)
-            moment = draw.uniform(0.1, 0.9) * seconds if kills < KILLS else None
-            try:
-                ended = process.wait(moment) == 0
-            except subprocess.TimeoutExpired:
-                process.kill()  # the parent alone: its workers must end by themselves
-                process.wait()
-                kills += 1
-                moments.append(_stage(bench.folder / "kills"))
-        faults += _digest(bench.folder / "kills") != expected
-    left = [path.name for path in (bench.folder / "kills").iterdir() if path.name.endswith((".work", ".tmp"))]
-    return {"kills": kills, "rounds": rounds, "stages": moments, "faults": faults, "left_over": left}
+        process = bench.process("kills", job)
+        try:
+            process.wait(draw.uniform(0.05, 0.95) * seconds)
+        except subprocess.TimeoutExpired:
+            process.kill()  # the parent alone: its workers must end by themselves
+            process.wait()
+            moments.append(_stage(bench.folder / "kills"))
+            assert bench.process("kills", job).wait() == 0
+        left = [path.name for path in (bench.folder / "kills").iterdir() if path.name.endswith((".work", ".tmp"))]
+        faults += bool(left) or _digest(bench.folder / "kills") != expected
+    return {"kills": len(moments), "stages": moments, "faults": faults}
 
 
 def _stage(folder: Path) -> str:
-    """The last stage with a completion marker, or that began."""
-    logs = [path for work in folder.glob(".*.work") for path in work.joinpath("logs").glob("*")]
-    return max(logs, key=lambda path: path.stat().st_mtime).name if logs else "before"
+    """The stage of the task that began last."""
+    logs = list(folder.glob(".*.work/logs/*/logs/*"))
+    return max(logs, key=lambda path: path.stat().st_ctime).parts[-3] if logs else "before the first task"
 
 
 def _loader(bench: Bench) -> dict:
@@ -186,11 +185,11 @@ def _loader(bench: Bench) -> dict:
 
 
 def _short_documents(bench: Bench) -> Path:
-    """One paragraph's beginning each, so that every document is a shard."""
-    lines = (line for text in bench.clean.values() for line in text.split("\n") if len(line) > 100)
+    """Pieces of a hundred characters, so many that every one is a shard."""
+    texts = (" ".join(text.split()) for text in bench.clean.values())
+    pieces = (text[i : i + 100] for text in texts for i in range(0, len(text) - 100, 100))
     path = bench.folder / "short.txt"
-    wanted = int(SHARDS / (1 - FRACTION) * 1.01)
-    path.write_text("\n--\n".join(line[:100] for line, _ in zip(lines, range(wanted), strict=False)), encoding="utf-8")
+    path.write_text("\n--\n".join(itertools.islice(pieces, int(SHARDS / (1 - FRACTION) * 1.02))), encoding="utf-8")
     return path
 
 
