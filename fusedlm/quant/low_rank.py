@@ -33,8 +33,8 @@ def low_rank_bytes(n_rows: int, width: int, rank: int) -> int:
 def correction(error_NK: torch.Tensor, hessian_KK: torch.Tensor, rank: int) -> LowRank:
     """The term C of a rank for which E = error + C has the least tr(E H E^T).
 
-    With H = L L^T it is minus the truncated singular value decomposition of error L, times L^-1 (Eckart and Young). H is
-    damped as in GPTQ.
+    With H = L L^T it is minus the truncated singular value decomposition of error L, times L^-1 (Eckart and Young). H
+    is damped as in GPTQ.
 
     Raises:
         ValueError: the rank is not from 1 to the smaller side.

@@ -7,7 +7,7 @@ from typing import Literal
 import torch
 
 from fusedlm.ops import QuantizedWeight
-from fusedlm.quant.formats import Format, column_scales, decoded
+from fusedlm.quant.formats import Format, Integers, Packed, column_scales, decoded
 from fusedlm.quant.gptq import (
     BLOCK,
     DAMPING,
@@ -108,6 +108,18 @@ class Outcome:
     tokens: int = 0
     notes: tuple[str, ...] = field(default=())
 
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(N, K)."""
+        matrix = self.matrix
+        width = matrix.codes.shape[1] if isinstance(matrix, IntegerMatrix) else matrix.width
+        return len(matrix.codes), width
+
+    @property
+    def output_error(self) -> float:
+        """The root of error / power: how far outputs are off, as a fraction of their size."""
+        return (max(self.error, 0.0) / self.power) ** 0.5 if self.power > 0 else 0.0
+
     def values(self) -> torch.Tensor:
         """(N, K) float32, with the low-rank term."""
         values = decoded(self.matrix)
@@ -169,3 +181,16 @@ def quantize_matrix(
         tokens=sum(inputs.tokens for inputs in parts),
         notes=tuple(notes),
     )
+
+
+def format_of(matrix: IntegerMatrix | QuantizedWeight) -> Format:
+    """The format that a matrix was built by."""
+    if isinstance(matrix, IntegerMatrix):
+        return Integers(matrix.bits, matrix.group)
+    return Packed(matrix.format, matrix.group)
+
+
+def outcome_bytes(outcome: Outcome) -> int:
+    """Bytes of codes without gaps, scales and correction; of a packed format, as they are stored."""
+    low_rank = 0 if outcome.low_rank is None else outcome.low_rank.nbytes
+    return format_of(outcome.matrix).n_bytes(*outcome.shape) + low_rank

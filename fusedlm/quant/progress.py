@@ -15,7 +15,7 @@ from fusedlm.quant.integer import IntegerMatrix
 from fusedlm.quant.low_rank import LowRank
 from fusedlm.quant.matrix import Outcome
 
-_SETTINGS = "settings.json"
+_FOLDER, _SETTINGS = "unfinished", "settings.json"
 _FIGURES = ("error", "power", "weight_error", "damping", "dead", "tokens", "notes")
 
 
@@ -32,7 +32,7 @@ class UnfinishedFolder:
     """
 
     def __init__(self, folder: Path, settings: dict):
-        self.path = folder / "unfinished"
+        self.path = folder / _FOLDER
         self.path.mkdir(parents=True, exist_ok=True)
         text, file = json.dumps(settings, indent=1, sort_keys=True) + "\n", self.path / _SETTINGS
         if file.exists() and file.read_text(encoding="utf-8") != text:
@@ -75,9 +75,11 @@ class UnfinishedFolder:
         except (SafetensorError, ValueError, KeyError, TypeError):
             raise ValueError(f"{file} is damaged; remove it, and the matrix is quantised again") from None
 
-    def remove(self) -> None:
-        """When all is written elsewhere."""
-        shutil.rmtree(self.path)
-
     def _file(self, name: str) -> Path:
         return self.path / f"{name}.safetensors"
+
+
+def remove_unfinished(folder: Path) -> None:
+    """Remove the finished matrices in a folder, if there are any, when the run is written."""
+    if (folder / _FOLDER).is_dir():
+        shutil.rmtree(folder / _FOLDER)

@@ -10,7 +10,6 @@ from fusedlm.nn.linear import Linear
 from fusedlm.nn.lm_head import LMHead
 from fusedlm.nn.module import roles
 
-
 KINDS = ("matrix", "embedding", "head")  # roles
 
 
