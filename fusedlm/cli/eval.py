@@ -84,6 +84,7 @@ def evaluate(
     depths: DepthsOption = None,
     factors: FactorsOption = None,
     out: OutOption = None,
+    qat: Annotated[bool, typer.Option("--qat", help="Score the weights as train.qat of the run rounds them.")] = False,
     checkpoint: CheckpointOption = "last",
     weights: WeightsOption = "raw",
     device: DeviceOption = "auto",
@@ -92,7 +93,7 @@ def evaluate(
     """Score validation text with the model of RUN, each token once, and print bits per byte; or run a probe."""
     options = {"text": text, "data": data, "window": window, "stride": stride, "yarn": yarn, "steps": steps, "lr": lr}
     options |= {"samples": samples, "seed": seed, "pairs": pairs, "lengths": lengths, "depths": depths}
-    options = check_options(probe, options | {"factors": factors, "out": out})
+    options = check_options(probe, options | {"factors": factors, "out": out, "qat": qat or None})
     if text is not None and data is not None and probe != "needle":  # which can be finetuned on the run's own text
         raise ValueError(f"--text {text} and --data {data}: give only one of them")
     if probe is not None:
@@ -102,6 +103,8 @@ def evaluate(
 
     loaded = load_run(run, checkpoint=checkpoint, weights=weights, device=device, overrides=overrides, data=data)
     stretch(loaded.model, loaded.recipe, yarn)
+    if qat:
+        _round(loaded)
     if window is None:
         window = loaded.recipe.train.seq_len
     if window and stride is None:
@@ -130,12 +133,14 @@ def evaluate(
         "dtype": str(loaded.dtype).removeprefix("torch."),
         "checkpoint": loaded.step,
         "weights": weights,
+        "qat": qat,
     }
     result |= score.figures
     if as_json:
         print(json.dumps(result))
         return
     context = f"window {window}, stride {stride}" if window else "full documents"
+    context += f", matrices in int{loaded.recipe.train.qat.bits}" if qat else ""
     print(f"{score.bpb:.4f} bits per byte on {text or 'validation text'} ({context})")
     print(f"{score.nll_per_token:.4f} nats per token, {score.tokens:,} tokens")
     print(f"{score.bytes:,} bytes in {score.documents:,} document{'' if score.documents == 1 else 's'}")
@@ -144,3 +149,22 @@ def evaluate(
         for layer, row in enumerate(rows):
             numbers = " ".join(f"{number:.4g}" for number in (row if isinstance(row, list) else [row]))
             print(f"{name}{f' {layer}' if rows is value else ''}: {numbers}")
+
+
+def _round(loaded) -> None:
+    """Give a loaded model the values that its recipe's quantisation-aware training computes with.
+
+    Raises:
+        ValueError: the run has none, or is quantised already.
+    """
+    from fusedlm.nn.fake_quantized import FakeQuantization
+    from fusedlm.runs.checkpoint import Checkpoints
+    from fusedlm.runs.folder import CHECKPOINTS
+    from fusedlm.runs.quantization import is_quantized
+
+    config = loaded.recipe.train.qat
+    if config is None:
+        raise ValueError(f"--qat: {loaded.run} was trained without train.qat")
+    if is_quantized(Checkpoints(loaded.run / CHECKPOINTS), loaded.step):
+        raise ValueError(f"--qat: {loaded.run} is quantised already; score it without")
+    FakeQuantization(loaded.model, **config.model_dump(exclude={"start"})).write()

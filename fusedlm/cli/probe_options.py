@@ -76,7 +76,7 @@ OutOption = Annotated[
 ]
 
 _TAKES = {
-    None: ("text", "data", "window", "stride", "yarn"),
+    None: ("text", "data", "window", "stride", "yarn", "qat"),
     "mqar": ("pairs", "steps", "lr", "samples", "seed", "out"),
     "needle": ("text", "data", "lengths", "depths", "steps", "lr", "samples", "seed", "yarn", "out"),
     "extend": ("text", "data", "factors", "samples", "out"),

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -87,6 +87,7 @@ def train_step(
     grad_clip: float | None,
     autocast: Callable[[], AbstractContextManager],
     captured: CapturedBackward | None = None,
+    weights: Callable[[], AbstractContextManager] = nullcontext,
     world: World | None = None,
 ) -> StepResult:
     """Forward, backward, clipping by the norm of all gradients, update; then layers may use the metrics of the step.
@@ -97,9 +98,12 @@ def train_step(
         lr_scale: multiplies the peak learning rate of each parameter group.
         grad_clip: largest norm of all gradients; None: no clipping.
         batch, micro_batch_size, autocast, captured, world: as for `backward`.
+        weights: gives the context of all passes, in which parameters may have other values; they are updated with the
+            gradients of these.
     """
     world = world or World()
-    losses, metrics = backward(model, batch, micro_batch_size, autocast, captured=captured, world=world)
+    with weights():
+        losses, metrics = backward(model, batch, micro_batch_size, autocast, captured=captured, world=world)
     losses, metrics = ({name: world.sum(value) for name, value in table.items()} for table in (losses, metrics))
     parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
     norm = torch.nn.utils.get_total_norm([p.grad for p in parameters])

@@ -1,0 +1,72 @@
+"""Quantisation-aware training: matrices on a grid of integers while a forward and backward pass runs."""
+
+import contextlib
+from collections.abc import Iterator
+
+import torch
+from torch.distributed.tensor import DTensor
+
+from fusedlm.nn.module import parameters_by_kind
+from fusedlm.ops.quantized.integer import fake_quantize
+
+
+class FakeQuantization:
+    """Rounds matrices of a model for a pass and restores them after it.
+
+    The values are written into the parameters themselves, so that whatever reads them computes with the grid: linear
+    layers, experts, tied heads, compiled blocks, CUDA graphs. The gradients of the rounded values are left in `grad`
+    and are applied to the weights as they were: the straight-through estimator (Bengio et al., arXiv 1308.3432). The
+    optimizer, averages and checkpoints never see rounded values.
+    """
+
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        *,
+        bits: int,
+        embedding_bits: int | None = None,
+        group: int | None = None,
+        clip: float | None = None,
+    ):
+        """
+        Args:
+            bits: of hidden matrices, 2 to 8.
+            embedding_bits: of embeddings and an untied head; None: they are not rounded.
+            group, clip: as `integer_scales` takes them.
+
+        Raises:
+            ValueError: the model has no such matrix.
+        """
+        widths = {"matrix": bits, "embedding": embedding_bits, "head": embedding_bits}
+        self._group, self._clip = group, clip
+        self._bits = {
+            name: (parameter, widths[kind])
+            for name, kind, parameter in parameters_by_kind(model)
+            if widths.get(kind) is not None
+        }
+        if not self._bits:
+            raise ValueError("the model has no matrix to quantise")
+
+    def names(self) -> list[str]:
+        """Of the parameters that are rounded."""
+        return list(self._bits)
+
+    @contextlib.contextmanager
+    def applied(self) -> Iterator[None]:
+        """Inside the context the parameters have the values of their codes. Their own are restored bit for bit."""
+        own = [parameter.detach().clone() for parameter, _ in self._bits.values()]
+        try:
+            self.write()
+            yield
+        finally:
+            with torch.no_grad():
+                for (parameter, _), value in zip(self._bits.values(), own, strict=True):
+                    parameter.copy_(value)
+
+    @torch.no_grad()
+    def write(self) -> None:
+        """Round the parameters for good."""
+        for parameter, bits in self._bits.values():
+            # Shards are whole rows, which have scales of their own.
+            weight = parameter.to_local() if isinstance(parameter, DTensor) else parameter
+            weight.copy_(fake_quantize(weight, bits, self._group, self._clip))
