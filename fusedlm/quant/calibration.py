@@ -26,10 +26,9 @@ class _Stop(Exception):
 
 @dataclass(frozen=True)
 class CalibrationBatch:
-    """tokens, targets (B, T) int64; documents (B, T) int64 or None: as `Decoder.forward` takes them."""
+    """tokens (B, T) int64; documents (B, T) int64 or None: as `Decoder.forward` takes them."""
 
     tokens: torch.Tensor
-    targets: torch.Tensor
     documents: torch.Tensor | None
 
 
@@ -53,7 +52,7 @@ def calibration_batches(
     shapes = {"step_shape": lambda step: (sizes[min(step, len(sizes) - 1)], seq_len)}
     with Loader(shards, **options, **shapes, document_mask=document_mask) as loader:
         batches = [next(loader) for _ in sizes]
-    return [CalibrationBatch(batch.tokens, batch.targets, batch.documents) for batch in batches]
+    return [CalibrationBatch(batch.tokens, batch.documents) for batch in batches]
 
 
 class Calibration:
@@ -101,32 +100,40 @@ class Calibration:
                     progress(done)
                 yield
 
-    def gradients(self, targets: Iterable[Target], n_batches: int = 4) -> dict[str, float]:
-        """|G|^2 per token of each target by name, G the gradient of the summed nll of a sample; a mean over the samples
-        of some batches. Of tokens with independent gradients g of the outputs and inputs x, it is E|g|^2 E|x|^2."""
-        sums, n_tokens = {target.name: 0.0 for target in targets}, 0
-        model = self._model
+    def gradients(self, targets: Iterable[Target], n_tokens: int = 16384) -> dict[str, float]:
+        """|G|^2 per token of each target by name, G the gradient of the summed nll of a sample whose next tokens are
+        drawn from the model's own distribution; a mean over samples, of n_tokens or as many as there are.
+
+        With targets of the model itself, gradients give the Fisher information, which is the curvature of the loss
+        (Martens, arXiv 1412.1193), whether or not the model predicts the text well. Of tokens with independent
+        gradients g of the outputs and inputs x it is E|g|^2 E|x|^2.
+        """
+        targets, model = list(targets), self._model
+        sums, done = {target.name: 0.0 for target in targets}, 0
+        generator = torch.Generator(self._device).manual_seed(0)
         with unfused(model), torch.enable_grad():
-            for batch in self._batches[:n_batches]:
-                for row in range(len(batch.tokens)):
-                    part = slice(row, row + 1)
-                    documents = None if batch.documents is None else batch.documents[part].to(self._device)
-                    model.zero_grad(set_to_none=True)
-                    with autocast(self._device, self._dtype):
-                        one = torch.ones((), dtype=torch.float64, device=self._device)
-                        output = model(
-                            batch.tokens[part].to(self._device),
-                            documents=documents,
-                            targets=batch.targets[part].to(self._device),
-                            loss_weight=one,
-                        )
-                    output.losses["nll"].backward()
-                    n_tokens += batch.tokens.shape[1]
-                    for target in targets:
-                        if target.parameter.grad is not None:
-                            sums[target.name] += float(target.parameter.grad.double().square().sum())
+            for tokens, documents in self._rows():
+                if done >= n_tokens:
+                    break
+                model.zero_grad(set_to_none=True)
+                with autocast(self._device, self._dtype):
+                    logits_BTV = model(tokens, documents=documents).logits
+                log_p_NV = logits_BTV.float().flatten(0, 1).log_softmax(-1)
+                drawn_N1 = torch.multinomial(log_p_NV.detach().exp(), 1, generator=generator)
+                (-log_p_NV.gather(1, drawn_N1).sum()).backward()
+                done += tokens.numel()
+                for target in targets:
+                    if target.parameter.grad is not None:
+                        sums[target.name] += float(target.parameter.grad.double().square().sum())
         model.zero_grad(set_to_none=True)
-        return {name: total / max(n_tokens, 1) for name, total in sums.items()}
+        return {name: total / done for name, total in sums.items()}
+
+    def _rows(self) -> Iterator[tuple[torch.Tensor, torch.Tensor | None]]:
+        """Tokens and documents of one sample after another, on the device."""
+        for batch in self._batches:
+            for row in range(len(batch.tokens)):
+                documents = None if batch.documents is None else batch.documents[row : row + 1].to(self._device)
+                yield batch.tokens[row : row + 1].to(self._device), documents
 
 
 @contextlib.contextmanager
