@@ -20,7 +20,7 @@ _FIGURES = ("error", "power", "weight_error", "damping", "dead", "tokens", "note
 
 
 class UnfinishedFolder:
-    """FOLDER/unfinished: one file per finished matrix.
+    """FOLDER/unfinished: one file per finished matrix. The folder is made when the first is saved.
 
     Args:
         folder: of the run to write.
@@ -33,16 +33,17 @@ class UnfinishedFolder:
 
     def __init__(self, folder: Path, settings: dict):
         self.path = folder / _FOLDER
-        self.path.mkdir(parents=True, exist_ok=True)
-        text, file = json.dumps(settings, indent=1, sort_keys=True) + "\n", self.path / _SETTINGS
-        if file.exists() and file.read_text(encoding="utf-8") != text:
+        self._settings = json.dumps(settings, indent=1, sort_keys=True) + "\n"
+        file = self.path / _SETTINGS
+        if file.exists() and file.read_text(encoding="utf-8") != self._settings:
             raise ValueError(
                 f"{self.path} holds an unfinished quantisation with other settings; remove it, or name another --out"
             )
-        write_atomic(file, text)
 
     def save(self, name: str, outcome: Outcome) -> None:
         """Write a matrix; after a crash its file is complete or absent."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        write_atomic(self.path / _SETTINGS, self._settings)
         figures = {key: value for key, value in asdict(outcome).items() if key in _FIGURES}
         tensors = {"codes": outcome.matrix.codes, "scales": outcome.matrix.scales}
         if isinstance(outcome.matrix, IntegerMatrix):

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 from fusedlm import load
 from fusedlm.nn.quantized import quantized_layers
-from fusedlm.quant.integer import IntegerMatrix
+from fusedlm.quant.integer import stored_matrices
 from fusedlm.quant.targets import named
 from fusedlm.runs.checkpoint import Checkpoints
 
@@ -44,7 +44,7 @@ def test_integers_are_stored_and_read_as_any_other_run(fusedlm, workspace, optio
     model, _, _ = load("small")
     source, _, _ = load(RUN)
     tensors, record = load_file(FOLDER / "model.safetensors"), json.loads((FOLDER / "quantization.json").read_text())
-    matrices, own = record["matrices"], source.state_dict()
+    matrices, own, stored = record["matrices"], source.state_dict(), stored_matrices(record, tensors)
     kinds = {name: target.kind for name, target in named(source).items()}
     assert set(matrices) == {name for name in kinds if "none" not in options or kinds[name] == "matrix"}
     for name, tensor in model.state_dict().items():
@@ -53,7 +53,8 @@ def test_integers_are_stored_and_read_as_any_other_run(fusedlm, workspace, optio
             continue
         bits, group, rank = (matrices[name][key] for key in ("bits", "group", "rank"))
         assert bits == int((result["format"] if kinds[name] == "matrix" else "int3" if bits == 3 else "int8")[3:])
-        matrix = IntegerMatrix(tensors[f"{name}.codes"], tensors[f"{name}.scales"], bits, group)
+        matrix = stored[name]
+        assert (matrix.bits, matrix.group) == (bits, group)
         values = matrix.values()
         if rank:
             values = values + tensors[f"{name}.left"].float() @ tensors[f"{name}.right"].float()
@@ -112,6 +113,7 @@ def test_a_budget_is_kept_to_the_byte(fusedlm, workspace):
     assert len({kept["bits"] for kept in record.values()}) > 1
     assert mixed["bpb_after"] == _bpb(fusedlm, "small")
     refused = fusedlm("quantize", RUN, *options, "--budget", 5000, "--out", "other")
+    assert not Path("other").exists()
     assert refused.code == 2 and refused.err.count("\n") == 1
     assert "--budget 5000: the smallest widths take" in refused.err or "--budget 5000: the tensors" in refused.err
 
