@@ -1,7 +1,7 @@
 """Bits per byte of a run with its matrices in int8 to int2, by each way to round them.
 
-    python benchmarks/quantization.py RUN --out FILE [--qat BITS=RUN ...] [--bits 8 6 4 3 2] [--tokens N]
-        [--eval-tokens N] [--device cpu] [--note TEXT]
+    python benchmarks/quantization.py RUN --out FILE [--qat BITS=RUN ...] [--bits 8 6 4 3 2] [--only VARIANT ...]
+        [--tokens N] [--eval-tokens N] [--device cpu] [--note TEXT]
 
 Each result is written to FILE at once and is not computed again. Embeddings and head are in int8; their part is the
 variant `embeddings alone`. RUN and the runs of --qat have the same recipe but for train.qat, which is in the same bits.
@@ -99,6 +99,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--qat", nargs="*", default=[], metavar="BITS=RUN", help="runs with train.qat in so many bits")
     parser.add_argument("--bits", nargs="*", type=int, default=[8, 6, 5, 4, 3, 2])
+    parser.add_argument("--only", nargs="*", default=list(VARIANTS), choices=list(VARIANTS), help="of the variants")
     parser.add_argument("--tokens", type=int, default=131072, help="of calibration")
     parser.add_argument("--eval-tokens", type=int, help="held-out tokens that are scored (default: all)")
     parser.add_argument("--device", default="auto")
@@ -129,7 +130,7 @@ def main() -> None:
         add("embeddings alone", target.quantized(request_of("gptq", 8, None, arguments.tokens), hidden=False))
     for bits in arguments.bits:
         trained = None
-        for name in VARIANTS:
+        for name in arguments.only:
             key = f"int{bits} {name}"
             if key in results or (name.startswith("qat") and bits not in qat):
                 continue

@@ -43,7 +43,7 @@ def table(record: dict) -> str:
 def replaced(page: str, records: list[dict]) -> str:
     """The page with the tables of these records."""
     before, after = page.split(_BEGIN)[0], page.split(_END)[1]
-    return f"{before}{_BEGIN}\n\n" + "\n\n".join(map(table, records)) + f"\n\n{_END}{after}"
+    return before + "\n\n".join([_BEGIN, *map(table, records), _END]) + after
 
 
 def read_records(folder: Path) -> list[dict]:
