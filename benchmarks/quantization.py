@@ -39,7 +39,7 @@ VARIANTS = {
     "gptq, correction": {"calibrate": "gptq", "rank": 4, "corrected": 3},
     "gptq, mixed": {"calibrate": "gptq"},  # of the bytes of gptq
     "qat, plain": {"calibrate": "plain"},
-    "qat, gptq": {"calibrate": "gptq", "clip": "max"},  # the grid of training
+    "qat, gptq": {"calibrate": "gptq"},
 }
 
 
@@ -85,9 +85,12 @@ class Target:
         return {"bpb": self.bpb(model), "tensor_bytes": n_bytes, "seconds": seconds}
 
 
-def request_of(name: str, bits: int, budget: int | None, tokens: int) -> Request:
-    """The request of a variant; of mixed widths, with the bytes of another one."""
+def request_of(name: str, bits: int, budget: int | None, tokens: int, qat=None) -> Request:
+    """The request of a variant; of mixed widths, with the bytes of another one; after training with `qat`, on its
+    grid."""
     options = {"storage": "integers", "tokens": tokens, **VARIANTS[name]}
+    if qat is not None:
+        options |= {"clip": qat.clip or "max", "embedding_clip": qat.embedding_clip or "max", "group": qat.group}
     if name.endswith("mixed"):
         return Request("mixed", budget=budget, **options)
     return Request(f"int{bits}", embedding="int8", **options)
@@ -131,17 +134,21 @@ def main() -> None:
     for bits in arguments.bits:
         trained = None
         for name in arguments.only:
-            key = f"int{bits} {name}"
-            if key in results or (name.startswith("qat") and bits not in qat):
-                continue
-            if name.startswith("qat") and trained is None:
-                trained = Target(qat[bits], device, arguments.tokens, arguments.eval_tokens)
-                if trained.recipe.train.qat is None or trained.recipe.train.qat.bits != bits:
+            key, source, grid = f"int{bits} {name}", target, None
+            if name.startswith("qat"):
+                if bits not in qat:
+                    continue
+                trained = trained or Target(qat[bits], device, arguments.tokens, arguments.eval_tokens)
+                source, grid = trained, trained.recipe.train.qat
+                if grid is None or grid.bits != bits:
                     parser.error(f"--qat {bits}={qat[bits]}: the run was not trained with train.qat.bits={bits}")
-                add(f"int{bits} qat, float", {"bpb": trained.bpb(trained.model)})
+                label = "qat" if grid.clip is None else f"qat at {grid.clip:g} std"
+                key = key.replace("qat", label)
+                if f"int{bits} {label}, float" not in results:
+                    add(f"int{bits} {label}, float", {"bpb": trained.bpb(trained.model)})
             budget = results.get(f"int{bits} gptq", {}).get("tensor_bytes")
-            source = trained if name.startswith("qat") else target
-            add(key, source.quantized(request_of(name, bits, budget, arguments.tokens)))
+            if key not in results:
+                add(key, source.quantized(request_of(name, bits, budget, arguments.tokens, grid)))
 
 
 if __name__ == "__main__":

@@ -245,6 +245,8 @@ class QATConfig(Config):
     """Columns that share a scale; null: the row."""
     clip: float | None = Field(None, gt=0, le=1e4)
     """Standard deviations of a row or group that the largest code stands for; null: its largest magnitude."""
+    embedding_clip: float | None = Field(None, gt=0, le=1e4)
+    """The same of embeddings and head."""
 
 
 class RampConfig(Config):

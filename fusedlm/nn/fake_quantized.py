@@ -27,46 +27,48 @@ class FakeQuantization:
         embedding_bits: int | None = None,
         group: int | None = None,
         clip: float | None = None,
+        embedding_clip: float | None = None,
     ):
         """
         Args:
             bits: of hidden matrices, 2 to 8.
             embedding_bits: of embeddings and an untied head; None: they are not rounded.
-            group, clip: as `integer_scales` takes them.
+            group, clip: as `integer_scales` takes them. embedding_clip: of embeddings and head.
 
         Raises:
             ValueError: the model has no such matrix.
         """
         widths = {"matrix": bits, "embedding": embedding_bits, "head": embedding_bits}
-        self._group, self._clip = group, clip
-        self._bits = {
-            name: (parameter, widths[kind])
+        clips = {"matrix": clip, "embedding": embedding_clip, "head": embedding_clip}
+        self._group = group
+        self._grids = {
+            name: (parameter, widths[kind], clips[kind])
             for name, kind, parameter in parameters_by_kind(model)
             if widths.get(kind) is not None
         }
-        if not self._bits:
+        if not self._grids:
             raise ValueError("the model has no matrix to quantise")
 
     def names(self) -> list[str]:
         """Of the parameters that are rounded."""
-        return list(self._bits)
+        return list(self._grids)
 
     @contextlib.contextmanager
     def applied(self) -> Iterator[None]:
         """Inside the context the parameters have the values of their codes. Their own are restored bit for bit."""
-        own = [parameter.detach().clone() for parameter, _ in self._bits.values()]
+        own = [parameter.detach().clone() for parameter, *_ in self._grids.values()]
         try:
             self.write()
             yield
         finally:
             with torch.no_grad():
-                for (parameter, _), value in zip(self._bits.values(), own, strict=True):
+                for (parameter, *_), value in zip(self._grids.values(), own, strict=True):
                     parameter.copy_(value)
 
     @torch.no_grad()
     def write(self) -> None:
         """Round the parameters for good."""
-        for parameter, bits in self._bits.values():
+        for parameter, bits, clip in self._grids.values():
             # Shards are whole rows, which have scales of their own.
             weight = parameter.to_local() if isinstance(parameter, DTensor) else parameter
-            weight.copy_(fake_quantize(weight, bits, self._group, self._clip))
+            weight.copy_(fake_quantize(weight, bits, self._group, clip))

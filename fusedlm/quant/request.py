@@ -33,7 +33,7 @@ class Request:
     group: columns that share a scale; None: the row, of packed int4 64.
     embedding: format of embeddings and head, int2 to int8; "none": they stay. Of integers, None: int8.
     calibrate, clip, ordered, damping: as `Method` has them; clip None: search where calibration is read, else max.
-    embedding_clip: of embeddings and head; None: clip.
+    embedding_clip: of embeddings and head; None: clip if that is no number, else its default.
     rank, corrected: of a low-rank correction, and how many matrices have one; with a budget, as many as pay.
     budget: most bytes of all tensors, codes without gaps.
     tokens, seed: of calibration text.
@@ -117,8 +117,8 @@ class Request:
     def method(self, is_embedding: bool) -> Method:
         """Of hidden matrices, or of embeddings and head."""
         clip = self.clip
-        if is_embedding and self.embedding_clip is not None:
-            clip = self.embedding_clip
+        if is_embedding:  # a number is for the width of hidden matrices
+            clip = self.clip if isinstance(self.clip, str) and self.embedding_clip is None else self.embedding_clip
         if clip is None:
             clip = "max" if self.calibrate == "plain" else "search"
         calibrate = self.calibrate

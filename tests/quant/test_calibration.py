@@ -308,3 +308,34 @@ def test_corrections_go_where_they_pay():
     assert {n for n, c in correct_best(found, 1).items() if c.rank} < corrected
     outcomes = quantize_in_order(model, choices, calibration)
     assert {n for n, o in outcomes.items() if o.low_rank is not None} == corrected
+
+
+def test_a_pass_ends_after_the_stage_and_fuses_nothing():
+    model, entered = _model(ffn="{type: swiglu, hidden: 40}"), []
+    model.use_backends({"swiglu_mlp": "auto"})
+    for name, module in (("block 0", model.blocks[0]), ("block 1", model.blocks[1]), ("head", model.head)):
+        module.register_forward_pre_hook(
+            lambda module, _, name=name: entered.append((name, module.backend("swiglu_mlp")))
+        )
+    found = {stage.name: stage for stage in stages(model)}
+    for name, expected in (("block 0", ["block 0"]), ("block 1", ["block 0", "block 1"])):
+        entered.clear()
+        _calibration(model, n=1).inputs(found[name])
+        assert entered == [(part, "reference") for part in expected]
+    assert model.backends == {"swiglu_mlp": "auto"} and not model.blocks[1]._forward_hooks
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({}, ("max", "max")),
+        ({"clip": 2.0}, (2.0, "max")),
+        ({"calibrate": "gptq", "clip": 2.0}, (2.0, "search")),
+        ({"calibrate": "gptq", "clip": "max"}, ("max", "max")),
+        ({"calibrate": "gptq", "embedding_clip": 20.0}, ("search", 20.0)),
+        ({"clip": 2.0, "embedding_clip": 20.0}, (2.0, 20.0)),
+    ],
+)
+def test_clips_of_matrices_and_embeddings(options, expected):
+    request = Request("int3", **options)
+    assert (request.method(False).clip, request.method(True).clip) == expected

@@ -165,6 +165,7 @@ def test_columns_without_input_are_rounded_by_themselves():
     damping = 0.01 * 38 / 40 * (hessian.trace() / 38 + 0) / (hessian.trace() / 38)
     expected = _gptq(weight[:, live], hessian[live][:, live], scales, Integers(3), damping=float(damping))
     assert torch.equal(levels[:, live], expected)
+    assert inverse_factor(hessian, damping=0.0).damping == 0.0  # they do not make it singular
     nothing = inverse_factor(torch.zeros(40, 40, dtype=torch.float64))
     assert nothing.dead == 40
     assert torch.equal(

@@ -202,6 +202,16 @@ def test_compiled_blocks_see_the_grid_when_it_begins():
     torch.testing.assert_close(losses[True], losses[False])
 
 
+def test_every_option_is_that_of_rounding():
+    model = randomise_(part_model(MIXER_CASES["attention"][0], extra="tie_embeddings: false"))
+    own = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    FakeQuantization(model, bits=3, embedding_bits=5, group=8, clip=1.5, embedding_clip=20.0).write()
+    for name, parameter in model.named_parameters():
+        options = {"embedding.weight": (5, 8, 20.0), "head.weight": (5, 8, 20.0)}.get(name, (3, 8, 1.5))
+        is_matrix = name in named(model)
+        assert torch.equal(parameter, fake_quantize(own[name], *options) if is_matrix else own[name])
+
+
 def test_weights_are_restored_after_an_error():
     model = part_model(MIXER_CASES["attention"][0])
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
