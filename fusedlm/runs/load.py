@@ -53,9 +53,8 @@ def load(
             warning; those of an override are an error.
 
     Returns:
-        The decoder, with float32 parameters, and in a quantised run layers with codes and scales, or the
-        values of integer matrices; the tokenizer; and
-        the recipe with the overrides.
+        The decoder, with float32 parameters, and in a quantised run layers with codes and scales, or the values of
+        integer matrices; the tokenizer; and the recipe with the overrides.
 
     Raises:
         ValueError: the folder holds no run, the checkpoint does not exist, is damaged or of another run or step, it has
