@@ -4,8 +4,8 @@ import contextlib
 from collections.abc import Iterator
 
 import torch
-from torch.distributed.tensor import DTensor
 
+from fusedlm.distributed import forget_gathered, local
 from fusedlm.nn.module import parameters_by_kind
 from fusedlm.ops.quantized.integer import fake_quantize
 
@@ -40,7 +40,7 @@ class FakeQuantization:
         """
         widths = {"matrix": bits, "embedding": embedding_bits, "head": embedding_bits}
         clips = {"matrix": clip, "embedding": embedding_clip, "head": embedding_clip}
-        self._group = group
+        self._model, self._group = model, group
         self._grids = {
             name: (parameter, widths[kind], clips[kind])
             for name, kind, parameter in parameters_by_kind(model)
@@ -56,19 +56,20 @@ class FakeQuantization:
     @contextlib.contextmanager
     def applied(self) -> Iterator[None]:
         """Inside the context the parameters have the values of their codes. Their own are restored bit for bit."""
-        own = [parameter.detach().clone() for parameter, *_ in self._grids.values()]
+        own = [local(parameter.detach()).clone() for parameter, *_ in self._grids.values()]
         try:
             self.write()
             yield
         finally:
             with torch.no_grad():
                 for (parameter, *_), value in zip(self._grids.values(), own, strict=True):
-                    parameter.copy_(value)
+                    local(parameter.detach()).copy_(value)
+            forget_gathered(self._model)
 
     @torch.no_grad()
     def write(self) -> None:
         """Round the parameters for good."""
         for parameter, bits, clip in self._grids.values():
-            # Shards are whole rows, which have scales of their own.
-            weight = parameter.to_local() if isinstance(parameter, DTensor) else parameter
+            weight = local(parameter.detach())  # shards are whole rows, which have scales of their own
             weight.copy_(fake_quantize(weight, bits, self._group, clip))
+        forget_gathered(self._model)
