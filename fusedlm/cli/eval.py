@@ -9,7 +9,7 @@ import typer
 from fusedlm.cli.common import (
     CheckpointOption,
     DeviceOption,
-    RunArgument,
+    ModelArgument,
     RuntimeArgument,
     WeightsOption,
     YaRNOption,
@@ -67,7 +67,7 @@ StrideOption = Annotated[
 
 
 def evaluate(
-    run: RunArgument,
+    run: ModelArgument,
     overrides: RuntimeArgument = None,
     text: TextOption = None,
     data: DataOption = None,
@@ -100,7 +100,9 @@ def evaluate(
         return
     from fusedlm.evaluate import default_stride, score_documents
 
-    loaded = load_run(run, checkpoint=checkpoint, weights=weights, device=device, overrides=overrides, data=data)
+    loaded = load_run(
+        run, checkpoint=checkpoint, weights=weights, device=device, overrides=overrides, data=data, artifacts=True
+    )
     stretch(loaded.model, loaded.recipe, yarn)
     if window is None:
         window = loaded.recipe.train.seq_len

@@ -52,13 +52,9 @@ def model_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
     return tensors
 
 
-@torch.no_grad()
-def load_model_tensors(model: nn.Module, tensors: dict[str, torch.Tensor], source: str) -> None:
-    """Copy saved tensors into the model.
-
-    Raises:
-        ValueError: names or shapes do not match this model; `source` names the checkpoint.
-    """
+def check_model_tensors(model: nn.Module, tensors: dict[str, torch.Tensor], source: str) -> None:
+    """Raises ValueError if names or shapes do not match this model, which may be on the meta device; `source` names the
+    checkpoint."""
     own = model_tensors(model)
     if tensors.keys() != own.keys():
         name = sorted(tensors.keys() ^ own.keys())[0]
@@ -67,6 +63,13 @@ def load_model_tensors(model: nn.Module, tensors: dict[str, torch.Tensor], sourc
         if tensor.shape != tensors[name].shape:
             saved, wanted = tuple(tensors[name].shape), tuple(tensor.shape)
             raise ValueError(f"{source}: tensor {name!r} has shape {saved}, in the model of the recipe {wanted}")
+
+
+@torch.no_grad()
+def load_model_tensors(model: nn.Module, tensors: dict[str, torch.Tensor], source: str) -> None:
+    """Copy saved tensors into the model. Raises ValueError as `check_model_tensors`."""
+    check_model_tensors(model, tensors, source)
+    for name, tensor in model_tensors(model).items():
         tensor.copy_(tensors[name])
 
 
