@@ -142,8 +142,7 @@ def _inspect(path: Path, as_json: bool) -> None:
 
     container = Container(path)
     header = container.header
-    for name, _ in header.sections():
-        container.section(name)  # checks it
+    container.verify()
     breakdown = break_down(header, container.header_bytes)
     origin = {"version": VERSION, "step": header.step, "weights": header.weights, "text": header.text}
     offsets = [

@@ -8,6 +8,7 @@ same wherever a file is read.
 """
 
 from dataclasses import dataclass
+from functools import cache
 from math import factorial, isqrt
 from typing import Protocol
 
@@ -29,7 +30,9 @@ _COLUMN_RANGE = 12  # most quarter octaves of a column above or below its rows
 _RANK_PRIOR = 24  # sum of squared weights that every column begins with in the model of low rank
 _WEIGHT_STEPS = 4  # weights per root mean square of the weights
 _OFFSETS = 4  # tables by the distance of the expected value from the nearest code: eighths of a code
-_PRIOR_TOTAL, _STEP = 1 << 13, 48
+_PRIOR_TOTAL, _STEP = 1 << 12, 48
+_ROUNDED, _ROUNDED_VARIANCE = 180, 5200  # below 0.7 codes, a variance of 0.08
+_INTEGRATION = (-96, -32, 32, 96)  # where the density of a code is taken
 
 
 def _power_of_two(eighths: int) -> int:
@@ -230,6 +233,7 @@ def _row_levels(codes: np.ndarray, weights: np.ndarray) -> np.ndarray:
     return np.clip(np.concatenate(levels), 0, LEVELS - 1)
 
 
+@cache
 def _prior(largest: int) -> np.ndarray:
     """(contexts, symbols): counts before the first code, of a discretised normal distribution."""
     distances = np.arange(-largest, largest + 1) << _FRACTION
@@ -243,9 +247,12 @@ def _prior(largest: int) -> np.ndarray:
     for offset in range(_OFFSETS):
         mean = (2 * offset + 1) << _FRACTION - 4 if offset else 0
         for magnitude in _MAGNITUDES.tolist():
-            variance = magnitude * magnitude * 25 // 16  # E |x| is 0.8 standard deviations
-            at = (distances - mean) ** 2 * steps // (2 * variance)
-            weights = table[np.minimum(at, len(table) - 1)]
+            # E |x| is 0.8 standard deviations; most of what is nearer than that to zero is rounded to it.
+            variance = magnitude * magnitude * 25 // 16 + (_ROUNDED_VARIANCE if magnitude < _ROUNDED else 0)
+            weights = sum(
+                table[np.minimum((distances + shift - mean) ** 2 * steps // (2 * variance), len(table) - 1)]
+                for shift in _INTEGRATION
+            )
             counts.append(1 + weights * _PRIOR_TOTAL // max(int(weights.sum()), 1))
     return np.stack(counts)
 

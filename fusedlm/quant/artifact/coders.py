@@ -15,8 +15,10 @@ LARGEST_RATIO, SPARE_BYTES = 8192, 1 << 16
 _ZSTD_WINDOW = 1 << 27
 
 
-def _lzma_filters() -> list[dict]:
-    return [{"id": lzma.FILTER_LZMA1, "preset": 9 | lzma.PRESET_EXTREME, "dict_size": 1 << 24}]
+def _lzma_filters(size: int) -> list[dict]:
+    """Of data of a size, which both sides know: a dictionary that is larger takes memory and time."""
+    dictionary = 1 << min(max(size.bit_length(), 12), 24)
+    return [{"id": lzma.FILTER_LZMA1, "preset": 9 | lzma.PRESET_EXTREME, "dict_size": dictionary}]
 
 
 def why_not(coder: str) -> str | None:
@@ -46,7 +48,7 @@ def _compress(data: bytes, coder: str) -> bytes:
     if coder == "raw":
         return data
     if coder == "lzma":
-        return lzma.compress(data, lzma.FORMAT_RAW, filters=_lzma_filters())
+        return lzma.compress(data, lzma.FORMAT_RAW, filters=_lzma_filters(len(data)))
     if coder == "zstd":
         parameters = zstandard.ZstdCompressionParameters.from_level(
             22, source_size=len(data), write_content_size=False, write_checksum=False, write_dict_id=False
@@ -66,7 +68,7 @@ def decompress(coded: bytes, coder: str, size: int) -> bytes:
     if reason := why_not(coder):
         raise ValueError(reason)
     try:
-        data = _decompress(coded, coder, size + 1)
+        data = _decompress(coded, coder, size)
     except (lzma.LZMAError, zstandard.ZstdError, EOFError, MemoryError) as error:
         raise ValueError(f"not what {coder} wrote ({' '.join(str(error).split())[:100]})") from None
     if len(data) != size:
@@ -75,12 +77,13 @@ def decompress(coded: bytes, coder: str, size: int) -> bytes:
     return data
 
 
-def _decompress(coded: bytes, coder: str, limit: int) -> bytes:
-    """At most `limit` bytes, whatever the compressed bytes ask for."""
+def _decompress(coded: bytes, coder: str, size: int) -> bytes:
+    """The bytes, at most one more than their number is, whatever the compressed bytes ask for."""
+    limit = size + 1
     if coder == "raw":
         return coded
     if coder == "lzma":
-        return lzma.LZMADecompressor(lzma.FORMAT_RAW, filters=_lzma_filters()).decompress(coded, limit)
+        return lzma.LZMADecompressor(lzma.FORMAT_RAW, filters=_lzma_filters(size)).decompress(coded, limit)
     if coder == "zstd":
         with zstandard.ZstdDecompressor(max_window_size=_ZSTD_WINDOW).stream_reader(coded) as reader:
             return reader.read(limit)

@@ -6,7 +6,7 @@ from fusedlm.quant.artifact.code_model import LARGEST_RANK, CodeModel, Layout
 from fusedlm.quant.artifact.rans import PRECISION, Decoder, Encoder
 from fusedlm.quant.artifact.tables import Tables
 
-_MOST_LANES, _ELEMENTS_PER_LANE = 1024, 8192  # a lane costs about three bytes
+_LEAST_LANES, _MOST_LANES, _ELEMENTS_PER_LANE = 16, 1024, 8192  # a lane costs about three bytes
 
 
 class _Cost:
@@ -47,7 +47,7 @@ class CodesWriter:
 
     def __init__(self, n_elements: int):
         wanted = n_elements // _ELEMENTS_PER_LANE
-        self.lanes = min(_MOST_LANES, 1 << max(wanted, 1).bit_length() - 1)
+        self.lanes = min(max(1 << wanted.bit_length() >> 1, _LEAST_LANES), _MOST_LANES)
         self._encoder = Encoder(self.lanes)
         self._models: dict[int, CodeModel] = {}
 
@@ -109,4 +109,3 @@ class CodesReader:
     def finish(self) -> None:
         """Raises ValueError if something was decoded wrongly."""
         self._decoder.finish()
-

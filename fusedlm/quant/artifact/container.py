@@ -94,10 +94,10 @@ class Container:
             self.header = parse(decompress(coded, "lzma", n_raw))
         except ValueError as error:
             raise self.damage("header", str(error)) from None
-        self._offsets, offset = {}, _START + n_coded
+        self._sections, offset = {}, _START + n_coded
         self.header_bytes = offset
         for name, entry in self.header.sections():
-            self._offsets[name] = offset
+            self._sections[name] = offset, entry.bytes, entry.check
             offset += entry.bytes
         if offset > self.n_bytes:
             raise self.damage("file", f"{self.n_bytes} bytes, its sections have {offset}; it is truncated")
@@ -118,17 +118,21 @@ class Container:
 
     def section(self, name: str) -> bytes:
         """The bytes of a section, checked. Raises DamagedArtifact."""
-        entry = dict(self.header.sections())[name]
-        found = self._content[self._offsets[name] : self._offsets[name] + entry.bytes]
-        if check_of(found) != entry.check:
+        first, n_bytes, check = self._sections[name]
+        found = self._content[first : first + n_bytes]
+        if check_of(found) != check:
             raise self.damage(name, "its checksum differs")
         return found
 
+    def verify(self) -> None:
+        """Check all sections. Raises DamagedArtifact with the first that is damaged."""
+        for name in self._sections:
+            self.section(name)
+
     def offset(self, name: str) -> int:
         """Where a section begins in the file."""
-        return self._offsets[name]
+        return self._sections[name][0]
 
 
 def _digest(content: bytes) -> bytes:
     return hashlib.blake2b(content, digest_size=_DIGEST_BYTES).digest()
-

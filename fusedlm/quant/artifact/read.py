@@ -43,6 +43,7 @@ def read_artifact(path: str | Path) -> Artifact:
 
 def read_container(container: Container) -> Artifact:
     """As `read_artifact`."""
+    container.verify()
     header = container.header
     recipe, tokenizer = _recipe(container), _tokenizer(container)
     raw = {(part.kind, part.dtype): _part(container, part) for part in header.parts}

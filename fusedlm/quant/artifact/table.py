@@ -128,7 +128,7 @@ def parse(content: bytes) -> Header:
             raise ValueError("not JSON") from None
         first = error.errors()[0]
         key = ".".join(map(str, first["loc"])) or "JSON"
-        raise ValueError(f"{key}={str(first['input'])[:60]!r}: {' '.join(first['msg'].split())}") from None
+        raise ValueError(f"{key}={repr(first['input'])[:60]}: {' '.join(first['msg'].split())}") from None
     _check(header)
     return header
 
