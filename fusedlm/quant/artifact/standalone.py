@@ -11,7 +11,7 @@ import tarfile
 import tempfile
 from pathlib import Path
 
-import fusedlm
+_ROOT = Path(__file__).resolve().parents[3]  # the folder that holds the package
 
 # The archive's entry. It is also what finds the files: those of fusedlm that it has imported when it ends.
 SCORE = '''"""python score.py MODEL.flm TEXT.txt: bits per byte of a text, as one document."""
@@ -58,9 +58,8 @@ def code_archive(artifact: bytes) -> bytes:
         ValueError: the artifact cannot be read or scored in a process of its own.
     """
     files = {"score.py": SCORE.encode()}
-    package = Path(fusedlm.__file__).parent
     for path in _imported(artifact):
-        files[path.relative_to(package.parent).as_posix()] = minified(path.read_text(encoding="utf-8")).encode()
+        files[path.relative_to(_ROOT).as_posix()] = minified(path.read_text(encoding="utf-8")).encode()
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w", format=tarfile.USTAR_FORMAT) as archive:
         for name, content in sorted(files.items()):
@@ -94,12 +93,11 @@ def minified(source: str) -> str:
 
 def _imported(artifact: bytes) -> list[Path]:
     """The files of fusedlm that score.py has imported when it ends."""
-    root = str(Path(fusedlm.__file__).parent.parent)
     with tempfile.TemporaryDirectory() as folder:
         model = Path(folder, "model.flm")
         model.write_bytes(artifact)
         Path(folder, "score.py").write_text(SCORE, encoding="utf-8")
-        trace = _TRACE.format(paths=[folder, root], model=str(model))
+        trace = _TRACE.format(paths=[folder, str(_ROOT)], model=str(model))
         command = [sys.executable, "-c", trace]
         environment = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
         done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
