@@ -143,7 +143,11 @@ def main() -> None:
     versions = {key: found[key] for key in ("fusedlm", "python", "torch")} | {"numpy": np.__version__}
     for run in arguments.runs:
         for setting in arguments.settings:
-            entry = measure(run, setting) | {"date": found["date"][:10], "versions": versions}
+            entry = measure(run, setting) | {
+                "date": found["date"][:10],
+                "device": found["device_name"],
+                "versions": versions,
+            }
             key = ("recipe", "steps", "setting")
             record["entries"] = [e for e in record["entries"] if any(e[k] != entry[k] for k in key)] + [entry]
             write_atomic(arguments.out, json.dumps(record, indent=1) + "\n")

@@ -1,10 +1,13 @@
 """Artifacts: every tensor comes back bit for bit, the same input gives the same bytes, the best coder is taken."""
 
 import importlib.util
+import lzma
+import tracemalloc
 
 import numpy as np
 import pytest
 import torch
+import zstandard
 
 from fusedlm.config import dump_recipe
 from fusedlm.data.tokenizer import train_bpe
@@ -117,11 +120,19 @@ def test_a_bomb_is_not_unpacked():
     for coder in ("lzma", "zstd"):
         coded = compress(bytes(1 << 20), (coder,)) or {}
         assert all(len(part) * 8192 + 65536 >= 1 << 20 for part in coded.values())
-    import zstandard
-
-    bomb = zstandard.ZstdCompressor(level=3).compress(bytes(1 << 26))
-    with pytest.raises(ValueError, match="holds more bytes"):
-        decompress(bomb, "zstd", 1000)
+    filters = [{"id": lzma.FILTER_LZMA1, "preset": 6}]
+    bombs = {
+        "zstd": zstandard.ZstdCompressor(level=3).compress(bytes(1 << 26)),
+        "lzma": lzma.compress(bytes(1 << 26), lzma.FORMAT_RAW, filters=filters),
+    }
+    for coder, bomb in bombs.items():
+        tracemalloc.start()
+        try:
+            with pytest.raises(ValueError, match="holds more bytes|not what"):
+                decompress(bomb, coder, 1000)
+            assert tracemalloc.get_traced_memory()[1] < 8 << 20
+        finally:
+            tracemalloc.stop()
 
 
 def test_planes_put_equal_bytes_together():
