@@ -189,5 +189,5 @@ def test_damage_is_found():
         decode(matrices, states, [words[0] + b"\0", words[1]], lanes, layouts)
     with pytest.raises(ValueError, match="out of range"):
         decode(matrices, bytes(len(states)), words, lanes, layouts)
-    with pytest.raises(ValueError, match="does not end in the state|left over|too early"):
-        decode(matrices, states, words[::-1], lanes, layouts)
+    with pytest.raises(ValueError, match="does not end in the state"):
+        CodesReader(states, lanes).finish()  # before everything is decoded

@@ -50,7 +50,7 @@ def pack(
     coders: Sequence[str] = REQUIRED,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Packed:
-    """An artifact; the same arguments give the same bytes.
+    """An artifact. The same arguments give the same bytes; with other versions of NumPy, ranks may be chosen otherwise.
 
     Args:
         tensors: by the names of the model's state; matrices of codes where they have some. On the CPU.
