@@ -15,9 +15,10 @@ from pathlib import Path
 LAYERS = [
     ["cli"],
     ["compare"],
-    ["export", "probes", ""],
+    ["probes", ""],
     ["report"],
-    ["train", "quant"],
+    ["train"],
+    ["export", "quant"],
     ["runs", "evaluate", "generation"],
     ["data", "model", "optim"],
     ["nn"],

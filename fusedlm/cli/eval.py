@@ -6,6 +6,17 @@ from typing import Annotated
 
 import typer
 
+from fusedlm.cli.adapt_options import (
+    AdaptChunkOption,
+    AdaptLearningRateOption,
+    AdaptOption,
+    AdaptParametersOption,
+    AdaptRankOption,
+    AdaptResetOption,
+    AdaptStepsOption,
+    adaptation,
+    describe_gain,
+)
 from fusedlm.cli.common import (
     CheckpointOption,
     DeviceOption,
@@ -49,6 +60,8 @@ DataOption = Annotated[
 WindowOption = Annotated[
     int | None,
     typer.Option(
+        "--window",
+        "--context",
         parser=integer,
         metavar="N",
         help="Most tokens of context per prediction; 0: the full document (default: train.seq_len).",
@@ -64,6 +77,10 @@ StrideOption = Annotated[
         show_default=False,
     ),
 ]
+AcrossOption = Annotated[
+    bool,
+    typer.Option("--across-documents", help="Slide the window over the text as one sequence, across end-of-text."),
+]
 
 
 def evaluate(
@@ -73,6 +90,14 @@ def evaluate(
     data: DataOption = None,
     window: WindowOption = None,
     stride: StrideOption = None,
+    across_documents: AcrossOption = False,
+    adapt: AdaptOption = None,
+    adapt_parameters: AdaptParametersOption = None,
+    adapt_rank: AdaptRankOption = None,
+    adapt_lr: AdaptLearningRateOption = None,
+    adapt_chunk: AdaptChunkOption = None,
+    adapt_steps: AdaptStepsOption = None,
+    adapt_reset: AdaptResetOption = False,
     yarn: YaRNOption = None,
     probe: ProbeOption = None,
     steps: StepsOption = None,
@@ -92,6 +117,10 @@ def evaluate(
     """Score validation text with the model of RUN, each token once, and print bits per byte; or run a probe."""
     options = {"text": text, "data": data, "window": window, "stride": stride, "yarn": yarn, "steps": steps, "lr": lr}
     options |= {"samples": samples, "seed": seed, "pairs": pairs, "lengths": lengths, "depths": depths}
+    tuned = {"parameters": adapt_parameters, "rank": adapt_rank, "lr": adapt_lr, "chunk": adapt_chunk}
+    tuned |= {"steps": adapt_steps, "reset": adapt_reset or None}
+    options |= {"adapt": adapt, "across-documents": across_documents or None}
+    options |= {f"adapt-{name}": value for name, value in tuned.items()}
     options = check_options(probe, options | {"factors": factors, "out": out})
     if text is not None and data is not None and probe != "needle":  # which can be finetuned on the run's own text
         raise ValueError(f"--text {text} and --data {data}: give only one of them")
@@ -99,7 +128,9 @@ def evaluate(
         run_probe(probe, Target(run, checkpoint, weights, device, overrides or []), options, as_json=as_json)
         return
     from fusedlm.evaluate import default_stride, score_documents
+    from fusedlm.evaluate.adapt import score_adapted
 
+    method = adaptation(adapt, tuned)
     loaded = load_run(
         run, checkpoint=checkpoint, weights=weights, device=device, overrides=overrides, data=data, artifacts=True
     )
@@ -108,18 +139,18 @@ def evaluate(
         window = loaded.recipe.train.seq_len
     if window and stride is None:
         stride = default_stride(window)
+    if not window and (useless := "--adapt" if method else "--across-documents" if across_documents else None):
+        raise ValueError(f"{useless}: needs a window; --window 0 scores each document in full")
     with progress_bars() as progress:
         documents, n_tokens, longest = documents_of(text, loaded, progress)
-        score = score_documents(
-            loaded.model,
-            documents,
-            window=window or None,
-            stride=stride,
-            longest=longest,
-            device=loaded.device,
-            dtype=loaded.dtype,
-            progress=lambda done: progress("scoring", done, n_tokens),
-        )
+        spans = {"window": window or None, "stride": stride, "across_documents": across_documents}
+        spans |= {"device": loaded.device, "dtype": loaded.dtype}
+        spans |= {"progress": lambda done: progress("scoring", done, n_tokens)}
+        if method is None:
+            score, adapted = score_documents(loaded.model, documents, longest=longest, **spans), None
+        else:
+            adapted = score_adapted(loaded.model, documents, method, **spans)
+            score = adapted.plain
     result = {
         "bpb": score.bpb,
         "nll_per_token": score.nll_per_token,
@@ -128,17 +159,23 @@ def evaluate(
         "documents": score.documents,
         "window": window or None,
         "stride": stride,
+        "across_documents": across_documents,
         "yarn": yarn,
         "dtype": str(loaded.dtype).removeprefix("torch."),
         "checkpoint": loaded.step,
         "weights": weights,
     }
     result |= score.figures
+    if adapted is not None:
+        result["adapt"] = adapted.record(method)
     if as_json:
         print(json.dumps(result))
         return
     context = f"window {window}, stride {stride}" if window else "full documents"
+    context += ", across documents" if across_documents else ""
     print(f"{score.bpb:.4f} bits per byte on {text or 'validation text'} ({context})")
+    if adapted is not None:
+        print(describe_gain(result["adapt"]))
     print(f"{score.nll_per_token:.4f} nats per token, {score.tokens:,} tokens")
     print(f"{score.bytes:,} bytes in {score.documents:,} document{'' if score.documents == 1 else 's'}")
     for name, value in score.figures.items():

@@ -15,6 +15,7 @@ from fusedlm.config.schema import (
     Fraction,
     Length,
     NonNegativeFloat,
+    PathText,
     PositiveFloat,
     Seed,
     Tokens,
@@ -242,6 +243,21 @@ class RampConfig(Config):
     """Tokens per sequence, a divisor of train.seq_len; null: train.seq_len."""
 
 
+class DistillConfig(Config):
+    """Soft targets of a frozen teacher with the tokenizer of the run (docs/distillation.md)."""
+
+    teacher: Annotated[PathText, NEUTRAL]
+    """Run folder of the teacher, or folder that Transformers reads, of one of the families of fusedlm import."""
+    weight: float = Field(0.5, gt=0, le=1)
+    """Weight of the soft loss; that of the targets has the rest."""
+    temperature: float = Field(1.0, ge=0.01, le=100)
+    """Divides the logits of teacher and model in the soft loss, which is multiplied by its square."""
+    format: Literal["int8", "fp8", "int4", "mxfp4"] | None = None
+    """Format of the teacher's hidden matrices; null: floats, as they are."""
+    sha256: Annotated[str | None, Field(pattern="^[0-9a-f]{64}$", max_length=64), NEUTRAL] = None
+    """Checksum of the teacher's weights, before format; null: computed when the run begins, and kept in its recipe."""
+
+
 OptimizerConfig = Annotated[AdamWConfig | SGDConfig | MuonAdamWConfig | NorMuonAdamWConfig, Field(discriminator="type")]
 ScheduleConfig = Annotated[WSDConfig | CosineConfig | LinearConfig, Field(discriminator="type")]
 
@@ -269,6 +285,8 @@ class TrainConfig(Config):
     """Decay of an exponential moving average of the weights; null: no average."""
     swa: SWAConfig | None = None
     """Mean of the weights at regular steps near the end; null: no mean."""
+    distill: DistillConfig | None = None
+    """Distillation from a teacher; null: none."""
     ramps: list[RampConfig] = Field([], max_length=100)
     """Batch sizes and sequence lengths of the first steps, in order."""
     max_bad_steps: Annotated[Count, NEUTRAL] = 8

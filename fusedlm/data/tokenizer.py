@@ -170,6 +170,10 @@ class SubwordTokenizer(Tokenizer):
     def unused_ids(self, limit):
         return np.setdiff1d(np.arange(limit), self._ids)
 
+    def spec(self) -> dict:
+        """The content of its tokenizer.json as the library writes it, the same for files that differ in form."""
+        return json.loads(self._model.to_str())
+
     def files(self):
         return {_MODEL_FILE: self._content, _META_FILE: _meta("subword", self.fingerprint, self.end_of_text)}
 

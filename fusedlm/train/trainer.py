@@ -20,6 +20,7 @@ from fusedlm.distributed import OneProcessFailed, World
 from fusedlm.evaluate import first_tokens, score_documents
 from fusedlm.model import build_model
 from fusedlm.model.accounting import count_parameters, training_flops_per_token
+from fusedlm.model.low_precision import outlier_figures, precision_table
 from fusedlm.model.precision import autocast
 from fusedlm.model.sharding import build_sharded_model
 from fusedlm.model.waiting import waiting_module
@@ -28,6 +29,7 @@ from fusedlm.runs.backends import use_backends
 from fusedlm.runs.folder import RunFolder
 from fusedlm.runs.hardware import device_name, environment, peak_flops, peak_memory_bytes
 from fusedlm.runs.metrics import MetricsFile
+from fusedlm.runs.precision import use_precision
 from fusedlm.runs.signals import StopSignal
 from fusedlm.runs.start import Start
 from fusedlm.runs.state import TrainState, restore_state, save_state
@@ -38,6 +40,7 @@ from fusedlm.train.loggers import Loggers
 from fusedlm.train.parallel import dropout_seed
 from fusedlm.train.slowdown import Slowdown
 from fusedlm.train.step import StepResult, train_step
+from fusedlm.train.teacher import Teacher
 
 
 class TrainingDiverged(ValueError):
@@ -68,6 +71,7 @@ class Trainer:
         device, dtype: where the model runs, and the dtype of autocast.
         start: the run, and the verified checkpoint to resume from.
         text, strict_backends: as `fusedlm.train.train` takes them.
+        teacher: of `train.distill`; None: there is none.
         world: the processes of the run.
         mesh: of them (`fusedlm.train.parallel`); None: there is one.
 
@@ -86,6 +90,7 @@ class Trainer:
         *,
         text: str | None,
         strict_backends: bool,
+        teacher: Teacher | None,
         world: World,
         mesh: DeviceMesh | None,
     ):
@@ -93,6 +98,9 @@ class Trainer:
         self.device, self.dtype, self.display, self.world = device, dtype, display, world
         self.data = world.main_first(lambda: self._open_text(text, start))
         self.text = open_training_text(self.data.train, recipe)
+        self.teacher = teacher
+        if teacher is not None:
+            teacher.check_tokenizer(self.data.tokenizer)
         torch.manual_seed(self.settings.seed)
         vocab_size = self.data.tokenizer.vocab_size
         options = {"vocab_size": vocab_size, "device": device, "seed": self.settings.seed}
@@ -101,6 +109,9 @@ class Trainer:
         else:
             self.model = build_sharded_model(recipe.model, **options, mesh=mesh, dtype=dtype)
         self.backends = use_backends(self.model, self.runtime, device, dtype, strict=strict_backends)
+        self.precision = use_precision(self.model, recipe, device, dtype)
+        if self.precision:  # with the op of the layers that are now in place
+            self.backends = self.model.explain(device, dtype, self.runtime.deterministic)
         self.optimizer = build_optimizer(self.model, self.settings.optimizer, device)
         self.averages = Averages(self.model, self.settings)
         self.identity = start.identity
@@ -201,6 +212,13 @@ class Trainer:
             signal=self._signal,
         )
 
+    def _precision(self) -> str:
+        n_low = sum(layer.reason is None for layer in self.precision)
+        settings = self.runtime.low_precision
+        scales = "" if self.runtime.precision == "mxfp8" else f", one scale per {settings.scales}"
+        emulated = ", emulated" if self.device.type == "cpu" or self.runtime.precision == "mxfp8" else ""
+        return f"{self.runtime.precision}{scales}{emulated}, in {n_low} of {len(self.precision)} hidden matrices"
+
     def _write_header(self) -> None:
         tokenizer, run = self.data.tokenizer, self.state.run
         # A finished run keeps the record of the machine and the recipe that its steps were computed with.
@@ -276,6 +294,7 @@ class Trainer:
                 autocast=partial(autocast, self.device, self.dtype),
                 # Only after the first update, so that the optimizer state is allocated before the capture.
                 captured=self._captured if self.optimizer.state else None,
+                teacher=self.teacher,
                 world=self.world,
             )
         except torch.OutOfMemoryError:
@@ -322,7 +341,11 @@ class Trainer:
             "step_seconds": seconds,
         }
         record |= {f"loss_{name}": value for name, value in result.layer_losses.items()}
-        record |= self.model.summarise(result.metrics)
+        figures = self.model.summarise(result.metrics)
+        if self.teacher is not None and (nll := figures.pop("nll")) is not None:  # that of the step is weighted
+            record["loss"] = nll
+        record |= figures
+        record |= outlier_figures(self.model)
         if self.text.schedule is not None:
             for key, by_source in (("tokens", self.text.tokens), ("epochs", self.text.epochs)):
                 record |= {f"source_{key}_{name}": n for name, n in by_source(self.state.next_sample).items()}
@@ -464,6 +487,12 @@ class Trainer:
             "text": summary.one_line(),
             "steps": f"{steps:,} of {shapes} tokens, {self.settings.total_tokens():,} in all",
         }
+        if self.precision:
+            facts["precision"] = self._precision()
+        if self.teacher is not None:
+            facts["teacher"] = self.teacher.describe()
         self.display.header(facts, self.backends)
+        for line in precision_table(self.precision):
+            self.display.note(f"  {line}")
         for warning in summary.warnings():
             self.display.note(f"warning: {warning}")
