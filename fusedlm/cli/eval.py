@@ -109,6 +109,7 @@ def evaluate(
     depths: DepthsOption = None,
     factors: FactorsOption = None,
     out: OutOption = None,
+    qat: Annotated[bool, typer.Option("--qat", help="Score the weights as train.qat of the run rounds them.")] = False,
     checkpoint: CheckpointOption = "last",
     weights: WeightsOption = "raw",
     device: DeviceOption = "auto",
@@ -121,7 +122,7 @@ def evaluate(
     tuned |= {"steps": adapt_steps, "reset": adapt_reset or None}
     options |= {"adapt": adapt, "across-documents": across_documents or None}
     options |= {f"adapt-{name}": value for name, value in tuned.items()}
-    options = check_options(probe, options | {"factors": factors, "out": out})
+    options = check_options(probe, options | {"factors": factors, "out": out, "qat": qat or None})
     if text is not None and data is not None and probe != "needle":  # which can be finetuned on the run's own text
         raise ValueError(f"--text {text} and --data {data}: give only one of them")
     if probe is not None:
@@ -135,6 +136,8 @@ def evaluate(
         run, checkpoint=checkpoint, weights=weights, device=device, overrides=overrides, data=data, artifacts=True
     )
     stretch(loaded.model, loaded.recipe, yarn)
+    if qat:
+        _round(loaded)
     if window is None:
         window = loaded.recipe.train.seq_len
     if window and stride is None:
@@ -164,6 +167,7 @@ def evaluate(
         "dtype": str(loaded.dtype).removeprefix("torch."),
         "checkpoint": loaded.step,
         "weights": weights,
+        "qat": qat,
     }
     result |= score.figures
     if adapted is not None:
@@ -172,6 +176,7 @@ def evaluate(
         print(json.dumps(result))
         return
     context = f"window {window}, stride {stride}" if window else "full documents"
+    context += f", matrices in int{loaded.recipe.train.qat.bits}" if qat else ""
     context += ", across documents" if across_documents else ""
     print(f"{score.bpb:.4f} bits per byte on {text or 'validation text'} ({context})")
     if adapted is not None:
@@ -183,3 +188,22 @@ def evaluate(
         for layer, row in enumerate(rows):
             numbers = " ".join(f"{number:.4g}" for number in (row if isinstance(row, list) else [row]))
             print(f"{name}{f' {layer}' if rows is value else ''}: {numbers}")
+
+
+def _round(loaded) -> None:
+    """Give a loaded model the values that its recipe's quantisation-aware training computes with.
+
+    Raises:
+        ValueError: the run has none, or is quantised already.
+    """
+    from fusedlm.nn.fake_quantized import FakeQuantization
+    from fusedlm.runs.checkpoint import Checkpoints
+    from fusedlm.runs.folder import CHECKPOINTS
+    from fusedlm.runs.quantization import is_quantized
+
+    config = loaded.recipe.train.qat
+    if config is None:
+        raise ValueError(f"--qat: {loaded.run} was trained without train.qat")
+    if is_quantized(Checkpoints(loaded.run / CHECKPOINTS), loaded.step):
+        raise ValueError(f"--qat: {loaded.run} is quantised already; score it without")
+    FakeQuantization(loaded.model, **config.model_dump(exclude={"start"})).write()

@@ -1,5 +1,6 @@
 """Integer codes of a weight matrix with a scale per row or per group of a row."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -26,3 +27,16 @@ class IntegerMatrix:
         if self.group is not None:
             scales = scales.repeat_interleave(self.group, dim=1)[:, : self.codes.shape[1]]
         return (self.codes.float() * scales).to(dtype)
+
+
+def stored_matrices(record: Mapping, tensors: Mapping[str, torch.Tensor]) -> dict[str, IntegerMatrix]:
+    """The integer matrices of a run by the names of their parameters.
+
+    Args:
+        record: the content of its quantization.json.
+        tensors: of its model.safetensors.
+    """
+    return {
+        name: IntegerMatrix(tensors[f"{name}.codes"], tensors[f"{name}.scales"], kept["bits"], kept["group"])
+        for name, kept in record.get("matrices", {}).items()
+    }

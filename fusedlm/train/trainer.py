@@ -24,6 +24,7 @@ from fusedlm.model.low_precision import outlier_figures, precision_table
 from fusedlm.model.precision import autocast
 from fusedlm.model.sharding import build_sharded_model
 from fusedlm.model.waiting import waiting_module
+from fusedlm.nn.fake_quantized import FakeQuantization
 from fusedlm.optim import Averages, build_optimizer, describe_split, optimizer_split, schedule_scale
 from fusedlm.runs.backends import use_backends
 from fusedlm.runs.folder import RunFolder
@@ -114,6 +115,9 @@ class Trainer:
             self.backends = self.model.explain(device, dtype, self.runtime.deterministic)
         self.optimizer = build_optimizer(self.model, self.settings.optimizer, device)
         self.averages = Averages(self.model, self.settings)
+        self.qat = None
+        if self.settings.qat is not None:
+            self.qat = FakeQuantization(self.model, **self.settings.qat.model_dump(exclude={"start"}))
         self.identity = start.identity
         self.state = TrainState(
             data=self.data.manifest["fingerprint"], run=start.run, tokenizer=self.data.tokenizer.fingerprint
@@ -294,6 +298,7 @@ class Trainer:
                 autocast=partial(autocast, self.device, self.dtype),
                 # Only after the first update, so that the optimizer state is allocated before the capture.
                 captured=self._captured if self.optimizer.state else None,
+                weights=self.qat.applied if self._quantizes(self.state.step) else contextlib.nullcontext,
                 teacher=self.teacher,
                 world=self.world,
             )
@@ -351,9 +356,15 @@ class Trainer:
                 record |= {f"source_{key}_{name}": n for name, n in by_source(self.state.next_sample).items()}
         if others:
             record["lr_rest"] = others[0] * lr_scale
+        if self._quantizes(self.state.step - 1):
+            record["qat"] = True
         if result.skipped:
             record["skipped"] = True
         return record
+
+    def _quantizes(self, step: int) -> bool:
+        """Whether a step, counted from 0, runs its passes with rounded matrices."""
+        return step >= self.settings.qat_start()
 
     def _tokens(self) -> int:
         """Tokens of all steps taken, whatever their shapes: the loader counts windows of train.seq_len."""
@@ -408,6 +419,9 @@ class Trainer:
             for name, average in self.averages.kept().items():
                 with average.applied():
                     record[f"val_bpb_{name}"] = self._score(stop).bpb
+            if self._quantizes(self.state.step - 1):
+                with self.qat.applied():
+                    record["val_bpb_qat"] = self._score(stop).bpb
         except _Interrupted:
             return False
         self.state.validated_step, self.state.val_bpb = self.state.step, score.bpb
