@@ -20,7 +20,7 @@ from fusedlm.cli.adapt_options import (
 from fusedlm.cli.common import (
     CheckpointOption,
     DeviceOption,
-    RunArgument,
+    ModelArgument,
     RuntimeArgument,
     WeightsOption,
     YaRNOption,
@@ -84,7 +84,7 @@ AcrossOption = Annotated[
 
 
 def evaluate(
-    run: RunArgument,
+    run: ModelArgument,
     overrides: RuntimeArgument = None,
     text: TextOption = None,
     data: DataOption = None,
@@ -132,7 +132,9 @@ def evaluate(
     from fusedlm.evaluate.adapt import score_adapted
 
     method = adaptation(adapt, tuned)
-    loaded = load_run(run, checkpoint=checkpoint, weights=weights, device=device, overrides=overrides, data=data)
+    loaded = load_run(
+        run, checkpoint=checkpoint, weights=weights, device=device, overrides=overrides, data=data, artifacts=True
+    )
     stretch(loaded.model, loaded.recipe, yarn)
     if qat:
         _round(loaded)

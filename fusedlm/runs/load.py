@@ -131,7 +131,7 @@ def _read(run_dir: Path, wanted: Literal["last", "best"] | int, weights: Weights
             state = choose(run_dir, wanted, identity and identity.run)
             saved = checkpoint_recipe(checkpoints, state.step)
             recipe = with_overrides(saved, list(overrides), "runtime")
-            _check_overrides(overrides)
+            check_overrides(overrides)
             tensors = checkpoints.read_tensors(state.step, MODEL)
             if weights != "raw":
                 _check_average(run_dir, weights, recipe, state)
@@ -156,7 +156,7 @@ def _check_average(run_dir: Path, weights: str, recipe: Recipe, state: TrainStat
         )
 
 
-def _check_overrides(overrides: Sequence[str]) -> None:
+def check_overrides(overrides: Sequence[str]) -> None:
     """Refuse keys that only training reads, which would be ignored here."""
     for override in overrides:
         key = override.partition("=")[0]

@@ -2,7 +2,6 @@
 
 import contextlib
 import signal
-import time
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -19,7 +18,7 @@ from fusedlm.data.training_text import open_training_text
 from fusedlm.distributed import OneProcessFailed, World
 from fusedlm.evaluate import first_tokens, score_documents
 from fusedlm.model import build_model
-from fusedlm.model.accounting import count_parameters, training_flops_per_token
+from fusedlm.model.accounting import count_parameters
 from fusedlm.model.low_precision import outlier_figures, precision_table
 from fusedlm.model.precision import autocast
 from fusedlm.model.sharding import build_sharded_model
@@ -27,7 +26,7 @@ from fusedlm.model.waiting import waiting_module
 from fusedlm.optim import Averages, build_optimizer, describe_split, optimizer_split, schedule_scale
 from fusedlm.runs.backends import use_backends
 from fusedlm.runs.folder import RunFolder
-from fusedlm.runs.hardware import device_name, environment, peak_flops, peak_memory_bytes
+from fusedlm.runs.hardware import device_name, environment
 from fusedlm.runs.metrics import MetricsFile
 from fusedlm.runs.precision import describe_precision, use_precision
 from fusedlm.runs.signals import StopSignal
@@ -40,6 +39,7 @@ from fusedlm.train.loggers import Loggers
 from fusedlm.train.parallel import dropout_seed
 from fusedlm.train.quantization_aware import QuantizationAware
 from fusedlm.train.slowdown import Slowdown
+from fusedlm.train.speed import Speed
 from fusedlm.train.step import StepResult, train_step
 from fusedlm.train.teacher import Teacher
 
@@ -131,10 +131,9 @@ class Trainer:
             self.model.compile_blocks(dynamic=False if self.settings.ramps else None)
         self.micro_batch_size = self.settings.micro_batch_size or self.settings.batch_size
         self._captured = self._capture() if self.runtime.cuda_graph else None
-        self._peak_flops = peak_flops(device)
         self._slowdown = Slowdown() if device.type == "cpu" else None
         lengths = {seq_len for _, seq_len in self.settings.shapes()}
-        self._flops_per_token = {n: training_flops_per_token(self.model, n) for n in lengths}
+        self._speed = Speed(self.model, lengths, device, world.size)
 
     def _open_text(self, text: str | None, start: Start) -> PreparedData:
         """The text of the checkpoint, or that with the fingerprint `text`, or what the source holds now."""
@@ -254,7 +253,7 @@ class Trainer:
         # The run may have been stopped between a step and its validation.
         if self._validation_is_due() and self._validate(stop):
             self._save()
-        self._clock, self._waited = time.perf_counter(), loader.wait_seconds
+        self._speed.restart(loader)
         while self.state.step < self.settings.steps and not self._stopped(stop):
             self._step(next(batches), loader)
             restart_clock = False
@@ -265,7 +264,7 @@ class Trainer:
                 self._save()
                 restart_clock = True
             if restart_clock:
-                self._clock, self._waited = time.perf_counter(), loader.wait_seconds
+                self._speed.restart(loader)
         if self.state != self._saved:
             self._save()
         if self._stopped(stop):
@@ -318,11 +317,6 @@ class Trainer:
             raise TrainingDiverged(self._divergence())
 
     def _step_record(self, result: StepResult, lr_scale: float, batch: Batch, loader: Loader) -> dict:
-        now, waited = time.perf_counter(), loader.wait_seconds
-        seconds, self._clock = now - self._clock, now
-        loader_wait, self._waited = waited - self._waited, waited
-        rows, seq_len = batch.tokens.shape
-        rate = rows * seq_len * self.world.size / seconds
         first, *others = self.settings.optimizer.rates().values()
         record = {
             "step": self.state.step,
@@ -330,11 +324,7 @@ class Trainer:
             "lr": first * lr_scale,
             "grad_norm": result.grad_norm,
             "tokens": self._tokens(),
-            "tokens_per_second": rate,
-            "mfu": self._utilisation(rate, seq_len),
-            "peak_memory_bytes": peak_memory_bytes(self.device),
-            "loader_wait_seconds": loader_wait,
-            "step_seconds": seconds,
+            **self._speed.measure(*batch.tokens.shape, loader),
         }
         record |= {f"loss_{name}": value for name, value in result.layer_losses.items()}
         figures = self.model.summarise(result.metrics)
@@ -355,12 +345,6 @@ class Trainer:
     def _tokens(self) -> int:
         """Tokens of all steps taken, whatever their shapes: the loader counts windows of train.seq_len."""
         return self.state.next_sample * self.settings.seq_len
-
-    def _utilisation(self, tokens_per_second: float, seq_len: int) -> float | None:
-        """Model-FLOPs utilisation of all devices; None if their peak is unknown."""
-        if self._peak_flops is None:
-            return None
-        return tokens_per_second * self._flops_per_token[seq_len] / (self._peak_flops * self.world.size)
 
     def _rescue(self) -> str:
         """Save after the text failed, unless other processes would have to take part; what to resume from."""
