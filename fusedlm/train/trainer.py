@@ -23,13 +23,12 @@ from fusedlm.model.low_precision import outlier_figures, precision_table
 from fusedlm.model.precision import autocast
 from fusedlm.model.sharding import build_sharded_model
 from fusedlm.model.waiting import waiting_module
-from fusedlm.nn.fake_quantized import FakeQuantization
 from fusedlm.optim import Averages, build_optimizer, describe_split, optimizer_split, schedule_scale
 from fusedlm.runs.backends import use_backends
 from fusedlm.runs.folder import RunFolder
 from fusedlm.runs.hardware import device_name, environment
 from fusedlm.runs.metrics import MetricsFile
-from fusedlm.runs.precision import use_precision
+from fusedlm.runs.precision import describe_precision, use_precision
 from fusedlm.runs.signals import StopSignal
 from fusedlm.runs.start import Start
 from fusedlm.runs.state import TrainState, restore_state, save_state
@@ -38,6 +37,7 @@ from fusedlm.train.cuda_graph import CapturedBackward
 from fusedlm.train.display import Display
 from fusedlm.train.loggers import Loggers
 from fusedlm.train.parallel import dropout_seed
+from fusedlm.train.quantization_aware import QuantizationAware
 from fusedlm.train.slowdown import Slowdown
 from fusedlm.train.speed import Speed
 from fusedlm.train.step import StepResult, train_step
@@ -115,9 +115,7 @@ class Trainer:
             self.backends = self.model.explain(device, dtype, self.runtime.deterministic)
         self.optimizer = build_optimizer(self.model, self.settings.optimizer, device)
         self.averages = Averages(self.model, self.settings)
-        self.qat = None
-        if self.settings.qat is not None:
-            self.qat = FakeQuantization(self.model, **self.settings.qat.model_dump(exclude={"start"}))
+        self.qat = QuantizationAware(self.model, self.settings)
         self.identity = start.identity
         self.state = TrainState(
             data=self.data.manifest["fingerprint"], run=start.run, tokenizer=self.data.tokenizer.fingerprint
@@ -215,13 +213,6 @@ class Trainer:
             signal=self._signal,
         )
 
-    def _precision(self) -> str:
-        n_low = sum(layer.reason is None for layer in self.precision)
-        settings = self.runtime.low_precision
-        scales = "" if self.runtime.precision == "mxfp8" else f", one scale per {settings.scales}"
-        emulated = ", emulated" if self.device.type == "cpu" or self.runtime.precision == "mxfp8" else ""
-        return f"{self.runtime.precision}{scales}{emulated}, in {n_low} of {len(self.precision)} hidden matrices"
-
     def _write_header(self) -> None:
         tokenizer, run = self.data.tokenizer, self.state.run
         # A finished run keeps the record of the machine and the recipe that its steps were computed with.
@@ -297,7 +288,7 @@ class Trainer:
                 autocast=partial(autocast, self.device, self.dtype),
                 # Only after the first update, so that the optimizer state is allocated before the capture.
                 captured=self._captured if self.optimizer.state else None,
-                weights=self.qat.applied if self._quantizes(self.state.step) else contextlib.nullcontext,
+                weights=self.qat.weights(self.state.step),
                 teacher=self.teacher,
                 world=self.world,
             )
@@ -346,15 +337,10 @@ class Trainer:
                 record |= {f"source_{key}_{name}": n for name, n in by_source(self.state.next_sample).items()}
         if others:
             record["lr_rest"] = others[0] * lr_scale
-        if self._quantizes(self.state.step - 1):
-            record["qat"] = True
+        record |= self.qat.record(self.state.step)
         if result.skipped:
             record["skipped"] = True
         return record
-
-    def _quantizes(self, step: int) -> bool:
-        """Whether a step, counted from 0, runs its passes with rounded matrices."""
-        return step >= self.settings.qat_start()
 
     def _tokens(self) -> int:
         """Tokens of all steps taken, whatever their shapes: the loader counts windows of train.seq_len."""
@@ -400,12 +386,9 @@ class Trainer:
                 "tokens": self._tokens(),
             }
             record |= {f"val_{name}": value for name, value in score.figures.items()}
-            for name, average in self.averages.kept().items():
-                with average.applied():
+            for name, weights in (self.averages.kept() | self.qat.kept(self.state.step)).items():
+                with weights.applied():
                     record[f"val_bpb_{name}"] = self._score(stop).bpb
-            if self._quantizes(self.state.step - 1):
-                with self.qat.applied():
-                    record["val_bpb_qat"] = self._score(stop).bpb
         except _Interrupted:
             return False
         self.state.validated_step, self.state.val_bpb = self.state.step, score.bpb
@@ -486,7 +469,7 @@ class Trainer:
             "steps": f"{steps:,} of {shapes} tokens, {self.settings.total_tokens():,} in all",
         }
         if self.precision:
-            facts["precision"] = self._precision()
+            facts["precision"] = describe_precision(self.precision, self.runtime, self.device)
         if self.teacher is not None:
             facts["teacher"] = self.teacher.describe()
         self.display.header(facts, self.backends)
