@@ -17,7 +17,7 @@ LAYERS = [
     ["compare"],
     ["export", "probes", ""],
     ["report"],
-    ["train", "quant"],
+    ["train", "quant", "serve"],
     ["runs", "evaluate", "generation"],
     ["data", "model", "optim"],
     ["nn"],

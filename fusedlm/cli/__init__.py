@@ -29,6 +29,7 @@ from fusedlm.cli.probe import probe
 from fusedlm.cli.quantize import quantize
 from fusedlm.cli.recipes import recipes
 from fusedlm.cli.report import report
+from fusedlm.cli.serve import serve
 from fusedlm.cli.train import train
 from fusedlm.terminal import one_line, standard_streams
 
@@ -43,6 +44,7 @@ app = typer.Typer(
 app.command()(train)
 app.command("eval")(evaluate)
 app.command()(generate)
+app.command()(serve)
 app.command()(quantize)
 app.command()(compare)
 app.add_typer(data, name="data")

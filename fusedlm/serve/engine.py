@@ -161,6 +161,7 @@ class Engine:
             group = sequence.group
             if group is not None and group.row is not None:
                 ready.append(Read(sequence, lambda row=group.row: row, group.logits_V))
+                sequence.prompt_scores = group.prompt_scores
                 group.take()
             else:
                 self._prefill.start(sequence)
@@ -176,7 +177,7 @@ class Engine:
             if group is not None:
                 if group.n_waiting > 1:
                     row = read.take_row()
-                    group.keep(row, read.logits_V)
+                    group.keep(row, read.logits_V, read.sequence.prompt_scores)
                     found[i] = Read(read.sequence, lambda row=row: row, read.logits_V)
                 group.take()
         return found

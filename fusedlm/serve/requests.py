@@ -128,10 +128,11 @@ class Group:
     def __init__(self, n_choices: int):
         self.n_waiting = n_choices
         self.row = self.logits_V = None
+        self.prompt_scores: list[ScoredToken] = []
         self.is_reading = False
 
-    def keep(self, row, logits_V) -> None:
-        self.row, self.logits_V = row, logits_V
+    def keep(self, row, logits_V, prompt_scores: list[ScoredToken]) -> None:
+        self.row, self.logits_V, self.prompt_scores = row, logits_V, prompt_scores
 
     def take(self) -> None:
         """One choice less waits; the last one frees the state."""

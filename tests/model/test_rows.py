@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from fusedlm.model import build_model
 from fusedlm.model.rows import copy_rows, join_rows, move_row, needs_snapshot, put_row, static_rows, take_row
@@ -48,8 +49,8 @@ def test_rows_joined_from_several_states_continue_each_sequence(mixer, ffn):
     for room in (None, 25):
         state = join_rows(model, rows, room)
         lengths = [len(text) - n for text, n in zip(texts, seen, strict=True)]
-        ids = torch.stack([torch.nn.functional.pad(text[n:], (0, 12 - len(text) + n)) for text, n in zip(texts, seen)])
-        logits = feed(model, state, ids, lengths=lengths)
+        padded = [F.pad(text[n:], (0, 12 - len(text) + n)) for text, n in zip(texts, seen, strict=True)]
+        logits = feed(model, state, torch.stack(padded), lengths=lengths)
         for b, text in enumerate(texts):
             torch.testing.assert_close(logits[b, : lengths[b]], whole(model, text)[seen[b] :])
         again = [take_row(state, b) for b in range(4)]
