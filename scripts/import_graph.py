@@ -14,7 +14,7 @@ from pathlib import Path
 # From the top: a package imports packages of lower layers only. "" leaves a place free in the picture.
 LAYERS = [
     ["cli"],
-    ["compare"],
+    ["compare", "harness"],
     ["export", "probes", ""],
     ["report"],
     ["train", "quant", "serve"],
