@@ -93,7 +93,7 @@ def evaluate(
     device: DeviceOption = "auto",
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object only.")] = False,
 ) -> None:
-    """Score validation text with the model of RUN, each token once, and print bits per byte; or run a probe, or tasks."""
+    """Score validation text with the model of RUN, each token once, and print bits per byte; or run probes or tasks."""
     options = {"text": text, "data": data, "window": window, "stride": stride, "yarn": yarn, "steps": steps, "lr": lr}
     options |= {"samples": samples, "seed": seed, "pairs": pairs, "lengths": lengths, "depths": depths}
     options |= {"factors": factors, "out": out}

@@ -28,7 +28,10 @@ ShotsOption = Annotated[
 LimitOption = Annotated[
     int | None,
     typer.Option(
-        parser=integer, metavar="N", help="With --tasks: most questions of each task (default: all).", show_default=False
+        parser=integer,
+        metavar="N",
+        help="With --tasks: most questions of each task (default: all).",
+        show_default=False,
     ),
 ]
 _TAKES = ("window", "yarn")

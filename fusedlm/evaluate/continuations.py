@@ -1,4 +1,4 @@
-"""Log-likelihoods of continuations, each context read once: its state is kept, and all that follow it continue there."""
+"""Log-likelihoods of continuations; each context is read once, and all that follow it continue from its state."""
 
 import itertools
 import math
