@@ -3,7 +3,7 @@
 import itertools
 from pathlib import Path
 
-OPS = tuple(f"benchmarks/results/{name}.json" for name in ("ops", "ops-linear-time", "ops-orthogonalize"))
+OPS = tuple(f"benchmarks/results/{name}.json" for name in ("ops", "ops-linear-time", "ops-orthogonalize", "ops-wiring"))
 STEPS = "benchmarks/results/steps.json"
 IMAGES = "docs/images"
 _OURS = "fusedlm"

@@ -14,13 +14,14 @@ sys.path.insert(0, str(REPOSITORY))
 
 from scripts.decoding_section import DECODING, decoding_section, draw_decoding  # noqa: E402
 from scripts.lengths_section import LENGTHS, draw_lengths, lengths_section, read_lengths  # noqa: E402
+from scripts.nanogpt_section import NANOGPT, nanogpt_section  # noqa: E402
 from scripts.ops_section import IMAGES, OPS, STEPS, draw_ops, ops_section  # noqa: E402
 from scripts.optimizer_section import OPTIMIZER_STEP, optimizer_section  # noqa: E402
 
 RUNS, EXPERIMENTS = "benchmarks/results", "benchmarks/results/experiments"
 EXTENSION = "benchmarks/results/probes/extend.json"  # as `fusedlm eval RUN --probe extend` wrote it
 RECALL = "benchmarks/results/recall.json"  # as benchmarks/recall.py wrote it, plots beside it
-OTHERS = (EXTENSION, RECALL, DECODING, *OPS, STEPS, OPTIMIZER_STEP)
+OTHERS = (EXTENSION, RECALL, DECODING, *OPS, STEPS, OPTIMIZER_STEP, NANOGPT)
 BEGIN, END = "<!-- results -->\n", "<!-- end of results -->\n"
 # Rows of the README's table: recipe, measurement, and a function that reads it from a record.
 HEADLINES = [
@@ -107,7 +108,8 @@ def results_page(
     """docs/results.md; `others` are the records of OTHERS, `lengths` those of LENGTHS."""
     page = HEADER + lengths_section(lengths)
     page += ABOUT_RUNS + (runs_section(records) if records else "No run is recorded yet.\n")
-    page += experiments_section(experiments) + recall_section(others[RECALL]) + extension_section(others[EXTENSION])
+    page += experiments_section(experiments) + nanogpt_section(others[NANOGPT], records, experiments)
+    page += recall_section(others[RECALL]) + extension_section(others[EXTENSION])
     page += decoding_section(others[DECODING])
     page += ops_section(ops_records(others), others[STEPS])
     return page + optimizer_section(others[OPTIMIZER_STEP])

@@ -42,12 +42,12 @@ def test_kernel_on_empty_tensors(shape, poisoned):
 
 
 @pytest.mark.parametrize("activation", ["swiglu", "relu2"])
-@pytest.mark.parametrize(("n_subtiles", "ahead"), [(1, True), (2, False), (4, True), (8, False)])
+@pytest.mark.parametrize("n_subtiles", [1, 2, 4, 8])
 @pytest.mark.parametrize("shape", [(110, 40, 72, 4, 2, "skewed"), (50, 37, 41, 4, 2, "even")])
-def test_kernel_in_many_small_tiles(shape, n_subtiles, ahead, activation, poisoned, monkeypatch):
+def test_kernel_in_many_small_tiles(shape, n_subtiles, activation, poisoned, monkeypatch):
     """Several tiles per program and expert, several groups of tiles, several steps of the inner loop."""
     sizes = {"BLOCK_M": 32, "BLOCK_N": 32, "BLOCK_K": 16, "GROUP_M": 2, "SUBTILES": n_subtiles}
-    small = replace(products._FLOAT32, **sizes, FLATTEN=True, AHEAD=ahead)
+    small = replace(products._FLOAT32, **sizes, FLATTEN=True)
     monkeypatch.setattr(products, "_FLOAT32", small)
     _check(kernels.routed_experts, *inputs(shape, activation), activation, 0.25)
 
@@ -204,17 +204,6 @@ def test_products_of_both_kinds(shape, library, poisoned, monkeypatch):
     names = ("down", "up_backward", "down_gradient", "up_gradient")
     monkeypatch.setattr(products, "_LIBRARY", frozenset(names if library else ()))
     _check(kernels.routed_experts, *inputs(shape, "swiglu", torch.bfloat16), floor=1e-5)
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("options", [{"PREFETCH": 0}, {"PREFETCH": 4}, {"PREFETCH": 99, "SUBTILES": 8, "AHEAD": True}])
-@pytest.mark.parametrize("activation", ["swiglu", "relu2"])
-@pytest.mark.parametrize("shape", LARGE[1:3])
-def test_loads_of_the_hidden_layer(shape, activation, options, poisoned, monkeypatch):
-    """Prefetched or not, in step or one subtile ahead."""
-    changed = replace(products._TILES["down_backward"], **options)
-    monkeypatch.setitem(products._TILES, "down_backward", changed)
-    _check(kernels.routed_experts, *inputs(shape, activation, torch.bfloat16), activation, floor=1e-5)
 
 
 @pytest.mark.gpu

@@ -119,7 +119,8 @@ def test_splits_are_summed_in_a_fixed_order():
 @pytest.mark.parametrize("n_tokens", [1, 2, 7, 16, 32])
 @pytest.mark.parametrize(("width", "n_out"), [(1280, 5120), (4096, 14336), (33, 7), (1025, 2050)])
 def test_kernels_on_a_gpu(format, group, n_tokens, width, n_out, dtype):
-    _check(format, group, n_tokens, width, n_out, dtype, 1e-6)
+    # Adding random terms one after the other in float32 errs by about 2^-24 sqrt(terms / 2) of the sum.
+    _check(format, group, n_tokens, width, n_out, dtype, max(1e-6, 2**-24 * width**0.5))
 
 
 def test_small_weights_use_few_splits():

@@ -164,40 +164,25 @@ def _load_hidden(h, row, end, column, HIDDEN, SWIGLU: tl.constexpr, ROWS: tl.con
     return gate, tl.load(at + HIDDEN, mask=inside, other=0.0) if SWIGLU else gate
 
 
-@triton.jit
-def _prefetch_hidden(h, row, end, column, HIDDEN, SWIGLU: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """Start to read what `_load_hidden` loads, aligned to 16 bytes, from memory into the L2 cache."""
-    PARTS: tl.constexpr = 2 if SWIGLU else 1
-    i = tl.arange(0, ROWS * PARTS)
-    rows = tl.minimum(row + i // PARTS, end - 1).to(tl.int64)
-    at = h + rows * (PARTS * HIDDEN) + column + i % PARTS * HIDDEN
-    n_bytes = tl.minimum(HIDDEN - column, COLUMNS) * (h.dtype.element_ty.primitive_bitwidth // 8)
-    tl.inline_asm_elementwise(
-        "cp.async.bulk.prefetch.L2.global [$1], $2; mov.u32 $0, 0;", "=r,l,r", [at, n_bytes],
-        dtype=tl.int32, is_pure=False, pack=1,
-    )  # fmt: skip
-
-
 @triton.jit(do_not_specialize=["slope", "top_k", "n_experts", "n_rows"])
 def down_backward_kernel(
     dy, w, slots, starts, tile_starts, tile_experts, weights, h, dh, weighted, scores, slope,
     top_k, n_experts, n_rows, HIDDEN, K,
     SWIGLU: tl.constexpr, TMA: tl.constexpr, MASK_K: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr, SUBTILES: tl.constexpr,
-    FLATTEN: tl.constexpr, PREFETCH: tl.constexpr, AHEAD: tl.constexpr,
+    FLATTEN: tl.constexpr,
 ):  # fmt: skip
     """From gathered rows of dy (N, K), w (experts, K, HIDDEN) and the saved h: its gradient dh; `weighted` (rows,
     HIDDEN), the weight of the row times a, for the gradient of w; and `scores` (column tiles, rows) float32, <dy w, a>
     of a tile, whose sum is the gradient of the weight (arXiv 2512.14080). a is recomputed from h.
 
-    The epilogue is bound by memory, and the tensor cores wait for it. PREFETCH: h is read into the L2 cache from this
-    many steps before the end of the product; 0: it is not. AHEAD: the epilogue loads a subtile of h before it computes
-    the previous one.
+    The epilogue is bound by memory, and the tensor cores wait for it. Reading h into the L2 cache during the product,
+    or a subtile ahead of its use, made it slower on an H100.
     """
     WIDTH: tl.constexpr = BLOCK_N // SUBTILES
     stride = 2 * HIDDEN if SWIGLU else HIDDEN  # of h
     dtype = dh.dtype.element_ty
-    n_tiles_n, n_steps = tl.cdiv(HIDDEN, BLOCK_N), tl.cdiv(K, BLOCK_K)
+    n_tiles_n = tl.cdiv(HIDDEN, BLOCK_N)
     n_tiles = tl.load(tile_starts + n_experts) * n_tiles_n
     epilogue_tile = tl.program_id(0)
     for index in tl.range(tl.program_id(0), n_tiles, tl.num_programs(0), flatten=FLATTEN):
@@ -205,20 +190,12 @@ def down_backward_kernel(
         token = _tokens(slots, row + tl.arange(0, BLOCK_M), end, top_k)
         dy_rows = dy + token.to(tl.int64)[:, None] * K
         acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
-        for step in range(n_steps):
-            k = step * BLOCK_K
+        for k in range(0, K, BLOCK_K):
             dy_tile = _gather_tile(dy_rows, k, K, MASK_K, BLOCK_K)
             w_tile = load_tile(w, expert * K + k, n * BLOCK_N, n_experts * K, HIDDEN, BLOCK_K, BLOCK_N, TMA)
             acc = tl.dot(dy_tile, w_tile, acc, input_precision="ieee")
-            if PREFETCH and step == tl.maximum(n_steps - PREFETCH, 0):
-                _, row_h, end_h, n_h = _find_tile(
-                    epilogue_tile, starts, tile_starts, tile_experts, n_tiles_n, BLOCK_M, GROUP_M
-                )
-                _prefetch_hidden(h, row_h, end_h, n_h * BLOCK_N, HIDDEN, SWIGLU, BLOCK_M, BLOCK_N)
         _, row, end, n = _find_tile(epilogue_tile, starts, tile_starts, tile_experts, n_tiles_n, BLOCK_M, GROUP_M)
         epilogue_tile += tl.num_programs(0)
-        if AHEAD:
-            next_gate, next_up = _load_hidden(h, row, end, n * BLOCK_N, HIDDEN, SWIGLU, BLOCK_M, WIDTH)
         rows = row + tl.arange(0, BLOCK_M)
         weight = tl.load(weights + tl.load(slots + tl.minimum(rows, end - 1))).to(tl.float32)[:, None]
         score = tl.zeros((BLOCK_M,), dtype=tl.float32)
@@ -226,12 +203,7 @@ def down_backward_kernel(
         for i in tl.static_range(SUBTILES):
             da = subtiles[i]
             column = n * BLOCK_N + i * WIDTH
-            if AHEAD:
-                gate, up = next_gate, next_up
-                if i + 1 < SUBTILES:
-                    next_gate, next_up = _load_hidden(h, row, end, column + WIDTH, HIDDEN, SWIGLU, BLOCK_M, WIDTH)
-            else:
-                gate, up = _load_hidden(h, row, end, column, HIDDEN, SWIGLU, BLOCK_M, WIDTH)
+            gate, up = _load_hidden(h, row, end, column, HIDDEN, SWIGLU, BLOCK_M, WIDTH)
             gate, up = gate.to(tl.float32), up.to(tl.float32)
             dh_at, inside = _row_tile(dh, row, end, column, HIDDEN, stride, BLOCK_M, WIDTH)
             a_at, _ = _row_tile(weighted, row, end, column, HIDDEN, HIDDEN, BLOCK_M, WIDTH)

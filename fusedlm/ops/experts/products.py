@@ -25,8 +25,6 @@ class Tiles:
     num_warps: int
     num_stages: int
     per_processor: int  # programs
-    PREFETCH: int = 0  # these two are described in down_backward_kernel
-    AHEAD: bool = False
 
 
 _TILES = {
@@ -37,7 +35,6 @@ _TILES = {
     "down_gradient": Tiles(128, 128, 64, 8, 2, False, 4, 3, 2),
     "up_gradient": Tiles(256, 128, 64, 8, 2, False, 8, 3, 1),
 }
-_HIDDEN_LOADS = ("PREFETCH", "AHEAD")  # options of one kernel
 _POINTERS = Tiles(128, 128, 32, 8, 2, False, 8, 3, 2)  # without TMA or on small multiprocessors
 _FEW_ROWS = Tiles(64, 128, 64, 8, 2, False, 4, 3, 2)  # of each expert, on average
 _FLOAT32 = Tiles(32, 64, 32, 8, 2, False, 4, 2, 2)
@@ -83,7 +80,7 @@ class Products:
         kernels.up_kernel[self._grid(tiles, columns, self.hidden, x.device)](
             x, matrix, schedule.slots, *_tables(schedule), h, a, slope, top_k, self.n_experts, self.hidden,
             self.dim, SWIGLU=swiglu, SAVE=save, TMA=use_tma, MASK_K=self.dim % tiles.BLOCK_K != 0,
-            **_options(tiles, *_HIDDEN_LOADS),
+            **_options(tiles),
         )  # fmt: skip
         return a, h
 
@@ -106,7 +103,7 @@ class Products:
             matrix = descriptor(matrix, *box)
         kernels.rows_kernel[self._grid(tiles, tiles.BLOCK_N, N, out.device)](
             a, matrix, *_tables(schedule), out, self.n_experts, self.n_slots, N, K,
-            TRANSPOSED=transposed, TMA=use_tma, **_options(tiles, *_HIDDEN_LOADS),
+            TRANSPOSED=transposed, TMA=use_tma, **_options(tiles),
         )  # fmt: skip
         return out
 
@@ -151,7 +148,7 @@ class Products:
         n_programs = min(n_tiles, tiles.per_processor * n_multiprocessors(out.device))
         kernels.weight_gradient_kernel[(n_programs,)](
             left, right, schedule.slots, schedule.starts, out, top_k, self.n_experts, self.n_slots, M, N,
-            GATHER_LEFT=gather_left, TMA=use_tma, **_options(tiles, "FLATTEN", *_HIDDEN_LOADS),
+            GATHER_LEFT=gather_left, TMA=use_tma, **_options(tiles, "FLATTEN"),
         )  # fmt: skip
         return out
 

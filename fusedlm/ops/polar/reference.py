@@ -14,7 +14,7 @@ def start_scale(norm: torch.Tensor, scheme: Scheme) -> torch.Tensor:
 def row_scale(gram: torch.Tensor) -> torch.Tensor:
     """1 / sqrt(sum_j |A_ij|) of Gram matrices A (..., M, M) (arXiv 2512.04632), 0 for rows of zeros; in float32 or
     better."""
-    sums = gram.to(torch.promote_types(gram.dtype, torch.float32)).abs().sum(-1)
+    sums = torch.linalg.vector_norm(gram, 1, dim=-1, dtype=torch.promote_types(gram.dtype, torch.float32))
     return torch.where(sums > 0, sums.clamp(min=torch.finfo(sums.dtype).tiny).rsqrt(), 0.0)
 
 

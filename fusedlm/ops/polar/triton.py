@@ -212,8 +212,12 @@ def iterate(
         gram = symmetric_product(
             x, x, dtype=narrow, transposed=transposed, alpha=GRAM_SCALE, scale=scale, squared_scale=True
         )
+        row_factor = None
         if preconditioned:
-            x, gram = _precondition(x, gram, scale, transposed)
+            row_factor = row_scale(gram) * GRAM_SCALE**0.5
+            _scale_both_sides(gram, row_factor)
+            if scale is not None:
+                row_factor = row_factor * scale[:, None]
             scale, preconditioned = None, False
         total = None
         for left in reversed(range(length)):
@@ -227,17 +231,28 @@ def iterate(
             total = factor if total is None else symmetric_product(total, factor, **last)
             if left:
                 gram = symmetric_product(symmetric_product(factor, gram, dtype=narrow), factor, dtype=narrow)
+        if row_factor is not None:  # of X; columns of the smaller matrix that it is multiplied by are cheaper
+            total.mul_(row_factor[:, None, :])
         x = torch.bmm(x, total.mT) if transposed else torch.bmm(total, x)
         scale = None
     return x
 
 
-def _precondition(x, gram, scale, transposed: bool):
-    """x with the rows of its shorter side scaled, and GRAM_SCALE times its Gram matrices, from those before."""
-    rows = row_scale(gram) * GRAM_SCALE**0.5
-    by_row = rows if scale is None else rows * scale[:, None]
-    x = (x * (by_row[:, None, :] if transposed else by_row[:, :, None])).to(x.dtype)
-    return x, (gram * rows[:, :, None] * rows[:, None, :]).to(gram.dtype)
+@triton.jit
+def _scale_both_sides_kernel(gram, factor, M, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """gram_ij <- factor_i gram_ij factor_j, rounded once; gram (B, M, M) contiguous, factor (B, M) float32."""
+    b = tl.program_id(2).to(tl.int64)
+    rows = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
+    columns = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    elements = gram + b * M * M + rows[:, None] * M + columns[None, :]
+    both = tl.load(factor + b * M + rows)[:, None] * tl.load(factor + b * M + columns)[None, :]
+    tl.store(elements, (tl.load(elements).to(tl.float32) * both).to(gram.dtype.element_ty))
+
+
+def _scale_both_sides(gram: torch.Tensor, factor: torch.Tensor) -> None:
+    B, M, _ = gram.shape
+    block_m, block_n = min(32, ALIGNMENT), ALIGNMENT
+    _scale_both_sides_kernel[(M // block_n, M // block_m, B)](gram, factor, M, block_m, block_n)
 
 
 def padded(size: int) -> int:
