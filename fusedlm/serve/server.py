@@ -14,6 +14,8 @@ def bind(host: str, port: int) -> socket.socket:
     Raises:
         ValueError: the address is not one of this machine, or the port is taken.
     """
+    if not 0 <= port < 2**16:  # the system would take the rest of the division
+        raise ValueError(f"--port {port}: must be from 0 to 65535")
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         found = socket.socket(family, kind, protocol)
@@ -24,8 +26,8 @@ def bind(host: str, port: int) -> socket.socket:
         except BaseException:
             found.close()
             raise
-    except (OSError, OverflowError) as error:
-        reason = getattr(error, "strerror", None) or str(error)
+    except OSError as error:
+        reason = error.strerror or str(error)
         raise ValueError(f"cannot listen on {host} port {port}: {reason}; choose others by --host and --port") from None
     return found
 
