@@ -93,6 +93,8 @@ def put_row(state: State, index: int, row: Row) -> None:
     """Replace a row of a static state by another; `State.set_lengths` counts its tokens."""
     for cache, tokens in zip(_caches(state), row.tokens, strict=True):
         cache.rows[index, : row.length] = tokens
+        # Attention multiplies what follows by 0, and the row before may have had infinities.
+        cache.rows[index, row.length :] = 0
     for part, tensors in zip(_fixed(state), row.snapshot, strict=True):
         _put(part, index, tensors, row.length)
 
@@ -172,4 +174,5 @@ def _put(part: WindowCache | RecurrentState, index: int, tensors: tuple, length:
         return
     (tokens,) = tensors
     place = torch.arange(length - len(tokens), length, device=tokens.device) % part.rows.shape[1]
+    part.rows[index] = 0
     part.rows[index, place] = tokens

@@ -29,7 +29,8 @@ class Worker:
     def __init__(self, engine: Engine):
         self._engine = engine
         self._commands: queue.SimpleQueue[tuple[Callable[[Engine], object], Future] | None] = queue.SimpleQueue()
-        self._sinks: dict[int, tuple[asyncio.AbstractEventLoop, Sink]] = {}  # by the number of the sequence
+        # By the number of the sequence: all that somebody waits for.
+        self._sinks: dict[int, tuple[Sequence, asyncio.AbstractEventLoop, Sink]] = {}
         self._thread = threading.Thread(target=self._run, name="fusedlm-engine", daemon=True)
         self._stopping, self._lock = False, threading.Lock()
 
@@ -65,7 +66,7 @@ class Worker:
 
         def command(engine: Engine) -> None:
             engine.submit(sequences)
-            self._sinks.update({sequence.number: (loop, sink) for sequence in sequences})
+            self._sinks.update({sequence.number: (sequence, loop, sink) for sequence in sequences})
 
         future = self.call(command)
         try:
@@ -132,10 +133,10 @@ class Worker:
         return True
 
     def _end_all(self, piece: Piece) -> None:
-        sequences = self._engine.sequences()
-        for sequence in sequences:
+        for sequence in self._engine.sequences():
             self._engine.cancel(sequence)
-        self._deliver([(sequence, piece) for sequence in sequences])
+        # A step that failed may have lost a sequence, for which somebody waits nevertheless.
+        self._deliver([(sequence, piece) for sequence, _, _ in list(self._sinks.values())])
 
     def _deliver(self, pieces: list[tuple[Sequence, Piece]]) -> None:
         """One call into each event loop for all pieces of a step."""
@@ -145,7 +146,8 @@ class Worker:
             if piece.finish:
                 self._sinks.pop(sequence.number, None)
             if entry is not None:
-                by_loop.setdefault(entry[0], []).append((entry[1], sequence, piece))
+                _, loop, sink = entry
+                by_loop.setdefault(loop, []).append((sink, sequence, piece))
         for loop, entries in by_loop.items():
             try:
                 loop.call_soon_threadsafe(_hand_out, entries)

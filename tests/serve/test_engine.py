@@ -179,6 +179,28 @@ def test_logits_that_are_not_finite_end_their_sequence_alone():
     assert good.finish != "error" and good.text == alone(model, ["good"], 12, temperature=0)[0]
 
 
+@pytest.mark.parametrize("mixer", ["{type: attention, n_heads: 4}", "{type: attention, n_heads: 4, window: 9}"])
+def test_a_slot_can_be_used_after_one_that_was_not_finite(mixer):
+    model = make_model(mixer)
+    with torch.no_grad():
+        model.embedding.weight[ord("!")] = float("inf")
+    engine = make_engine(model)
+    other = make_sequence("the others", max_tokens=40, ignore_eot=True)
+    bias = Choosing(temperature=0.0, logit_bias={ord("!"): 10**4})
+    bad = make_sequence("bad " * 8, bias, max_tokens=40)  # its own token, fed back, is what breaks it
+    engine.submit([other, bad])
+    results = {}
+    while bad.number not in results or results[bad.number].finish is None:
+        collect(results, engine.step())
+    assert results[bad.number].finish == "error" and len(engine.slots) == 1
+    good = make_sequence("ok", max_tokens=12)
+    engine.submit([good])
+    while not engine.is_idle:
+        collect(results, engine.step())
+    assert results[good.number].text == alone(model, ["ok"], 12, temperature=0)[0]
+    assert results[other.number].finish == "length"
+
+
 def test_prompts_are_read_between_decoding_steps(hybrid):
     engine = make_engine(hybrid, chunk=16)
     first = make_sequence("a", max_tokens=30, ignore_eot=True)

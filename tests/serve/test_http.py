@@ -196,3 +196,22 @@ def test_metrics_count_what_was_done(model):
         assert found['fusedlm_requests_total{path="/v1/completions",status="400"}'] == "1"
         for line in lines:
             assert line.startswith("# ") or len(line.rsplit(" ", 1)) == 2
+
+
+def test_a_step_that_fails_ends_its_requests_and_no_others(model, monkeypatch):
+    engine = make_engine(model)
+    decode, fails = engine._decode, [True]
+
+    def failing(pieces):
+        if fails and fails.pop():
+            engine._running.clear()  # a sequence that the engine has lost
+            engine.slots.lengths.clear()
+            raise RuntimeError("out of memory\nfor a while")
+        decode(pieces)
+
+    monkeypatch.setattr(engine, "_decode", failing)
+    with serving(engine) as served:
+        status, _, text = served.send("POST", COMPLETIONS, {"prompt": "x", "ignore_eos": True})
+        error = json.loads(text)["error"]
+        assert status == 500 and error["message"] == "the engine failed: RuntimeError: out of memory for a while"
+        assert served.post(COMPLETIONS, {"prompt": "It is", **GREEDY})["choices"][0]["text"] == alone(model, "It is")
