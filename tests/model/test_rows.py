@@ -81,7 +81,7 @@ def test_rows_of_a_static_state_are_replaced_moved_and_resized(mixer, ffn):
     now = [texts[2], texts[1]]
     view = bigger.first_rows(2)
     generator = torch.Generator().manual_seed(4)
-    for _ in range(9):
+    for _ in range(5):
         ids = torch.randint(0, VOCAB, (2, 1), generator=generator)
         logits = feed(model, view, ids)
         now = [torch.cat([text, new]) for text, new in zip(now, ids, strict=True)]

@@ -27,7 +27,7 @@ def test_thousands_of_arrivals_leave_nothing(mixer, cache_bytes):
     engine._clock = lambda: now[0]
     shared = [bytes(generator.choices(range(97, 123), k=24)).decode() for _ in range(3)]
     arrivals, at = [], 0.0
-    while len(arrivals) < 1000:
+    while len(arrivals) < 750:
         at += generator.expovariate(1 / (0.0045 if len(arrivals) % 300 < 200 else 0.03))
         arrivals.append(at)
     accepted, refused, cancelled, results, groups, leaving = {}, 0, set(), {}, [], []
@@ -58,9 +58,11 @@ def test_thousands_of_arrivals_leave_nothing(mixer, cache_bytes):
         collect(results, engine.step())
         assert len(engine.slots) + len(engine._prefill) <= 12 and engine.cache.nbytes <= cache_bytes
         now[0] += STEP_SECONDS
-    assert len(accepted) > 800 and refused > 50 and len(cancelled) > 100
+    assert len(accepted) > 600 and refused > 30 and len(cancelled) > 100
     for number, sequence in accepted.items():
-        if number not in cancelled:
+        if number in cancelled:
+            assert number not in results or results[number].finish is None
+        else:
             assert results[number].finish == "length" and len(sequence.generated) == sequence.max_tokens
     assert engine.metrics.cancelled == len(cancelled)
     assert all(group.row is None and group.logits_V is None for group in groups)
@@ -69,4 +71,4 @@ def test_thousands_of_arrivals_leave_nothing(mixer, cache_bytes):
     assert cache.nbytes == sum(block.nbytes() for block in cache._blocks)
     assert cache.n_snapshots == sum(block.snapshot is not None for block in cache._blocks)
     assert cache.hits > 100 and cache.evicted > 0
-    assert engine.metrics.first_token.counts[-1] == 0 and sum(engine.metrics.first_token.counts) > 800
+    assert engine.metrics.first_token.counts[-1] == 0 and sum(engine.metrics.first_token.counts) > 600

@@ -20,7 +20,7 @@ def _prompt(i: int) -> str:
 
 
 def _options(i: int) -> dict:
-    return {"temperature": 0.0 if i % 3 else 0.8, "seed": i % 40, "max_tokens": 3 + i % 40 * 7 % 17}
+    return {"temperature": 0.0 if i % 3 else 0.8, "seed": i % 40, "max_tokens": 3 + i % 40 * 7 % 11}
 
 
 async def _client(api, i: int, leaves: bool) -> str | None:

@@ -85,6 +85,17 @@ def test_the_oldest_blocks_go_first_and_bytes_are_counted():
         insert([1])
 
 
+def test_only_a_snapshot_can_be_continued():
+    cache = PrefixCache(10**6, 2, snapshots=True)
+    take = lambda first, last: [torch.zeros(last - first, 1)]  # noqa: E731
+    cache.insert([1, 2, 3, 4], take, None)
+    assert cache.find([1, 2, 3, 4], 4).row is None and cache.find([1, 2, 3, 4], 4).n_known == 4
+    cache.insert([1, 2], take, [(torch.ones(1),)])
+    found = cache.find([1, 2, 3, 4], 4)
+    assert found.row.length == 2 and found.n_known == 4 and found.row.snapshot[0][0] == 1
+    assert cache.n_snapshots == 1 and cache.nbytes == 4 * 4 + 4
+
+
 def test_blocks_do_not_keep_the_memory_of_others():
     cache = PrefixCache(max_bytes=10**6, block_size=2, snapshots=False)
     cache.insert(list(range(10)), lambda first, last: [torch.zeros(last - first, 3)], None)
