@@ -26,6 +26,7 @@ from fusedlm.cli.interrupts import Terminated, die_of_interrupt, exit_code, rais
 from fusedlm.cli.openmp import bound_spinning
 from fusedlm.cli.plan import plan
 from fusedlm.cli.probe import probe
+from fusedlm.cli.processes import is_first_here
 from fusedlm.cli.quantize import quantize
 from fusedlm.cli.recipes import recipes
 from fusedlm.cli.report import report
@@ -111,10 +112,19 @@ def _run(arguments: Sequence[str] | None) -> int:
     except (ValueError, OSError) as error:
         if isinstance(error, BrokenPipeError) and error is sys.stdout.failure:
             return PIPE_CLOSED
-        return _refuse(_describe(error))
+        return _refuse(_describe(error), told_by_others=not is_first_here() and not _is_of_one_process(error))
 
 
-def _refuse(message: str) -> int:
+def _is_of_one_process(error: ValueError | OSError) -> bool:
+    from fusedlm.distributed import OneProcessFailed
+
+    return isinstance(error, OneProcessFailed)
+
+
+def _refuse(message: str, *, told_by_others: bool = False) -> int:
+    """told_by_others: another of the processes that torchrun started prints the same."""
+    if told_by_others:
+        return BAD_INPUT
     with contextlib.suppress(OSError):  # stdout may be a file on the full disk
         sys.stdout.flush()
     print("error:", one_line(message), file=sys.stderr)

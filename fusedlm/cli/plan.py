@@ -63,7 +63,9 @@ def make_plan(
     """The cost of a recipe in parameters, FLOPs, bytes, tokens, seconds and money.
 
     Memory is that of training on a GPU: weights, gradients, optimizer and average in float32, the weights' copies in
-    the dtype of activations, and the estimate of `fusedlm.model.memory` for a micro-batch.
+    the dtype of activations, and the estimate of `fusedlm.model.memory` for a micro-batch. With the processes that
+    `runtime.parallel` names it is that of one of them; on which GPUs training fits (`fits`) is answered for the full
+    model, and seconds are those of one GPU.
 
     Args:
         device_flops: peak FLOP/s; None: that of the GPU.
@@ -80,7 +82,13 @@ def make_plan(
     from fusedlm.data.vocabulary import lacks_file, planned_vocab_size
     from fusedlm.model import build_model
     from fusedlm.model.accounting import count_parameters, state_bytes, training_flops_per_token
-    from fusedlm.model.memory import activation_bytes, quantized_bytes, weight_copy_bytes
+    from fusedlm.model.memory import (
+        activation_bytes,
+        gathered_bytes,
+        held_fraction,
+        quantized_bytes,
+        weight_copy_bytes,
+    )
     from fusedlm.model.precision import resolve_dtype
     from fusedlm.ops.common import check_backends
     from fusedlm.ops.quantized.reference import WEIGHT_FORMATS
@@ -116,8 +124,13 @@ def make_plan(
     def activations(micro_batch: int, recompute: bool = recompute) -> int:
         return activation_bytes(model, micro_batch * train.seq_len, dtype, recompute)
 
-    micro_batch = train.micro_batch_size or train.batch_size
-    memory = sum(fixed.values()) + activations(micro_batch)
+    shards = recipe.runtime.parallel.shard or 1
+    processes = recipe.runtime.parallel.replicate * shards
+    held = {name: round(held_fraction(model, shards) * n) for name, n in fixed.items()}
+    # A copy in one shard keeps its weights in the dtype of activations.
+    held["weight_copy_bytes"] = gathered_bytes(model, dtype) if shards > 1 else fixed["weight_copy_bytes"]
+    micro_batch = min(train.micro_batch_size or train.batch_size, max(1, train.batch_size // processes))
+    memory = sum(held.values()) + activations(micro_batch)
     fits = {
         name: fit(one.memory_bytes * USABLE, sum(fixed.values()), activations, micro_batch)
         for name, one in GPUS.items()
@@ -137,7 +150,9 @@ def make_plan(
         "stages": stage_lines(recipe),
         "packing": recipe.data.packing,
         "training_flops": flops * tokens,
-        **fixed,
+        **held,
+        "processes": processes,
+        "shards": shards,
         "optimizer": train.optimizer.type,
         "micro_batch_size": micro_batch,
         "seq_len": train.seq_len,

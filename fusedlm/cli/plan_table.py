@@ -66,6 +66,10 @@ def _text(estimate: dict):
     return "tokens read of each source" if estimate["text"][0]["name"] else "tokens read", rows
 
 
+def _of_one(estimate: dict) -> str:
+    return f"per GPU, {estimate['processes']} GPUs, {estimate['shards']} shards" if estimate["processes"] > 1 else ""
+
+
 def _memory(estimate: dict):
     micro = f"{estimate['micro_batch_size']} × {estimate['seq_len']:,} tokens"
     other = "without" if estimate["recompute"] == "mixer" else "with"
@@ -77,7 +81,7 @@ def _memory(estimate: dict):
         ("weight copies", estimate["weight_copy_bytes"], estimate["state_dtype"]),
         ("activations", estimate["activation_bytes"], f"estimate, {micro}"),
         (f"  {other} recompute", estimate[f"activation_bytes_{other}_recompute"], "runtime.recompute"),
-        ("total", estimate["memory_bytes"], ""),
+        ("total", estimate["memory_bytes"], _of_one(estimate)),
     ]
     return "memory to train on a GPU", [(label, _size_of(n), note) for label, n, note in rows if n]
 
@@ -118,7 +122,7 @@ def _sentences(estimate: dict) -> list[str]:
         elif gpus == 1:
             sentences.append(f"Fits on one with train.micro_batch_size={micro}: {', '.join(names)}.")
         elif gpus is not None:
-            sentences.append(f"Needs weights sharded over {gpus} (fully_shard, from Python): {', '.join(names)}.")
+            sentences.append(f"Needs weights sharded over {gpus} (runtime.parallel): {', '.join(names)}.")
         else:
             sentences.append(f"One sequence does not fit: {', '.join(names)}; shorten train.seq_len.")
     if estimate["vocab_source"] == "recipe":

@@ -8,6 +8,7 @@ import typer
 
 from fusedlm.cli.common import OverridesArgument, RecipeArgument, show
 from fusedlm.cli.interrupts import exit_code
+from fusedlm.cli.processes import is_main
 from fusedlm.terminal import make_console, outlast_output
 
 _SAMPLE_TOKENS = 200
@@ -24,12 +25,17 @@ def train(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the recipe and its plan; do not train.")] = False,
     verbose: Annotated[bool, typer.Option("--verbose", help="Show the backend of each op, and the reason.")] = False,
 ) -> None:
-    """Train RECIPE, preparing its text first if necessary."""
+    """Train RECIPE, preparing its text first if necessary.
+
+    On several processes: torchrun --nproc-per-node N -m fusedlm train RECIPE.
+    """
     from fusedlm.config import dump_recipe, load_recipe
 
     config = load_recipe(recipe, overrides or [])
     run = out or Path("runs") / config.name
     if dry_run:
+        if not is_main():
+            return
         from fusedlm.cli.plan import make_plan
         from fusedlm.cli.plan_table import print_plan
 
@@ -43,6 +49,8 @@ def train(
 
     with outlast_output():
         result = train(config, run, resume=resume, display=Display(make_console(), verbose=verbose))
+        if not is_main():
+            raise typer.Exit(exit_code(result.signal) if result.signal is not None else 0)
         if result.signal is not None:
             again = shlex.join(["fusedlm", "train", str(recipe), *(overrides or []), "--out", str(run), "--resume"])
             print(f"stopped at step {result.step}; resume with: {again}")

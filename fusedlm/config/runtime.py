@@ -6,6 +6,20 @@ from pydantic import Field
 
 from fusedlm.config.schema import NEUTRAL, Config, ShortText
 
+Processes = Annotated[int, Field(gt=0, le=2**16)]
+
+
+class ParallelConfig(Config):
+    """How the processes that torchrun starts divide a run: replicate x shard of them. The batch is divided over all."""
+
+    replicate: Processes = 1
+    """Copies of the sharded model."""
+    shard: Processes | None = None
+    """Processes over which weights, gradients and optimizer state of a copy are sharded; 1: each holds all of them;
+    null: all that `replicate` leaves."""
+    experts: int = Field(1, ge=1, le=1)
+    """Processes over which experts are divided; 1 is all there is yet: they are sharded as other matrices are."""
+
 
 class RuntimeConfig(Config):
     """Device, precision and kernels. Keys that change rounding must stay the same when a run is resumed on the same
@@ -23,5 +37,7 @@ class RuntimeConfig(Config):
     """What the backward pass recomputes; mixer: save only its input and the output of attention for backward."""
     deterministic: bool = False
     """Operations whose result can differ between runs are errors."""
+    parallel: Annotated[ParallelConfig, NEUTRAL] = ParallelConfig()
+    """Division of the run over several processes."""
     backends: dict[ShortText, ShortText] = Field({}, max_length=100)
     """Backend by op, as `fusedlm doctor` lists them; other ops use auto."""

@@ -1,9 +1,17 @@
-"""Rank, size, sums and barriers. With one process nothing is communicated."""
+"""Rank, size, sums, and decisions that processes take together. With one process nothing is communicated."""
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
+
+T = TypeVar("T")
+
+
+class OneProcessFailed(ValueError):
+    """A failure of one process alone: the others do not know it, and it has to tell the user itself."""
 
 
 @dataclass(frozen=True)
@@ -12,10 +20,14 @@ class World:
 
     rank: of this process, from 0.
     size: number of processes.
+    control: group that carries flags, errors and objects, on the CPU: decisions do not wait for a GPU, and a process
+        may wait for the main one as long as that prepares text. None: the default group, which must communicate from
+        the CPU.
     """
 
     rank: int = 0
     size: int = 1
+    control: dist.ProcessGroup | None = field(default=None, compare=False, repr=False)
 
     @staticmethod
     def current() -> "World":
@@ -37,17 +49,75 @@ class World:
         dist.all_reduce(total)
         return total
 
-    def any(self, flag: bool, device: torch.device | str = "cpu") -> bool:
-        """Whether the flag is set in any process.
+    def sum_all(self, tensors: list[torch.Tensor]) -> list[torch.Tensor]:
+        """As `sum` of each tensor, all on one device, in one exchange of float64; integers are exact up to 2^53."""
+        if self.size == 1 or not tensors:
+            return tensors
+        total = self.sum(torch.cat([tensor.detach().flatten().double() for tensor in tensors]))
+        parts = total.split([tensor.numel() for tensor in tensors])
+        return [part.view(one.shape).to(one.dtype) for part, one in zip(parts, tensors, strict=True)]
 
-        Args:
-            device: a device that the process group communicates from.
-        """
+    def largest(self, number: int) -> int:
+        """The largest of the processes' numbers."""
         if self.size == 1:
-            return flag
-        return bool(self.sum(torch.tensor(int(flag), device=device)) > 0)
+            return number
+        numbers = torch.zeros(self.size, dtype=torch.int64)
+        numbers[self.rank] = number
+        dist.all_reduce(numbers, group=self.control)
+        return int(numbers.max())
+
+    def any(self, flag: bool) -> bool:
+        """Whether the flag is set in any process."""
+        return bool(self.largest(int(flag)))
 
     def barrier(self) -> None:
         """Wait for all processes."""
         if self.size > 1:
-            dist.barrier()
+            dist.barrier(group=self.control)
+
+    def raise_together(self, error: Exception | None) -> None:
+        """A barrier. If a process comes with an error, every process raises: those that have one their own, the others
+        a ValueError or OSError with the text of the first one."""
+        if self.size == 1:
+            if error is not None:
+                raise error
+            return
+        if not self.any(error is not None):
+            return
+        texts: list = [None] * self.size
+        # Text alone: not every exception can be sent.
+        own = None if error is None else (isinstance(error, OSError), str(error))
+        dist.all_gather_object(texts, own, group=self.control)
+        if error is not None:
+            raise error
+        is_os_error, text = next(text for text in texts if text is not None)
+        raise (OSError if is_os_error else ValueError)(text)
+
+    def together(self, call: Callable[[], T], *, only_main: bool = False) -> T | None:
+        """What `call` returns in this process, for all of which this is a barrier; a ValueError or OSError of one
+        process is raised in all. only_main: the others do not call it."""
+        result, error = None, None
+        if self.is_main or not only_main:
+            try:
+                result = call()
+            except (ValueError, OSError) as raised:
+                error = raised
+        self.raise_together(error)
+        return result
+
+    def on_main(self, call: Callable[[], T]) -> T:
+        """What `call` returns in the main process, for all of them; its ValueError or OSError is raised in all."""
+        if self.size == 1:
+            return call()
+        found = [self.together(call, only_main=True)]
+        dist.broadcast_object_list(found, src=0, group=self.control)
+        return found[0]
+
+    def main_first(self, call: Callable[[], T]) -> T:
+        """What `call` returns in this process; the others call it after the main one is done, to find its files. A
+        ValueError or OSError of one is raised in all."""
+        if self.size == 1:
+            return call()
+        result = self.together(call, only_main=True)
+        others = self.together(lambda: None if self.is_main else call())
+        return result if self.is_main else others

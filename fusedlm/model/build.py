@@ -4,6 +4,7 @@ import os
 
 import torch
 
+from fusedlm.distributed import local
 from fusedlm.model.decoder import Decoder, default_embedding_std
 from fusedlm.model.precision import resolve_device
 from fusedlm.nn.module import init_weights
@@ -37,7 +38,7 @@ def build_model(
         model = _allocate(vocab_size, config)
     if str(device) == "meta":
         return model
-    _check_memory(model, device)
+    check_memory(model, device)
     model.to_empty(device=device)
     init_weights(model, seed)
     return model
@@ -60,9 +61,13 @@ def _allocate(vocab_size: int, config) -> Decoder:
     return model
 
 
-def _check_memory(model: Decoder, device: torch.device) -> None:
-    """Allocating more than the memory of a CPU succeeds on some systems, and the process is killed when it writes."""
-    needed = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
+def check_memory(model: Decoder, device: torch.device) -> None:
+    """Allocating more than the memory of a CPU succeeds on some systems, and the process is killed when it writes.
+
+    Raises:
+        ValueError: this process's part of the parameters is larger than the memory of the device.
+    """
+    needed = sum(local(parameter).numel() * parameter.element_size() for parameter in model.parameters())
     if device.type == "cuda":
         total = torch.cuda.get_device_properties(device).total_memory
     else:

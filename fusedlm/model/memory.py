@@ -3,8 +3,10 @@
 import torch
 
 from fusedlm.model.decoder import Decoder
+from fusedlm.model.sharding import SHARDED_KINDS
 from fusedlm.nn.ffn.relu2 import ReLU2
 from fusedlm.nn.linear import Linear
+from fusedlm.nn.module import parameters_by_kind
 from fusedlm.nn.quantized import empty_weight, hidden_matrices
 
 _LOGITS = 298 * 2**20  # most bytes of logits at a time, of the chunked cross entropy
@@ -40,6 +42,23 @@ def weight_copy_bytes(model: Decoder, dtype: torch.dtype) -> int:
     if dtype == torch.float32:
         return 0
     return dtype.itemsize * sum(parameter.numel() for parameter in model.parameters())
+
+
+def held_fraction(model: Decoder, n_shards: int) -> float:
+    """Of the parameters, and so of their gradients and optimizer state, what each of n_shards processes holds."""
+    total = sum(parameter.numel() for parameter in model.parameters())
+    sharded = sum(p.numel() for _, kind, p in parameters_by_kind(model) if kind in SHARDED_KINDS)
+    return (total - sharded + sharded / n_shards) / total
+
+
+def gathered_bytes(model: Decoder, dtype: torch.dtype) -> int:
+    """Bytes of what a process with sharded parameters gathers and reduces at a time: in the dtype of activations the
+    parameters beside blocks, with their gradients, two blocks, since the next one is gathered ahead, and the gradients
+    of one, twice in float32 while they are reduced."""
+    numbers = [sum(parameter.numel() for parameter in block.parameters()) for block in model.all_blocks()]
+    rest = sum(parameter.numel() for parameter in model.parameters()) - sum(numbers)
+    largest = max(numbers)
+    return dtype.itemsize * (2 * rest + 3 * largest) + 2 * 4 * largest
 
 
 def quantized_bytes(model: Decoder, format: str) -> int:

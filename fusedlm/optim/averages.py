@@ -7,17 +7,19 @@ import torch
 from torch import nn
 
 from fusedlm.config.train import TrainConfig
+from fusedlm.distributed import forget_gathered, local, shard_like
 from fusedlm.optim.schedule import is_decayed_below
 
 
 class WeightAverage:
-    """float32 averages of the parameters of a model, a tied one once. They begin as the weights.
+    """float32 averages of the parameters of a model, a tied one once, sharded as these are. They begin as the weights.
 
     updates: weights averaged so far.
     """
 
     def __init__(self, model: nn.Module):
         self.updates = 0
+        self._model = model
         self._parameters = dict(model.named_parameters())
         self._averages = {
             name: parameter.detach().to(torch.float32, copy=True) for name, parameter in self._parameters.items()
@@ -26,15 +28,15 @@ class WeightAverage:
     @torch.no_grad()
     def move(self, fraction: float) -> None:
         """a ← a + fraction (w − a). Does not wait for the device."""
-        weights = [parameter.detach().float() for parameter in self._parameters.values()]
-        torch._foreach_lerp_(list(self._averages.values()), weights, fraction)
+        weights = [local(parameter.detach()).float() for parameter in self._parameters.values()]
+        torch._foreach_lerp_([local(average) for average in self._averages.values()], weights, fraction)
 
     @contextlib.contextmanager
     def applied(self) -> Iterator[None]:
         """Inside the context the model has the averages as weights. Its own weights are restored bit for bit."""
-        own = [parameter.detach().clone() for parameter in self._parameters.values()]
+        own = [local(parameter.detach()).clone() for parameter in self._parameters.values()]
         try:
-            self._write(list(self._averages.values()))
+            self._write([local(average) for average in self._averages.values()])
             yield
         finally:
             self._write(own)
@@ -42,7 +44,8 @@ class WeightAverage:
     @torch.no_grad()
     def _write(self, values: list[torch.Tensor]) -> None:
         for parameter, value in zip(self._parameters.values(), values, strict=True):
-            parameter.copy_(value)
+            local(parameter.detach()).copy_(value)
+        forget_gathered(self._model)
 
     def state_dict(self) -> dict[str, torch.Tensor]:
         """The averages by parameter name (the live tensors, not copies). Save `updates` too."""
@@ -50,7 +53,7 @@ class WeightAverage:
 
     @torch.no_grad()
     def load_state_dict(self, tensors: dict[str, torch.Tensor], updates: int) -> None:
-        """Restore saved averages and their number of updates.
+        """Restore saved averages, full tensors, and their number of updates.
 
         Raises:
             ValueError: names or shapes do not match this model.
@@ -59,12 +62,13 @@ class WeightAverage:
             name = sorted(tensors.keys() ^ self._averages.keys())[0]
             raise ValueError(f"averaged weights: tensor {name!r} is in only one of the checkpoint and the model")
         for name, average in self._averages.items():
-            if tensors[name].shape != average.shape:
+            saved = tensors[name]
+            if saved.shape != average.shape:
                 raise ValueError(
-                    f"averaged weights: tensor {name!r} has shape {tuple(tensors[name].shape)}, "
+                    f"averaged weights: tensor {name!r} has shape {tuple(saved.shape)}, "
                     f"in the model {tuple(average.shape)}"
                 )
-            average.copy_(tensors[name])
+            local(average).copy_(local(shard_like(saved, average)))
         self.updates = updates
 
 

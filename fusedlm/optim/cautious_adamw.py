@@ -1,20 +1,10 @@
 """AdamW whose weight decay applies only where the update and the weight have the same sign."""
 
 import torch
-from torch.distributed.tensor import DTensor
 from torch.optim.adamw import adamw
 
+from fusedlm.distributed import local
 from fusedlm.ops.common.device import can_run_triton
-
-
-def refuse_sharded(parameters: list[torch.Tensor]) -> None:
-    """Raises ValueError for DTensors, whose parts the steps here do not know."""
-    for parameter in parameters:
-        if isinstance(parameter, DTensor):
-            raise ValueError(
-                f"a parameter of shape {tuple(parameter.shape)} is sharded (a DTensor): Muon, NorMuon and cautious "
-                "weight decay need whole ones; take type: adamw without cautious, or do not shard"
-            )
 
 
 @torch.no_grad()
@@ -22,8 +12,8 @@ def adamw_step(optimizer: torch.optim.Optimizer, group: dict) -> None:
     """One step of AdamW (arXiv 1711.05101, algorithm 2) on a group with lr, betas, eps, weight_decay and `cautious`.
 
     State: exp_avg, exp_avg_sq and step, as of torch's AdamW. With `cautious`, weight decay is that of arXiv 2510.12402,
-    algorithm 1. `grad_scale` and `found_inf` of the optimizer are those that torch's fused optimizers read; nothing
-    waits for the device.
+    algorithm 1. Of sharded parameters every process updates its own shard. `grad_scale` and `found_inf` of the
+    optimizer are those that torch's fused optimizers read; nothing waits for the device.
     """
     parameters = [p for p in group["params"] if p.grad is not None]
     if not parameters:
@@ -34,8 +24,9 @@ def adamw_step(optimizer: torch.optim.Optimizer, group: dict) -> None:
             state["step"] = torch.zeros((), dtype=torch.float32, device=p.device)
             state["exp_avg"] = torch.zeros_like(p, memory_format=torch.preserve_format)
             state["exp_avg_sq"] = torch.zeros_like(p, memory_format=torch.preserve_format)
-    gradients = [p.grad.contiguous() for p in parameters]
-    means, squares, steps = ([state[key] for state in states] for key in ("exp_avg", "exp_avg_sq", "step"))
+    gradients = [local(p.grad).contiguous() for p in parameters]
+    parameters = [local(p) for p in parameters]
+    means, squares, steps = ([local(state[key]) for state in states] for key in ("exp_avg", "exp_avg_sq", "step"))
     beta1, beta2 = group["betas"]
     found_inf = getattr(optimizer, "found_inf", None)
     if not (group["cautious"] and group["weight_decay"]):
@@ -73,20 +64,18 @@ class CautiousAdamW(torch.optim.Optimizer):
 
     Args:
         params: parameters or groups; a group may have its own lr and weight_decay.
-
-    Raises:
-        ValueError: a parameter is sharded.
+        cautious: False: torch's AdamW, for parameters of which some are sharded and some are not.
     """
 
     def __init__(
         self, params, lr: float = 1e-3, betas: tuple[float, float] = (0.9, 0.95), eps: float = 1e-8,
-        weight_decay: float = 0.1,
+        weight_decay: float = 0.1, cautious: bool = True,
     ):  # fmt: skip
-        defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "cautious": True, "fused": True}
-        super().__init__(params, defaults)
-        for group in self.param_groups:
-            refuse_sharded(group["params"])
-        self._step_supports_amp_scaling = all(can_run_triton(p) for group in self.param_groups for p in group["params"])
+        defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
+        super().__init__(params, defaults | {"cautious": cautious, "fused": True})
+        self._step_supports_amp_scaling = not cautious or all(
+            can_run_triton(p) for group in self.param_groups for p in group["params"]
+        )
 
     @torch.no_grad()
     def step(self, closure=None) -> None:

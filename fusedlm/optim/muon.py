@@ -1,11 +1,14 @@
 """Muon and NorMuon for hidden matrices, AdamW for the rest, as one optimizer."""
 
 import torch
+from torch.distributed.tensor import DTensor
 
+from fusedlm.nn.module import Role
 from fusedlm.ops import orthogonalize
 from fusedlm.ops.common.device import can_run_triton
 from fusedlm.ops.polar.schemes import scheme_of
-from fusedlm.optim.cautious_adamw import adamw_step, refuse_sharded
+from fusedlm.optim.cautious_adamw import adamw_step
+from fusedlm.optim.sharded_muon import ShardedMatrices
 from fusedlm.optim.stacks import NORM_EPS, SCALINGS, Stack, stacks_of
 
 UPDATE_DTYPE = torch.bfloat16  # of updates that are orthogonalised on a GPU
@@ -23,43 +26,55 @@ class MuonAdamW(torch.optim.Optimizer):
         W <- W - lr (scaling O + weight_decay W), with `cautious` decay only where O W >= 0
 
     (Keller Jordan, 2024; arXiv 2502.16982; NorMuon: arXiv 2510.05491.) Every split of a packed matrix and every expert
-    of a stack is a matrix of its own. On CUDA devices a step does not wait for the device: it can be captured in a CUDA
-    graph, and reads `found_inf` as torch's fused optimizers do.
+    of a stack is a matrix of its own. Sharded parameters are orthogonalised as whole matrices all the same, each by one
+    of the processes (`fusedlm.optim.sharded_muon`). On CUDA devices a step does not wait for the device: it can be
+    captured in a CUDA graph, and reads `found_inf` as torch's fused optimizers do; but not with sharded parameters.
 
     Args:
         groups: of hidden matrices: params, roles, lr, momentum, nesterov, weight_decay, cautious, scheme, scaling
             and beta2 (None: Muon). Of the rest: params, lr, betas, eps, weight_decay, cautious.
 
     Raises:
-        ValueError: a parameter of a group with roles has not two or three dimensions; the scheme or scaling is unknown;
-            a parameter is sharded.
+        ValueError: a parameter of a group with roles has not two or three dimensions; the scheme or scaling is
+            unknown.
     """
 
     def __init__(self, groups: list[dict]):
         super().__init__(groups, {"lr": 1e-3, "weight_decay": 0.0, "cautious": False, "fused": True})
         self._stacks: dict[int, list[Stack]] = {}
+        self._sharded: dict[int, ShardedMatrices] = {}
         self._launchers: dict[tuple, object] = {}
         for index, group in enumerate(self.param_groups):
-            refuse_sharded(group["params"])
             if "roles" in group:
                 scheme_of(group["scheme"])
                 if group["scaling"] not in SCALINGS:
                     known = ", ".join(SCALINGS)
                     raise ValueError(f"scaling={group['scaling']!r}: there is no such scaling; one of {known}")
-                self._stacks[index] = stacks_of(group["params"], group["roles"])
+                self._add_matrices(index, list(zip(group["params"], group["roles"], strict=True)))
         self._uses_kernels = all(can_run_triton(p) for group in self.param_groups for p in group["params"])
-        self._step_supports_amp_scaling = self._uses_kernels
+        self._step_supports_amp_scaling = self._uses_kernels and not self._sharded
+
+    def _add_matrices(self, index: int, matrices: list[tuple[torch.nn.Parameter, Role]]) -> None:
+        """Those of the group with that index."""
+        whole = [(parameter, role) for parameter, role in matrices if not isinstance(parameter, DTensor)]
+        sharded = [(parameter, role) for parameter, role in matrices if isinstance(parameter, DTensor)]
+        self._stacks[index] = stacks_of(*map(list, zip(*whole, strict=True))) if whole else []
+        if sharded:
+            dtype = UPDATE_DTYPE if sharded[0][0].device.type == "cuda" else None
+            self._sharded[index] = ShardedMatrices(*map(list, zip(*sharded, strict=True)), dtype)
 
     @torch.no_grad()
     def step(self, closure=None) -> None:
         for index, group in enumerate(self.param_groups):
             if index in self._stacks:
                 self._step_matrices(group, self._stacks[index])
+                if index in self._sharded:
+                    self._sharded[index].step(self, group)
             else:
                 adamw_step(self, group)
 
     def _step_matrices(self, group: dict, stacks: list[Stack]) -> None:
-        for parameter in group["params"]:
+        for parameter in {part.parameter: None for stack in stacks for part in stack.parts}:
             if parameter.grad is not None:
                 _initialise(self.state[parameter], parameter, with_rows=group["beta2"] is not None)
         for index, stack in enumerate(stacks):

@@ -2,6 +2,7 @@
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from fusedlm.config.train import AdamWConfig, MuonAdamWConfig, NorMuonAdamWConfig, OptimizerConfig, SGDConfig
 from fusedlm.nn.module import KINDS, Role, parameters_by_kind, roles
@@ -65,17 +66,28 @@ def build_optimizer(model: nn.Module, config: OptimizerConfig, device: torch.dev
 def _adamw(model: nn.Module, config: AdamWConfig, device: torch.device) -> torch.optim.Optimizer:
     groups = factored_groups(model, parameter_groups(model, config.weight_decay, config.head_lr), config.lr)
     options = {"lr": config.lr, "betas": (config.beta1, config.beta2), "eps": config.eps}
-    if config.cautious:
-        return CautiousAdamW(groups, **options)
+    if config.cautious or any(isinstance(parameter, DTensor) for parameter in model.parameters()):
+        return CautiousAdamW(groups, **options, cautious=config.cautious)
     return torch.optim.AdamW(groups, **options, fused=device.type in _FUSED_DEVICES)
 
 
 def _sgd(model: nn.Module, config: SGDConfig, device: torch.device) -> torch.optim.Optimizer:
     if getattr(model, "mup", None) is not None:
         raise ValueError("train.optimizer.type=sgd: model.mup has no rule for it; use adamw, or remove model.mup")
-    groups = parameter_groups(model, config.weight_decay, config.head_lr)
+    groups = _uniform(parameter_groups(model, config.weight_decay, config.head_lr))
     # Not fused: torch's fused kernel leaves the momentum uninitialised if the first step is skipped.
     return torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum, nesterov=config.nesterov)
+
+
+def _uniform(groups: list[dict]) -> list[dict]:
+    """Groups divided into those of sharded parameters and of others, which torch's optimizers cannot update at once."""
+    divided = []
+    for group in groups:
+        for is_sharded in (False, True):
+            members = [i for i, p in enumerate(group["params"]) if isinstance(p, DTensor) == is_sharded]
+            lists = {key: [group[key][i] for i in members] for key in ("names", "params")}
+            divided += [group | lists] if members else []
+    return divided
 
 
 def _muon(model: nn.Module, config: MuonAdamWConfig | NorMuonAdamWConfig, device) -> torch.optim.Optimizer:

@@ -3,6 +3,8 @@
 import torch
 from torch import nn
 
+from fusedlm.distributed import shard_like
+
 
 def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
     """State tensors of any shape and dtype by `<state key>/<parameter name>`, such as `exp_avg/blocks.0.ffn.up.weight`.
@@ -24,8 +26,11 @@ def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dic
 def load_optimizer_tensors(
     model: nn.Module, optimizer: torch.optim.Optimizer, tensors: dict[str, torch.Tensor]
 ) -> None:
-    """Restore the tensors of `optimizer_tensors`, in their own dtype, on the devices of the parameters. Hyperparameters
-    are not changed.
+    """Restore the tensors of `optimizer_tensors`, in their own dtype, on the devices of the parameters, and sharded as
+    these are. Hyperparameters are not changed.
+
+    Args:
+        tensors: full ones, read one after another.
 
     Raises:
         ValueError: a tensor belongs to no trainable parameter of this model.
@@ -41,7 +46,7 @@ def load_optimizer_tensors(
         group = groups[id(parameter)]
         # torch keeps step counters on the CPU, unless the optimizer is fused or capturable.
         on_host = key == "step" and not (group.get("fused") or group.get("capturable"))
-        device = torch.device("cpu") if on_host else parameter.device
-        state.setdefault(parameter, {})[key] = tensor.to(device, copy=True)
+        value = tensor if on_host else shard_like(tensor, parameter)
+        state.setdefault(parameter, {})[key] = value.clone() if value is tensor else value
     optimizer.state.clear()
     optimizer.state.update(state)

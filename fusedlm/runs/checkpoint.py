@@ -5,16 +5,17 @@ import os
 import re
 import shutil
 import stat
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
-from fusedlm.distributed import World
+from fusedlm.distributed import World, gathered
 from fusedlm.files import sha256_file, sync
 
 MANIFEST = "manifest.json"
@@ -29,16 +30,45 @@ Writer = Callable[[Path, str, dict[str, torch.Tensor], World], None]
 
 
 def write_safetensors(folder: Path, stem: str, tensors: dict[str, torch.Tensor], world: World) -> None:
-    """One file of full tensors, written by the main process: every process must hold the same ones."""
+    """One file of full tensors, written by the main process. Tensors that every process holds in full must be the same
+    in all; sharded ones are gathered one after another, so that no device ever holds two of them in full, and the main
+    process has those of a file in its host memory."""
+    contiguous = {}
+    for name, tensor in tensors.items():
+        full = gathered(tensor)
+        if world.is_main:
+            contiguous[name] = (full if full is tensor else full.cpu()).detach().contiguous()
+        del full  # before the next one is gathered
     if not world.is_main:
         return
-    contiguous = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
     path = folder / f"{stem}.safetensors"
     path.touch()
     mode = stat.S_IMODE(path.stat().st_mode)
-    save_file(contiguous, path)  # replaces the file by one that only its owner can read
+    try:
+        save_file(contiguous, path)  # replaces the file by one that only its owner can read
+    except SafetensorError as error:
+        raise OSError(str(error)) from None
     with suppress(PermissionError):  # a file system without modes
         path.chmod(mode)
+
+
+class StoredTensors(Mapping):
+    """The tensors of a safetensors file by name, in memory only while they are used."""
+
+    def __init__(self, path: Path):
+        self._file = safe_open(path, "pt")
+        self._names = frozenset(self._file.keys())
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        if name not in self._names:
+            raise KeyError(name)
+        return self._file.get_tensor(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(sorted(self._names))
+
+    def __len__(self) -> int:
+        return len(self._names)
 
 
 class DamagedCheckpoint(ValueError):
@@ -129,33 +159,36 @@ class Checkpoints:
         final = self.path(step)
         temporary = self.temporary(step)
         try:
-            if world.is_main:
-                self.directory.mkdir(parents=True, exist_ok=True)
-                _make_way(temporary)
-                temporary.mkdir()
-            world.barrier()
+            world.together(lambda: self._begin(temporary), only_main=True)
             for stem, table in tensors.items():
-                write(temporary, stem, table, world)
-            world.barrier()
+                world.together(partial(write, temporary, stem, table, world))
+            world.together(lambda: self._finish(step, texts), only_main=True)
+        except OSError as error:
             if world.is_main:
-                self._seal(temporary, texts)
-                replaced = self.temporary(step, "replaced")
-                _make_way(replaced)
-                if final.is_dir():
-                    os.rename(final, replaced)
-                else:
-                    _make_way(final)
-                os.rename(temporary, final)
-                sync(self.directory)
-                _remove(replaced)
-            world.barrier()
-        except (OSError, SafetensorError) as error:
-            shutil.rmtree(temporary, ignore_errors=True)
+                shutil.rmtree(temporary, ignore_errors=True)
             reason = getattr(error, "strerror", None) or str(error)
             kept = self.steps()
             last = f"the last one is {self.path(kept[-1])}" if kept else "there is none before it"
             raise OSError(f"checkpoint {final} could not be written: {reason}; {last}") from None
         return final
+
+    def _begin(self, temporary: Path) -> None:
+        self.directory.mkdir(parents=True, exist_ok=True)
+        _make_way(temporary)
+        temporary.mkdir()
+
+    def _finish(self, step: int, texts: dict[str, str]) -> None:
+        """Seal the files and give the folder its name."""
+        final, temporary, replaced = self.path(step), self.temporary(step), self.temporary(step, "replaced")
+        self._seal(temporary, texts)
+        _make_way(replaced)
+        if final.is_dir():
+            os.rename(final, replaced)
+        else:
+            _make_way(final)
+        os.rename(temporary, final)
+        sync(self.directory)
+        _remove(replaced)
 
     @staticmethod
     def _seal(folder: Path, texts: dict[str, str]) -> None:
@@ -214,6 +247,16 @@ class Checkpoints:
         try:
             with self._reading(step, path):
                 return load_file(path)
+        except SafetensorError as error:
+            raise DamagedCheckpoint(f"{path}: {' '.join(str(error).split())}") from None
+
+    def open_tensors(self, step: int, stem: str) -> Mapping[str, torch.Tensor]:
+        """The tensors of one file by name, each read when it is requested, on the CPU. `verify` first; errors as there.
+        """
+        path = self.path(step) / f"{stem}.safetensors"
+        try:
+            with self._reading(step, path):
+                return StoredTensors(path)
         except SafetensorError as error:
             raise DamagedCheckpoint(f"{path}: {' '.join(str(error).split())}") from None
 

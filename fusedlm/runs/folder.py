@@ -43,8 +43,10 @@ class RunFolder:
         self._lock = None
 
     def __enter__(self) -> "RunFolder":
-        if not self._world.is_main:
-            return self
+        self._world.together(self._take_lock, only_main=True)
+        return self
+
+    def _take_lock(self) -> None:
         try:
             self.path.mkdir(parents=True, exist_ok=True)
         except FileExistsError:
@@ -59,8 +61,7 @@ class RunFolder:
             ) from None
         if not self._lock_is_in_place():  # a start that failed has taken its folder back
             self._lock.close()
-            return self.__enter__()
-        return self
+            self._take_lock()
 
     def _lock_is_in_place(self) -> bool:
         with contextlib.suppress(FileNotFoundError):
@@ -156,7 +157,7 @@ class RunFolder:
 # What the files hold is compared when the text is opened, not where they are.
 _PATHS = re.compile(r"data\.(source|sources\..+\.source|validation|tokenizer)\.path")
 # Neutral keys that change the order of sums. They may change on resume: the out-of-memory error advises it.
-_ROUNDING = ("train.micro_batch_size", "runtime.recompute")
+_ROUNDING = ("train.micro_batch_size", "runtime.recompute", "runtime.parallel")
 
 
 def check_resumable(saved: Recipe, given: Recipe, same_device: bool = True) -> list[str]:
@@ -180,7 +181,7 @@ def check_resumable(saved: Recipe, given: Recipe, same_device: bool = True) -> l
             notes.append(f"{change}; the schedule is recomputed for {now} steps")
             if any(stage.until is not None and stage.until <= 1 for stage in given.data.stages):
                 notes.append("data.stages with a fraction as until end later too: text can be read again or left out")
-        elif key in _ROUNDING or (key.startswith("runtime.") and not same_device):
+        elif key.startswith(_ROUNDING) or (key.startswith("runtime.") and not same_device):
             notes.append(f"{change}; losses may differ by rounding")
         elif _PATHS.fullmatch(key):
             notes.append(f"{change}; the content is compared")

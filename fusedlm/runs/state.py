@@ -1,7 +1,7 @@
 """The content of a checkpoint: collected from the live objects, and restored into them."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 
 import pydantic
@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from fusedlm.config import Recipe, dump_recipe
-from fusedlm.distributed import World
+from fusedlm.distributed import World, forget_gathered, local, shard_like
 from fusedlm.optim import Averages, load_optimizer_tensors, optimizer_tensors
 from fusedlm.runs.checkpoint import Checkpoints, DamagedCheckpoint, ForeignCheckpoint, Writer, write_safetensors
 
@@ -53,8 +53,8 @@ def model_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
 
 
 @torch.no_grad()
-def load_model_tensors(model: nn.Module, tensors: dict[str, torch.Tensor], source: str) -> None:
-    """Copy saved tensors into the model.
+def load_model_tensors(model: nn.Module, tensors: Mapping[str, torch.Tensor], source: str) -> None:
+    """Copy saved tensors, full ones, into the model; of sharded parameters each process takes its shard.
 
     Raises:
         ValueError: names or shapes do not match this model; `source` names the checkpoint.
@@ -64,10 +64,11 @@ def load_model_tensors(model: nn.Module, tensors: dict[str, torch.Tensor], sourc
         name = sorted(tensors.keys() ^ own.keys())[0]
         raise ValueError(f"{source}: tensor {name!r} is in only one of the checkpoint and the model of the recipe")
     for name, tensor in own.items():
-        if tensor.shape != tensors[name].shape:
-            saved, wanted = tuple(tensors[name].shape), tuple(tensor.shape)
-            raise ValueError(f"{source}: tensor {name!r} has shape {saved}, in the model of the recipe {wanted}")
-        tensor.copy_(tensors[name])
+        saved = tensors[name]
+        if tensor.shape != saved.shape:
+            found, wanted = tuple(saved.shape), tuple(tensor.shape)
+            raise ValueError(f"{source}: tensor {name!r} has shape {found}, in the model of the recipe {wanted}")
+        local(tensor).copy_(local(shard_like(saved, tensor)))
 
 
 def save_state(
@@ -83,7 +84,12 @@ def save_state(
     world: World,
 ) -> None:
     """Write the checkpoint of `state.step`. All processes of `world` call this; `write` and errors as in
-    `Checkpoints.save`."""
+    `Checkpoints.save`.
+
+    This is where the state of all processes is collected: the tables below hold live tensors, sharded or not, and
+    `write` is the one that reads them. `restore_state` is its counterpart.
+    """
+    forget_gathered(model)
     rng = {"cpu": torch.get_rng_state()}
     if device.type == "cuda":
         rng["cuda"] = torch.cuda.get_rng_state(device)
@@ -111,17 +117,19 @@ def restore_state(
     averages: Averages,
     device: torch.device,
 ) -> TrainState:
-    """Restore a verified checkpoint. The RNG of the CUDA device is restored if the checkpoint was written on one.
+    """Restore a verified checkpoint into live objects, whatever number of processes wrote it and holds them now: each
+    reads every tensor in full, one after another, and keeps its shard. The RNG of the CUDA device is restored if the
+    checkpoint was written on one.
 
     Raises:
         ValueError: a tensor does not fit the model of the recipe, or is missing.
     """
     state = read_state(checkpoints, step)
-    load_model_tensors(model, checkpoints.read_tensors(step, MODEL), str(checkpoints.path(step)))
-    load_optimizer_tensors(model, optimizer, checkpoints.read_tensors(step, OPTIMIZER))
+    load_model_tensors(model, checkpoints.open_tensors(step, MODEL), str(checkpoints.path(step)))
+    load_optimizer_tensors(model, optimizer, checkpoints.open_tensors(step, OPTIMIZER))
     for name, average, updates in ((EMA, averages.ema, state.ema_updates), (SWA, averages.swa, state.swa_updates)):
         if average is not None and updates:
-            average.load_state_dict(checkpoints.read_tensors(step, name), updates)
+            average.load_state_dict(checkpoints.open_tensors(step, name), updates)
     rng = checkpoints.read_tensors(step, RNG)
     try:
         torch.set_rng_state(rng["cpu"])

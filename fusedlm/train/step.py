@@ -7,10 +7,10 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
-from torch.distributed.tensor import DTensor
 
-from fusedlm.distributed import World
+from fusedlm.distributed import World, local
 from fusedlm.model.layer_metrics import end_step
+from fusedlm.model.sharding import begin_backward, squared_norm, sum_whole_gradients
 from fusedlm.optim import set_learning_rates, step_if
 from fusedlm.train.cuda_graph import CapturedBackward
 from fusedlm.train.micro_batch import forward_backward
@@ -50,7 +50,8 @@ def backward(
         world: the processes that share the batch; None: this process alone.
 
     Returns:
-        The losses and the metrics of this process, summed over its micro-batches, on the device.
+        The losses and the metrics of this process, summed over its micro-batches, on the device. Gradients of sharded
+        parameters are summed over the processes, those of others are this process's.
     """
     world = world or World()
     if captured is not None:
@@ -64,6 +65,7 @@ def backward(
         rows = slice(start, start + micro_batch_size)
         tokens, targets = batch.tokens[rows], batch.targets[rows]
         batch_weight = len(tokens) / (len(batch.tokens) * world.size)
+        begin_backward(model, is_last=start + micro_batch_size >= len(batch.tokens))
         if captured is not None:
             output = captured(tokens, targets, loss_weight, batch_weight)
         else:
@@ -75,6 +77,19 @@ def backward(
                 # Cloned, since a graph overwrites its outputs at the next replay.
                 sums[name] = value.clone() if name not in sums else sums[name] + value
     return losses, metrics
+
+
+def _over_processes(
+    gradients: list[torch.Tensor], losses: dict[str, torch.Tensor], metrics: dict[str, torch.Tensor], world: World
+) -> tuple[torch.Tensor, dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """The norm of all gradients, and losses and metrics summed over the processes, in one exchange: every process gets
+    the same bits, and so decides alike what is clipped and whether the step is skipped."""
+    if world.size == 1:
+        return torch.nn.utils.get_total_norm([local(gradient) for gradient in gradients]), losses, metrics
+    square, *sums = world.sum_all([squared_norm(gradients, world), *losses.values(), *metrics.values()])
+    norm = square.sqrt().to(gradients[0].dtype)
+    losses = dict(zip(losses, sums, strict=False))
+    return norm, losses, dict(zip(metrics, sums[len(losses) :], strict=True))
 
 
 def train_step(
@@ -100,12 +115,12 @@ def train_step(
     """
     world = world or World()
     losses, metrics = backward(model, batch, micro_batch_size, autocast, captured=captured, world=world)
-    losses, metrics = ({name: world.sum(value) for name, value in table.items()} for table in (losses, metrics))
-    parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-    norm = torch.nn.utils.get_total_norm([p.grad for p in parameters])
-    norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+    sum_whole_gradients(model, world)
+    gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+    norm, losses, metrics = _over_processes(gradients, losses, metrics, world)
     if grad_clip is not None:
-        torch.nn.utils.clip_grads_with_norm_(parameters, grad_clip, norm)
+        factor = (grad_clip / (norm + 1e-6)).clamp(max=1.0)  # as of torch.nn.utils.clip_grads_with_norm_
+        torch._foreach_mul_([local(gradient) for gradient in gradients], factor)
     numbers = torch.stack([norm.float(), *(loss.float() for loss in losses.values())])
     set_learning_rates(optimizer, lr_scale)
     finite = numbers.isfinite().all()

@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from torch.distributed.device_mesh import DeviceMesh
 
 from fusedlm.config import Recipe
 from fusedlm.data import Batch, Loader, PreparedData, prepare
@@ -15,11 +16,12 @@ from fusedlm.data.manifest import DamagedData
 from fusedlm.data.preparation import ChangedText, paths
 from fusedlm.data.summary import summarise
 from fusedlm.data.training_text import open_training_text
-from fusedlm.distributed import World
+from fusedlm.distributed import OneProcessFailed, World
 from fusedlm.evaluate import first_tokens, score_documents
 from fusedlm.model import build_model
 from fusedlm.model.accounting import count_parameters, training_flops_per_token
 from fusedlm.model.precision import autocast
+from fusedlm.model.sharding import build_sharded_model
 from fusedlm.model.waiting import waiting_module
 from fusedlm.optim import Averages, build_optimizer, describe_split, optimizer_split, schedule_scale
 from fusedlm.runs.backends import use_backends
@@ -33,6 +35,7 @@ from fusedlm.runs.text import open_text
 from fusedlm.train.cuda_graph import CapturedBackward
 from fusedlm.train.display import Display
 from fusedlm.train.loggers import Loggers
+from fusedlm.train.parallel import dropout_seed
 from fusedlm.train.slowdown import Slowdown
 from fusedlm.train.step import StepResult, train_step
 
@@ -66,6 +69,7 @@ class Trainer:
         start: the run, and the verified checkpoint to resume from.
         text, strict_backends: as `fusedlm.train.train` takes them.
         world: the processes of the run.
+        mesh: of them (`fusedlm.train.parallel`); None: there is one.
 
     Raises:
         ValueError: as `fusedlm.train.train`.
@@ -83,14 +87,19 @@ class Trainer:
         text: str | None,
         strict_backends: bool,
         world: World,
+        mesh: DeviceMesh | None,
     ):
         self.recipe, self.settings, self.runtime, self.folder = recipe, recipe.train, recipe.runtime, folder
         self.device, self.dtype, self.display, self.world = device, dtype, display, world
-        self.data = self._open_text(text, start)
+        self.data = world.main_first(lambda: self._open_text(text, start))
         self.text = open_training_text(self.data.train, recipe)
         torch.manual_seed(self.settings.seed)
         vocab_size = self.data.tokenizer.vocab_size
-        self.model = build_model(recipe.model, vocab_size=vocab_size, device=device, seed=self.settings.seed)
+        options = {"vocab_size": vocab_size, "device": device, "seed": self.settings.seed}
+        if mesh is None:
+            self.model = build_model(recipe.model, **options)
+        else:
+            self.model = build_sharded_model(recipe.model, **options, mesh=mesh, dtype=dtype)
         self.backends = use_backends(self.model, self.runtime, device, dtype, strict=strict_backends)
         self.optimizer = build_optimizer(self.model, self.settings.optimizer, device)
         self.averages = Averages(self.model, self.settings)
@@ -99,6 +108,7 @@ class Trainer:
             data=self.data.manifest["fingerprint"], run=start.run, tokenizer=self.data.tokenizer.fingerprint
         )
         self._saved: TrainState | None = None
+        self._signal: signal.Signals | None = None
         if start.state is not None:
             self._restore(start.state.step)
         if self.runtime.recompute == "mixer":
@@ -177,18 +187,18 @@ class Trainer:
         with contextlib.ExitStack() as stack:
             stop = stack.enter_context(StopSignal())
             self._metrics, self._loggers = None, None
-            if self.world.is_main:
-                self._open_records(stack)
+            self.world.together(lambda: self._open_records(stack), only_main=True)
             loader = stack.enter_context(self._open_loader())
             try:
                 self._loop(loader, stop)
             except DamagedData as error:
-                raise DamagedData(f"{error}; {self._rescue()}") from None
+                failure = DamagedData if self.world.size == 1 else OneProcessFailed
+                raise failure(f"{error}; {self._rescue()}") from None
         return TrainResult(
             run_dir=self.folder.path,
             step=self.state.step,
             val_bpb=self.state.val_bpb,
-            signal=stop.received,
+            signal=self._signal,
         )
 
     def _write_header(self) -> None:
@@ -198,6 +208,7 @@ class Trainer:
             self.folder.complete_header(tokenizer, self.identity, run)
             return
         described = environment(self.device, self.dtype) | {
+            "processes": self.world.size,
             "data": self.data.counts(),
             "parameters": asdict(count_parameters(self.model)),
             "backends": {op: selection.backend for op, selection in self.backends.items()},
@@ -218,8 +229,10 @@ class Trainer:
             self.display.note(f"warning: {self._metrics.path}: {problem}")
 
     def _stopped(self, stop: StopSignal) -> bool:
-        """Whether any process received a signal."""
-        return self.world.any(stop.received is not None, self.device)
+        """Whether any process received a signal; all then know which."""
+        number = self.world.largest(stop.received or 0)
+        self._signal = signal.Signals(number) if number else None
+        return self._signal is not None
 
     def _loop(self, loader: Loader, stop: StopSignal) -> None:
         self.display.begin(self.state.step, self.settings.steps)
@@ -242,11 +255,13 @@ class Trainer:
                 self._clock, self._waited = time.perf_counter(), loader.wait_seconds
         if self.state != self._saved:
             self._save()
-        if stop.received is not None:
-            self.display.note(f"{stop.received.name}: stopped at step {self.state.step} and saved")
+        if self._stopped(stop):
+            self.display.note(f"{self._signal.name}: stopped at step {self.state.step} and saved")
 
     def _step(self, batch: Batch, loader: Loader) -> None:
         scale = schedule_scale(self.settings.schedule, self.state.step, self.settings.steps)
+        if self.world.size > 1 and self.recipe.model.dropout:
+            torch.manual_seed(dropout_seed(self.settings.seed, self.state.step, self.world.rank))
         rows = self.settings.micro_batch_rows(*batch.tokens.shape)
         if self.model.mtp is not None:
             self.model.set_mtp_weight(self.recipe.model.mtp.weight_at(self.state.step, self.settings.steps))
@@ -264,7 +279,7 @@ class Trainer:
                 world=self.world,
             )
         except torch.OutOfMemoryError:
-            raise ValueError(
+            raise OneProcessFailed(
                 f"train.micro_batch_size={self.micro_batch_size}: the GPU is out of memory with "
                 f"{rows} x {batch.tokens.shape[1]} tokens; lower train.micro_batch_size "
                 "(the batch stays the same) or set runtime.recompute=mixer"
@@ -414,8 +429,7 @@ class Trainer:
         parts = (self.recipe, self.model, self.optimizer, self.averages, self.device)
         save_state(checkpoints, state, *parts, world=self.world)
         self._saved = replace(state)
-        if self.world.is_main:
-            checkpoints.prune(self.settings.keep_checkpoints, state.best_step)
+        self.world.together(lambda: checkpoints.prune(self.settings.keep_checkpoints, state.best_step), only_main=True)
 
     def _record(self, record: dict) -> None:
         if self._metrics is not None:

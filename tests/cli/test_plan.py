@@ -163,3 +163,17 @@ def test_what_fits_where(workspace: Path, fusedlm):
 )
 def test_flops(value, text):
     assert flops(value) == text
+
+
+def test_a_sharded_run_is_planned_per_gpu(workspace: Path, fusedlm):
+    one = _json(fusedlm("plan", "small.yaml", "--json"))
+    four = _json(fusedlm("plan", "small.yaml", "runtime.parallel.shard=4", "--json"))
+    copies = _json(fusedlm("plan", "small.yaml", "runtime.parallel={replicate: 2, shard: 1}", "--json"))
+    for part in ("weight", "gradient", "optimizer"):
+        assert 0.25 <= four[f"{part}_bytes"] / one[f"{part}_bytes"] < 0.35  # gains are held in full
+        assert copies[f"{part}_bytes"] == one[f"{part}_bytes"]
+    assert (four["processes"], four["shards"], copies["processes"], copies["shards"]) == (4, 4, 2, 1)
+    assert [found["gpus"] for found in four["fits"].values()] == [found["gpus"] for found in one["fits"].values()]
+    assert copies["micro_batch_size"] == 1 and copies["activation_bytes"] < one["activation_bytes"]
+    shown = fusedlm("plan", "small.yaml", "runtime.parallel.shard=4").out
+    assert "per GPU, 4 GPUs, 4 shards" in shown

@@ -87,3 +87,57 @@ def test_two_processes(tmp_path):
     for step in (1, 2):
         checkpoints.verify(step)
     assert checkpoints.read_tensors(2, "model")["a"].tolist() == [1.0, 1.0, 1.0]
+
+
+def _together(rank: int, folder) -> None:
+    """What each process gets of calls that one of them fails in, as JSON in folder/rank."""
+    torch.set_num_threads(1)
+    rendezvous = {"init_method": f"file://{folder}/rendezvous", "timeout": timedelta(seconds=60)}
+    dist.init_process_group("gloo", rank=rank, world_size=2, **rendezvous)
+    world = World.current()
+
+    def outcome(call) -> str:
+        try:
+            return str(call())
+        except (ValueError, OSError) as error:
+            return f"{type(error).__name__}: {error}"
+
+    def fails(in_rank: int, error: Exception):
+        def call():
+            if world.rank == in_rank:
+                raise error
+            return world.rank
+
+        return call
+
+    order = folder / "order"
+    found = {
+        "sum all": [x.tolist() for x in world.sum_all([torch.tensor(2**40 + rank), torch.tensor([[0.5, rank]])])],
+        "dtypes": [str(x.dtype) for x in world.sum_all([torch.tensor(1), torch.tensor(0.5)])],
+        "largest": world.largest(3 - rank),
+        "on main": outcome(lambda: world.on_main(lambda: world.rank)),
+        "main fails": outcome(lambda: world.on_main(fails(0, ValueError("no text")))),
+        "first": outcome(lambda: world.main_first(lambda: order.exists() if rank else order.write_text(""))),
+        "second fails": outcome(lambda: world.main_first(fails(1, OSError("no disk")))),
+        "together": outcome(lambda: world.together(lambda: world.rank)),
+        "one fails": outcome(lambda: world.together(fails(1, ValueError("damaged")))),
+    }
+    (folder / str(rank)).write_text(json.dumps(found))
+    dist.destroy_process_group()
+
+
+def test_an_error_of_one_process_is_raised_in_all(tmp_path):
+    torch.multiprocessing.spawn(_together, args=(tmp_path,), nprocs=2)
+    found = [json.loads((tmp_path / str(rank)).read_text()) for rank in range(2)]
+    for rank in range(2):
+        assert found[rank] == {
+            "sum all": [2**41 + 1, [[1.0, 1.0]]],
+            "dtypes": ["torch.int64", "torch.float32"],
+            "largest": 3,
+            "on main": "0",
+            "main fails": "ValueError: no text",
+            "first": ["0", "True"][rank],
+            "second fails": "OSError: no disk",
+            "together": str(rank),
+            "one fails": "ValueError: damaged",
+        }

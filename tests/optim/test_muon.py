@@ -216,23 +216,6 @@ def test_parameters_that_no_group_takes_are_errors():
         parts_of(torch.nn.Parameter(torch.zeros(4, 2)), (("a", 2), ("b", 1)))
 
 
-def test_sharded_parameters_are_refused():
-    import torch.distributed as dist
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.tensor import Shard, distribute_tensor
-
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    try:
-        mesh = init_device_mesh("cpu", (1,))
-        for config in (MuonAdamWConfig(), NorMuonAdamWConfig(), AdamWConfig(cautious=True)):
-            model = Packed()
-            model.qkv = torch.nn.Parameter(distribute_tensor(model.qkv.detach(), mesh, [Shard(0)]))
-            with pytest.raises(ValueError, match=r"of shape \(16, 6\) is sharded \(a DTensor\).* take type: adamw"):
-                build_optimizer(model, config, CPU)
-    finally:
-        dist.destroy_process_group()
-
-
 def test_a_parameter_without_a_gradient_stays():
     model, config = Packed(), NorMuonAdamWConfig()
     optimizer = build_optimizer(model, config, CPU)

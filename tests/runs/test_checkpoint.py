@@ -197,7 +197,8 @@ class _Rank(World):
     folder: object = None
     seen: list = field(default_factory=list)
 
-    def barrier(self):
+    def raise_together(self, error):
+        assert error is None
         paths = sorted(str(path.relative_to(self.folder)) for path in self.folder.rglob("*"))
         self.seen.append(paths)
 
@@ -210,7 +211,7 @@ def test_each_process_writes_its_part_and_the_main_one_the_rest(checkpoints, tmp
         calls.append((world.rank, stem, sorted(tensors)))
         (folder / f"{stem}-{world.rank}.bin").write_bytes(b"part")
 
-    ranks = [_Rank(rank, 2, tmp_path) for rank in range(2)]
+    ranks = [_Rank(rank, 2, folder=tmp_path) for rank in range(2)]
     temporary = "checkpoints/.fusedlm-step-00000003.tmp"
 
     def write_both(folder, stem, tensors, world):
@@ -237,7 +238,7 @@ def test_a_process_that_is_not_the_main_one_writes_its_part_alone(checkpoints, t
         (folder / f"{stem}-{world.rank}.bin").write_bytes(b"part")
 
     checkpoints.temporary(3).mkdir(parents=True)  # by the main process
-    world = _Rank(1, 2, tmp_path)
+    world = _Rank(1, 2, folder=tmp_path)
     checkpoints.save(3, {"model": {}}, TEXTS, write=write, world=world)
     found = sorted(str(path.relative_to(checkpoints.directory)) for path in checkpoints.directory.rglob("*"))
     assert found == [".fusedlm-step-00000003.tmp", ".fusedlm-step-00000003.tmp/model-1.bin"]
@@ -246,7 +247,7 @@ def test_a_process_that_is_not_the_main_one_writes_its_part_alone(checkpoints, t
 
 def test_the_default_writer_writes_full_tensors_once(checkpoints, tmp_path):
     checkpoints.temporary(3).mkdir(parents=True)
-    checkpoints.save(3, TENSORS, TEXTS, world=_Rank(1, 2, tmp_path))
+    checkpoints.save(3, TENSORS, TEXTS, world=_Rank(1, 2, folder=tmp_path))
     assert list(checkpoints.temporary(3).iterdir()) == []
 
 

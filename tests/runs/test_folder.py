@@ -12,18 +12,25 @@ from fusedlm.runs.identity import changed_files, identity_of, new_run_id, read_i
 from tests.train.runs import tiny_recipe
 
 
+class _Other(World):
+    """One of two processes that does not wait for the main one."""
+
+    def raise_together(self, error):
+        assert error is None
+
+
 def test_a_folder_is_locked_while_the_context_is_open(tmp_path):
     with RunFolder(tmp_path / "run"):
         with pytest.raises(ValueError, match="run is in use by another training process; wait for it or name another"):
             RunFolder(tmp_path / "run").__enter__()
-        with RunFolder(tmp_path / "run", World(rank=1, size=2)):
+        with RunFolder(tmp_path / "run", _Other(rank=1, size=2)):
             pass  # only the main process of a run locks
     with RunFolder(tmp_path / "run") as folder:
         assert not folder.holds_run()
 
 
 def test_a_process_that_is_not_the_main_one_creates_nothing(tmp_path):
-    with RunFolder(tmp_path / "run", World(rank=1, size=2)):
+    with RunFolder(tmp_path / "run", _Other(rank=1, size=2)):
         assert not (tmp_path / "run").exists()
 
 

@@ -63,6 +63,27 @@ def test_sequences_that_come_and_go_leave_the_others_as_they_are(hybrid):
     assert_nothing_is_left(engine)
 
 
+def test_a_cancelled_sequence_gives_its_slot_to_others(hybrid):
+    engine, results = make_engine(hybrid, sequences=3), {}
+    prompts = ["one", "two", "three", "four"]
+    sequences = [make_sequence(prompt, max_tokens=15, ignore_eot=True) for prompt in prompts]
+    engine.submit(sequences)
+    while len(engine.slots) < 3:
+        collect(results, engine.step())
+    before = results[sequences[0].number].text
+    engine.cancel(sequences[0])
+    assert len(engine.slots) == 2 and engine.metrics.cancelled == 1
+    collect(results, engine.step())
+    assert len(engine.slots) == 3
+    while not engine.is_idle:
+        collect(results, engine.step())
+    assert results[sequences[0].number].text == before and results[sequences[0].number].finish is None
+    for sequence, prompt in zip(sequences[1:], prompts[1:], strict=True):
+        (expected,) = run(make_engine(hybrid), [make_sequence(prompt, max_tokens=15, ignore_eot=True)])
+        assert results[sequence.number].text == expected.text
+    assert_nothing_is_left(engine)
+
+
 SETTINGS = [
     Choosing(temperature=1.0),
     Choosing(temperature=0.7, top_k=20),

@@ -1,0 +1,67 @@
+"""Tensors that processes hold in shards (DTensors): this process's part, all of it, and back.
+
+Plain tensors pass through unchanged, so that callers need not tell the two apart.
+"""
+
+import torch
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+
+def local(tensor: torch.Tensor) -> torch.Tensor:
+    """This process's part, in the memory of the tensor."""
+    return tensor._local_tensor if isinstance(tensor, DTensor) else tensor
+
+
+def gathered(tensor: torch.Tensor) -> torch.Tensor:
+    """The full tensor. All processes of its mesh must call this, each then holds it."""
+    return tensor.detach().full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def shard_like(values: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """Full values as a tensor on the device of `like`, and sharded as it is. Nothing is communicated: every process
+    gives the same values. Those of another shape that begins with the sharded dimension, such as one element per row,
+    are sharded as rows are; scalars are not."""
+    values = values.to(like.device)
+    if not isinstance(like, DTensor) or values.dim() == 0:
+        return values
+    placed = distribute_tensor(values, like.device_mesh, like.placements, src_data_rank=None)
+    # A part of its own memory: a view would keep the full tensor alive.
+    return from_local(placed._local_tensor.clone(), like, values.shape)
+
+
+def from_local(part: torch.Tensor, like: DTensor, shape: tuple[int, ...]) -> DTensor:
+    """The tensor of that shape, sharded as `like` is, of which each process gives its part."""
+    stride = torch.empty(shape, device="meta").stride()
+    return DTensor.from_local(
+        part, like.device_mesh, like.placements, run_check=False, shape=torch.Size(shape), stride=stride
+    )
+
+
+def forget_gathered(model: torch.nn.Module) -> None:
+    """Free gathered parameters of a model that FSDP has sharded, which evaluation leaves behind: the next pass gathers
+    them anew, from shards that may have changed, and `named_parameters` names the shards."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
+def shard_group(tensor: DTensor) -> tuple[torch.distributed.ProcessGroup | None, int]:
+    """The processes that hold the other shards, None if there are none; and the sharded dimension."""
+    for index, placement in enumerate(tensor.placements):
+        if placement.is_shard():
+            return _group(tensor, index), placement.dim
+    return None, 0
+
+
+def replica_group(tensor: DTensor) -> torch.distributed.ProcessGroup | None:
+    """The processes that hold the same shard; None if there are no others."""
+    for index, placement in enumerate(tensor.placements):
+        if placement.is_replicate():
+            return _group(tensor, index)
+    return None
+
+
+def _group(tensor: DTensor, index: int) -> torch.distributed.ProcessGroup | None:
+    mesh = tensor.device_mesh
+    return mesh.get_group(index) if mesh.size(index) > 1 else None

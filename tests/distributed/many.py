@@ -1,0 +1,306 @@
+"""What the processes of tests/distributed/test_many.py run: a file of its own, since they import it.
+
+Four processes are started once; runs of one, two and three leave the others idle.
+"""
+
+import contextlib
+import os
+import signal
+import traceback
+from datetime import timedelta
+from functools import partial
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import yaml
+from torch.distributed.device_mesh import init_device_mesh
+
+from fusedlm import build_model
+from fusedlm.config.model import ModelConfig
+from fusedlm.config.train import (
+    AdamWConfig,
+    MuonAdamWConfig,
+    MuonConfig,
+    NorMuonAdamWConfig,
+    NorMuonConfig,
+    RestConfig,
+    SGDConfig,
+    TrainConfig,
+)
+from fusedlm.data import Batch
+from fusedlm.distributed import World, gathered
+from fusedlm.evaluate import score_documents
+from fusedlm.model.precision import autocast
+from fusedlm.model.sharding import shard_model
+from fusedlm.nn.module import init_weights
+from fusedlm.optim import Averages, build_optimizer
+from fusedlm.runs.state import model_tensors
+from fusedlm.train import step as step_module
+from fusedlm.train import train, trainer
+from fusedlm.train.step import train_step
+from tests.train.runs import losses, tiny_recipe
+
+CPU = torch.device("cpu")
+VOCAB, ROWS, LENGTH = 61, 12, 16
+
+_SOFTMAX_AND_DELTA = """
+dim: 24
+n_layers: 2
+pattern: ag
+blocks:
+  a: {mixer: {type: attention, n_heads: 4, n_kv_heads: 2, window: 9}, ffn: {type: swiglu, hidden: 40}}
+  g:
+    mixer: {type: gdn, n_heads: 2, chunk_size: 8}
+    ffn: {type: moe, n_experts: 3, top_k: 2, hidden: 12, bias_rate: 0.1, sequence_loss: 0.1, z_loss: 0.1}
+mtp: {depth: 1, weight: 0.3, block: g}
+"""
+_LATENT = """
+dim: 24
+n_layers: 2
+pattern: ms
+blocks:
+  m: {mixer: {type: mla, n_heads: 2, kv_rank: 8, rope_dim: 4}, ffn: {type: relu2, hidden: 20}}
+  s: {mixer: {type: sdla, n_heads: 2, rope_dim: 4, chunk_size: 8}, ffn: {type: swiglu, hidden: 20}}
+tie_embeddings: false
+"""
+MODELS = {"attention, gdn, moe, mtp": _SOFTMAX_AND_DELTA, "mla, sdla, untied": _LATENT}
+_REST = RestConfig(lr=0.01, weight_decay=0.1)
+ADAMW = AdamWConfig(lr=0.01)
+NORMUON = NorMuonAdamWConfig(matrix=NorMuonConfig(lr=0.02, cautious=True), rest=_REST)
+LONG = 30
+_FIRST, _SECOND = MODELS
+# name -> model, optimizer, steps, sequences per micro-batch
+CASES = {
+    "adamw 1": (_FIRST, ADAMW, LONG, 2),
+    "adamw 2": (_SECOND, ADAMW, LONG, ROWS),
+    "normuon 1": (_FIRST, NORMUON, LONG, ROWS),
+    "normuon 2": (_SECOND, NORMUON, LONG, ROWS),
+    "muon": (_FIRST, MuonAdamWConfig(matrix=MuonConfig(nesterov=False, scaling="rms")), 4, 1),
+    "cautious adamw": (_SECOND, AdamWConfig(lr=0.01, cautious=True), 4, ROWS),
+    "sgd": (_FIRST, SGDConfig(lr=0.1, nesterov=True), 4, ROWS),
+}
+# (copies, shards) -> cases. Every case is run by 2, 3 or 4 processes, and the long ones by several of these.
+LAYOUTS = {
+    (1, 2): ["adamw 1", "adamw 2", "normuon 1"],
+    (2, 1): ["normuon 2", "cautious adamw", "sgd"],
+    (1, 3): ["adamw 1", "normuon 2", "muon"],
+    (2, 2): ["normuon 1", "muon", "cautious adamw", "sgd"],
+    (1, 4): ["adamw 2", "normuon 1"],
+}
+
+
+def batch_at(step: int, world: World) -> Batch:
+    """This process's rows of the batch of a step: in documents, and with numbers of targets that differ by row."""
+    generator = torch.Generator().manual_seed(step)
+    tokens = torch.randint(0, VOCAB, (ROWS, LENGTH + 1), generator=generator)
+    targets = tokens[:, 1:].clone()
+    for row in range(ROWS):
+        targets[row, : row + step % 3] = -100
+    documents = (torch.arange(LENGTH) // 7).expand(ROWS, -1)
+    n = ROWS // world.size
+    own = slice(world.rank * n, (world.rank + 1) * n)
+    inputs = [x[own].contiguous() for x in (tokens[:, :-1], targets, documents)]
+    return Batch(*inputs, n_valid=int((inputs[1] != -100).sum()), next_sample=0)
+
+
+def built(name: str, layout: tuple[int, int] | None, dtype: torch.dtype) -> torch.nn.Module:
+    """A model of MODELS, whole without a layout."""
+    config = ModelConfig.model_validate(yaml.safe_load(MODELS[name]))
+    model = build_model(config, vocab_size=VOCAB, device="meta").to(dtype)
+    if layout is not None:
+        shard_model(model, init_device_mesh("cpu", layout, mesh_dim_names=("replicate", "shard")), torch.float32)
+    model.to_empty(device=CPU)
+    init_weights(model, seed=0)
+    return model
+
+
+@contextlib.contextmanager
+def exact_losses(world: World):
+    """A list that gets the loss of a step in float64: the records of a run are rounded to float32."""
+    forward_backward, sums, found = step_module.forward_backward, [], []
+
+    def noting(*arguments, **options):
+        output = forward_backward(*arguments, **options)
+        assert output.losses["nll"].dtype == torch.float64
+        sums.append(output.losses["nll"])
+        return output
+
+    step_module.forward_backward = noting
+    try:
+        yield found
+    finally:
+        step_module.forward_backward = forward_backward
+    found.append(world.sum(torch.stack(sums).sum()).item())
+
+
+def run_case(name: str, layout: tuple[int, int] | None, world: World) -> dict:
+    """A model trained for some steps in float64: losses, norms, metrics, score, and full weights and averages."""
+    model_name, optimizer_config, steps, micro_batch_size = CASES[name]
+    model = built(model_name, layout, torch.float64).train()
+    if layout is not None and name == "muon":
+        model.recompute_mixers()
+    optimizer = build_optimizer(model, optimizer_config, CPU)
+    averages = Averages(model, TrainConfig(steps=steps, seq_len=LENGTH, batch_size=ROWS, ema=0.9))
+    found = {"loss": [], "exact loss": [], "layer losses": [], "grad_norm": [], "metrics": []}
+    for step in range(steps):
+        with exact_losses(world) as exact:
+            result = train_step(
+                model,
+                optimizer,
+                batch_at(step, world),
+                lr_scale=1.0,
+                micro_batch_size=micro_batch_size,
+                grad_clip=0.5,
+                autocast=partial(autocast, CPU, torch.float32),
+                world=world,
+            )
+        averages.update(step)
+        found["loss"].append(result.loss)
+        found["exact loss"].append(exact[0])
+        found["layer losses"].append(result.layer_losses)
+        found["grad_norm"].append(result.grad_norm)
+        found["metrics"].append({key: value.double() for key, value in result.metrics.items()})
+    documents = [(torch.randint(0, VOCAB, (50,), generator=torch.Generator().manual_seed(9)).numpy(), 49)]
+    options = {"window": 16, "batch_tokens": 16, "device": CPU, "dtype": torch.float32, "world": world}
+    found["nll"] = [score_documents(model, documents, **options).nll]
+    with averages.ema.applied():
+        found["nll"].append(score_documents(model, documents, **options).nll)
+    found["nll"].append(score_documents(model, documents, **options).nll)
+    assert found["nll"][0] == found["nll"][2] != found["nll"][1]
+    full = {name: gathered(tensor).detach().clone() for name, tensor in model_tensors(model).items()}
+    full |= {f"ema {name}": gathered(tensor).clone() for name, tensor in averages.ema.state_dict().items()}
+    return found | {"tensors": full}
+
+
+def skipped_step(layout: tuple[int, int], world: World) -> dict:
+    """A step whose loss is NaN in the last process alone."""
+    model = built("mla, sdla, untied", layout, torch.float32).train()
+    optimizer = build_optimizer(model, NORMUON, CPU)
+    before = {name: gathered(tensor).clone() for name, tensor in model_tensors(model).items()}
+    hook = model.head.register_forward_pre_hook(lambda _, inputs: (inputs[0] * torch.nan, *inputs[1:]))
+    if world.rank < world.size - 1:
+        hook.remove()
+    options = {"lr_scale": 1.0, "micro_batch_size": 2, "grad_clip": 1.0, "autocast": contextlib.nullcontext}
+    results = [train_step(model, optimizer, batch_at(0, world), **options, world=world)]
+    hook.remove()
+    unchanged = all(torch.equal(gathered(value), before[name]) for name, value in model_tensors(model).items())
+    results.append(train_step(model, optimizer, batch_at(0, world), **options, world=world))
+    return {"skipped": [result.skipped for result in results], "unchanged": unchanged}
+
+
+# Steps after which a run is continued by other numbers of processes; the schedule does not depend on their number.
+CHAIN = [(8, 4), (16, 2), (24, 1), (30, 3)]
+_STEADY = ["train.batch_size=12", "train.micro_batch_size=2", "model.dropout=0", "train.eval_every=10",
+           "train.checkpoint_every=0", "train.schedule={type: wsd, warmup: 0.0, decay: 0.0}", "train.ema=0.9",
+           "data.packing=best_fit", "train.optimizer={type: normuon_adamw}"]  # fmt: skip
+
+
+def chain_recipe(folder: Path, steps: int, *overrides: str):
+    return tiny_recipe(folder, *_STEADY, f"train.steps={steps}", *overrides)
+
+
+def compiled(layout: tuple[int, int], world: World) -> list[float]:
+    """The losses of three steps, not compiled and compiled."""
+    found = []
+    for compiles in (False, True):
+        model = built("mla, sdla, untied", layout, torch.float32).train()
+        if compiles:
+            model.compile_blocks(backend="aot_eager")
+        optimizer = build_optimizer(model, ADAMW, CPU)
+        options = {"lr_scale": 1.0, "micro_batch_size": 3, "grad_clip": None, "autocast": contextlib.nullcontext}
+        found.append([train_step(model, optimizer, batch_at(i, world), **options, world=world).loss for i in range(3)])
+    return found
+
+
+def stopped_run(folder: Path, world: World) -> dict:
+    """A run in which a signal comes to the last process alone, in step 3."""
+    step = trainer.train_step
+
+    def signalling(*arguments, **options):
+        result = step(*arguments, **options)
+        signalling.steps += 1
+        if signalling.steps == 3 and world.rank == world.size - 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return result
+
+    signalling.steps = 0
+    trainer.train_step = signalling
+    try:
+        result = train(chain_recipe(folder, 30), folder / "stopped")
+    finally:
+        trainer.train_step = step
+    return {"step": result.step, "signal": result.signal}
+
+
+def dropped_out(folder: Path) -> list[list[float]]:
+    """The losses of four steps with dropout, uninterrupted and resumed after two."""
+    for name, steps in (("whole", 4), ("halves", 2), ("halves", 4)):
+        train(chain_recipe(folder, steps, "model.dropout=0.3", "train.eval_every=0"), folder / name, resume=True)
+    return [losses(folder / name) for name in ("whole", "halves")]
+
+
+def refused(folder: Path) -> dict[str, str]:
+    """The errors of runs that cannot be."""
+    errors = {}
+    for name, overrides in {
+        "batch": ["train.batch_size=9", "train.micro_batch_size=null"],
+        "layout": ["runtime.parallel.shard=3"],
+        "copies": ["runtime.parallel.replicate=3"],
+        "occupied": [],
+    }.items():
+        try:
+            train(chain_recipe(folder, 30, *overrides), folder / ("chain" if name == "occupied" else name))
+        except ValueError as error:
+            errors[name] = str(error)
+    return errors
+
+
+def phase(size: int, folder: Path) -> dict:
+    """All that `size` processes run together."""
+    world = World.current()
+    if size == 1:
+        train(chain_recipe(folder, 30), folder / "straight")
+        return {None: {name: run_case(name, None, world) for name in CASES}}
+    layouts = {layout: names for layout, names in LAYOUTS.items() if layout[0] * layout[1] == size}
+    found = {layout: {name: run_case(name, layout, world) for name in names} for layout, names in layouts.items()}
+    if size == 2:
+        found["skipped"] = skipped_step((1, 2), world)
+        found["refused"] = refused(folder)
+        found["dropped out"] = dropped_out(folder)
+        found["compiled"] = compiled((1, 2), world)
+        found["stopped"] = stopped_run(folder, world)
+    return found
+
+
+def worker(rank: int, folder: Path) -> None:
+    """One of four processes; what each finds goes to folder/RANK."""
+    torch.set_num_threads(1)
+    found = {}
+
+    def together(size: int, name: str, call) -> None:
+        if rank >= size:
+            return
+        if size > 1:
+            rendezvous = f"file://{folder}/rendezvous-{name}"
+            dist.init_process_group(
+                "gloo", init_method=rendezvous, rank=rank, world_size=size, timeout=timedelta(seconds=120)
+            )
+        try:
+            call()
+            if size > 1:
+                dist.barrier()
+        finally:
+            if size > 1:
+                dist.destroy_process_group()
+
+    try:
+        for steps, size in CHAIN:
+            recipe = chain_recipe(folder, steps)
+            together(size, f"chain-{steps}", lambda recipe=recipe: train(recipe, folder / "chain", resume=True))
+        for size in (4, 3, 2, 1):
+            together(size, f"phase-{size}", lambda size=size: found.update(phase(size, folder)))
+    except BaseException:
+        (folder / f"error-{rank}").write_text(traceback.format_exc())
+        raise
+    torch.save(found, folder / str(rank))

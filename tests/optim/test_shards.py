@@ -1,0 +1,44 @@
+"""Which rows of which matrices the processes hold, and who orthogonalises them."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from fusedlm.optim import shards
+from fusedlm.optim.shards import owners, piece_of
+from fusedlm.optim.stacks import Part, parts_of
+
+
+@pytest.mark.parametrize("n_shards", [1, 2, 3, 4, 7])
+@pytest.mark.parametrize(
+    ("shape", "dim", "splits"),
+    [((10, 3), 0, ()), ((10, 3), 0, (("q", 4), ("k", 1), ("v", 5))), ((3, 4, 2), 0, (("gate", 2), ("up", 2))),
+     ((2, 84, 2), 1, (("gate", 50), ("up", 34)))],
+)  # fmt: skip
+def test_pieces_are_the_rows_of_torchs_chunks(monkeypatch, n_shards, shape, dim, splits):
+    """Put together from the parts that torch.chunk gives the processes, every matrix is whole."""
+    monkeypatch.setattr(shards, "shard_group", lambda _: (None, dim))
+    full = torch.arange(float(torch.Size(shape).numel())).view(shape)
+    parameter = torch.nn.Parameter(full)
+    chunks = list(full.chunk(n_shards, dim))
+    chunks += [chunks[0].narrow(dim, 0, 0)] * (n_shards - len(chunks))
+    if dim == 1 and shape[1] % n_shards:
+        pytest.skip("FSDP shards the second dimension evenly")
+    for part in parts_of(parameter, splits):
+        pieces = [piece_of(part, shard, n_shards) for shard in range(n_shards)]
+        held = [(piece, chunk.contiguous()) for piece, chunk in zip(pieces, chunks, strict=True) if piece.rows]
+        assert [piece.first for piece, _ in held] == sorted(piece.first for piece, _ in held)
+        assert torch.equal(torch.cat([piece.of(chunk) for piece, chunk in held]), part.of(full))
+        assert sum(piece.rows for piece in pieces) == part.rows
+
+
+def test_owners_have_about_the_same_work():
+    def part(rows: int, columns: int) -> Part:
+        return Part(SimpleNamespace(shape=(rows, columns)), 0, rows)
+
+    found = owners([part(8, 8)] * 6 + [part(64, 64)] * 2, 4)
+    assert len(set(found[6:])) == 2, "the large ones on processes of their own"
+    assert set(found[:6]) == set(range(4)) - set(found[6:])
+    assert sorted(found[:6]).count(found[0]) == 3
+    assert owners([], 3) == []
