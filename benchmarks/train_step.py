@@ -26,10 +26,12 @@ from benchmarks.kernel_table import kernel_table, summary  # noqa: E402
 from fusedlm import build_model, load_recipe  # noqa: E402
 from fusedlm.config import Recipe  # noqa: E402
 from fusedlm.model.accounting import count_parameters, training_flops_per_token  # noqa: E402
+from fusedlm.model.low_precision import cast_weights, precision_table  # noqa: E402
 from fusedlm.model.precision import autocast, resolve_device, resolve_dtype  # noqa: E402
 from fusedlm.optim import build_optimizer  # noqa: E402
 from fusedlm.runs.backends import use_backends  # noqa: E402
 from fusedlm.runs.hardware import numerics, peak_flops  # noqa: E402
+from fusedlm.runs.precision import use_precision  # noqa: E402
 from fusedlm.train.cuda_graph import CapturedBackward  # noqa: E402
 from fusedlm.train.micro_batch import forward_backward  # noqa: E402
 
@@ -90,6 +92,9 @@ def _measure(recipe: Recipe, device, dtype, vocab_size: int, mean_document, repe
     backends = use_backends(model, runtime, device, dtype, strict=True)
     for name, selection in backends.items():
         print(f"{name}: {selection.backend} ({selection.reason})")
+    precision = use_precision(model, recipe, device, dtype)
+    for line in precision_table(precision):
+        print(line)
     optimizer = build_optimizer(model, train.optimizer, device)
     if runtime.recompute == "mixer":
         model.recompute_mixers()
@@ -117,6 +122,7 @@ def _measure(recipe: Recipe, device, dtype, vocab_size: int, mean_document, repe
         return captured(tokens, targets, loss_weight, batch_weight)
 
     started = time.perf_counter()
+    cast_weights(model)
     micro_batch()
     optimizer.step()
     _synchronize(device)
@@ -126,15 +132,20 @@ def _measure(recipe: Recipe, device, dtype, vocab_size: int, mean_document, repe
         torch.cuda.reset_peak_memory_stats()
     for _ in range(2):
         micro_batch()
+
+    def update_weights():
+        optimizer.step()
+        cast_weights(model)
+
     micro = _median_seconds(micro_batch, device, repeats)
-    update = _median_seconds(optimizer.step, device, repeats)
+    update = _median_seconds(update_weights, device, repeats)
     peak_bytes = torch.cuda.max_memory_allocated() if device.type == "cuda" else None
     profile = None
     if profiled:
 
         def full_step():
             plain()
-            optimizer.step()
+            update_weights()
             optimizer.zero_grad(set_to_none=True)
 
         full_step()  # the next one has no gradients to accumulate into, as in training
@@ -151,6 +162,8 @@ def _measure(recipe: Recipe, device, dtype, vocab_size: int, mean_document, repe
         "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
         "torch": torch.__version__,
         "parameters": count_parameters(model).total,
+        "precision": recipe.runtime.precision,
+        "low_precision_layers": sum(layer.reason is None for layer in precision),
         "training_flops_per_token": flops,
         "micro_batch_seconds": micro,
         "optimizer_seconds": update,

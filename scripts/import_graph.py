@@ -15,9 +15,10 @@ from pathlib import Path
 LAYERS = [
     ["cli"],
     ["compare", "harness"],
-    ["export", "probes", ""],
+    ["probes", ""],
     ["report"],
-    ["train", "quant", "serve"],
+    ["train"],
+    ["export", "quant", "serve"],
     ["runs", "evaluate", "generation"],
     ["data", "model", "optim"],
     ["nn"],

@@ -5,6 +5,7 @@ from typing import Annotated
 
 import typer
 
+from fusedlm.cli.adapt_options import ADAPT_OPTIONS
 from fusedlm.cli.common import integer, number
 
 ProbeOption = Annotated[
@@ -76,7 +77,7 @@ OutOption = Annotated[
 ]
 
 _TAKES = {
-    None: ("text", "data", "window", "stride", "yarn"),
+    None: ("text", "data", "window", "stride", "yarn", "qat", "across-documents", *ADAPT_OPTIONS),
     "mqar": ("pairs", "steps", "lr", "samples", "seed", "out"),
     "needle": ("text", "data", "lengths", "depths", "steps", "lr", "samples", "seed", "yarn", "out"),
     "extend": ("text", "data", "factors", "samples", "out"),

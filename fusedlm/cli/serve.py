@@ -8,7 +8,7 @@ import typer
 from fusedlm.cli.common import (
     CheckpointOption,
     DeviceOption,
-    RunArgument,
+    ModelArgument,
     RuntimeArgument,
     WeightsOption,
     YaRNOption,
@@ -26,7 +26,7 @@ def _integer_option(help: str, metavar: str = "N"):
 
 
 def serve(
-    run: RunArgument,
+    run: ModelArgument,
     overrides: RuntimeArgument = None,
     host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0: all.")] = "127.0.0.1",
     port: Annotated[int, _integer_option("Port; 0: a free one.")] = 8000,
@@ -92,7 +92,9 @@ def serve(
     key = None if api_key_file is None else _read_key(api_key_file)
     listening = bind(host, port)
     with listening:
-        loaded = load_run(run, checkpoint=checkpoint, weights=weights, device=device, overrides=overrides)
+        loaded = load_run(
+            run, checkpoint=checkpoint, weights=weights, device=device, overrides=overrides, artifacts=True
+        )
         stretch(loaded.model, loaded.recipe, yarn)
         if context is None:
             context = int(loaded.recipe.train.seq_len * max(1.0, yarn or 1.0))

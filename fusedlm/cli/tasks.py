@@ -61,7 +61,7 @@ def run_tasks(
     *,
     as_json: bool,
 ) -> None:
-    """Run tasks, write their results into the run folder and its report, and print them.
+    """Run tasks, print their results, and write them into the run folder and its report.
 
     window: most tokens that the model sees at once; None: those of training, times yarn.
     """
@@ -94,8 +94,9 @@ def run_tasks(
     entries = [
         {"task": r.task, "samples": r.n_samples, "shots": r.n_shots, "metrics": r.metrics} | shared for r in results
     ]
-    add_tasks(loaded.run, entries)
-    _update_report(loaded)
+    if loaded.run.is_dir():  # an artifact is one file, and stays as it is
+        add_tasks(loaded.run, entries)
+        _update_report(loaded)
     if as_json:
         print(json.dumps(entries))
         return

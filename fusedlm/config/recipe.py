@@ -47,6 +47,18 @@ class Recipe(Config):
             )
         if self.model.mup is not None and self.train.optimizer.type == "sgd":
             raise ValueError("train.optimizer.type=sgd: model.mup has no rule for it; use adamw, or remove model.mup")
+        if self.train.distill is not None:
+            depth = 0 if self.model.mtp is None else self.model.mtp.depth
+            if depth:
+                raise ValueError(
+                    f"train.distill: has no soft targets for the modules of model.mtp.depth={depth}; "
+                    "set model.mtp=null or train.distill=null"
+                )
+            if self.runtime.cuda_graph:
+                raise ValueError(
+                    "runtime.cuda_graph=true: train.distill runs the teacher outside of the graph; set "
+                    "runtime.cuda_graph=false"
+                )
         matrix = getattr(self.train.optimizer, "matrix", None)
         if self.model.mup is not None and matrix is not None and matrix.scaling != "spectral":
             raise ValueError(

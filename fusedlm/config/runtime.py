@@ -2,9 +2,30 @@
 
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
-from fusedlm.config.schema import NEUTRAL, Config, ShortText
+from fusedlm.config.schema import NEUTRAL, Config, Count, PositiveFloat, ShortText
+
+
+class LowPrecisionConfig(Config):
+    """How the layers of `runtime.precision` compute, and which layers they are."""
+
+    scales: Literal["row", "tensor"] = "row"
+    """One scale per token and output feature, or per tensor; mxfp8 has one per 32 elements instead."""
+    gradients: Literal["e4m3", "e5m2"] = "e4m3"
+    """Element type of incoming gradients in fp8 and mxfp8."""
+    outliers: PositiveFloat | None = None
+    """Robust z-score above which columns of a layer's input are multiplied in the precision of the activations, such
+    as 3.5; null: none are."""
+    outlier_columns: Count | None = None
+    """The most columns of a layer that are; null: one of 64, at least 16."""
+    layers: Literal["auto", "all"] = "auto"
+    """auto: hidden matrices whose predicted speedup is least_speedup or more; all: every one with widths that are
+    multiples of 16. The same on a CPU, which emulates."""
+    least_speedup: PositiveFloat = 1.05
+    """Of a layer's forward and backward pass over bf16, predicted from the rates of the device."""
+    exclude: list[ShortText] = Field([], max_length=100)
+    """Patterns of names of layers that stay as they are, such as blocks.0.*."""
 
 Processes = Annotated[int, Field(gt=0, le=2**16)]
 
@@ -29,6 +50,10 @@ class RuntimeConfig(Config):
     """Where to run; auto: the GPU if there is one."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Type of autocast; auto: bfloat16 on GPUs, float32 on CPUs."""
+    precision: Literal["none", "fp8", "int8", "mxfp8"] = "none"
+    """Element type of the three products of hidden matrices in training; none: that of autocast; mxfp8 is emulated."""
+    low_precision: LowPrecisionConfig = LowPrecisionConfig()
+    """Scales, outliers and layers of runtime.precision."""
     compile: bool = False
     """torch.compile, one full graph per block; changes rounding."""
     cuda_graph: bool = False
@@ -41,3 +66,20 @@ class RuntimeConfig(Config):
     """Division of the run over several processes."""
     backends: dict[ShortText, ShortText] = Field({}, max_length=100)
     """Backend by op, as `fusedlm doctor` lists them; other ops use auto."""
+
+    @model_validator(mode="after")
+    def _check(self):
+        if self.precision == "none" and self.low_precision != LowPrecisionConfig():
+            raise ValueError(
+                "runtime.low_precision: has no effect with runtime.precision=none; set runtime.precision, such as fp8"
+            )
+        if self.precision == "int8" and self.low_precision.gradients == "e5m2":
+            raise ValueError(
+                "runtime.low_precision.gradients=e5m2: gradients are int8 with runtime.precision=int8; remove it"
+            )
+        if self.low_precision.outlier_columns is not None and self.low_precision.outliers is None:
+            raise ValueError(
+                f"runtime.low_precision.outlier_columns={self.low_precision.outlier_columns}: has no effect without "
+                "runtime.low_precision.outliers; set it, such as 3.5"
+            )
+        return self

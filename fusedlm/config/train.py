@@ -15,6 +15,7 @@ from fusedlm.config.schema import (
     Fraction,
     Length,
     NonNegativeFloat,
+    PathText,
     PositiveFloat,
     Seed,
     Tokens,
@@ -231,6 +232,24 @@ class SWAConfig(Config):
     """Steps are averaged while the learning rate, after its warm-up, is below this fraction of the peak."""
 
 
+class QATConfig(Config):
+    """Quantisation-aware training in the last steps: passes run with matrices rounded to integers, and updates change
+    the weights as they are (docs/quantization.md)."""
+
+    bits: int = Field(ge=2, le=8)
+    """Width of the codes of hidden matrices."""
+    start: float = Field(0.85, ge=0, lt=1)
+    """Fraction of all steps at which it begins."""
+    embedding_bits: int | None = Field(None, ge=2, le=8)
+    """Width of the codes of embeddings and head; null: they are not rounded."""
+    group: Annotated[int | None, Field(gt=0, le=2**20)] = None
+    """Columns that share a scale; null: the row."""
+    clip: float | None = Field(None, gt=0, le=1e4)
+    """Standard deviations of a row or group that the largest code stands for; null: its largest magnitude."""
+    embedding_clip: float | None = Field(None, gt=0, le=1e4)
+    """The same of embeddings and head."""
+
+
 class RampConfig(Config):
     """Steps with another batch size or sequence length, before those of the run."""
 
@@ -240,6 +259,21 @@ class RampConfig(Config):
     """Sequences per optimizer step; null: train.batch_size."""
     seq_len: Length | None = None
     """Tokens per sequence, a divisor of train.seq_len; null: train.seq_len."""
+
+
+class DistillConfig(Config):
+    """Soft targets of a frozen teacher with the tokenizer of the run (docs/distillation.md)."""
+
+    teacher: Annotated[PathText, NEUTRAL]
+    """Run folder of the teacher, or folder that Transformers reads, of one of the families of fusedlm import."""
+    weight: float = Field(0.5, gt=0, le=1)
+    """Weight of the soft loss; that of the targets has the rest."""
+    temperature: float = Field(1.0, ge=0.01, le=100)
+    """Divides the logits of teacher and model in the soft loss, which is multiplied by its square."""
+    format: Literal["int8", "fp8", "int4", "mxfp4"] | None = None
+    """Format of the teacher's hidden matrices; null: floats, as they are."""
+    sha256: Annotated[str | None, Field(pattern="^[0-9a-f]{64}$", max_length=64), NEUTRAL] = None
+    """Checksum of the teacher's weights, before format; null: computed when the run begins, and kept in its recipe."""
 
 
 OptimizerConfig = Annotated[AdamWConfig | SGDConfig | MuonAdamWConfig | NorMuonAdamWConfig, Field(discriminator="type")]
@@ -269,6 +303,10 @@ class TrainConfig(Config):
     """Decay of an exponential moving average of the weights; null: no average."""
     swa: SWAConfig | None = None
     """Mean of the weights at regular steps near the end; null: no mean."""
+    qat: QATConfig | None = None
+    """Quantisation-aware training in the last steps; null: none."""
+    distill: DistillConfig | None = None
+    """Distillation from a teacher; null: none."""
     ramps: list[RampConfig] = Field([], max_length=100)
     """Batch sizes and sequence lengths of the first steps, in order."""
     max_bad_steps: Annotated[Count, NEUTRAL] = 8
@@ -309,12 +347,18 @@ class TrainConfig(Config):
                     f"swa.below={self.swa.below}: the schedule ends at {lowest}, so that no step would be averaged; "
                     "raise swa.below, or lower schedule.final"
                 )
+        if self.qat is not None and self.qat_start() >= self.steps:
+            raise ValueError(f"qat.start={self.qat.start}: begins after the last of {self.steps} steps; lower it")
         for index, ramp in enumerate(self.ramps):
             _check_ramp(f"ramps.{index}", ramp, self)
         ends = [ramp.until for ramp in self.ramps]
         if sorted(set(ends)) != ends:
             raise ValueError(f"ramps: until={ends} must be increasing")
         return self
+
+    def qat_start(self) -> int:
+        """The first step, counted from 0, of quantisation-aware training; one after the last: there is none."""
+        return self.steps if self.qat is None else round(self.qat.start * self.steps)
 
     def step_shape(self, step: int) -> tuple[int, int]:
         """Sequences, and tokens per sequence, of a step counted from 0."""

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from fusedlm.distributed import World
-from fusedlm.evaluate.windows import batches, document_windows
+from fusedlm.evaluate.windows import IGNORED, batches, document_windows, join_documents, pad_rows
 from fusedlm.model.precision import autocast
 
 T = TypeVar("T")
@@ -48,6 +48,7 @@ def score_documents(
     *,
     window: int | None,
     stride: int | None = None,
+    across_documents: bool = False,
     batch_tokens: int | None = None,
     longest: int | None = None,
     device: torch.device | str,
@@ -65,7 +66,11 @@ def score_documents(
         window: most tokens the model sees at once: window i reads tokens [i * stride, i * stride + window) of a
             document and scores those that no earlier window has scored. None: the full document, through the model's
             state and in chunks, so that memory for logits is bounded.
+            Every window starts from an empty state. A token has at least window - stride tokens of context, where
+            its document has them before it.
         stride: tokens from the start of one window to the next; None: `default_stride(window)`.
+        across_documents: windows over all documents as one sequence, so that the context of a token is what precedes it
+            in the text, across end-of-text. It is held in memory.
         batch_tokens: most tokens per batch of windows, padding included (at least one window). None: 65536 on CUDA
             devices, 4096 elsewhere, where allocating larger batches takes longer than it saves.
         longest: at least the number of text tokens of every document; no window is padded beyond it. None: counted if
@@ -80,17 +85,18 @@ def score_documents(
         ValueError: a value is out of range, several processes are to score full documents, or there is no text.
     """
     device = torch.device(device)
-    if batch_tokens is None:
-        batch_tokens = 65536 if device.type == "cuda" else 4096
-    stride = _check(window, stride, batch_tokens)
+    batch_tokens = default_batch_tokens(device) if batch_tokens is None else batch_tokens
+    stride = check_spans(window, stride, batch_tokens)
+    if window is None and across_documents:
+        raise ValueError("across_documents=True needs a window; without one, each document is scored in full")
     world = world or World()
     if window is None and world.size > 1:
         raise ValueError(f"{world.size} processes share windows, not full documents; give a window")
     if longest is None and isinstance(documents, Sequence):
         longest = max((np.size(tokens) - 1 for tokens, _ in documents), default=0)
-    if window is not None and longest is not None:
+    if window is not None and longest is not None and not across_documents:
         window = min(window, max(1, longest))  # one window reads the full document either way
-    source = _Documents(documents, model.vocab_size, longest)
+    source = Documents(documents, model.vocab_size, longest)
     sums, scored = [], 0
     metrics: dict[str, torch.Tensor] = {}
     was_training = model.training
@@ -100,7 +106,8 @@ def score_documents(
             if window is None:
                 pieces = _score_full(model, source, device, dtype, metrics)
             else:
-                pieces = _score_windows(model, source, window, stride, batch_tokens, device, dtype, metrics, world)
+                sequences = _joined(source) if across_documents else source
+                pieces = _score_windows(model, sequences, window, stride, batch_tokens, device, dtype, metrics, world)
             for nll, n_tokens in pieces:
                 sums.append(nll)
                 scored += n_tokens
@@ -128,8 +135,17 @@ def default_stride(window: int) -> int:
     return max(1, window // 2)
 
 
-def _check(window: int | None, stride: int | None, batch_tokens: int) -> int | None:
-    """Returns the stride."""
+def default_batch_tokens(device: torch.device) -> int:
+    """Most tokens per batch of windows, padding included."""
+    return 65536 if device.type == "cuda" else 4096
+
+
+def check_spans(window: int | None, stride: int | None, batch_tokens: int) -> int | None:
+    """Returns the stride.
+
+    Raises:
+        ValueError: a value is out of range.
+    """
     if batch_tokens < 1:
         raise ValueError(f"batch_tokens={batch_tokens} must be at least 1")
     if window is None:
@@ -145,8 +161,8 @@ def _check(window: int | None, stride: int | None, batch_tokens: int) -> int | N
     return stride
 
 
-class _Documents:
-    """Documents in order, checked and counted as they are read."""
+class Documents:
+    """Documents in order, checked and counted as they are read: pairs of the index and the tokens."""
 
     def __init__(self, documents: Iterable[tuple[np.ndarray, int]], vocab_size: int, longest: int | None):
         self._source, self._vocab_size, self._longest = documents, vocab_size, longest
@@ -220,24 +236,29 @@ def _score_full(model, documents, device, dtype, metrics) -> Iterator[tuple[floa
     for number, tokens in documents:
         for chunk in stream_nll(model, tokens[None], device=device, dtype=dtype, metrics=metrics):
             nll = math.fsum(chunk[0].tolist())
-            _check_finite(nll, number)
+            check_finite(nll, number)
             yield nll, chunk.shape[1]
 
 
+def _joined(documents: Documents) -> Iterator[tuple[None, np.ndarray, np.ndarray]]:
+    """All documents as one sequence with its targets, if there are any."""
+    tokens, targets = join_documents(tokens for _, tokens in documents)
+    if len(tokens):
+        yield None, tokens, targets
+
+
 def _score_windows(
-    model, documents, window, stride, batch_tokens, device, dtype, metrics, world
+    model, sequences, window, stride, batch_tokens, device, dtype, metrics, world
 ) -> Iterator[tuple[float, int]]:
-    """Yields (nats, tokens) of each batch of this process."""
-    windows = (w for number, tokens in documents for w in document_windows(number, tokens, window, stride))
+    """Yields (nats, tokens) of each batch of this process. sequences: (document, tokens), or with targets of its own
+    (document, tokens, targets)."""
+    spans = (window, stride)
+    windows = (w for number, tokens, *own in sequences for w in document_windows(number, tokens, *spans, *own))
     for (rows, width), counts in _own(batches(windows, window, batch_tokens), world):
-        ids = np.zeros((len(rows), width), dtype=np.int64)
-        # Context and padding have target -100: the head runs on scored tokens only.
-        targets = np.full((len(rows), width), -100, dtype=np.int64)
-        for r, row in enumerate(rows):
-            n = len(row.inputs)
-            ids[r, :n] = row.inputs
-            targets[r, n - row.n_scored : n] = row.targets[n - row.n_scored :]
-        scored = np.flatnonzero(targets != -100)
+        ids, targets = pad_rows(rows, width)
+        scored, n_scored = np.flatnonzero(targets != IGNORED), (targets != IGNORED).sum(1).tolist()
+        if not len(scored):  # of end-of-text alone; sharded models need the pass all the same
+            counts, scored, targets = False, np.zeros(1, dtype=np.int64), ids
         ids, select, targets = (torch.from_numpy(x).to(device) for x in (ids, scored, targets.reshape(-1)[scored]))
         with autocast(device, dtype):
             output = model(ids, select=select, targets=targets)
@@ -246,8 +267,8 @@ def _score_windows(
             continue
         _add(metrics, output.metrics)
         nll = output.nll.double().cpu()
-        for row, part in zip(rows, nll.split([row.n_scored for row in rows]), strict=True):
-            _check_finite(part.sum().item(), row.document)
+        for row, part in zip(rows, nll.split(n_scored), strict=True):
+            check_finite(part.sum().item(), row.document)
         yield math.fsum(nll.tolist()), len(nll)
 
 
@@ -258,9 +279,11 @@ def _own(items: Iterator[T], world: World) -> Iterator[tuple[T, bool]]:
         yield group[world.rank % len(group)], world.rank < len(group)
 
 
-def _check_finite(nll: float, document: int) -> None:
+def check_finite(nll: float, document: int | None) -> None:
+    """Raises NotFinite, which names the document; None: the text."""
     if not math.isfinite(nll):
+        where = "the text" if document is None else f"document {document}"
         raise NotFinite(
-            f"document {document}: the likelihood is not finite ({nll}); the weights are damaged or diverged, "
+            f"{where}: the likelihood is not finite ({nll}); the weights are damaged or diverged, "
             "or values overflow in this precision (try float32)"
         )

@@ -21,12 +21,12 @@ from fusedlm.export.shards import read_weights
 from fusedlm.export.to_hf import CONFIG
 from fusedlm.export.tokenizer import TOKENIZER, TOKENIZER_CONFIG, restored_tokenizer
 from fusedlm.export.weights import read
-from fusedlm.model import build_model
+from fusedlm.model import Decoder, build_model
 from fusedlm.model.accounting import count_parameters
 from fusedlm.runs.folder import RunFolder
 from fusedlm.runs.hardware import environment
 from fusedlm.runs.identity import new_run_id
-from fusedlm.runs.state import TrainState, model_tensors, save_weights
+from fusedlm.runs.state import TrainState, load_model_tensors, model_tensors, save_weights
 from fusedlm.runs.text import NO_TEXT
 
 _LARGEST_JSON = 1 << 26
@@ -55,7 +55,45 @@ def import_run(folder: str | Path, run_dir: str | Path) -> Imported:
             missing or damaged; or the folder holds a run.
         OSError: a file cannot be read or written.
     """
-    folder, run_dir = Path(folder), Path(run_dir)
+    run_dir, found = Path(run_dir), _read(Path(folder))
+    recipe, tokenizer, origin = found.recipe, found.tokenizer, found.origin
+    run, world = new_run_id(), World()
+    with RunFolder(run_dir) as target:
+        if target.holds_run():
+            raise ValueError(f"run folder {run_dir} already holds a run; name another")
+        described = environment(torch.device("cpu"), torch.float32) | {"imported": found.family.architecture}
+        target.write_header(recipe, tokenizer, described, run)
+        text = origin.text if origin is not None else NO_TEXT
+        state = TrainState(data=text, run=run, tokenizer=tokenizer.fingerprint)
+        save_weights(target.checkpoints, state, recipe, found.tensors, world=world)
+    return Imported(run_dir, found.family.name, count_parameters(found.model).total)
+
+
+def load_folder(folder: str | Path, device: str | torch.device = "cpu") -> tuple[Decoder, Tokenizer]:
+    """The model of such a folder in eval mode, with float32 parameters, and its tokenizer; nothing is written.
+
+    Raises:
+        ValueError, OSError: as `import_run`.
+    """
+    found = _read(Path(folder))
+    model = found.model.to_empty(device=device)
+    load_model_tensors(model, found.tensors, str(folder))
+    return model.eval(), found.tokenizer
+
+
+@dataclass(frozen=True)
+class _Content:
+    """What a folder holds; the model is on the meta device."""
+
+    family: Family
+    recipe: Recipe
+    tokenizer: Tokenizer
+    origin: Origin | None
+    model: Decoder
+    tensors: dict[str, torch.Tensor]
+
+
+def _read(folder: Path) -> _Content:
     config = ConfigJSON(_read_json(folder / CONFIG), folder / CONFIG)
     family = _family_of(config)
     origin = read_origin(folder)
@@ -64,17 +102,7 @@ def import_run(folder: str | Path, run_dir: str | Path) -> Imported:
     tokenizer = _tokenizer(folder, config, origin)
     recipe = _recipe(folder, family, config, derived, tokenizer, origin)
     model = build_model(recipe.model, vocab_size=tokenizer.vocab_size, device="meta")
-    tensors = _tensors(folder, family, recipe.model, model)
-    run, world = new_run_id(), World()
-    with RunFolder(run_dir) as target:
-        if target.holds_run():
-            raise ValueError(f"run folder {run_dir} already holds a run; name another")
-        described = environment(torch.device("cpu"), torch.float32) | {"imported": family.architecture}
-        target.write_header(recipe, tokenizer, described, run)
-        text = origin.text if origin is not None else NO_TEXT
-        state = TrainState(data=text, run=run, tokenizer=tokenizer.fingerprint)
-        save_weights(target.checkpoints, state, recipe, tensors, world=world)
-    return Imported(run_dir, family.name, count_parameters(model).total)
+    return _Content(family, recipe, tokenizer, origin, model, _tensors(folder, family, recipe.model, model))
 
 
 def _family_of(config: ConfigJSON) -> Family:

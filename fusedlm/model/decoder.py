@@ -21,6 +21,7 @@ from fusedlm.nn.mup import MuP
 from fusedlm.nn.previous import PreviousToken
 from fusedlm.nn.rope import YaRN
 from fusedlm.nn.smear import SmearGate
+from fusedlm.nn.soft_targets import SoftTargets
 from fusedlm.nn.value_embedding import STD as VALUE_STD
 from fusedlm.ops.attention.sdpa import varlen_boundaries
 from fusedlm.ops.common import OPS, BackendSelection, Call
@@ -149,6 +150,7 @@ class Decoder(Module):
         targets: torch.Tensor | None = None,
         loss_weight: torch.Tensor | None = None,
         batch_weight: torch.Tensor | float = 1.0,
+        soft_targets: SoftTargets | None = None,
         hidden: bool = False,
     ) -> Output:
         """Logits of the token after each, or the loss on targets.
@@ -169,6 +171,7 @@ class Decoder(Module):
             loss_weight: () factor on each token's nll and on each loss per token; None: one over the number of valid
                 targets of this call.
             batch_weight: factor on losses that are means over the sequences of this call.
+            soft_targets: of the tokens that have targets, which must be given too.
             hidden: return the output of the last block too, for `draft`.
 
         Raises:
@@ -188,13 +191,14 @@ class Decoder(Module):
                 reports.append(report)
                 if index < self.n_skips:
                     skips.append(x)
-            logits, nll, losses = self._head(x, select, targets, loss_weight)
+            logits, nll, losses, soft = self._head(x, select, targets, loss_weight, soft_targets)
             if self.mtp is not None and self.training and targets is not None and state is None:
                 losses["mtp"], further = multi_token_loss(self, x, embedded, context, targets, loss_weight)
                 reports += further
         if state is not None:
             state.advance(context, documents, n_new)
         own, metrics = collect(reports)
+        metrics |= soft
         for name, loss in own.items():
             weight = batch_weight
             if loss.per == "token":
@@ -265,17 +269,25 @@ class Decoder(Module):
         """Those of the layers, and those of multi-token prediction."""
         return [*self.blocks, *(module.block for module in self.mtp or ())]
 
-    def _head(self, x_BTD, select, targets, loss_weight):
+    def _head(self, x_BTD, select, targets, loss_weight, soft_targets):
+        """Logits, nll, losses and metrics."""
         if select is not None:
             x_BTD = x_BTD.flatten(0, 1)[select]
         if targets is None:
-            return self.head(x_BTD), None, {}
+            return self.head(x_BTD), None, {}, {}
         if targets.shape != x_BTD.shape[:-1]:
             raise ValueError(f"targets {tuple(targets.shape)} must have the shape {tuple(x_BTD.shape[:-1])}")
         if loss_weight is None:
             loss_weight = (targets != -100).sum().clamp(min=1).double().reciprocal()
-        loss, nll = self.head(x_BTD.flatten(0, -2), targets.flatten(), loss_weight)
-        return None, nll.view(targets.shape), {"nll": loss}
+        x_ND, targets_N = x_BTD.flatten(0, -2), targets.flatten()
+        if soft_targets is None:
+            loss, nll = self.head(x_ND, targets_N, loss_weight)
+            return None, nll.view(targets.shape), {"nll": loss}, {}
+        loss, nll, soft_loss, divergence = self.head(x_ND, targets_N, loss_weight, soft_targets)
+        sums = [nll.sum(dtype=torch.float64), divergence.sum(dtype=torch.float64), (targets_N != -100).sum().double()]
+        weight = soft_targets.weight
+        losses = {"nll": (1 - weight) * loss, "distill": weight * soft_loss}
+        return None, nll.view(targets.shape), losses, {self.head.metric: torch.stack(sums)[None]}
 
     def init_state(self, batch_size: int, max_tokens: int | None = None) -> State:
         """An empty state. Caches are reserved for max_tokens when that is given, and grow with the tokens otherwise."""

@@ -7,6 +7,7 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 
 from fusedlm.nn.context import Context
 from fusedlm.nn.ffn import FFNS
+from fusedlm.nn.low_precision import low_precision_layers
 from fusedlm.nn.mixers import MIXERS
 from fusedlm.nn.module import Constant, Module, OpUse, Role
 from fusedlm.nn.norm import RMSNorm
@@ -142,6 +143,7 @@ class Block(Module):
             used.append(OpUse("mix_inputs", "mix_inputs", {"width": len(self.mixer_norm.weight)}))
         if quantized_layers(self):
             used.append(OpUse("quantized_linear", "quantized_linear", {}))
+        used += [layer.op() for layer in low_precision_layers(self).values()][:1]
         return used
 
 

@@ -98,6 +98,11 @@ class Linear(Module, torch.nn.Linear):
         sizes = {"in_features": self.in_features, "out_features": self.out_features}
         return runs_fused("rmsnorm_linear", self.backend("rmsnorm_linear"), x, dtype=product_dtype(x), **sizes)
 
+    @property
+    def casts_input(self) -> bool:
+        """Whether this layer casts what a norm or an activation before it computes, and so takes both pending."""
+        return False
+
     def fuses_token(self, x: torch.Tensor) -> bool:
         """Whether x is one token, whose projection is fused with what is before and after it."""
         return self.fuses and fuses_token(x, self.backend("token_linear"), product_dtype(x))
@@ -131,11 +136,18 @@ def fuses_norm(layer: torch.nn.Module, x: torch.Tensor) -> bool:
     return isinstance(layer, Linear) and layer.fuses_norm(x)
 
 
+def casts_input(layer: torch.nn.Module) -> bool:
+    """Whether a layer, perhaps a replacement of ours, takes a pending norm or activation to cast what it computes."""
+    return isinstance(layer, Linear) and layer.casts_input
+
+
 def mlp(x: torch.Tensor | PendingNorm, up: torch.nn.Module, down: torch.nn.Module, activation):
     """down(activation(up(x))), as one op where a fused backend runs and both layers support it. A PendingProduct if
     `down` ends a branch and x is one token."""
-    if isinstance(x, PendingNorm) or ends_token(down, x):
+    if casts_input(down) or ends_token(down, x.x if isinstance(x, PendingNorm) else x):
         return down(PendingInput(up(x), activation))
+    if isinstance(x, PendingNorm):
+        return down(activation(up(x)))
     if isinstance(up, Linear) and isinstance(down, Linear) and up.fuses and down.fuses:
         sizes = activation.sizes(up.in_features, down.in_features)
         if runs_fused(activation.op, down.backend(activation.op), x, dtype=product_dtype(x), **sizes):

@@ -10,6 +10,7 @@ from fusedlm.ops.cross_entropy.reference import SigmoidCap
 from fusedlm.ops.delta_rule.op import gated_delta_rule
 from fusedlm.ops.differential.op import differential_combine
 from fusedlm.ops.differential_linear.op import differential_linear_attention
+from fusedlm.ops.distillation.op import linear_distillation
 from fusedlm.ops.draw.op import draw_token
 from fusedlm.ops.experts.op import routed_experts
 from fusedlm.ops.experts.order import count_tokens
@@ -18,6 +19,8 @@ from fusedlm.ops.latent.op import latent_decode
 from fusedlm.ops.latent.reference import quantise_latent
 from fusedlm.ops.linear_attention.op import decayed_linear_attention
 from fusedlm.ops.linear_cross_entropy.op import linear_softcap_cross_entropy
+from fusedlm.ops.low_precision.formats import LowPrecision
+from fusedlm.ops.low_precision.op import isolate_outliers, low_precision_linear, low_precision_weight
 from fusedlm.ops.mixing.op import mix_inputs
 from fusedlm.ops.mx.formats import MXTensor
 from fusedlm.ops.mx.op import dequantize_mx, quantize_mx
@@ -34,6 +37,7 @@ from fusedlm.ops.xsa.op import exclude_own_value
 
 __all__ = [
     "OPS",
+    "LowPrecision",
     "MXTensor",
     "QuantizedWeight",
     "SigmoidCap",
@@ -51,8 +55,12 @@ __all__ = [
     "gated_delta_rule",
     "gated_rmsnorm",
     "gated_scan",
+    "isolate_outliers",
     "latent_decode",
+    "linear_distillation",
     "linear_softcap_cross_entropy",
+    "low_precision_linear",
+    "low_precision_weight",
     "mix_inputs",
     "orthogonalize",
     "packed_attention",

@@ -172,11 +172,12 @@ def _validation_table(history: History) -> tuple[tuple[str, ...], list[tuple[str
         "Bits per byte": (columns["val_bpb"], ".4f"),
         "of ema weights": (columns["val_bpb_ema"], ".4f"),
         "of swa weights": (columns["val_bpb_swa"], ".4f"),
+        "quantised": (columns["val_bpb_qat"], ".4f"),
         "Nats per token": (columns["val_nll_per_token"], ".4f"),
         "Window": (columns["val_window"], ",.0f"),
         "Stride": (columns["val_stride"], ",.0f"),
     }
-    for optional in ("of ema weights", "of swa weights", "Window", "Stride"):
+    for optional in ("of ema weights", "of swa weights", "quantised", "Window", "Stride"):
         if not np.isfinite(shown[optional][0]).any():
             del shown[optional]
     cells = [[format(v, how) if math.isfinite(v) else "–" for v in values.tolist()] for values, how in shown.values()]

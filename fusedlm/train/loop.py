@@ -1,6 +1,7 @@
 """Train a recipe into a run folder: the checks before the first step."""
 
 import contextlib
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -17,6 +18,7 @@ from fusedlm.terminal import one_line
 from fusedlm.train.display import Display
 from fusedlm.train.loggers import check_loggers
 from fusedlm.train.parallel import build_mesh
+from fusedlm.train.teacher import open_teacher
 from fusedlm.train.trainer import Trainer, TrainingDiverged, TrainResult
 from fusedlm.train.undo import StartUndo
 
@@ -53,7 +55,8 @@ def train(
 
     Raises:
         ValueError: the folder holds a run and `resume` is not set, or is in use, or its run has another recipe or text,
-            or no intact checkpoint; a logger's package is missing; the recipe does not fit the data or the device.
+            or no intact checkpoint; a logger's package is missing; the recipe does not fit the data or the device;
+            the teacher of `train.distill` cannot be read, has another tokenizer, or is not that of the run to resume.
         TrainingDiverged: loss or gradient norm was not finite in `train.max_bad_steps` steps in a row. A ValueError.
         OSError: the disk is full, the folder cannot be written, or a file cannot be read; checkpoints stay valid.
     """
@@ -78,6 +81,8 @@ def _train(
                 stack.enter_context(undo.run_taken_back(folder, keep=TrainingDiverged))
             stack.enter_context(numerics(device, dtype, recipe.runtime.deterministic))
             start = world.on_main(lambda: _find_start(folder, recipe, device, resume, display))
+            opening = partial(open_teacher, recipe, start.recipe, device, dtype)
+            recipe, options["teacher"] = world.together(opening)
             return Trainer(recipe, folder, device, dtype, display, start, **options, world=world, mesh=mesh).run()
     except (MemoryError, RuntimeError) as error:
         if not _is_out_of_memory(error):

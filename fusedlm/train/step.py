@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -10,6 +10,7 @@ from torch import nn
 
 from fusedlm.distributed import World, local
 from fusedlm.model.layer_metrics import end_step
+from fusedlm.model.low_precision import cast_weights
 from fusedlm.model.sharding import begin_backward, squared_norm, sum_whole_gradients
 from fusedlm.optim import set_learning_rates, step_if
 from fusedlm.train.cuda_graph import CapturedBackward
@@ -20,7 +21,7 @@ from fusedlm.train.micro_batch import forward_backward
 class StepResult:
     """The results of one step, over all processes."""
 
-    loss: float  # nats per valid target token
+    loss: float  # nats per valid target token, times their weight beside soft targets
     layer_losses: dict[str, float]  # losses of layers by name, not included in `loss`
     grad_norm: float  # of all gradients, before clipping
     skipped: bool  # a loss or the gradient norm was not finite; parameters and optimizer are unchanged
@@ -34,6 +35,7 @@ def backward(
     autocast: Callable[[], AbstractContextManager],
     *,
     captured: CapturedBackward | None = None,
+    teacher=None,
     world: World | None = None,
 ) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
     """Accumulate the gradient of the mean loss over the valid targets of the full batch.
@@ -46,7 +48,8 @@ def backward(
         batch: a `fusedlm.data.Batch`, this process's part.
         micro_batch_size: sequences per forward pass.
         autocast: gives the context of each forward pass.
-        captured: runs forward and backward as one CUDA graph; for batches without documents.
+        captured: runs forward and backward as one CUDA graph; for batches without documents, and without a teacher.
+        teacher: as for `forward_backward`.
         world: the processes that share the batch; None: this process alone.
 
     Returns:
@@ -54,6 +57,7 @@ def backward(
         parameters are summed over the processes, those of others are this process's.
     """
     world = world or World()
+    cast_weights(model)  # after the update, in the memory that a graph reads
     if captured is not None:
         captured.begin_step()
     # Infinite if there is no valid target: then the loss is not finite and the step is skipped.
@@ -70,8 +74,8 @@ def backward(
             output = captured(tokens, targets, loss_weight, batch_weight)
         else:
             documents = None if batch.documents is None else batch.documents[rows]
-            weights = {"loss_weight": loss_weight, "batch_weight": batch_weight}
-            output = forward_backward(model, tokens, documents, targets, autocast=autocast, **weights)
+            options = {"loss_weight": loss_weight, "batch_weight": batch_weight, "teacher": teacher}
+            output = forward_backward(model, tokens, documents, targets, autocast=autocast, **options)
         for sums, found in ((losses, output.losses), (metrics, output.metrics)):
             for name, value in found.items():
                 # Cloned, since a graph overwrites its outputs at the next replay.
@@ -102,6 +106,8 @@ def train_step(
     grad_clip: float | None,
     autocast: Callable[[], AbstractContextManager],
     captured: CapturedBackward | None = None,
+    weights: Callable[[], AbstractContextManager] = nullcontext,
+    teacher=None,
     world: World | None = None,
 ) -> StepResult:
     """Forward, backward, clipping by the norm of all gradients, update; then layers may use the metrics of the step.
@@ -111,10 +117,14 @@ def train_step(
     Args:
         lr_scale: multiplies the peak learning rate of each parameter group.
         grad_clip: largest norm of all gradients; None: no clipping.
-        batch, micro_batch_size, autocast, captured, world: as for `backward`.
+        batch, micro_batch_size, autocast, captured, teacher, world: as for `backward`.
+        weights: gives the context of all passes, in which parameters may have other values; they are updated with the
+            gradients of these.
     """
     world = world or World()
-    losses, metrics = backward(model, batch, micro_batch_size, autocast, captured=captured, world=world)
+    options = {"captured": captured, "teacher": teacher, "world": world}
+    with weights():
+        losses, metrics = backward(model, batch, micro_batch_size, autocast, **options)
     sum_whole_gradients(model, world)
     gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
     norm, losses, metrics = _over_processes(gradients, losses, metrics, world)

@@ -33,7 +33,7 @@ def test_the_reference_has_every_key():
 
 
 _OPTIONAL = ("model.blocks", "model.yarn", "model.bigram", "model.mup", "model.mtp", "model.logit_rescale")
-_OPTIONAL += ("data.validation", "data.sources", "train.swa", "train.ramps", "train.optimizer.")
+_OPTIONAL += ("data.validation", "data.sources", "train.swa", "train.distill", "train.ramps", "train.optimizer.")
 
 
 def test_defaults_are_those_of_the_schema():

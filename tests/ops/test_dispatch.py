@@ -23,7 +23,9 @@ from fusedlm.ops import (
     softcap_cross_entropy,
 )
 from fusedlm.ops.common import Backend, Call, Op, check_backends, resolve, runs_fused
-from fusedlm.ops.common.dispatch import forget, recorded
+from fusedlm.ops.common.dispatch import forget, recorded, runs_anywhere
+from fusedlm.ops.low_precision.formats import GRIDS
+from fusedlm.ops.low_precision.reference import cast_weight
 from fusedlm.ops.mx.formats import FORMATS
 from fusedlm.testing import backend_of
 
@@ -77,6 +79,10 @@ CALLS = {
     "differential_combine": lambda run, **options: run(_heads(), _heads(), torch.ones(2), **options),
     "draw_token": lambda run, **options: run(torch.ones(2, 3), temperature=0, **options),
     "exclude_own_value": lambda run, **options: run(_heads(), _heads(), **options),
+    "low_precision_linear": lambda run, **options: run(
+        torch.ones(3, 16), torch.ones(32, 16), codes=cast_weight(torch.ones(32, 16), GRIDS["e4m3"], True), **options
+    ),
+    "low_precision_weight": lambda run, **options: run(torch.ones(32, 16), **options),
     "mix_inputs": lambda run, **options: run(torch.ones(3, 8), torch.ones(8), mix_x_D=torch.ones(8), **options),
     "orthogonalize": lambda run, **options: run(torch.ones(2, 128, 128), **options),
     "gated_delta_rule": lambda run, **options: run(
@@ -89,6 +95,9 @@ CALLS = {
     ),
     "linear_softcap_cross_entropy": lambda run, **options: run(
         torch.ones(3, 8), torch.ones(5, 8), torch.arange(3), **options
+    ),
+    "linear_distillation": lambda run, **options: run(
+        torch.ones(3, 8), torch.ones(5, 8), torch.arange(3), None, torch.ones(3, 4), torch.ones(5, 4), **options
     ),
     "quantize_mx": lambda run, **options: _tensors(run(torch.ones(2, 33), "mxfp6_e2m3", **options)),
     "dequantize_mx": lambda run, **options: run(
@@ -293,7 +302,8 @@ def test_a_call_runs_what_explain_says(name):
 def test_a_call_with_a_backend_that_cannot_run_is_an_error(name):
     """Kernels need a GPU, and these tensors are on the CPU."""
     function, op = getattr(fusedlm.ops, name), OP_OF[name]
-    kernels = [backend for backend in op.backends if backend not in ("sdpa", "reference")]
+    kernels = [b for b in op.backends if b not in ("sdpa", "reference") and op.backends[b].supports != runs_anywhere]
+    assert kernels or name == "linear_distillation"
     for backend in kernels:
         with pytest.raises(ValueError, match=f"op {op.name}: backend '{backend}' cannot run: needs a CUDA device"):
             CALLS[name](function, backend=backend)
@@ -349,6 +359,7 @@ def test_check_backends_names_the_key():
 def test_every_op_has_its_public_function():
     assert set(OP_OF) == set(CALLS)
     others = {"OPS", "SigmoidCap", "count_tokens", "explain", "quantise_latent", "short_conv_tail"}
+    others |= {"LowPrecision", "isolate_outliers"}
     others |= {"MXTensor", "QuantizedWeight", "quantize_weight", "dequantize_weight"}
     assert set(CALLS) | others == set(fusedlm.ops.__all__)
     for name in CALLS:
@@ -406,6 +417,7 @@ def test_auto_on_a_gpu_is_the_kernel():
         "gated_rmsnorm": "triton",
         "gated_scan": "triton",
         "latent_decode": "triton",
+        "linear_distillation": "chunked",
         "linear_softcap_cross_entropy": "chunked",
         "mix_inputs": "triton",
         "orthogonalize": "triton" if tuned else "reference",

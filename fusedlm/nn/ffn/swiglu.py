@@ -3,7 +3,7 @@
 import torch
 
 from fusedlm.nn.context import Context
-from fusedlm.nn.linear import Linear, ends_token, fuses_norm, mlp
+from fusedlm.nn.linear import Linear, casts_input, ends_token, fuses_norm, mlp
 from fusedlm.nn.module import Module, OpUse
 from fusedlm.nn.pending import SwiGLUActivation
 
@@ -25,8 +25,8 @@ class SwiGLU(Module):
         return mlp(x_BTD, self.gate_up, self.down, self.activation)
 
     def fuses_norm(self, x_BTD: torch.Tensor) -> bool:
-        """For one token, where `down` ends the branch."""
-        return ends_token(self.down, x_BTD) and fuses_norm(self.gate_up, x_BTD)
+        """For one token, where `down` ends the branch, and for a layer that casts the norm to few bits."""
+        return casts_input(self.gate_up) or (ends_token(self.down, x_BTD) and fuses_norm(self.gate_up, x_BTD))
 
     def flops(self, n_tokens: int) -> int:
         return self.gate_up.flops(n_tokens) + self.down.flops(n_tokens)
