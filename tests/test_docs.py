@@ -59,6 +59,8 @@ NOT_RUN = {
     "make docs": "needs mkdocs; tests/test_site.py builds the site where that is installed",
     "make graph": "draws a picture of the repository",
     "curl": "needs the network",
+    "fusedlm serve": "serves until it is stopped; tests/cli/test_serve.py starts and stops one",
+    "fusedlm eval runs/demo --tasks": "fetches data sets; tests/harness/test_tasks.py has files",
     "python benchmarks/": "measures for hours",
     "python -m tests.fuzz": "takes minutes; tests/fuzz/test_sample.py runs a sample",
     "python -m tests.kills": "takes minutes; tests/train/test_resume.py kills at chosen moments",

@@ -31,6 +31,7 @@ from fusedlm.cli.processes import is_first_here
 from fusedlm.cli.quantize import quantize
 from fusedlm.cli.recipes import recipes
 from fusedlm.cli.report import report
+from fusedlm.cli.serve import serve
 from fusedlm.cli.train import train
 from fusedlm.terminal import one_line, standard_streams
 
@@ -45,6 +46,7 @@ app = typer.Typer(
 app.command()(train)
 app.command("eval")(evaluate)
 app.command()(generate)
+app.command()(serve)
 app.command()(quantize)
 app.command()(pack)
 app.command()(compare)

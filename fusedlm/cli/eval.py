@@ -1,4 +1,4 @@
-"""fusedlm eval: bits per byte of a trained model on validation text, and probes."""
+"""fusedlm eval: bits per byte of a trained model on validation text, probes, and benchmark tasks."""
 
 import json
 from pathlib import Path
@@ -43,6 +43,7 @@ from fusedlm.cli.probe_options import (
     check_options,
 )
 from fusedlm.cli.probes import Target, run_probe
+from fusedlm.cli.tasks import LimitOption, ShotsOption, TasksOption, check_task_options, run_tasks
 from fusedlm.cli.text import documents_of
 
 TextOption = Annotated[
@@ -109,20 +110,32 @@ def evaluate(
     depths: DepthsOption = None,
     factors: FactorsOption = None,
     out: OutOption = None,
+    tasks: TasksOption = None,
+    shots: ShotsOption = None,
+    limit: LimitOption = None,
     qat: Annotated[bool, typer.Option("--qat", help="Score the weights as train.qat of the run rounds them.")] = False,
     checkpoint: CheckpointOption = "last",
     weights: WeightsOption = "raw",
     device: DeviceOption = "auto",
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object only.")] = False,
 ) -> None:
-    """Score validation text with the model of RUN, each token once, and print bits per byte; or run a probe."""
+    """Score validation text with the model of RUN, each token once, and print bits per byte; or run probes or tasks."""
     options = {"text": text, "data": data, "window": window, "stride": stride, "yarn": yarn, "steps": steps, "lr": lr}
     options |= {"samples": samples, "seed": seed, "pairs": pairs, "lengths": lengths, "depths": depths}
     tuned = {"parameters": adapt_parameters, "rank": adapt_rank, "lr": adapt_lr, "chunk": adapt_chunk}
     tuned |= {"steps": adapt_steps, "reset": adapt_reset or None}
     options |= {"adapt": adapt, "across-documents": across_documents or None}
     options |= {f"adapt-{name}": value for name, value in tuned.items()}
-    options = check_options(probe, options | {"factors": factors, "out": out, "qat": qat or None})
+    options |= {"factors": factors, "out": out, "qat": qat or None}
+    check_task_options(tasks, shots, limit, options | {"probe": probe})
+    if tasks is not None:
+        loaded = load_run(
+            run, checkpoint=checkpoint, weights=weights, device=device, overrides=overrides, artifacts=True
+        )
+        stretch(loaded.model, loaded.recipe, yarn)
+        run_tasks(loaded, tasks, shots, limit, window, weights, yarn, as_json=as_json)
+        return
+    options = check_options(probe, options)
     if text is not None and data is not None and probe != "needle":  # which can be finetuned on the run's own text
         raise ValueError(f"--text {text} and --data {data}: give only one of them")
     if probe is not None:
