@@ -33,7 +33,7 @@ def test_the_reference_has_every_key():
 
 
 _OPTIONAL = ("model.blocks", "model.yarn", "model.bigram", "model.mup", "model.mtp", "model.logit_rescale")
-_OPTIONAL += ("data.validation", "data.sources", "data.pipeline", "train.swa", "train.distill", "train.ramps")
+_OPTIONAL += ("data.validation", "data.sources", "data.pipeline", "train.swa", "train.qat", "train.distill", "train.ramps")
 _OPTIONAL += ("train.optimizer.",)
 
 
