@@ -49,6 +49,9 @@ APPENDED = {
     "fusedlm eval runs/demo --probe needle --steps": ("--steps", "1", "--samples", "1", "--lengths", "1"),
     "fusedlm eval runs/demo --probe extend": ("--samples", "2", "--factors", "2", "--text", "long.txt"),
     "fusedlm generate": ("--max-tokens", "4"),
+    "fusedlm quantize runs/demo --format int4 --storage integers": ("--tokens", "1024"),
+    "fusedlm quantize runs/demo --format int6 --calibrate": ("--tokens", "1024"),
+    "fusedlm quantize runs/demo --format mixed": ("--tokens", "1024"),
     # A comparison starts a process per run: it is planned here, and run in tests/cli/test_compare.py.
     "fusedlm compare": ("--dry-run",),
 }

@@ -67,7 +67,8 @@ def pack(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object only.")] = False,
 ) -> None:
     """Round the matrices of RUN to integers and write model, tokenizer and recipe as one file, which eval, generate and
-    fusedlm.load read. A file over --bytes is an error, with the bytes of each tensor."""
+    fusedlm.load read. Integers that fusedlm quantize has stored are kept. A file over --bytes is an error, with the
+    bytes of each tensor."""
     if inspect:
         _inspect(run, as_json)
         return
@@ -86,6 +87,7 @@ def pack(
     from fusedlm.quant.artifact.standalone import code_archive
     from fusedlm.quant.artifact.write import pack as pack_tensors
     from fusedlm.quant.plain_rounding import round_model
+    from fusedlm.quant.stored import matrices_of_run
 
     matrices = _rounding(bits, deviations, group, "")
     tables = _rounding(table_bits, table_deviations, group, "table-")
@@ -99,7 +101,7 @@ def pack(
         else:
             coders.append(coder)
     loaded = load_run(run, checkpoint=checkpoint, weights=weights, device="cpu", overrides=None)
-    rounded = round_model(loaded.model, matrices, tables)
+    rounded = round_model(loaded.model, matrices, tables, kept=matrices_of_run(run, loaded.step))
     with progress_bars() as progress:
         packed = pack_tensors(
             contents(loaded.model, rounded, getattr(torch, floats)),

@@ -1,6 +1,7 @@
 """Integer codes of a whole model by rounding each weight by itself: what `fusedlm pack` does without a better method,
 which is any function that gives the same mapping."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -70,18 +71,24 @@ def round_model(
     matrices: Rounding,
     tables: Rounding,
     *,
+    kept: Mapping[str, IntegerMatrix] | None = None,
     scale_dtype: torch.dtype = torch.bfloat16,
 ) -> dict[str, IntegerMatrix]:
     """The hidden matrices, embeddings and heads of a model as integer codes, by the names of its parameters. A stack of
     matrices (experts) is one matrix with their rows one after the other.
 
+    Args:
+        kept: matrices that have codes already.
+
     Raises:
-        ValueError: names a weight that is not finite, or the model is quantised already.
+        ValueError: names a weight that is not finite, or the model has quantised layers.
     """
     if quantized_layers(model):
         raise ValueError("the model is quantised already; pack the run that it is from")
-    found = {}
+    found = dict(kept or {})
     for name, kind, parameter in parameters_by_kind(model):
+        if name in found:
+            continue
         if (kind == "matrix" or kind in TABLES) and parameter.ndim >= 2:
             rounding = tables if kind in TABLES else matrices
             try:

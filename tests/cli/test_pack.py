@@ -199,3 +199,33 @@ def test_an_artifact_is_not_a_run(fusedlm, workspace):
     assert fusedlm("quantize", RUN, "--format", "fp8", "--out", "few", "--no-score").code == 0
     outcome = fusedlm("pack", "few", "--bytes", "100000", "--out", "x")
     assert outcome.code == 2 and "the model is quantised already; pack the run that it is from" in outcome.err
+
+
+QUANTIZE = ("quantize", RUN, "--format", "int4", "--storage", "integers", "--no-score", "--out", "small")
+
+
+def test_integers_of_a_quantised_run_are_kept(fusedlm, workspace):
+    """Bit for bit, and what it left as floats is rounded as of any other run."""
+    options = ["--calibrate", "gptq", "--tokens", "320", "--embedding", "none", "--group", "8"]
+    assert fusedlm(*QUANTIZE, *options).code == 0
+    assert fusedlm("pack", "small", *PACK[2:]).code == 0
+    quantised, packed, source = (load(run, device="cpu")[0].state_dict() for run in ("small", "model.flm", RUN))
+    plain = round_model(load(RUN, device="cpu")[0], Rounding(6, 12.85), Rounding(8, 20.0))
+    rows = {row["name"]: row for row in json.loads(fusedlm("pack", "--inspect", "model.flm", "--json").out)["tensors"]}
+    kept = {name for name, row in rows.items() if row["bits"] == 4}
+    assert len(kept) > 4
+    for name in plain:
+        expected = quantised[name] if name in kept else plain[name].values().view(source[name].shape)
+        assert torch.equal(packed[name], expected)
+        assert not torch.equal(packed[name], source[name])
+
+
+def test_a_quantised_run_whose_codes_are_not_all_is_refused(fusedlm, workspace):
+    assert fusedlm("quantize", RUN, "--format", "int4", "--no-score", "--out", "packed").code == 0
+    outcome = fusedlm("pack", "packed", *PACK[2:])
+    assert outcome.code == 2 and "is in int4; quantise the run that it is from with --storage integers" in outcome.err
+    calibrated = ["--calibrate", "gptq", "--tokens", "320", "--rank", "1"]
+    assert fusedlm(*QUANTIZE, *calibrated).code == 0
+    outcome = fusedlm("pack", "small", *PACK[2:])
+    assert outcome.code == 2 and "has a correction of rank 1, which an artifact does not hold" in outcome.err
+    assert not Path("model.flm").exists()
