@@ -33,8 +33,8 @@ def test_the_reference_has_every_key():
 
 
 _OPTIONAL = ("model.blocks", "model.yarn", "model.bigram", "model.mup", "model.mtp", "model.logit_rescale")
-_OPTIONAL += ("data.validation", "data.sources", "data.pipeline", "train.swa", "train.distill", "train.ramps")
-_OPTIONAL += ("train.optimizer.",)
+_OPTIONAL += ("data.validation", "data.sources", "data.pipeline", "train.swa", "train.qat", "train.ramps")
+_OPTIONAL += ("train.distill", "train.optimizer.")
 
 
 def test_defaults_are_those_of_the_schema():
