@@ -4,6 +4,7 @@ as in a terminal."""
 import importlib.util
 import os
 import signal
+import tempfile
 
 import pytest
 import torch
@@ -12,6 +13,8 @@ torch.set_num_threads(1)
 # In the background of a script or under nohup they are ignored, and what a test sends would be lost.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
+# Where Transformers copies the code of models to, before it is imported.
+os.environ.setdefault("HF_MODULES_CACHE", tempfile.mkdtemp(prefix="modules-"))
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before any kernel is defined
     if importlib.util.find_spec("triton"):

@@ -1,4 +1,4 @@
-"""fusedlm export: a run in the format of Transformers, or which of its classes a recipe is."""
+"""fusedlm export: a run in the format of Transformers or of llama.cpp, or which classes a recipe is."""
 
 import json
 from pathlib import Path
@@ -21,14 +21,23 @@ def export(
         ),
     ],
     folder: Annotated[
-        Path | None, typer.Argument(metavar="DIR", help="Folder to write.", show_default=False)
+        Path | None, typer.Argument(metavar="DIR|FILE", help="Folder to write; of gguf, file.", show_default=False)
     ] = None,
-    to: Annotated[str, typer.Option(metavar="hf", help="Format; hf: that of Transformers.")] = "hf",
+    to: Annotated[
+        str,
+        typer.Option(
+            metavar="hf|hf-code|gguf",
+            help="Format: a class of Transformers; for any recipe, a file of code for it; or that of llama.cpp.",
+        ),
+    ] = "hf",
     family: Annotated[
         str | None,
         typer.Option(metavar="NAME", help="Class to write (default: the first that fits).", show_default=False),
     ] = None,
-    dtype: Annotated[str, typer.Option(metavar="float32|bfloat16|float16", help="Of the weights.")] = "float32",
+    dtype: Annotated[
+        str,
+        typer.Option(metavar="float32|bfloat16|float16", help="Of the weights; of gguf also q8_0 and mxfp4."),
+    ] = "float32",
     explain: Annotated[
         bool, typer.Option("--explain", help="Print which classes fit, and what stands in the way; write nothing.")
     ] = False,
@@ -36,20 +45,33 @@ def export(
     weights: WeightsOption = "raw",
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object only.")] = False,
 ) -> None:
-    """Write the model of RUN as a folder that Transformers loads without further code: weights, tokenizer, card."""
-    if to != "hf":
-        raise ValueError(f"--to {to}: must be hf")
+    """Write the model of RUN as a folder that Transformers loads (weights, tokenizer, card), or as a file for
+    llama.cpp."""
+    if to not in ("hf", "hf-code", "gguf"):
+        raise ValueError(f"--to {to}: must be hf, hf-code or gguf")
     if explain:
         if folder is not None:
             raise ValueError(f"{folder}: --explain writes nothing; leave it out")
         _explain(_recipe(run), family, as_json)
         return
     if folder is None:
-        raise ValueError("name the folder to write: fusedlm export RUN --to hf DIR")
+        what = "file to write: fusedlm export RUN --to gguf FILE"
+        if to != "gguf":
+            what = f"folder to write: fusedlm export RUN --to {to} DIR"
+        raise ValueError(f"name the {what}")
+    if to == "gguf":
+        _gguf(run, folder, as_json, family=family, dtype=dtype, checkpoint=checkpoint_name(checkpoint), weights=weights)
+        return
     from fusedlm.export import export_run
 
     written = export_run(
-        run, folder, family=family, dtype=dtype, checkpoint=checkpoint_name(checkpoint), weights=weights
+        run,
+        folder,
+        family=family,
+        code=to == "hf-code",
+        dtype=dtype,
+        checkpoint=checkpoint_name(checkpoint),
+        weights=weights,
     )
     if as_json:
         print(json.dumps({"folder": str(folder), "family": written.family, "files": written.files}))
@@ -57,6 +79,17 @@ def export(
     print(f"{folder}: {written.architecture}, {written.parameters:,} parameters")
     for name in written.files:
         print(f"  {name}")
+
+
+def _gguf(run: Path, file: Path, as_json: bool, **options) -> None:
+    from fusedlm.export.gguf.write import export_gguf
+
+    written = export_gguf(run, file, **options)
+    if as_json:
+        print(json.dumps({"file": str(file), "architecture": written.architecture, "tensors": written.tensors}))
+        return
+    types = ", ".join(f"{n} {kind}" for kind, n in written.tensors.items())
+    print(f"{file}: {written.architecture}, {written.parameters:,} parameters, tensors: {types}")
 
 
 def _recipe(path: Path):

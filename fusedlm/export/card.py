@@ -16,8 +16,8 @@ class Figures:
     validated_step: int
 
 
-def model_card(recipe: Recipe, architecture: str, figures: Figures) -> str:
-    """Markdown with the header that model hubs read."""
+def model_card(recipe: Recipe, architecture: str, figures: Figures, *, code: bool = False) -> str:
+    """Markdown with the header that model hubs read. code: the folder holds code of its own."""
     train, data = recipe.train, recipe.data
     rows = [
         ("recipe", f"`{recipe.name}`"),
@@ -33,6 +33,8 @@ def model_card(recipe: Recipe, architecture: str, figures: Figures) -> str:
         rows.append(("held-out bits per byte", f"{figures.val_bpb:.4f}{at}"))
     table = "\n".join(f"| {name} | {_cell(value)} |" for name, value in rows)
     description = f"{recipe.description.strip()}\n\n" if recipe.description.strip() else ""
+    trust = ", trust_remote_code=True" if code else ""
+    without = "" if recipe.model.mtp is None else "\nThe modules of multi-token prediction were left out.\n"
     return f"""---
 library_name: transformers
 pipeline_tag: text-generation
@@ -46,12 +48,12 @@ tags: [fusedlm]
 | | |
 |---|---|
 {table}
-
+{without}
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 tokenizer = AutoTokenizer.from_pretrained(".")
-model = AutoModelForCausalLM.from_pretrained(".")
+model = AutoModelForCausalLM.from_pretrained("."{trust})
 inputs = tokenizer("Once", return_tensors="pt")
 print(tokenizer.decode(model.generate(**inputs, max_new_tokens=50)[0], skip_special_tokens=True))
 ```

@@ -49,9 +49,8 @@ def _fold_mup(model: Decoder, tensors: dict[str, torch.Tensor]) -> None:
     if model.head.norm.scale is not None:
         tensors["head.norm.weight"] = tensors["head.norm.weight"] * model.head.norm.scale
     for index, block in enumerate(model.blocks):
-        for part in ("mixer", "ffn"):
-            end = f"blocks.{index}.{part}.{getattr(block, part).branch_end}.weight"
-            tensors[end] = tensors[end] * block.branch_scale
+        for name in (f"mixer.{block.mixer.branch_end}.weight", *_feed_forward_ends(block.ffn)):
+            tensors[f"blocks.{index}.{name}"] = tensors[f"blocks.{index}.{name}"] * block.branch_scale
         queries = _queries(block.mixer)
         if queries is None:
             continue
@@ -59,6 +58,13 @@ def _fold_mup(model: Decoder, tensors: dict[str, torch.Tensor]) -> None:
         weight = tensors[name].clone()
         weight[: queries[2]] *= block.mixer.scale * key_dim**0.5
         tensors[name] = weight
+
+
+def _feed_forward_ends(ffn: torch.nn.Module) -> list[str]:
+    """The parameters whose products are the output of a feed-forward."""
+    if ffn.branch_end is not None:
+        return [f"ffn.{ffn.branch_end}.weight"]
+    return [name for name in ("ffn.experts.down", "ffn.shared.down.weight") if hasattr(ffn, name.split(".")[1])]
 
 
 def _queries(mixer: torch.nn.Module) -> tuple[str, int, int] | None:

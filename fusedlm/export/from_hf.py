@@ -16,11 +16,12 @@ from fusedlm.distributed import World
 from fusedlm.export.config_json import ConfigJSON
 from fusedlm.export.families import FAMILIES
 from fusedlm.export.families.base import Family
-from fusedlm.export.origin import Origin, read_origin
+from fusedlm.export.origin import ORIGIN, Origin, read_origin
+from fusedlm.export.remote.target import MODEL_CLASS, MODEL_TYPE, PADDED, PREFIX
 from fusedlm.export.shards import read_weights
 from fusedlm.export.to_hf import CONFIG
 from fusedlm.export.tokenizer import TOKENIZER, TOKENIZER_CONFIG, restored_tokenizer
-from fusedlm.export.weights import read
+from fusedlm.export.weights import read, same
 from fusedlm.model import Decoder, build_model
 from fusedlm.model.accounting import count_parameters
 from fusedlm.runs.folder import RunFolder
@@ -42,7 +43,8 @@ class Imported:
 
 
 def import_run(folder: str | Path, run_dir: str | Path) -> Imported:
-    """Make a run of a model of one of the families, at step 0: `eval`, `generate` and the other commands read it.
+    """Make a run of a model of one of the families, at step 0: `eval`, `generate` and the other commands read it. Of a
+    GGUF file, `import_gguf` does.
 
     Of weights that `export_run` wrote the recipe is that of the run, if config.json was not changed since. Of others it
     is made from config.json, with a section `train` that is a place holder.
@@ -55,18 +57,7 @@ def import_run(folder: str | Path, run_dir: str | Path) -> Imported:
             missing or damaged; or the folder holds a run.
         OSError: a file cannot be read or written.
     """
-    run_dir, found = Path(run_dir), _read(Path(folder))
-    recipe, tokenizer, origin = found.recipe, found.tokenizer, found.origin
-    run, world = new_run_id(), World()
-    with RunFolder(run_dir) as target:
-        if target.holds_run():
-            raise ValueError(f"run folder {run_dir} already holds a run; name another")
-        described = environment(torch.device("cpu"), torch.float32) | {"imported": found.family.architecture}
-        target.write_header(recipe, tokenizer, described, run)
-        text = origin.text if origin is not None else NO_TEXT
-        state = TrainState(data=text, run=run, tokenizer=tokenizer.fingerprint)
-        save_weights(target.checkpoints, state, recipe, found.tensors, world=world)
-    return Imported(run_dir, found.family.name, count_parameters(found.model).total)
+    return write_run(run_dir, _read(Path(folder)))
 
 
 def load_folder(folder: str | Path, device: str | torch.device = "cpu") -> tuple[Decoder, Tokenizer]:
@@ -82,10 +73,12 @@ def load_folder(folder: str | Path, device: str | torch.device = "cpu") -> tuple
 
 
 @dataclass(frozen=True)
-class _Content:
-    """What a folder holds; the model is on the meta device."""
+class Content:
+    """What was read of another program. form, architecture: what it is there. model: on the meta device. tensors: ours,
+    in float32."""
 
-    family: Family
+    form: str
+    architecture: str
     recipe: Recipe
     tokenizer: Tokenizer
     origin: Origin | None
@@ -93,19 +86,84 @@ class _Content:
     tensors: dict[str, torch.Tensor]
 
 
-def _read(folder: Path) -> _Content:
+def write_run(run_dir: str | Path, found: Content) -> Imported:
+    """A run at step 0.
+
+    Raises:
+        ValueError: the folder holds a run.
+        OSError: it cannot be written.
+    """
+    run_dir, run, world = Path(run_dir), new_run_id(), World()
+    with RunFolder(run_dir) as target:
+        if target.holds_run():
+            raise ValueError(f"run folder {run_dir} already holds a run; name another")
+        described = environment(torch.device("cpu"), torch.float32) | {"imported": found.architecture}
+        target.write_header(found.recipe, found.tokenizer, described, run)
+        text = found.origin.text if found.origin is not None else NO_TEXT
+        state = TrainState(data=text, run=run, tokenizer=found.tokenizer.fingerprint)
+        save_weights(target.checkpoints, state, found.recipe, found.tensors, world=world)
+    return Imported(run_dir, found.form, count_parameters(found.model).total)
+
+
+def _read(folder: Path) -> Content:
     config = ConfigJSON(_read_json(folder / CONFIG), folder / CONFIG)
-    family = _family_of(config)
     origin = read_origin(folder)
-    tree = family.model(config)
-    derived = _model_section(tree, config)
+    if config.text("model_type") == MODEL_TYPE:
+        return _read_code(folder, config, origin)
+    family = family_of(config)
+    derived = model_section(family, config)
     tokenizer = _tokenizer(folder, config, origin)
-    recipe = _recipe(folder, family, config, derived, tokenizer, origin)
+    if origin is not None and _agrees(family, origin.recipe.model, derived, config):
+        recipe = origin.recipe
+    else:
+        recipe = placeholder_recipe(folder, folder / TOKENIZER, family, config, derived, tokenizer)
+    return content_of(folder, family, recipe, tokenizer, read_weights(folder), origin)
+
+
+def content_of(
+    source: Path,
+    family: Family,
+    recipe: Recipe,
+    tokenizer: Tokenizer,
+    tensors: dict[str, torch.Tensor],
+    origin: Origin | None = None,
+) -> Content:
+    """Of the tensors of a class.
+
+    Args:
+        source: names them in errors.
+    """
     model = build_model(recipe.model, vocab_size=tokenizer.vocab_size, device="meta")
-    return _Content(family, recipe, tokenizer, origin, model, _tensors(folder, family, recipe.model, model))
+    ours = _tensors(source, tensors, family, recipe.model, model)
+    return Content(family.name, family.architecture, recipe, tokenizer, origin, model, ours)
 
 
-def _family_of(config: ConfigJSON) -> Family:
+def _read_code(folder: Path, config: ConfigJSON, origin: Origin | None) -> Content:
+    """Of a folder with a file of code; the code is not run: recipe and tensors are those of the run."""
+    if origin is None:
+        raise ValueError(f"{folder / ORIGIN}: No such file; it holds the recipe of a model with code of its own")
+    tokenizer = _tokenizer(folder, config, origin)
+    model = build_model(origin.recipe.model, vocab_size=tokenizer.vocab_size, device="meta")
+    found = read_weights(folder)
+    shapes = {name: tuple(tensor.shape) for name, tensor in model_tensors(model).items()}
+    cropped = {name: (model.vocab_size, *shape[1:]) if name in PADDED else shape for name, shape in shapes.items()}
+    try:
+        tensors = read([same(name, PREFIX + name) for name in shapes], found, cropped)
+    except ValueError as error:
+        raise ValueError(f"{folder}: {error}") from None
+    tensors = {
+        name: _padded(tensor.float(), shapes[name][0]) if name in PADDED else tensor.float()
+        for name, tensor in tensors.items()
+    }
+    return Content("hf-code", MODEL_CLASS, origin.recipe, tokenizer, origin, model, tensors)
+
+
+def _padded(tensor: torch.Tensor, n_rows: int) -> torch.Tensor:
+    return torch.nn.functional.pad(tensor, (0, 0, 0, n_rows - len(tensor)))
+
+
+def family_of(config: ConfigJSON) -> Family:
+    """Raises ValueError if there is none of its model_type."""
     kind = config.text("model_type")
     for family in FAMILIES:
         if family.model_type == kind:
@@ -114,30 +172,36 @@ def _family_of(config: ConfigJSON) -> Family:
     raise config.refusal("model_type", f"must be one of {known}")
 
 
-def _model_section(tree: dict, config: ConfigJSON) -> ModelConfig:
+def model_section(family: Family, config: ConfigJSON) -> ModelConfig:
+    """Raises ValueError if our decoder does not compute it; names the key."""
     try:
-        return ModelConfig.model_validate(tree)
+        return ModelConfig.model_validate(family.model(config))
     except pydantic.ValidationError as error:
         raise ValueError(f"{config.path}: model.{describe(error, ModelConfig)}") from None
 
 
-def _recipe(
-    folder: Path,
+def placeholder_recipe(
+    source: Path,
+    tokenizer_file: Path,
     family: Family,
     config: ConfigJSON,
     derived: ModelConfig,
     tokenizer: Tokenizer,
-    origin: Origin | None,
 ) -> Recipe:
-    if origin is not None and _agrees(family, origin.recipe.model, derived, config):
-        return origin.recipe
+    """A recipe of a model of another program; its section `train` is a place holder.
+
+    Args:
+        source: gives the name.
+        tokenizer_file: the path that the recipe names.
+        derived: the model section.
+    """
     yarn = derived.yarn
     length = config.integer("max_position_embeddings", 2048) if yarn is None else yarn.trained_length
     data = {}
     if hasattr(tokenizer, "end_of_text"):
-        path = str((folder / TOKENIZER).resolve())
+        path = str(tokenizer_file.resolve())
         data = {"tokenizer": {"type": "file", "path": path, "end_of_text": tokenizer.end_of_text}}
-    name = "".join(c if c.isascii() and (c.isalnum() or c in "._-") else "-" for c in folder.resolve().name).lstrip(".")
+    name = "".join(c if c.isascii() and (c.isalnum() or c in "._-") else "-" for c in source.resolve().name).lstrip(".")
     tree = {
         "name": name[:200] or family.name,
         "description": f"{family.architecture}, imported; the section train is a place holder.",
@@ -186,9 +250,11 @@ def _tokenizer(folder: Path, config: ConfigJSON, origin: Origin | None) -> Token
     return tokenizer
 
 
-def _tensors(folder: Path, family: Family, config: ModelConfig, model) -> dict[str, torch.Tensor]:
+def _tensors(
+    folder: Path, found: dict[str, torch.Tensor], family: Family, config: ModelConfig, model: Decoder
+) -> dict[str, torch.Tensor]:
     """Our tensors in float32. Rows of the vocabulary that belong to no token are zero: nothing reads them."""
-    found = read_weights(folder)
+    found = dict(found)
     if config.tie_embeddings:
         found.pop("lm_head.weight", None)  # a copy of the embedding, which some programs write
     for name in ("model.embed_tokens.weight", "lm_head.weight"):
@@ -208,8 +274,7 @@ def _tensors(folder: Path, family: Family, config: ModelConfig, model) -> dict[s
         raise ValueError(f"{folder}: {error}") from None
     for name in ("embedding.weight", "head.weight"):
         if name in tensors:
-            padding = shapes[name][0] - model.vocab_size
-            tensors[name] = torch.nn.functional.pad(tensors[name], (0, 0, 0, padding))
+            tensors[name] = _padded(tensors[name], shapes[name][0])
     return tensors
 
 

@@ -1,10 +1,10 @@
-"""A run as a folder that Transformers, and what reads its format, loads without code of ours."""
+"""A run as a folder that Transformers loads: as one of its classes, or with a file of code."""
 
 import json
 import os
 import secrets
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
@@ -18,6 +18,7 @@ from fusedlm.export.families import choose_family
 from fusedlm.export.families.base import Family
 from fusedlm.export.fold import folded
 from fusedlm.export.origin import ORIGIN, Origin
+from fusedlm.export.remote.target import FILE, MODEL_CLASS, remote_code
 from fusedlm.export.shards import SHARD_BYTES, write_weights
 from fusedlm.export.tokenizer import tokenizer_files
 from fusedlm.export.weights import written
@@ -49,6 +50,7 @@ def export_run(
     folder: str | Path,
     *,
     family: str | None = None,
+    code: bool = False,
     dtype: str = "float32",
     checkpoint: Literal["last", "best"] | int = "last",
     weights: Weights = "raw",
@@ -59,27 +61,33 @@ def export_run(
     Args:
         folder: does not exist, or is empty; it is complete or absent.
         family: name of the class; None: the first that the recipe fits (`fusedlm.export.families`).
+        code: write the model as it is, with a file of code, in place of a class; any recipe fits.
         dtype: of the weights: float32, bfloat16 or float16.
         checkpoint, weights: as `fusedlm.load` takes them.
         shard_bytes: most bytes of weights per file.
 
     Raises:
-        ValueError: no family fits, and which keys stand in the way; the folder is not empty; weights are beyond the
-            range of the dtype; or as `fusedlm.load`.
+        ValueError: no family fits, and which keys stand in the way; both family and code are given; the folder is not
+            empty; weights are beyond the range of the dtype; or as `fusedlm.load`.
         OSError: a file cannot be read or written.
     """
     run_dir, folder = Path(run_dir), Path(folder)
     if dtype not in DTYPES:
         raise ValueError(f"--dtype {dtype}: must be one of {', '.join(DTYPES)}")
+    if code and family is not None:
+        raise ValueError(f"--family {family}: --to hf-code writes no class of Transformers; leave one of them out")
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ValueError(f"{folder}: exists already; name a folder that does not")
     loaded = load_checkpoint(run_dir, checkpoint=checkpoint, weights=weights, device="cpu")
     checkpoints = Checkpoints(run_dir / CHECKPOINTS)
     if is_quantized(checkpoints, loaded.step):
         raise ValueError(f"{run_dir}: its layers are quantised; export the run that it was made of")
-    chosen = choose_family(loaded.recipe.model, family)
-    tensors, model = exported_tensors(chosen, loaded.model, loaded.recipe.model)
-    tensors = {name: _converted(name, tensor, dtype) for name, tensor in tensors.items()}
+    recipe, tokenizer = loaded.recipe, loaded.tokenizer
+    found = _as_code(loaded.model, recipe) if code else _as_class(loaded.model, recipe, family)
+    tensors = {
+        name: tensor if name in found.unrounded else _converted(name, tensor, dtype)
+        for name, tensor in found.tensors.items()
+    }
     state = read_state(checkpoints, loaded.step)
     raw = weights == "raw"  # validation figures of averages are in the metrics alone
     figures = Figures(
@@ -90,15 +98,50 @@ def export_run(
         state.validated_step,
     )
     texts = {
-        CONFIG: _json(config_json(chosen, loaded.model, model, loaded.recipe, loaded.tokenizer, dtype)),
-        GENERATION_CONFIG: _json(_token_ids(loaded.tokenizer)),
-        CARD: model_card(loaded.recipe, chosen.architecture, figures),
-        ORIGIN: Origin(
-            loaded.recipe.model_copy(update={"model": model}), loaded.text, loaded.tokenizer.fingerprint
-        ).dump(),
-    } | tokenizer_files(loaded.tokenizer, max_length(loaded.recipe))
-    files = _write(folder, tensors, texts, shard_bytes)
-    return Exported(folder, chosen.name, chosen.architecture, figures.parameters, files)
+        CONFIG: _json(_config_json(found, loaded.model, recipe, tokenizer, dtype)),
+        GENERATION_CONFIG: _json(_token_ids(tokenizer)),
+        CARD: model_card(recipe, found.architecture, figures, code=code),
+        ORIGIN: Origin(recipe.model_copy(update={"model": found.model}), loaded.text, tokenizer.fingerprint).dump(),
+    } | tokenizer_files(tokenizer, max_length(recipe))
+    files = _write(folder, tensors, texts | found.texts, shard_bytes)
+    return Exported(folder, found.name, found.architecture, figures.parameters, files)
+
+
+@dataclass(frozen=True)
+class _Form:
+    """What a model becomes.
+
+    model: the model section of the tensors. keys: of config.json. unrounded: tensors that stay in float32.
+    texts: further files.
+    """
+
+    name: str
+    architecture: str
+    model: ModelConfig
+    tensors: dict[str, torch.Tensor]
+    keys: dict
+    unrounded: set[str] = field(default_factory=set)
+    texts: dict[str, str] = field(default_factory=dict)
+
+
+def _as_class(model: Decoder, recipe: Recipe, wanted: str | None) -> _Form:
+    family = choose_family(recipe.model, wanted)
+    tensors, config = exported_tensors(family, model, recipe.model)
+    keys = {"model_type": family.model_type, **family.config(config, model.embedding_scale)}
+    return _Form(family.name, family.architecture, config, tensors, keys)
+
+
+def _as_code(model: Decoder, recipe: Recipe) -> _Form:
+    written = remote_code(model, recipe.model)
+    return _Form(
+        "hf-code",
+        MODEL_CLASS,
+        written.model,
+        written.tensors,
+        written.keys,
+        written.unrounded,
+        {FILE: written.text},
+    )
 
 
 def exported_tensors(
@@ -114,19 +157,11 @@ def exported_tensors(
     return written(family.rules(config), tensors), config
 
 
-def config_json(
-    family: Family, model: Decoder, config: ModelConfig, recipe: Recipe, tokenizer: Tokenizer, dtype: str
-) -> dict:
-    """The content of config.json.
-
-    Args:
-        config: the model section of the exported tensors.
-    """
+def _config_json(found: _Form, model: Decoder, recipe: Recipe, tokenizer: Tokenizer, dtype: str) -> dict:
     return {
-        "architectures": [family.architecture],
-        "model_type": family.model_type,
+        "architectures": [found.architecture],
+        **found.keys,
         "vocab_size": model.vocab_size,
-        **family.config(config, model.embedding_scale),
         "max_position_embeddings": max_length(recipe),
         "initializer_range": 0.02,
         "use_cache": True,

@@ -182,15 +182,7 @@ class Decoder(Module):
         with self._compilation(state):
             embedded = self.embedding(tokens)
             x = self._embed(embedded, tokens, context, {} if state is None else state.inputs)
-            reports, x0, skips = [], x, []
-            for index, block in enumerate(self.blocks):
-                inputs = {"x0_BTD": x0} if block.mixes_x0 and index > 0 else {}
-                if block.takes_skip:
-                    inputs["skip_BTD"] = skips.pop()
-                x, report = block(x, context, None if state is None else state.layers[index], **inputs)
-                reports.append(report)
-                if index < self.n_skips:
-                    skips.append(x)
+            x, reports = self._through_blocks(x, context, state)
             logits, nll, losses, soft = self._head(x, select, targets, loss_weight, soft_targets)
             if self.mtp is not None and self.training and targets is not None and state is None:
                 losses["mtp"], further = multi_token_loss(self, x, embedded, context, targets, loss_weight)
@@ -219,6 +211,19 @@ class Decoder(Module):
         if self.value_table is not None:
             context.value_rows_BTW = self.cast(self.value_table(tokens_BT))
         return self.dropout(x)
+
+    def _through_blocks(self, x: torch.Tensor, context: Context, state: State | None) -> tuple[torch.Tensor, list]:
+        """The output of the last block, and the report of each."""
+        reports, x0, skips = [], x, []
+        for index, block in enumerate(self.blocks):
+            inputs = {"x0_BTD": x0} if block.mixes_x0 and index > 0 else {}
+            if block.takes_skip:
+                inputs["skip_BTD"] = skips.pop()
+            x, report = block(x, context, None if state is None else state.layers[index], **inputs)
+            reports.append(report)
+            if index < self.n_skips:
+                skips.append(x)
+        return x, reports
 
     @staticmethod
     def cast(x: torch.Tensor) -> torch.Tensor:
@@ -299,7 +304,7 @@ class Decoder(Module):
 
     def _stateful_inputs(self) -> list[str]:
         """Names of the parts before the first block that have a state."""
-        return [name for name in ("bigram", "smear") if getattr(self, name) is not None]
+        return [name for name in ("bigram", "smear") if getattr(self, name, None) is not None]
 
     def input_parts(self) -> list[Module]:
         """These parts, which like mixers have `state_bytes`."""

@@ -1,7 +1,6 @@
 """What a mixer knows about its tokens: positions, documents, the number of earlier tokens."""
 
 from dataclasses import dataclass, field
-from functools import partial
 
 import torch
 
@@ -64,9 +63,11 @@ class Context:
         self, specs: set[tuple[int, float]], dtype: torch.dtype, yarn: YaRN | None = None, of_next=None
     ) -> None:
         """Tables of all (dim, base). of_next: gives them for the next tokens of a static state; None: computed."""
-        table_of = of_next or partial(rope_table, self.positions_BT)
         for dim, base in sorted(specs):
-            self.rope[dim, base] = table_of(dim, base, dtype, yarn)
+            if of_next is None:
+                self.rope[dim, base] = rope_table(self.positions_BT, dim, base, dtype, yarn)
+            else:
+                self.rope[dim, base] = of_next(dim, base, dtype, yarn)
         self.score_gain = yarn_score_gain(yarn)
 
     def scale_scores(self, scale: float, rope_dim: int) -> float:

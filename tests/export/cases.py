@@ -88,6 +88,20 @@ CASES = {
         SWIGLU,
         "tie_embeddings: false, mtp: {depth: 2}",
     ),
+    "deepseek_v3-moe": (
+        "deepseek_v3",
+        "{type: mla, n_heads: 4, kv_rank: 12, rope_dim: 6, q_rank: 20}",
+        SWIGLU,
+        f"{UNTIED.partition(',')[0]}, pattern: aee, "
+        "e: {mixer: {type: mla, n_heads: 4, kv_rank: 12, rope_dim: 6, q_rank: 20}, ffn: {type: moe, n_experts: 8, "
+        "top_k: 3, hidden: 16, n_shared: 2, n_groups: 4, n_limited_groups: 2, routed_scaling: 2.5}}",
+    ),
+    "deepseek_v3-one-expert": (
+        "deepseek_v3",
+        "{type: mla, n_heads: 4, kv_rank: 12, rope_dim: 6, q_rank: 20}",
+        "{type: moe, n_experts: 5, top_k: 1, hidden: 24}",
+        "mup: {base_width: 16, base_depth: 1}",
+    ),
     "deepseek_v3-mup": (
         "deepseek_v3",
         "{type: mla, n_heads: 4, kv_rank: 12, rope_dim: 6, q_rank: 20}",

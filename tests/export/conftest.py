@@ -36,6 +36,7 @@ TRAINED = [
     "arcee",
     "phi3-window",
     "deepseek_v3-q_rank",
+    "deepseek_v3-moe",
     "qwen3_5",
     "bamba",
 ]

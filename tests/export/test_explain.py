@@ -14,6 +14,7 @@ from fusedlm.export.card import Figures, model_card
 from fusedlm.export.families import FAMILIES, choose_family, fits
 from tests.export.cases import CASES, model_config
 
+MLA = "{type: mla, n_heads: 2, kv_rank: 8}"
 FITTING = "type: attention, n_heads: 4, qk_norm: false"
 
 
@@ -68,6 +69,26 @@ BLOCKED = {
     "model.blocks.a.mixer.n_kv_groups=1": (
         "deepseek_v3",
         {"mixer": "{type: mla, n_heads: 2, kv_rank: 8, n_kv_groups: 1}"},
+    ),
+    "model.blocks.a.ffn.n_shared=0": (
+        "deepseek_v3",
+        {"mixer": MLA, "ffn": "{type: moe, n_experts: 4, top_k: 2, hidden: 8, n_shared: 0}"},
+    ),
+    "model.blocks.a.ffn.n_experts=4": (
+        "deepseek_v3",
+        {"mixer": MLA, "ffn": "{type: moe, n_experts: 4, top_k: 2, hidden: 8, n_groups: 4}"},
+    ),
+    'model.blocks.a.ffn.activation="relu2"': (
+        "deepseek_v3",
+        {"mixer": MLA, "ffn": "{type: moe, n_experts: 4, top_k: 2, hidden: 8, activation: relu2}"},
+    ),
+    'model.pattern="ab"': (
+        "deepseek_v3",
+        {
+            "mixer": MLA,
+            "ffn": "{type: moe, n_experts: 4, top_k: 2, hidden: 8}",
+            "second": f"{{mixer: {MLA}, ffn: {{type: swiglu}}}}",
+        },
     ),
     'model.pattern="a"': ("qwen3_5", {"mixer": "{type: attention, n_heads: 4, qk_gain: dim}"}),
     "model.blocks.b.mixer.head_dim=5": (
@@ -130,7 +151,9 @@ def test_a_named_family_is_written(cases, tmp_path):
 
 REFUSED = {
     "no folder": ("{run}", "--to hf DIR"),
-    "another format": ("{run} new --to gguf", "--to gguf"),
+    "another format": ("{run} new --to onnx", "--to onnx: must be hf, hf-code or gguf"),
+    "code and family": ("{run} new --to hf-code --family llama", "--family llama: --to hf-code writes no class"),
+    "no file": ("{run} --to gguf", "name the file to write"),
     "folder that is not empty": ("{run} {run}", "exists already"),
     "unknown family": ("{run} new --family gpt2", "--family gpt2: must be one of llama"),
     "family that does not fit": ("{run} new --family arcee", 'arcee: model.blocks.a.ffn.type="swiglu"'),

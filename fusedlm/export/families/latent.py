@@ -1,4 +1,4 @@
-"""Latent attention and swiglu: DeepSeek-V3 with dense feed-forwards in all layers."""
+"""Latent attention, with swiglu in the first layers or all, and experts in the others: DeepSeek-V3."""
 
 from typing import Any
 
@@ -32,16 +32,38 @@ class DeepseekV3(Family):
 
     def obstacles(self, model):
         found = wiring_obstacles(model, self.label)
-        if types := type_obstacles(model, self.label, ("mla",), ("swiglu",)):
+        if types := type_obstacles(model, self.label, ("mla",), ("swiglu", "moe")):
             return found + types
         if model.norm_eps != _LATENT_EPS:
             found.append(
                 Obstacle("model.norm_eps", model.norm_eps, f"the norms of {self.label}'s latents have {_LATENT_EPS}")
             )
-        shapes = {name: _shape(model, block) for name, block in used_blocks(model).items()}
-        found += differing(model, self.label, shapes)
-        for name, block in used_blocks(model).items():
+        used = used_blocks(model)
+        found += differing(model, self.label, {name: _shape(model, block) for name, block in used.items()})
+        for shape, of_kind in ((_dense_shape, False), (_expert_shape, True)):
+            shapes = {name: shape(model, block) for name, block in used.items() if _has_experts(block) == of_kind}
+            if shapes:
+                found += differing(model, self.label, shapes)
+        kinds = [_has_experts(block) for _, block in layer_blocks(model)]
+        if kinds != sorted(kinds):
+            reason = f"in {self.label} layers with experts follow those without"
+            found.append(Obstacle("model.pattern", model.pattern, reason))
+        for name, block in used.items():
             found += self._mixer_obstacles(f"model.blocks.{name}.mixer", block)
+            if _has_experts(block):
+                found += self._expert_obstacles(f"model.blocks.{name}.ffn", block)
+        return found
+
+    def _expert_obstacles(self, where: str, block: BlockConfig) -> list[Obstacle]:
+        ffn, label = block.ffn, self.label
+        found = []
+        if ffn.activation != "swiglu":
+            found.append(Obstacle(f"{where}.activation", ffn.activation, f"the experts of {label} are swiglu"))
+        if ffn.n_shared == 0:
+            found.append(Obstacle(f"{where}.n_shared", 0, f"{label} has shared experts; set 1 or more"))
+        if ffn.n_experts < 2 * ffn.n_groups:
+            reason = f"a group of {label} has two experts or more, and there are {ffn.n_groups}"
+            found.append(Obstacle(f"{where}.n_experts", ffn.n_experts, reason))
         return found
 
     def _mixer_obstacles(self, where: str, block: BlockConfig) -> list[Obstacle]:
@@ -59,8 +81,10 @@ class DeepseekV3(Family):
         return found
 
     def config(self, model, embedding_scale):
-        block = layer_blocks(model)[0][1]
-        mixer, hidden = block.mixer, hidden_width(model, block)
+        blocks = [block for _, block in layer_blocks(model)]
+        mixer = blocks[0].mixer
+        dense = [block for block in blocks if not _has_experts(block)]
+        experts = [block.ffn for block in blocks if _has_experts(block)]
         head_dim = mixer.head_dim or model.dim // mixer.n_heads
         return {
             "hidden_size": model.dim,
@@ -73,28 +97,23 @@ class DeepseekV3(Family):
             "qk_rope_head_dim": mixer.rope_dim,
             "v_head_dim": head_dim,
             "rope_interleave": True,
-            "intermediate_size": hidden,
+            "intermediate_size": hidden_width(model, dense[0]) if dense else experts[0].hidden,
             "hidden_act": "silu",
             "rms_norm_eps": model.norm_eps,
             "tie_word_embeddings": model.tie_embeddings,
             "attention_bias": False,
             "attention_dropout": 0.0,
-            # No layer has experts, and there is no prediction of later tokens.
-            "first_k_dense_replace": model.n_layers,
+            "first_k_dense_replace": len(dense),
             "moe_layer_freq": 1,
-            "moe_intermediate_size": hidden,
-            "n_routed_experts": 1,
-            "n_shared_experts": 1,
-            "num_experts_per_tok": 1,
-            "n_group": 1,
-            "topk_group": 1,
             "num_nextn_predict_layers": 0,
+            **(_expert_keys(experts[0]) if experts else _no_experts(hidden_width(model, dense[0]))),
         } | rope_keys(mixer.rope_base, model.yarn, mscale=True)
 
     def model(self, config: ConfigJSON) -> dict:
         n_layers = config.integer("num_hidden_layers")
-        if config.integer("first_k_dense_replace", 3) < n_layers:
-            raise config.refusal("first_k_dense_replace", f"must be at least num_hidden_layers={n_layers}: no experts")
+        n_dense = min(config.integer("first_k_dense_replace", 3), n_layers)
+        if n_dense < 0:
+            raise config.refusal("first_k_dense_replace", "must be at least 0")
         config.must_be("attention_bias", False, "there are no biases here", default=False)
         config.must_be("hidden_act", "silu", "the feed-forward is swiglu here", default="silu")
         config.must_be("rms_norm_eps", _LATENT_EPS, "all norms have that of the latents here", default=_LATENT_EPS)
@@ -112,11 +131,14 @@ class DeepseekV3(Family):
             "rope_base": base,
         }
         ffn = {"type": "swiglu", "hidden": config.integer("intermediate_size")}
+        blocks = {"m": {"mixer": mixer, "ffn": ffn}} if n_dense else {}
+        if n_dense < n_layers:
+            blocks["e"] = {"mixer": mixer, "ffn": _read_experts(config)}
         return {
             "dim": config.integer("hidden_size"),
             "n_layers": n_layers,
-            "pattern": "m",
-            "blocks": {"m": {"mixer": mixer, "ffn": ffn}},
+            "pattern": "m" * n_dense + "e" * (n_layers - n_dense) if n_dense < n_layers else "m",
+            "blocks": blocks,
             "tie_embeddings": config.flag("tie_word_embeddings", False),
             "norm_eps": _LATENT_EPS,
             "embedding_rms": None,
@@ -129,8 +151,10 @@ class DeepseekV3(Family):
             ours, theirs = f"blocks.{layer}", f"model.layers.{layer}"
             rules += norm_rules(layer)
             rules += _attention_rules(f"{ours}.mixer", f"{theirs}.self_attn", model, block)
-            rules.append(swiglu_rule(f"{ours}.ffn", f"{theirs}.mlp", hidden_width(model, block)))
-            rules.append(same(f"{ours}.ffn.down.weight", f"{theirs}.mlp.down_proj.weight"))
+            if _has_experts(block):
+                rules += _expert_rules(f"{ours}.ffn", f"{theirs}.mlp", block)
+            else:
+                rules += _swiglu_rules(f"{ours}.ffn", f"{theirs}.mlp", hidden_width(model, block))
         return rules
 
 
@@ -138,8 +162,87 @@ def _shape(model: ModelConfig, block: BlockConfig) -> dict[str, Any]:
     mixer = block.mixer
     keys = ("n_heads", "kv_rank", "q_rank", "rope_dim", "rope_base")
     shape = {f"mixer.{key}": getattr(mixer, key) for key in keys}
-    head_dim = mixer.head_dim or model.dim // mixer.n_heads
-    return shape | {"mixer.head_dim": head_dim, "ffn.hidden": hidden_width(model, block)}
+    return shape | {"mixer.head_dim": mixer.head_dim or model.dim // mixer.n_heads}
+
+
+def _has_experts(block: BlockConfig) -> bool:
+    """One without routed experts is a swiglu of another width."""
+    return block.ffn.type == "moe"
+
+
+def _dense_shape(model: ModelConfig, block: BlockConfig) -> dict[str, Any]:
+    return {"ffn.hidden": hidden_width(model, block)}
+
+
+def _expert_shape(model: ModelConfig, block: BlockConfig) -> dict[str, Any]:
+    keys = ("n_experts", "top_k", "hidden", "n_shared", "n_groups", "routed_scaling")
+    limit = block.ffn.n_limited_groups or block.ffn.n_groups
+    return {f"ffn.{key}": getattr(block.ffn, key) for key in keys} | {"ffn.n_limited_groups": limit}
+
+
+def _expert_keys(ffn) -> dict[str, Any]:
+    return {
+        "moe_intermediate_size": ffn.hidden,
+        "n_routed_experts": ffn.n_experts,
+        "n_shared_experts": ffn.n_shared,
+        "num_experts_per_tok": ffn.top_k,
+        "n_group": ffn.n_groups,
+        "topk_group": ffn.n_limited_groups or ffn.n_groups,
+        "norm_topk_prob": ffn.top_k > 1,  # of one expert the score itself is the weight
+        "routed_scaling_factor": ffn.routed_scaling,
+        "scoring_func": "sigmoid",
+        "topk_method": "noaux_tc",
+    }
+
+
+def _no_experts(hidden: int) -> dict[str, Any]:
+    """Keys that the class wants all the same."""
+    ones = ("n_routed_experts", "n_shared_experts", "num_experts_per_tok", "n_group", "topk_group")
+    return {"moe_intermediate_size": hidden} | dict.fromkeys(ones, 1)
+
+
+def _read_experts(config: ConfigJSON) -> dict[str, Any]:
+    top_k = config.integer("num_experts_per_tok", 8)
+    config.must_be("norm_topk_prob", top_k > 1, f"must be {str(top_k > 1).lower()} of {top_k} experts", default=True)
+    config.must_be("scoring_func", "sigmoid", "scores are sigmoids here", default="sigmoid")
+    config.must_be("moe_layer_freq", 1, "all later layers have experts here", default=1)
+    return {
+        "type": "moe",
+        "n_experts": config.integer("n_routed_experts", 256),
+        "top_k": top_k,
+        "hidden": config.integer("moe_intermediate_size", 2048),
+        "n_shared": config.integer("n_shared_experts", 1),
+        "n_groups": config.integer("n_group", 8),
+        "n_limited_groups": config.integer("topk_group", 4),
+        "routed_scaling": config.number("routed_scaling_factor", 2.5),
+    }
+
+
+def _swiglu_rules(ours: str, theirs: str, hidden: int) -> list[Rule]:
+    return [swiglu_rule(ours, theirs, hidden), same(f"{ours}.down.weight", f"{theirs}.down_proj.weight")]
+
+
+def _expert_rules(ours: str, theirs: str, block: BlockConfig) -> list[Rule]:
+    ffn = block.ffn
+    experts = [f"{theirs}.experts.{i}" for i in range(ffn.n_experts)]
+    names = tuple(f"{expert}.{name}_proj.weight" for expert in experts for name in ("gate", "up"))
+    return [
+        *_swiglu_rules(f"{ours}.shared", f"{theirs}.shared_experts", ffn.hidden * ffn.n_shared),
+        same(f"{ours}.router.project.weight", f"{theirs}.gate.weight"),
+        same(f"{ours}.router.bias", f"{theirs}.gate.e_score_correction_bias"),
+        Rule(
+            f"{ours}.experts.up",
+            names,
+            lambda up: [part for expert in up for part in expert.chunk(2)],
+            lambda parts: torch.cat(list(parts)).unflatten(0, (ffn.n_experts, -1)),
+        ),
+        Rule(
+            f"{ours}.experts.down",
+            tuple(f"{expert}.down_proj.weight" for expert in experts),
+            lambda down: list(down.unbind()),
+            torch.stack,
+        ),
+    ]
 
 
 def _attention_rules(ours: str, theirs: str, model: ModelConfig, block: BlockConfig) -> list[Rule]:
