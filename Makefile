@@ -28,5 +28,5 @@ docs: .venv/installed
 	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("fusedlm needs Python 3.11 or newer, this is %d.%d; name one with: make PYTHON=python3.12" % sys.version_info[:2])'
 	@echo 'Setting up .venv (a minute or two; PyTorch is the large part)'
 	$(PYTHON) -m venv .venv
-	.venv/bin/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,docs]'
+	.venv/bin/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,docs,prepare]'
 	touch $@

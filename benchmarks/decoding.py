@@ -204,7 +204,7 @@ def weight_bytes(model, dtype: torch.dtype) -> int:
 def moved_state_bytes(state, context: int) -> int:
     """Bytes of the state that a step reads, and of recurrent states those that it writes."""
     total = 0
-    for part in state._parts():
+    for part in state.parts():
         for tensor in part.tensors():
             if isinstance(part, RecurrentState):
                 total += 2 * tensor.nbytes

@@ -8,7 +8,7 @@ __version__ = "0.1.0"
 _EXPORTS = {
     "load_recipe": "fusedlm.config",
     "build_model": "fusedlm.model",
-    "load": "fusedlm.runs",
+    "load": "fusedlm.quant",
     "generate": "fusedlm.generation",
 }
 __all__ = ["__version__", *_EXPORTS]

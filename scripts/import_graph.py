@@ -14,11 +14,11 @@ from pathlib import Path
 # From the top: a package imports packages of lower layers only. "" leaves a place free in the picture.
 LAYERS = [
     ["cli"],
-    ["compare"],
+    ["compare", "harness"],
     ["probes", ""],
     ["report"],
     ["train"],
-    ["export", "quant"],
+    ["export", "quant", "serve"],
     ["runs", "evaluate", "generation"],
     ["data", "model", "optim"],
     ["nn"],

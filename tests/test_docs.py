@@ -49,6 +49,9 @@ APPENDED = {
     "fusedlm eval runs/demo --probe needle --steps": ("--steps", "1", "--samples", "1", "--lengths", "1"),
     "fusedlm eval runs/demo --probe extend": ("--samples", "2", "--factors", "2", "--text", "long.txt"),
     "fusedlm generate": ("--max-tokens", "4"),
+    "fusedlm quantize runs/demo --format int4 --storage integers": ("--tokens", "1024"),
+    "fusedlm quantize runs/demo --format int6 --calibrate": ("--tokens", "1024"),
+    "fusedlm quantize runs/demo --format mixed": ("--tokens", "1024"),
     # A comparison starts a process per run: it is planned here, and run in tests/cli/test_compare.py.
     "fusedlm compare": ("--dry-run",),
 }
@@ -59,6 +62,8 @@ NOT_RUN = {
     "make docs": "needs mkdocs; tests/test_site.py builds the site where that is installed",
     "make graph": "draws a picture of the repository",
     "curl": "needs the network",
+    "fusedlm serve": "serves until it is stopped; tests/cli/test_serve.py starts and stops one",
+    "fusedlm eval runs/demo --tasks": "fetches data sets; tests/harness/test_tasks.py has files",
     "python benchmarks/": "measures for hours",
     "python -m tests.fuzz": "takes minutes; tests/fuzz/test_sample.py runs a sample",
     "python -m tests.kills": "takes minutes; tests/train/test_resume.py kills at chosen moments",

@@ -24,12 +24,14 @@ from fusedlm.cli.help import explain
 from fusedlm.cli.import_ import import_
 from fusedlm.cli.interrupts import Terminated, die_of_interrupt, exit_code, raising_signals
 from fusedlm.cli.openmp import bound_spinning
+from fusedlm.cli.pack import pack
 from fusedlm.cli.plan import plan
 from fusedlm.cli.probe import probe
 from fusedlm.cli.processes import is_first_here
 from fusedlm.cli.quantize import quantize
 from fusedlm.cli.recipes import recipes
 from fusedlm.cli.report import report
+from fusedlm.cli.serve import serve
 from fusedlm.cli.train import train
 from fusedlm.terminal import one_line, standard_streams
 
@@ -44,7 +46,9 @@ app = typer.Typer(
 app.command()(train)
 app.command("eval")(evaluate)
 app.command()(generate)
+app.command()(serve)
 app.command()(quantize)
+app.command()(pack)
 app.command()(compare)
 app.add_typer(data, name="data")
 app.add_typer(recipes, name="recipes")

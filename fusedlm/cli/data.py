@@ -16,14 +16,22 @@ def group(context: typer.Context) -> None:
 
 @data.command()
 def prepare(recipe: RecipeArgument, overrides: OverridesArgument = None) -> None:
-    """Read, split and tokenize the text of RECIPE into shards. Text that is already prepared is only verified."""
+    """Read, split and tokenize the text of RECIPE into shards. Text that is already prepared is only verified.
+
+    With data.pipeline, in many tasks, without duplicates and without what is near held-out text; a preparation that was
+    ended continues."""
     from fusedlm.config import load_recipe
     from fusedlm.data import prepare
+    from fusedlm.data.preparation import Submitted
     from fusedlm.data.summary import text_facts
 
     loaded = load_recipe(recipe, overrides or [])
     with outlast_output(), progress_bars(plain=True) as progress:
-        prepared = prepare(loaded.data, progress)
+        try:
+            prepared = prepare(loaded.data, progress)
+        except Submitted as submitted:
+            print(submitted)
+            return
     for name, fact in text_facts(prepared, loaded).items():
         print(f"{name}: {fact}")
     print(f"vocabulary: {prepared.tokenizer.vocab_size:,}")

@@ -1,4 +1,4 @@
-"""fusedlm eval: bits per byte of a trained model on validation text, and probes."""
+"""fusedlm eval: bits per byte of a trained model on validation text, probes, and benchmark tasks."""
 
 import json
 from pathlib import Path
@@ -20,7 +20,7 @@ from fusedlm.cli.adapt_options import (
 from fusedlm.cli.common import (
     CheckpointOption,
     DeviceOption,
-    RunArgument,
+    ModelArgument,
     RuntimeArgument,
     WeightsOption,
     YaRNOption,
@@ -43,6 +43,7 @@ from fusedlm.cli.probe_options import (
     check_options,
 )
 from fusedlm.cli.probes import Target, run_probe
+from fusedlm.cli.tasks import LimitOption, ShotsOption, TasksOption, check_task_options, run_tasks
 from fusedlm.cli.text import documents_of
 
 TextOption = Annotated[
@@ -84,7 +85,7 @@ AcrossOption = Annotated[
 
 
 def evaluate(
-    run: RunArgument,
+    run: ModelArgument,
     overrides: RuntimeArgument = None,
     text: TextOption = None,
     data: DataOption = None,
@@ -109,19 +110,32 @@ def evaluate(
     depths: DepthsOption = None,
     factors: FactorsOption = None,
     out: OutOption = None,
+    tasks: TasksOption = None,
+    shots: ShotsOption = None,
+    limit: LimitOption = None,
+    qat: Annotated[bool, typer.Option("--qat", help="Score the weights as train.qat of the run rounds them.")] = False,
     checkpoint: CheckpointOption = "last",
     weights: WeightsOption = "raw",
     device: DeviceOption = "auto",
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object only.")] = False,
 ) -> None:
-    """Score validation text with the model of RUN, each token once, and print bits per byte; or run a probe."""
+    """Score validation text with the model of RUN, each token once, and print bits per byte; or run probes or tasks."""
     options = {"text": text, "data": data, "window": window, "stride": stride, "yarn": yarn, "steps": steps, "lr": lr}
     options |= {"samples": samples, "seed": seed, "pairs": pairs, "lengths": lengths, "depths": depths}
     tuned = {"parameters": adapt_parameters, "rank": adapt_rank, "lr": adapt_lr, "chunk": adapt_chunk}
     tuned |= {"steps": adapt_steps, "reset": adapt_reset or None}
     options |= {"adapt": adapt, "across-documents": across_documents or None}
     options |= {f"adapt-{name}": value for name, value in tuned.items()}
-    options = check_options(probe, options | {"factors": factors, "out": out})
+    options |= {"factors": factors, "out": out, "qat": qat or None}
+    check_task_options(tasks, shots, limit, options | {"probe": probe})
+    if tasks is not None:
+        loaded = load_run(
+            run, checkpoint=checkpoint, weights=weights, device=device, overrides=overrides, artifacts=True
+        )
+        stretch(loaded.model, loaded.recipe, yarn)
+        run_tasks(loaded, tasks, shots, limit, window, weights, yarn, as_json=as_json)
+        return
+    options = check_options(probe, options)
     if text is not None and data is not None and probe != "needle":  # which can be finetuned on the run's own text
         raise ValueError(f"--text {text} and --data {data}: give only one of them")
     if probe is not None:
@@ -131,8 +145,12 @@ def evaluate(
     from fusedlm.evaluate.adapt import score_adapted
 
     method = adaptation(adapt, tuned)
-    loaded = load_run(run, checkpoint=checkpoint, weights=weights, device=device, overrides=overrides, data=data)
+    loaded = load_run(
+        run, checkpoint=checkpoint, weights=weights, device=device, overrides=overrides, data=data, artifacts=True
+    )
     stretch(loaded.model, loaded.recipe, yarn)
+    if qat:
+        _round(loaded)
     if window is None:
         window = loaded.recipe.train.seq_len
     if window and stride is None:
@@ -162,6 +180,7 @@ def evaluate(
         "dtype": str(loaded.dtype).removeprefix("torch."),
         "checkpoint": loaded.step,
         "weights": weights,
+        "qat": qat,
     }
     result |= score.figures
     if adapted is not None:
@@ -170,6 +189,7 @@ def evaluate(
         print(json.dumps(result))
         return
     context = f"window {window}, stride {stride}" if window else "full documents"
+    context += f", matrices in int{loaded.recipe.train.qat.bits}" if qat else ""
     context += ", across documents" if across_documents else ""
     print(f"{score.bpb:.4f} bits per byte on {text or 'validation text'} ({context})")
     if adapted is not None:
@@ -181,3 +201,22 @@ def evaluate(
         for layer, row in enumerate(rows):
             numbers = " ".join(f"{number:.4g}" for number in (row if isinstance(row, list) else [row]))
             print(f"{name}{f' {layer}' if rows is value else ''}: {numbers}")
+
+
+def _round(loaded) -> None:
+    """Give a loaded model the values that its recipe's quantisation-aware training computes with.
+
+    Raises:
+        ValueError: the run has none, or is quantised already.
+    """
+    from fusedlm.nn.fake_quantized import FakeQuantization
+    from fusedlm.runs.checkpoint import Checkpoints
+    from fusedlm.runs.folder import CHECKPOINTS
+    from fusedlm.runs.quantization import is_quantized
+
+    config = loaded.recipe.train.qat
+    if config is None:
+        raise ValueError(f"--qat: {loaded.run} was trained without train.qat")
+    if is_quantized(Checkpoints(loaded.run / CHECKPOINTS), loaded.step):
+        raise ValueError(f"--qat: {loaded.run} is quantised already; score it without")
+    FakeQuantization(loaded.model, **config.model_dump(exclude={"start"})).write()

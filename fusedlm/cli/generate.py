@@ -10,7 +10,7 @@ import typer
 from fusedlm.cli.common import (
     CheckpointOption,
     DeviceOption,
-    RunArgument,
+    ModelArgument,
     RuntimeArgument,
     WeightsOption,
     YaRNOption,
@@ -23,7 +23,7 @@ from fusedlm.cli.common import (
 
 
 def generate(
-    run: RunArgument,
+    run: ModelArgument,
     overrides: RuntimeArgument = None,
     prompt: Annotated[str | None, typer.Option(help="Text to continue.", show_default=False)] = None,
     prompts: Annotated[
@@ -91,7 +91,7 @@ def generate(
         raise ValueError("give either --prompt TEXT or --prompts FILE")
     speculation = None if speculate is None else Speculation(speculate)
     texts = None if prompts is None else read_prompts(prompts)
-    loaded = load_run(run, checkpoint=checkpoint, weights=weights, device=device, overrides=overrides)
+    loaded = load_run(run, checkpoint=checkpoint, weights=weights, device=device, overrides=overrides, artifacts=True)
     stretch(loaded.model, loaded.recipe, yarn)
     options = {
         "max_tokens": max_tokens,

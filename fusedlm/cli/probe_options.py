@@ -77,7 +77,7 @@ OutOption = Annotated[
 ]
 
 _TAKES = {
-    None: ("text", "data", "window", "stride", "yarn", "across-documents", *ADAPT_OPTIONS),
+    None: ("text", "data", "window", "stride", "yarn", "qat", "across-documents", *ADAPT_OPTIONS),
     "mqar": ("pairs", "steps", "lr", "samples", "seed", "out"),
     "needle": ("text", "data", "lengths", "depths", "steps", "lr", "samples", "seed", "yarn", "out"),
     "extend": ("text", "data", "factors", "samples", "out"),

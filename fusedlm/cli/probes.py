@@ -30,6 +30,7 @@ class Target:
             device=self.device,
             overrides=self.overrides,
             data=data,
+            artifacts=True,
         )
 
 

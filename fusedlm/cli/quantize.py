@@ -14,24 +14,103 @@ from fusedlm.cli.common import (
     WeightsOption,
     integer,
     load_run,
+    number,
     progress_bars,
 )
 from fusedlm.cli.eval import DataOption, StrideOption, TextOption, WindowOption
+from fusedlm.cli.quantize_run import described, quantized, request_of, row_of
 from fusedlm.cli.text import documents_of
 
 
 def quantize(
     run: RunArgument,
-    format: Annotated[str, typer.Option(metavar="mxfp4|int4|fp8|int8", help="Format of the weights.")],
+    format: Annotated[
+        str,
+        typer.Option(metavar="mxfp4|int4|fp8|int8|int2..int8|mixed", help="Format of hidden matrices."),
+    ],
     out: Annotated[Path, typer.Option(metavar="DIR", help="Folder of the quantised run.", show_default=False)],
+    storage: Annotated[
+        str | None,
+        typer.Option(
+            metavar="packed|integers",
+            help="packed: layers compute with codes; integers: experts, embeddings and head too, decoded when loaded "
+            "(default: packed for mxfp4, int4, fp8 and int8).",
+            show_default=False,
+        ),
+    ] = None,
     group: Annotated[
         int | None,
         typer.Option(
             parser=integer,
-            metavar="32|64|128",
-            help="Elements of int4 that share a scale (default: 64).",
+            metavar="N",
+            help="Elements that share a scale (default: a row; packed int4: 64, or 32 or 128).",
             show_default=False,
         ),
+    ] = None,
+    embedding: Annotated[
+        str | None,
+        typer.Option(
+            metavar="none|int2..int8",
+            help="Format of embeddings and head, of integers (default: int8).",
+            show_default=False,
+        ),
+    ] = None,
+    calibrate: Annotated[
+        str,
+        typer.Option(
+            metavar="plain|gptq-lite|gptq",
+            help="Round each element by itself; with scales searched on training text; or with compensation.",
+        ),
+    ] = "plain",
+    clip: Annotated[
+        str | None,
+        typer.Option(
+            metavar="max|search|K",
+            help="Scales by the largest element, by search, or K standard deviations (default: search, plain: max).",
+            show_default=False,
+        ),
+    ] = None,
+    embedding_clip: Annotated[
+        str | None,
+        typer.Option(metavar="max|search|K", help="The same of embeddings and head.", show_default=False),
+    ] = None,
+    order: Annotated[
+        bool, typer.Option("--order/--no-order", help="gptq: columns with the largest inputs first.")
+    ] = True,
+    damping: Annotated[
+        float, typer.Option(parser=number, metavar="D", help="gptq: of the mean of the Hessian's diagonal.")
+    ] = 0.01,
+    rank: Annotated[int, typer.Option(parser=integer, metavar="R", help="Rank of low-rank corrections; 0: none.")] = 0,
+    corrected: Annotated[
+        int | None,
+        typer.Option(
+            parser=integer,
+            metavar="N",
+            help="Matrices with a correction, without a budget (default: 3).",
+            show_default=False,
+        ),
+    ] = None,
+    budget: Annotated[
+        int | None,
+        typer.Option(
+            parser=integer,
+            metavar="BYTES",
+            help="Most bytes of all tensors, with format mixed: each matrix gets a width of its own.",
+            show_default=False,
+        ),
+    ] = None,
+    tokens: Annotated[
+        int | None,
+        typer.Option(
+            parser=integer,
+            metavar="N",
+            help="Tokens of training text to calibrate with (default: 131072).",
+            show_default=False,
+        ),
+    ] = None,
+    seed: Annotated[
+        int | None,
+        typer.Option(parser=integer, help="Seed of their choice (default: 0).", show_default=False),
     ] = None,
     score: Annotated[
         bool, typer.Option("--score/--no-score", help="Score text before and after, as fusedlm eval does.")
@@ -45,47 +124,67 @@ def quantize(
     device: DeviceOption = "auto",
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object only.")] = False,
 ) -> None:
-    """Round the hidden matrices of RUN to few bits, each element by itself, and write them as a run that eval and
-    generate read. Embeddings, head, norms, routers and stacks of experts stay as they are."""
+    """Round the matrices of RUN to few bits and write them as a run that eval and generate read. Norms, routers,
+    convolutions and vectors stay as they are."""
+    from fusedlm.files import sha256_file
     from fusedlm.nn.module import parameters_by_kind
-    from fusedlm.nn.quantized import quantized_layers, replace_layers
-    from fusedlm.ops.quantized.reference import group_of
-    from fusedlm.quant.rounding import round_weights
+    from fusedlm.nn.quantized import replace_layers
+    from fusedlm.quant.progress import remove_unfinished
+    from fusedlm.quant.request import other_bytes
     from fusedlm.quant.run import check_out, write_quantized
     from fusedlm.runs.checkpoint import Checkpoints
     from fusedlm.runs.folder import CHECKPOINTS
+    from fusedlm.runs.quantization import is_quantized
     from fusedlm.runs.state import MODEL
 
-    _check(format, group, group_of)
-    given = {"--text": text, "--data": data, "--window": window, "--stride": stride}
-    if not score and (useless := [name for name, value in given.items() if value is not None]):
-        raise ValueError(f"{useless[0]}: only for scoring; leave out --no-score")
-    if text is not None and data is not None:
+    only_calibrated = {"corrected": corrected, "tokens": tokens, "seed": seed}
+    request = request_of(
+        format=format, storage=storage, group=group, embedding=embedding, calibrate=calibrate, clip=clip,
+        embedding_clip=embedding_clip, ordered=order, damping=damping, rank=rank, budget=budget, **only_calibrated,
+    )  # fmt: skip
+    read = {"text": text, "window": window, "stride": stride} | ({"data": data} if calibrate == "plain" else {})
+    if not score and (useless := [name for name, value in read.items() if value is not None]):
+        raise ValueError(f"--{useless[0]}: only for scoring; leave out --no-score")
+    if text is not None and read.get("data") is not None:
         raise ValueError(f"--text {text} and --data {data}: give only one of them")
     check_out(out)
     loaded = load_run(run, checkpoint=checkpoint, weights=weights, device=device, overrides=None)
-    if quantized_layers(loaded.model):
+    checkpoints = Checkpoints(run / CHECKPOINTS)
+    if is_quantized(checkpoints, loaded.step):
         raise ValueError(f"{run} is quantised already; quantise the run that it is from")
+    source = checkpoints.path(loaded.step) / f"{MODEL}.safetensors"
+    reader = loaded if data is None else replace(loaded, recipe=_with_data(loaded.recipe, data))
     with progress_bars() as progress:
-        scored = _Scoring(loaded, text, data, window, stride, progress) if score else None
+        scored = _Scoring(reader, text, window, stride, progress) if score else None
         before = scored and scored.run("before")
-        replace_layers(loaded.model, round_weights(loaded.model, format, group))
+        outcomes = quantized(request, reader, out, {"source": sha256_file(source), "weights": weights}, progress)
+        left_bytes = other_bytes(loaded.model, outcomes)
+        if request.is_packed:
+            layers = {name.removesuffix(".weight"): outcome.matrix for name, outcome in outcomes.items()}
+            replace_layers(loaded.model, layers)
         after = scored and scored.run("after")
     written = write_quantized(
         out, loaded.model, loaded.tokenizer, loaded.recipe,
         step=loaded.step, text=loaded.text, device=loaded.device, dtype=loaded.dtype,
+        matrices=None if request.is_packed else outcomes,
     )  # fmt: skip
-    layers = quantized_layers(loaded.model).values()
-    elements = sum(layer.in_features * layer.out_features for layer in layers)
-    n_bytes = sum(layer.quantized_weight().nbytes for layer in layers)
-    source = Checkpoints(run / CHECKPOINTS).path(loaded.step) / f"{MODEL}.safetensors"
+    remove_unfinished(out)
+    rows = [row_of(name, outcome) for name, outcome in outcomes.items()]
+    elements, n_bytes = (sum(row[key] for row in rows) for key in ("elements", "bytes"))
     result = {
         "format": format,
-        "group": group_of(format, group) or None,
-        "layers": len(layers),
+        "storage": "packed" if request.is_packed else "integers",
+        "group": request.group_size,
+        "calibrate": calibrate,
+        "matrices": rows,
+        "layers": len(rows),
         "quantized_weights": elements,
         "bits_per_weight": 8 * n_bytes / max(elements, 1),
-        "matrices_left": sum(p.numel() for _, kind, p in parameters_by_kind(loaded.model) if kind == "matrix"),
+        "matrices_left": sum(
+            p.numel() for name, kind, p in parameters_by_kind(loaded.model) if kind == "matrix" and name not in outcomes
+        ),
+        "tensor_bytes": n_bytes + left_bytes,
+        "budget": budget,
         "bytes_before": source.stat().st_size,
         "bytes_after": written.stat().st_size,
         "bpb_before": before,
@@ -93,26 +192,19 @@ def quantize(
         "checkpoint": loaded.step,
         "weights": weights,
     }
-    print(json.dumps(result) if as_json else _described(result, out))
+    print(json.dumps(result) if as_json else described(result, out))
 
 
-def _check(format: str, group: int | None, group_of) -> None:
-    try:
-        group_of(format, group)
-    except ValueError as error:
-        raise ValueError(f"--{str(error).replace('=', ' ', 1)}") from None
+def _with_data(recipe, data: Path):
+    return recipe.model_copy(update={"data": recipe.data.model_copy(update={"dir": str(data)})})
 
 
 class _Scoring:
     """The same text, scored as often as it runs."""
 
-    def __init__(self, loaded, text: Path | None, data: Path | None, window, stride, progress):
+    def __init__(self, loaded, text: Path | None, window, stride, progress):
         from fusedlm.evaluate import default_stride
 
-        if data is not None:
-            recipe = loaded.recipe
-            recipe = recipe.model_copy(update={"data": recipe.data.model_copy(update={"dir": str(data)})})
-            loaded = replace(loaded, recipe=recipe)
         self._loaded, self._text, self._progress = loaded, text, progress
         window = loaded.recipe.train.seq_len if window is None else window
         self._spans = {
@@ -134,19 +226,3 @@ class _Scoring:
             dtype=self._loaded.dtype,
             progress=lambda done: self._progress(f"scoring {when}", done, n_tokens),
         ).bpb
-
-
-def _described(result: dict, out: Path) -> str:
-    from fusedlm.report.units import count, size
-
-    group = f" in groups of {result['group']}" if result["format"] == "int4" else ""
-    lines = [
-        f"{result['layers']} layers, {count(result['quantized_weights'])} weights: {result['format']}{group}, "
-        f"{result['bits_per_weight']:.3g} bits per weight",
-        f"model on disk: {size(result['bytes_before'])} before, {size(result['bytes_after'])} after",
-    ]
-    if result["matrices_left"]:
-        lines.insert(1, f"{count(result['matrices_left'])} weights of experts stay in float32")
-    if result["bpb_before"] is not None:
-        lines.append(f"bits per byte: {result['bpb_before']:.4f} before, {result['bpb_after']:.4f} after")
-    return "\n".join([*lines, f"next: fusedlm eval {out}"])

@@ -5,6 +5,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
+from fusedlm.config.pipeline import PipelineConfig
 from fusedlm.config.schema import NEUTRAL, Config, NonNegativeFloat, PathText, PositiveFloat, ShortName, Text, Tokens
 
 
@@ -48,7 +49,19 @@ class ParquetSource(Config):
     """Column of the text."""
 
 
-Source = Annotated[SotuSource | TextSource | JSONLSource | ParquetSource, Field(discriminator="type")]
+class WarcSource(Config):
+    """Web archives (WARC or WET; a file, a directory or a glob; plain or .gz), one document per page. Needs
+    data.pipeline."""
+
+    type: Literal["warc"] = "warc"
+    """Where the text comes from."""
+    path: PathText
+    """A file, a directory or a glob."""
+    html: Literal["extract", "skip"] = "extract"
+    """Pages in HTML; extract: their main text, by trafilatura; skip: only records of plain text (WET) are read."""
+
+
+Source = Annotated[SotuSource | TextSource | JSONLSource | ParquetSource | WarcSource, Field(discriminator="type")]
 
 
 class HashSplit(Config):
@@ -143,6 +156,8 @@ class DataConfig(Config):
     """How every source is split into training and validation text, by its type."""
     tokenizer: TokenizerConfig = BytesTokenizerConfig()
     """The tokenizer, by its type."""
+    pipeline: PipelineConfig | None = None
+    """Preparation at scale, on datatrove: filters, duplicates, many workers; null: one process, nothing removed."""
     dir: Annotated[PathText, NEUTRAL] = "prepared"
     """Folder of the shards, each text in a subfolder named by a fingerprint."""
     shard_tokens: Tokens = 2**26
@@ -167,6 +182,7 @@ class DataConfig(Config):
             raise ValueError(f"source is {given}; give exactly one of the two, and null for the other")
         if self.validation is not None and self.validation in self.named_sources().values():
             raise ValueError("validation is the same text as source; name other text, or remove it to split source")
+        self._check_pipeline()
         if self.sources is None:
             if self.stages:
                 raise ValueError("stages: weights are of sources; give data.sources, or remove stages")
@@ -175,6 +191,16 @@ class DataConfig(Config):
             raise ValueError("sources: there is none; name at least one")
         self._check_weights()
         return self
+
+    def _check_pipeline(self) -> None:
+        if self.pipeline is None:
+            if any(isinstance(source, WarcSource) for source in (*self.named_sources().values(), self.validation)):
+                raise ValueError("source of type warc: only data.pipeline reads it; add pipeline={}")
+        elif self.validation is None and isinstance(self.split, TailSplit):
+            raise ValueError(
+                "split.type=tail: data.pipeline holds out full documents; use split.type=hash, name data.validation, "
+                "or set pipeline=null"
+            )
 
     def _check_weights(self) -> None:
         known = ", ".join(self.sources)

@@ -232,6 +232,24 @@ class SWAConfig(Config):
     """Steps are averaged while the learning rate, after its warm-up, is below this fraction of the peak."""
 
 
+class QATConfig(Config):
+    """Quantisation-aware training in the last steps: passes run with matrices rounded to integers, and updates change
+    the weights as they are (docs/quantization.md)."""
+
+    bits: int = Field(ge=2, le=8)
+    """Width of the codes of hidden matrices."""
+    start: float = Field(0.85, ge=0, lt=1)
+    """Fraction of all steps at which it begins."""
+    embedding_bits: int | None = Field(None, ge=2, le=8)
+    """Width of the codes of embeddings and head; null: they are not rounded."""
+    group: Annotated[int | None, Field(gt=0, le=2**20)] = None
+    """Columns that share a scale; null: the row."""
+    clip: float | None = Field(None, gt=0, le=1e4)
+    """Standard deviations of a row or group that the largest code stands for; null: its largest magnitude."""
+    embedding_clip: float | None = Field(None, gt=0, le=1e4)
+    """The same of embeddings and head."""
+
+
 class RampConfig(Config):
     """Steps with another batch size or sequence length, before those of the run."""
 
@@ -285,6 +303,8 @@ class TrainConfig(Config):
     """Decay of an exponential moving average of the weights; null: no average."""
     swa: SWAConfig | None = None
     """Mean of the weights at regular steps near the end; null: no mean."""
+    qat: QATConfig | None = None
+    """Quantisation-aware training in the last steps; null: none."""
     distill: DistillConfig | None = None
     """Distillation from a teacher; null: none."""
     ramps: list[RampConfig] = Field([], max_length=100)
@@ -327,12 +347,18 @@ class TrainConfig(Config):
                     f"swa.below={self.swa.below}: the schedule ends at {lowest}, so that no step would be averaged; "
                     "raise swa.below, or lower schedule.final"
                 )
+        if self.qat is not None and self.qat_start() >= self.steps:
+            raise ValueError(f"qat.start={self.qat.start}: begins after the last of {self.steps} steps; lower it")
         for index, ramp in enumerate(self.ramps):
             _check_ramp(f"ramps.{index}", ramp, self)
         ends = [ramp.until for ramp in self.ramps]
         if sorted(set(ends)) != ends:
             raise ValueError(f"ramps: until={ends} must be increasing")
         return self
+
+    def qat_start(self) -> int:
+        """The first step, counted from 0, of quantisation-aware training; one after the last: there is none."""
+        return self.steps if self.qat is None else round(self.qat.start * self.steps)
 
     def step_shape(self, step: int) -> tuple[int, int]:
         """Sequences, and tokens per sequence, of a step counted from 0."""

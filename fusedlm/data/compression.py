@@ -31,7 +31,7 @@ def chunks(path: Path) -> Iterator[bytes]:
     Raises:
         ValueError: a compressed file is empty, truncated or damaged.
     """
-    with open(path, "rb") as file:
+    with path.open("rb") as file:
         if not is_compressed(path):
             while chunk := file.read(_CHUNK_BYTES):
                 yield chunk

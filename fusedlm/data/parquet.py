@@ -1,5 +1,6 @@
 """One text column of a Parquet file."""
 
+import contextlib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -23,7 +24,10 @@ def read_cells(path: Path, column: str) -> Iterator[tuple[str, str]]:
         ValueError: the file is damaged, has no such column, or a cell is not text; names the file and the row.
     """
     try:
-        with pyarrow.parquet.ParquetFile(path, page_checksum_verification=True) as file:
+        with (
+            contextlib.nullcontext(path) if isinstance(path, Path) else path.open("rb") as content,
+            pyarrow.parquet.ParquetFile(content, page_checksum_verification=True) as file,
+        ):
             names = _column_path(file.schema_arrow, path, column)
             row = 0
             for group in range(file.num_row_groups):

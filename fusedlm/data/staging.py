@@ -66,6 +66,16 @@ def remove_leftovers(target: Path) -> None:
             _remove(temporary)
 
 
+def work_path(target: Path) -> Path:
+    """The folder of a preparation at scale, which stays until the target is complete."""
+    return target.with_name(f".{target.name}.work")
+
+
+def remove_work(target: Path) -> None:
+    """Remove the work folder of a target that is complete."""
+    shutil.rmtree(work_path(target), ignore_errors=True)
+
+
 def _remove(path: Path) -> None:
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)

@@ -7,7 +7,7 @@ ordinary characters.
 import hashlib
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import repeat
 from pathlib import Path
 
@@ -233,17 +233,11 @@ def load_tokenizer(directory: str | Path) -> Tokenizer:
     """
     path = Path(directory, _META_FILE)
     try:
-        meta = json.loads(path.read_text(encoding="utf-8"))
-        kind, fingerprint = meta["type"], meta["fingerprint"]
-        if kind not in ("bytes", "subword"):
-            raise ValueError(f"type {kind!r} is unknown")
-        end_of_text = None if kind == "bytes" else meta["end_of_text"]
-        if not isinstance(end_of_text, str | None):
-            raise ValueError(f"end_of_text {end_of_text!r} is not text")
+        kind, fingerprint, end_of_text = _read_meta(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise ValueError(f"tokenizer {path}: {error.strerror or error}") from None
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise ValueError(f"tokenizer {path}: damaged ({' '.join(str(error).split())})") from None
+    except ValueError as error:
+        raise ValueError(f"tokenizer {path}: damaged ({error})") from None
     if kind == "bytes":
         tokenizer = ByteTokenizer()
     else:
@@ -252,6 +246,41 @@ def load_tokenizer(directory: str | Path) -> Tokenizer:
     if tokenizer.fingerprint != fingerprint:
         raise ValueError(f"tokenizer {path}: changed since it was saved (its fingerprint differs)")
     return tokenizer
+
+
+def tokenizer_of_files(files: Mapping[str, str]) -> Tokenizer:
+    """The tokenizer whose `files` these are.
+
+    Raises:
+        ValueError: they are not, or the library does not read them.
+    """
+    if _META_FILE not in files:
+        raise ValueError(f"{_META_FILE} is missing")
+    kind, _, end_of_text = _read_meta(files[_META_FILE])
+    if kind == "bytes":
+        tokenizer = ByteTokenizer()
+    elif _MODEL_FILE in files:
+        tokenizer = SubwordTokenizer(files[_MODEL_FILE], end_of_text)
+    else:
+        raise ValueError(f"{_MODEL_FILE} is missing")
+    if tokenizer.files() != dict(files):
+        raise ValueError("changed since it was saved (its fingerprint differs)")
+    return tokenizer
+
+
+def _read_meta(text: str) -> tuple[str, str, str | None]:
+    """(type, fingerprint, end of text, None of bytes). Raises ValueError if the text is not of `_meta`."""
+    try:
+        meta = json.loads(text)
+        kind, fingerprint = meta["type"], meta["fingerprint"]
+        if kind not in ("bytes", "subword"):
+            raise ValueError(f"type {kind!r} is unknown")
+        end_of_text = None if kind == "bytes" else meta["end_of_text"]
+        if not isinstance(end_of_text, str | None):
+            raise ValueError(f"end_of_text {end_of_text!r} is not text")
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise ValueError(" ".join(str(error).split())) from None
+    return kind, fingerprint, end_of_text
 
 
 def _meta(kind: str, fingerprint: str, end_of_text: str | None = None) -> str:

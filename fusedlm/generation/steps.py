@@ -1,7 +1,7 @@
 """Steps of a batch: one token of each row, from a state that grows or from a static one."""
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -107,6 +107,18 @@ def graph_obstacle(model: torch.nn.Module, device: torch.device, dtype: torch.dt
         name, module = waiting
         return f"{name} ({type(module).__name__}) waits for the device"
     return None
+
+
+def capture(device: torch.device, run: Callable) -> tuple[torch.cuda.CUDAGraph | None, object, str | None]:
+    """A CUDA graph of run() and what it returned; without a graph, why the capture failed."""
+    graph = torch.cuda.CUDAGraph()
+    try:
+        # Other threads may use the device during the capture.
+        with torch.cuda.device(device), torch.cuda.graph(graph, capture_error_mode="thread_local"):
+            returned = run()
+    except RuntimeError as error:
+        return None, None, str(error).splitlines()[0]
+    return graph, returned, None
 
 
 class GrowingSteps:
@@ -256,19 +268,11 @@ class StaticSteps:
         self.graphed += 1
 
     def _capture(self) -> None:
-        graph = torch.cuda.CUDAGraph()
-        try:
-            # Other threads may use the device during the capture.
-            with (
-                torch.cuda.device(self._predictor.device),
-                torch.cuda.graph(graph, capture_error_mode="thread_local"),
-            ):
-                self._step()
-        except RuntimeError as error:
-            self._captures, self.reason = False, str(error).splitlines()[0]
+        self._graph, _, reason = capture(self._predictor.device, self._step)
+        if self._graph is None:
+            self._captures, self.reason = False, reason
             _log.warning("steps run without a CUDA graph: %s", self.reason)
             return
-        self._graph = graph
         _log.info("steps of %d rows with room for %d tokens: one CUDA graph", self.n_rows, self.state.capacity)
 
     @torch.no_grad()

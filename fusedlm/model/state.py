@@ -1,5 +1,6 @@
 """Decoding state: that of every mixer, the length of each row, and rollback."""
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -183,8 +184,40 @@ class State:
         self.capacity = capacity
         self._tables = {}
         self._place()
-        for part in self._parts():
+        for part in self.parts():
             part.make_static(capacity, self.lengths_B, self.spare)
+
+    def first_rows(self, n_rows: int) -> "State":
+        """The first rows of this static state as a static state of their own, in the same memory. `make_static` of
+        either one separates them."""
+        if self.capacity is None or self._mark is not None or not 1 <= n_rows <= len(self.lengths):
+            raise ValueError(f"n_rows={n_rows} of a static state without a mark must be from 1 to {len(self.lengths)}")
+        layers = [
+            [_first(part, n_rows) for part in layer] if isinstance(layer, list) else _first(layer, n_rows)
+            for layer in self.layers
+        ]
+        inputs = {name: _first(part, n_rows) for name, part in self.inputs.items()}
+        view = State(layers, n_rows, self.lengths_B.device, inputs)
+        view.lengths, view.capacity, view.spare = self.lengths[:n_rows], self.capacity, self.spare
+        view._counters = self._counters[:, :n_rows]
+        view.lengths_B, view.next_position_B, _ = view._counters
+        view.growing_B, view._tables = self.growing_B[:n_rows], self._tables
+        return view
+
+    def set_lengths(self, lengths: Sequence[int]) -> None:
+        """Set the tokens seen of every row of a static state, whose positions are those of one document.
+
+        Raises:
+            ValueError: the state is not static, or a length does not fit it.
+        """
+        if self.capacity is None or len(lengths) != len(self.lengths):
+            raise ValueError(f"lengths={list(lengths)} are for a static state of {len(lengths)} rows")
+        if not all(0 < length < self.capacity for length in lengths):
+            raise ValueError(f"lengths={list(lengths)} must be above 0 and below capacity={self.capacity}")
+        self.lengths = list(lengths)
+        self.lengths_B.copy_(torch.tensor(self.lengths))
+        self.next_position_B.copy_(self.lengths_B)
+        self._place()
 
     def load(self, other: "State") -> None:
         """Replace the contents of this static state by those of another, which is not static, in the same memory.
@@ -204,7 +237,7 @@ class State:
         self._place()
         self.growing_B.fill_(1)
         self.next_position_B.copy_(other.next_position_B)
-        for own, part in zip(self._parts(), other._parts(), strict=True):
+        for own, part in zip(self.parts(), other.parts(), strict=True):
             own.load(part, self.lengths_B)
 
     def mark(self) -> Mark:
@@ -221,7 +254,7 @@ class State:
         self._mark = Mark(
             list(self.lengths), self.packed, self.next_position_B, self.last_document_B, counters=counters
         )
-        for part in self._parts():
+        for part in self.parts():
             part.mark()
         return self._mark
 
@@ -252,7 +285,7 @@ class State:
             if any(taken):
                 self.packed = self.packed or documents_BT is not None
                 self._follow(taken, after_BT, documents_BT)
-        for part in self._parts():
+        for part in self.parts():
             part.rollback(kept)
 
     def _rollback_static(self, mark: Mark, keep_B: torch.Tensor) -> None:
@@ -263,7 +296,7 @@ class State:
             taken_B = left_B.clamp(max=n_new)
             left_B = left_B - taken_B
             kept.append(taken_B)
-        for part in self._parts():
+        for part in self.parts():
             part.rollback(kept)
 
     def release(self, mark: Mark) -> None:
@@ -274,7 +307,7 @@ class State:
         """
         self._check(mark)
         self._mark = None
-        for part in self._parts():
+        for part in self.parts():
             part.rollback(None)
 
     def _check(self, mark: Mark) -> None:
@@ -291,7 +324,7 @@ class State:
 
     def nbytes(self) -> int:
         """Bytes of the live tensors of mixers and inputs."""
-        return sum(tensor.untyped_storage().nbytes() for part in self._parts() for tensor in part.tensors())
+        return sum(tensor.untyped_storage().nbytes() for part in self.parts() for tensor in part.tensors())
 
     def extend_to(self, n_tokens: int) -> None:
         """Fill the caches up to n_tokens by repeating their rows: bytes and speed of decoding at a length do not depend
@@ -304,12 +337,22 @@ class State:
             raise ValueError(f"the rows of the state have different lengths {self.lengths}")
         if n_tokens < self.length:
             raise ValueError(f"the state has seen {self.length} tokens, which is more than {n_tokens}")
-        for part in self._parts():
+        for part in self.parts():
             if isinstance(part, TokenCache | WindowCache):
                 part.extend_to(n_tokens, self.length)
         self.next_position_B = self.next_position_B + (n_tokens - self.length)
         self.lengths = [n_tokens] * len(self.lengths)
 
-    def _parts(self) -> list:
+    def parts(self) -> list:
+        """The states of inputs and mixers, in a fixed order."""
         layers = [part for layer in self.layers for part in (layer if isinstance(layer, list) else [layer])]
         return [*self.inputs.values(), *layers]
+
+
+def _first(part, n_rows: int):
+    """A part with the first rows of its tensors."""
+    view = copy.copy(part)
+    for name in ("rows", "memory", "carried"):
+        if getattr(part, name, None) is not None:
+            setattr(view, name, getattr(part, name)[:n_rows])
+    return view

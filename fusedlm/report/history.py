@@ -36,6 +36,7 @@ _VALIDATION_COLUMNS = (
     "val_nll_per_token",
     "val_bpb_ema",
     "val_bpb_swa",
+    "val_bpb_qat",
     "val_window",
     "val_stride",
     "val_routed_flops_share",

@@ -22,6 +22,8 @@ class Page:
     validation_head: tuple[str, ...] = ()
     validation: list[tuple[str, ...]] = field(default_factory=list)
     best_row: int | None = None
+    tasks_head: tuple[str, ...] = ()
+    tasks: list[tuple[str, ...]] = field(default_factory=list)
     sample: str | None = None
     recipe: str | None = None
     environment: list[tuple[str, str]] = field(default_factory=list)
@@ -38,6 +40,7 @@ def render(page: Page) -> str:
         *(f"<p>{escape(note)}</p>" for note in page.notes),
         figures(page.plots),
         *_validation(page),
+        *section("Tasks", numbers_table(page.tasks_head, page.tasks) if page.tasks else None),
         *section("Sample", f'<div class="sample">{escape(page.sample)}</div>' if page.sample else None),
         *section("Environment", facts_table(page.environment)),
         *section("Recipe", f"<pre>{escape(page.recipe)}</pre>" if page.recipe else None),

@@ -15,6 +15,7 @@ from fusedlm.report.page import Page, render
 from fusedlm.report.plots import draw_plots
 from fusedlm.report.units import count, duration, memory, percent
 from fusedlm.runs.integrity import check_run
+from fusedlm.runs.tasks import read_tasks
 
 
 def write_report(run_dir: Path) -> Path:
@@ -36,6 +37,7 @@ def write_report(run_dir: Path) -> Path:
     tree = _tree(recipe)
     plots = draw_plots(history)
     head, rows = _validation_table(history)
+    tasks_head, tasks = _tasks_table(read_tasks(run_dir))
     page = Page(
         title=str(tree.get("name") or "") or run_dir.resolve().name,
         description=str(tree.get("description") or ""),
@@ -46,6 +48,8 @@ def write_report(run_dir: Path) -> Path:
         validation_head=head,
         validation=rows,
         best_row=_best(history),
+        tasks_head=tasks_head,
+        tasks=tasks,
         sample=_read_text(run_dir / "sample.txt"),
         recipe=recipe,
         environment=_flatten(environment | _counted(environment.get("optimizer"))),
@@ -168,15 +172,31 @@ def _validation_table(history: History) -> tuple[tuple[str, ...], list[tuple[str
         "Bits per byte": (columns["val_bpb"], ".4f"),
         "of ema weights": (columns["val_bpb_ema"], ".4f"),
         "of swa weights": (columns["val_bpb_swa"], ".4f"),
+        "quantised": (columns["val_bpb_qat"], ".4f"),
         "Nats per token": (columns["val_nll_per_token"], ".4f"),
         "Window": (columns["val_window"], ",.0f"),
         "Stride": (columns["val_stride"], ",.0f"),
     }
-    for optional in ("of ema weights", "of swa weights", "Window", "Stride"):
+    for optional in ("of ema weights", "of swa weights", "quantised", "Window", "Stride"):
         if not np.isfinite(shown[optional][0]).any():
             del shown[optional]
     cells = [[format(v, how) if math.isfinite(v) else "–" for v in values.tolist()] for values, how in shown.values()]
     return tuple(shown), list(zip(*cells, strict=True))
+
+
+def _tasks_table(entries: list[dict]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+    """Head and rows: one for each metric of each result, with its standard error."""
+    rows = []
+    for entry in entries:
+        of = f"first {entry['limit']:,}" if entry["limit"] else "all"
+        where = (f"{entry['checkpoint']:,} {entry['weights']}", f"{entry['samples']:,} ({of})", f"{entry['shots']}")
+        metrics = entry["metrics"]
+        for name, value in metrics.items():
+            if not name.endswith("_stderr"):
+                error = metrics.get(f"{name}_stderr")
+                spread = "" if error is None else f" ± {error:.4f}"
+                rows.append((entry["task"], name, f"{value:.4f}{spread}", *where))
+    return ("Task", "Metric", "Value", "Checkpoint", "Questions", "Examples"), rows
 
 
 def _counted(split) -> dict:

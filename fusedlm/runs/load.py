@@ -20,7 +20,7 @@ from fusedlm.runs.checkpoint import Checkpoints, RemovedCheckpoint
 from fusedlm.runs.choose import choose, known_identity
 from fusedlm.runs.folder import CHECKPOINTS, require_run
 from fusedlm.runs.identity import IDENTITY
-from fusedlm.runs.quantization import allocate_layers, read_quantization
+from fusedlm.runs.quantization import allocate_layers, decode_matrices, read_quantization
 from fusedlm.runs.recipe import checkpoint_recipe, recipe_change
 from fusedlm.runs.state import MODEL, QUANTIZATION, TrainState, load_model_tensors
 
@@ -53,8 +53,8 @@ def load(
             warning; those of an override are an error.
 
     Returns:
-        The decoder, with float32 parameters, and in a quantised run layers with codes and scales; the tokenizer; and
-        the recipe with the overrides.
+        The decoder, with float32 parameters, and in a quantised run layers with codes and scales, or the values of
+        integer matrices; the tokenizer; and the recipe with the overrides.
 
     Raises:
         ValueError: the folder holds no run, the checkpoint does not exist, is damaged or of another run or step, it has
@@ -99,10 +99,13 @@ def load_checkpoint(
             f"restore it with: fusedlm train RECIPE --out {run_dir} --resume"
         )
     model = build_model(recipe.model, vocab_size=tokenizer.vocab_size, device="meta")
+    tensors = content.tensors
     if content.quantization is not None:
-        allocate_layers(model, content.quantization, Path(content.source) / QUANTIZATION)
+        record = Path(content.source) / QUANTIZATION
+        allocate_layers(model, content.quantization, record)
+        tensors = decode_matrices(model, content.quantization, tensors, record)
     model.to_empty(device=target)
-    load_model_tensors(model, content.tensors, content.source)
+    load_model_tensors(model, tensors, content.source)
     requested = any(override.startswith("runtime.backends") for override in overrides)
     use_backends(model, recipe.runtime, target, resolve_dtype(recipe.runtime.dtype, target), strict=requested)
     return Loaded(model.eval(), tokenizer, recipe, state.step, state.data)
@@ -128,7 +131,7 @@ def _read(run_dir: Path, wanted: Literal["last", "best"] | int, weights: Weights
             state = choose(run_dir, wanted, identity and identity.run)
             saved = checkpoint_recipe(checkpoints, state.step)
             recipe = with_overrides(saved, list(overrides), "runtime")
-            _check_overrides(overrides)
+            check_overrides(overrides)
             tensors = checkpoints.read_tensors(state.step, MODEL)
             if weights != "raw":
                 _check_average(run_dir, weights, recipe, state)
@@ -153,7 +156,7 @@ def _check_average(run_dir: Path, weights: str, recipe: Recipe, state: TrainStat
         )
 
 
-def _check_overrides(overrides: Sequence[str]) -> None:
+def check_overrides(overrides: Sequence[str]) -> None:
     """Refuse keys that only training reads, which would be ignored here."""
     for override in overrides:
         key = override.partition("=")[0]

@@ -4,6 +4,7 @@ import torch
 from torch.distributed.tensor import DTensor
 
 from fusedlm.config import Recipe
+from fusedlm.config.runtime import RuntimeConfig
 from fusedlm.model import Decoder
 from fusedlm.model.low_precision import LayerPrecision, choose_layers, lower_precision, unused_patterns
 from fusedlm.nn.quantized import hidden_matrices
@@ -52,3 +53,11 @@ def use_precision(model: Decoder, recipe: Recipe, device: torch.device, dtype: t
     )
     lower_precision(model, chosen, precision, outliers=settings.outliers, columns=settings.outlier_columns)
     return chosen
+
+
+def describe_precision(chosen: list[LayerPrecision], runtime: RuntimeConfig, device: torch.device) -> str:
+    """Format, scales and number of the layers in 8 bits, in one line."""
+    n_low = sum(layer.reason is None for layer in chosen)
+    scales = "" if runtime.precision == "mxfp8" else f", one scale per {runtime.low_precision.scales}"
+    emulated = ", emulated" if device.type == "cpu" or runtime.precision == "mxfp8" else ""
+    return f"{runtime.precision}{scales}{emulated}, in {n_low} of {len(chosen)} hidden matrices"

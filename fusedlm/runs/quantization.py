@@ -1,26 +1,42 @@
-"""quantization.json of a checkpoint: the layers that have codes and scales instead of a weight, and their formats."""
+"""quantization.json of a checkpoint: the layers and parameters that have codes and scales instead of a weight.
+
+Layers are computed with their codes. Integer matrices are decoded to parameters when they are loaded: NAME.codes (N, K)
+int8 and NAME.scales (N, groups) stand for the parameter NAME, with NAME.left (N, R) and NAME.right (R, K) the product
+that is added to it.
+"""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 
 from fusedlm.nn.quantized import empty_weight, hidden_matrices, quantized_layers, replace_layers
+from fusedlm.ops.quantized.integer import BITS, integer_values, largest_code
 from fusedlm.runs.checkpoint import Checkpoints, DamagedCheckpoint
-from fusedlm.runs.state import QUANTIZATION
+from fusedlm.runs.state import QUANTIZATION, model_tensors
 
 _VERSION = 1
+_WITH_MATRICES = 2  # earlier readers know no integer matrices, and must refuse
+_SCALES = (torch.float16, torch.bfloat16, torch.float32)
 
 
 def is_quantized(checkpoints: Checkpoints, step: int) -> bool:
-    """Whether a checkpoint, whose manifest is intact, has quantised layers."""
+    """Whether a checkpoint, whose manifest is intact, has quantised weights."""
     return QUANTIZATION in checkpoints.files(step)
 
 
-def describe(model: torch.nn.Module) -> str:
-    """The text of quantization.json of a model with quantised layers."""
+def describe(model: torch.nn.Module, matrices: Mapping[str, dict] | None = None) -> str:
+    """The text of quantization.json of a model with quantised layers.
+
+    Args:
+        matrices: bits, group and rank (0: nothing is added) of integer matrices, by the name of the parameter.
+    """
     layers = {name: {"format": layer.format, "group": layer.group} for name, layer in quantized_layers(model).items()}
-    return json.dumps({"version": _VERSION, "layers": layers}, indent=1) + "\n"
+    record = {"version": _VERSION, "layers": layers}
+    if matrices:
+        record |= {"version": _WITH_MATRICES, "matrices": dict(matrices)}
+    return json.dumps(record, indent=1) + "\n"
 
 
 def read_quantization(checkpoints: Checkpoints, step: int) -> dict | None:
@@ -37,9 +53,10 @@ def allocate_layers(model: torch.nn.Module, record: dict, source: Path) -> None:
     Raises:
         DamagedCheckpoint: a layer or format is not one of this model.
     """
-    if record.get("version") != _VERSION:
+    if record.get("version") not in (_VERSION, _WITH_MATRICES):
         raise ValueError(
-            f"{source}: version {record.get('version')!r}, this one reads {_VERSION}; quantise the run again"
+            f"{source}: version {record.get('version')!r}, this one reads {_VERSION} and {_WITH_MATRICES}; "
+            "quantise the run again"
         )
     known, weights = hidden_matrices(model), {}
     try:
@@ -55,3 +72,55 @@ def allocate_layers(model: torch.nn.Module, record: dict, source: Path) -> None:
             f"{source}: {error if isinstance(error, ValueError) else 'not what was written'}"
         ) from None
     replace_layers(model, weights)
+
+
+def decode_matrices(
+    model: torch.nn.Module, record: dict, tensors: Mapping[str, torch.Tensor], source: Path
+) -> dict[str, torch.Tensor]:
+    """The tensors of a checkpoint with the values of its integer matrices, by the names of their parameters.
+
+    Args:
+        model: has these parameters; nothing else of it is read.
+        source: names the record in errors.
+
+    Raises:
+        DamagedCheckpoint: the record does not describe these tensors, or they are none of this model.
+    """
+    own, result = model_tensors(model), dict(tensors)
+    try:
+        for name, kept in dict(record.get("matrices", {})).items():
+            if name not in own:
+                raise ValueError(f"matrix {name!r} is no parameter of the model")
+            result[name] = _decoded(name, kept, result, own[name].shape)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise DamagedCheckpoint(
+            f"{source}: {error if isinstance(error, ValueError) else 'not what was written'}"
+        ) from None
+    return result
+
+
+def _decoded(name: str, kept: dict, tensors: dict[str, torch.Tensor], shape: torch.Size) -> torch.Tensor:
+    """The values of one matrix, whose parts are taken out of the tensors."""
+    bits, group, rank = kept["bits"], kept["group"], kept["rank"]
+    if bits not in BITS or type(bits) is not int:
+        raise ValueError(f"matrix {name!r}: bits={bits!r} must be 2 to 8")
+    if group is not None and (type(group) is not int or group < 1):
+        raise ValueError(f"matrix {name!r}: group={group!r} must be at least 1")
+    codes, scales = tensors.pop(f"{name}.codes"), tensors.pop(f"{name}.scales")
+    n_rows, width = shape.numel() // shape[-1], shape[-1]
+    n_groups = 1 if group is None else -(-width // group)
+    for what, tensor, expected in (("codes", codes, (n_rows, width)), ("scales", scales, (n_rows, n_groups))):
+        if tuple(tensor.shape) != expected:
+            raise ValueError(f"tensor '{name}.{what}' has shape {tuple(tensor.shape)}, not {expected}")
+    largest = largest_code(bits)
+    if codes.dtype != torch.int8 or scales.dtype not in _SCALES:
+        raise ValueError(f"matrix {name!r}: codes are {codes.dtype} and scales {scales.dtype}")
+    if codes.numel() and (codes.min() < -largest or codes.max() > largest):
+        raise ValueError(f"matrix {name!r}: a code is not from {-largest} to {largest}")
+    values = integer_values(codes, scales, group)
+    if rank:
+        left, right = tensors.pop(f"{name}.left"), tensors.pop(f"{name}.right")
+        if (tuple(left.shape), tuple(right.shape)) != ((n_rows, rank), (rank, width)):
+            raise ValueError(f"matrix {name!r}: the correction is not of rank {rank!r}")
+        values = values + left.float() @ right.float()
+    return values.view(shape)

@@ -52,6 +52,14 @@ def model_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
     return tensors
 
 
+def check_model_tensors(model: nn.Module, tensors: Mapping[str, torch.Tensor], source: str) -> None:
+    """Raises ValueError if names or shapes do not match this model, which may be on the meta device; `source` names the
+    checkpoint."""
+    own = _named_alike(model, tensors, source)
+    for name, tensor in own.items():
+        _check_shape(name, tensor, tensors[name], source)
+
+
 @torch.no_grad()
 def load_model_tensors(model: nn.Module, tensors: Mapping[str, torch.Tensor], source: str) -> None:
     """Copy saved tensors, full ones, into the model; of sharded parameters each process takes its shard.
@@ -59,16 +67,24 @@ def load_model_tensors(model: nn.Module, tensors: Mapping[str, torch.Tensor], so
     Raises:
         ValueError: names or shapes do not match this model; `source` names the checkpoint.
     """
+    for name, tensor in _named_alike(model, tensors, source).items():
+        saved = tensors[name]  # once: it may be read from the disk
+        _check_shape(name, tensor, saved, source)
+        local(tensor).copy_(local(shard_like(saved, tensor)))
+
+
+def _named_alike(model: nn.Module, tensors: Mapping[str, torch.Tensor], source: str) -> dict[str, torch.Tensor]:
     own = model_tensors(model)
     if tensors.keys() != own.keys():
         name = sorted(tensors.keys() ^ own.keys())[0]
         raise ValueError(f"{source}: tensor {name!r} is in only one of the checkpoint and the model of the recipe")
-    for name, tensor in own.items():
-        saved = tensors[name]
-        if tensor.shape != saved.shape:
-            found, wanted = tuple(saved.shape), tuple(tensor.shape)
-            raise ValueError(f"{source}: tensor {name!r} has shape {found}, in the model of the recipe {wanted}")
-        local(tensor).copy_(local(shard_like(saved, tensor)))
+    return own
+
+
+def _check_shape(name: str, tensor: torch.Tensor, saved: torch.Tensor, source: str) -> None:
+    if tensor.shape != saved.shape:
+        found, wanted = tuple(saved.shape), tuple(tensor.shape)
+        raise ValueError(f"{source}: tensor {name!r} has shape {found}, in the model of the recipe {wanted}")
 
 
 def save_state(

@@ -78,6 +78,8 @@ class Display(Screen):
         for name in ("ema", "swa"):
             if f"val_bpb_{name}" in record:
                 text += f", {record[f'val_bpb_{name}']:.4f} with {name} weights"
+        if "val_bpb_qat" in record:
+            text += f", {record['val_bpb_qat']:.4f} quantised"
         self.note(text)
 
     def close(self) -> None:

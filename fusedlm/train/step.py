@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -106,6 +106,7 @@ def train_step(
     grad_clip: float | None,
     autocast: Callable[[], AbstractContextManager],
     captured: CapturedBackward | None = None,
+    weights: Callable[[], AbstractContextManager] = nullcontext,
     teacher=None,
     world: World | None = None,
 ) -> StepResult:
@@ -117,10 +118,13 @@ def train_step(
         lr_scale: multiplies the peak learning rate of each parameter group.
         grad_clip: largest norm of all gradients; None: no clipping.
         batch, micro_batch_size, autocast, captured, teacher, world: as for `backward`.
+        weights: gives the context of all passes, in which parameters may have other values; they are updated with the
+            gradients of these.
     """
     world = world or World()
     options = {"captured": captured, "teacher": teacher, "world": world}
-    losses, metrics = backward(model, batch, micro_batch_size, autocast, **options)
+    with weights():
+        losses, metrics = backward(model, batch, micro_batch_size, autocast, **options)
     sum_whole_gradients(model, world)
     gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
     norm, losses, metrics = _over_processes(gradients, losses, metrics, world)

@@ -2,7 +2,6 @@
 
 import contextlib
 import signal
-import time
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -19,7 +18,7 @@ from fusedlm.data.training_text import open_training_text
 from fusedlm.distributed import OneProcessFailed, World
 from fusedlm.evaluate import first_tokens, score_documents
 from fusedlm.model import build_model
-from fusedlm.model.accounting import count_parameters, training_flops_per_token
+from fusedlm.model.accounting import count_parameters
 from fusedlm.model.low_precision import outlier_figures, precision_table
 from fusedlm.model.precision import autocast
 from fusedlm.model.sharding import build_sharded_model
@@ -27,9 +26,9 @@ from fusedlm.model.waiting import waiting_module
 from fusedlm.optim import Averages, build_optimizer, describe_split, optimizer_split, schedule_scale
 from fusedlm.runs.backends import use_backends
 from fusedlm.runs.folder import RunFolder
-from fusedlm.runs.hardware import device_name, environment, peak_flops, peak_memory_bytes
+from fusedlm.runs.hardware import device_name, environment
 from fusedlm.runs.metrics import MetricsFile
-from fusedlm.runs.precision import use_precision
+from fusedlm.runs.precision import describe_precision, use_precision
 from fusedlm.runs.signals import StopSignal
 from fusedlm.runs.start import Start
 from fusedlm.runs.state import TrainState, restore_state, save_state
@@ -38,7 +37,9 @@ from fusedlm.train.cuda_graph import CapturedBackward
 from fusedlm.train.display import Display
 from fusedlm.train.loggers import Loggers
 from fusedlm.train.parallel import dropout_seed
+from fusedlm.train.quantization_aware import QuantizationAware
 from fusedlm.train.slowdown import Slowdown
+from fusedlm.train.speed import Speed
 from fusedlm.train.step import StepResult, train_step
 from fusedlm.train.teacher import Teacher
 
@@ -114,6 +115,7 @@ class Trainer:
             self.backends = self.model.explain(device, dtype, self.runtime.deterministic)
         self.optimizer = build_optimizer(self.model, self.settings.optimizer, device)
         self.averages = Averages(self.model, self.settings)
+        self.qat = QuantizationAware(self.model, self.settings)
         self.identity = start.identity
         self.state = TrainState(
             data=self.data.manifest["fingerprint"], run=start.run, tokenizer=self.data.tokenizer.fingerprint
@@ -129,10 +131,9 @@ class Trainer:
             self.model.compile_blocks(dynamic=False if self.settings.ramps else None)
         self.micro_batch_size = self.settings.micro_batch_size or self.settings.batch_size
         self._captured = self._capture() if self.runtime.cuda_graph else None
-        self._peak_flops = peak_flops(device)
         self._slowdown = Slowdown() if device.type == "cpu" else None
         lengths = {seq_len for _, seq_len in self.settings.shapes()}
-        self._flops_per_token = {n: training_flops_per_token(self.model, n) for n in lengths}
+        self._speed = Speed(self.model, lengths, device, world.size)
 
     def _open_text(self, text: str | None, start: Start) -> PreparedData:
         """The text of the checkpoint, or that with the fingerprint `text`, or what the source holds now."""
@@ -212,13 +213,6 @@ class Trainer:
             signal=self._signal,
         )
 
-    def _precision(self) -> str:
-        n_low = sum(layer.reason is None for layer in self.precision)
-        settings = self.runtime.low_precision
-        scales = "" if self.runtime.precision == "mxfp8" else f", one scale per {settings.scales}"
-        emulated = ", emulated" if self.device.type == "cpu" or self.runtime.precision == "mxfp8" else ""
-        return f"{self.runtime.precision}{scales}{emulated}, in {n_low} of {len(self.precision)} hidden matrices"
-
     def _write_header(self) -> None:
         tokenizer, run = self.data.tokenizer, self.state.run
         # A finished run keeps the record of the machine and the recipe that its steps were computed with.
@@ -259,7 +253,7 @@ class Trainer:
         # The run may have been stopped between a step and its validation.
         if self._validation_is_due() and self._validate(stop):
             self._save()
-        self._clock, self._waited = time.perf_counter(), loader.wait_seconds
+        self._speed.restart(loader)
         while self.state.step < self.settings.steps and not self._stopped(stop):
             self._step(next(batches), loader)
             restart_clock = False
@@ -270,7 +264,7 @@ class Trainer:
                 self._save()
                 restart_clock = True
             if restart_clock:
-                self._clock, self._waited = time.perf_counter(), loader.wait_seconds
+                self._speed.restart(loader)
         if self.state != self._saved:
             self._save()
         if self._stopped(stop):
@@ -294,6 +288,7 @@ class Trainer:
                 autocast=partial(autocast, self.device, self.dtype),
                 # Only after the first update, so that the optimizer state is allocated before the capture.
                 captured=self._captured if self.optimizer.state else None,
+                weights=self.qat.weights(self.state.step),
                 teacher=self.teacher,
                 world=self.world,
             )
@@ -322,11 +317,6 @@ class Trainer:
             raise TrainingDiverged(self._divergence())
 
     def _step_record(self, result: StepResult, lr_scale: float, batch: Batch, loader: Loader) -> dict:
-        now, waited = time.perf_counter(), loader.wait_seconds
-        seconds, self._clock = now - self._clock, now
-        loader_wait, self._waited = waited - self._waited, waited
-        rows, seq_len = batch.tokens.shape
-        rate = rows * seq_len * self.world.size / seconds
         first, *others = self.settings.optimizer.rates().values()
         record = {
             "step": self.state.step,
@@ -334,11 +324,7 @@ class Trainer:
             "lr": first * lr_scale,
             "grad_norm": result.grad_norm,
             "tokens": self._tokens(),
-            "tokens_per_second": rate,
-            "mfu": self._utilisation(rate, seq_len),
-            "peak_memory_bytes": peak_memory_bytes(self.device),
-            "loader_wait_seconds": loader_wait,
-            "step_seconds": seconds,
+            **self._speed.measure(*batch.tokens.shape, loader),
         }
         record |= {f"loss_{name}": value for name, value in result.layer_losses.items()}
         figures = self.model.summarise(result.metrics)
@@ -351,6 +337,7 @@ class Trainer:
                 record |= {f"source_{key}_{name}": n for name, n in by_source(self.state.next_sample).items()}
         if others:
             record["lr_rest"] = others[0] * lr_scale
+        record |= self.qat.record(self.state.step)
         if result.skipped:
             record["skipped"] = True
         return record
@@ -358,12 +345,6 @@ class Trainer:
     def _tokens(self) -> int:
         """Tokens of all steps taken, whatever their shapes: the loader counts windows of train.seq_len."""
         return self.state.next_sample * self.settings.seq_len
-
-    def _utilisation(self, tokens_per_second: float, seq_len: int) -> float | None:
-        """Model-FLOPs utilisation of all devices; None if their peak is unknown."""
-        if self._peak_flops is None:
-            return None
-        return tokens_per_second * self._flops_per_token[seq_len] / (self._peak_flops * self.world.size)
 
     def _rescue(self) -> str:
         """Save after the text failed, unless other processes would have to take part; what to resume from."""
@@ -405,8 +386,8 @@ class Trainer:
                 "tokens": self._tokens(),
             }
             record |= {f"val_{name}": value for name, value in score.figures.items()}
-            for name, average in self.averages.kept().items():
-                with average.applied():
+            for name, weights in (self.averages.kept() | self.qat.kept(self.state.step)).items():
+                with weights.applied():
                     record[f"val_bpb_{name}"] = self._score(stop).bpb
         except _Interrupted:
             return False
@@ -488,7 +469,7 @@ class Trainer:
             "steps": f"{steps:,} of {shapes} tokens, {self.settings.total_tokens():,} in all",
         }
         if self.precision:
-            facts["precision"] = self._precision()
+            facts["precision"] = describe_precision(self.precision, self.runtime, self.device)
         if self.teacher is not None:
             facts["teacher"] = self.teacher.describe()
         self.display.header(facts, self.backends)

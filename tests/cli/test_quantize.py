@@ -54,10 +54,12 @@ def test_the_quantised_run_is_read_as_any_other(fusedlm, workspace, format, opti
 
 def test_the_figures_are_shown(fusedlm, workspace):
     outcome = fusedlm("quantize", RUN, "--format", "int4", "--out", "small", "--text", "text.txt", "--window", 8)
-    lines = outcome.out.splitlines()
-    assert outcome.code == 0 and ": int4 in groups of 64, " in lines[0] and lines[0].endswith(" bits per weight")
-    assert lines[1].startswith("model on disk: ") and lines[2].startswith("bits per byte: ")
-    assert lines[3] == "next: fusedlm eval small"
+    *table, layers, size, bits, following = outcome.out.splitlines()
+    assert len(table) == 12 and table[0].startswith("blocks.0.mixer.qkv    int4 in groups of 64  error   8.")
+    assert all(line.endswith("% of the weight") for line in table)
+    assert outcome.code == 0 and layers.startswith("12 layers, ") and ": int4 in groups of 64, " in layers
+    assert layers.endswith(" bits per weight") and size.startswith("model on disk: ")
+    assert bits.startswith("bits per byte: ") and following == "next: fusedlm eval small"
 
 
 def test_without_scoring_no_text_is_needed(fusedlm, workspace):
@@ -108,7 +110,7 @@ def _forge(small: Path, change) -> None:
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (lambda r: r.update(version=2), "version 2, this one reads 1; quantise the run again"),
+        (lambda r: r.update(version=3), "version 3, this one reads 1 and 2; quantise the run again"),
         (lambda r: r.pop("layers"), "not what was written"),
         (lambda r: r.update(layers=[1]), "not what was written"),
         (lambda r: r["layers"].update({"head": {"format": "int8", "group": 0}}), "layer 'head' is no hidden matrix"),
@@ -135,7 +137,7 @@ def test_a_forged_record_is_refused(fusedlm, small, change, words):
         (["runs/none", "--format", "fp8", "--out", "x"], "runs/none holds no run"),
         ([RUN, "--out", "x"], "Missing option '--format'"),
         ([RUN, "--format", "fp8"], "Missing option '--out'"),
-        ([RUN, "--format", "fp4", "--out", "x"], "--format 'fp4' must be one of mxfp4, int4, fp8, int8"),
+        ([RUN, "--format", "fp4", "--out", "x"], "--format 'fp4' must be one of mxfp4, int4, fp8, int8, int2"),
         ([RUN, "--format", "int4", "--group", "16", "--out", "x"], "--group 16 must be one of 32, 64, 128"),
         ([RUN, "--format", "fp8", "--group", "32", "--out", "x"], "--group 32: only int4 has groups to choose, fp8"),
         ([RUN, "--format", "fp8", "--out", RUN], f"--out {RUN} already holds a run; name another folder"),
@@ -181,5 +183,5 @@ def test_experts_stay_and_are_counted(fusedlm, workspace):
     assert fusedlm("train", "small.yaml", experts, "--out", "moe").code == 0
     outcome = fusedlm("quantize", "moe", "--format", "int8", "--out", "small", "--no-score")
     left = sum(p.numel() for name, p in load("small")[0].named_parameters() if p.ndim == 3)
-    assert left == 1536 and outcome.out.splitlines()[1] == "1.54 k weights of experts stay in float32"
+    assert left == 1536 and outcome.out.splitlines()[-3] == "1.54 k weights of experts stay in float32"
     assert fusedlm("eval", "small").code == 0

@@ -33,7 +33,8 @@ def test_the_reference_has_every_key():
 
 
 _OPTIONAL = ("model.blocks", "model.yarn", "model.bigram", "model.mup", "model.mtp", "model.logit_rescale")
-_OPTIONAL += ("data.validation", "data.sources", "train.swa", "train.distill", "train.ramps", "train.optimizer.")
+_OPTIONAL += ("data.validation", "data.sources", "data.pipeline", "train.swa", "train.qat", "train.ramps")
+_OPTIONAL += ("train.distill", "train.optimizer.")
 
 
 def test_defaults_are_those_of_the_schema():
@@ -60,7 +61,7 @@ def test_defaults_are_those_of_the_schema():
         ("train.micro_batch_size", "integer from 1 to 16,777,216, or null"),
         ("train.seed", "integer from 0 to 9,223,372,036,854,775,807"),
         ("train.optimizer", "section of type adamw, sgd, muon_adamw, normuon_adamw"),
-        ("data.validation", "section of type sotu, text, jsonl, parquet, or null"),
+        ("data.validation", "section of type sotu, text, jsonl, parquet, warc, or null"),
         ("train.loggers", "list, each one of tensorboard, wandb, mlflow, csv"),
         ("runtime.device", "one of auto, cpu, cuda"),
         ("runtime.compile", "true or false"),

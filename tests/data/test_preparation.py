@@ -191,7 +191,7 @@ def test_sotu_prepared_twice_is_the_same_to_the_byte(tmp_path, monkeypatch):
 
 def test_batch_sizes_do_not_change_the_shards(corpus, tmp_path, monkeypatch):
     first = prepare(config(corpus, tokenizer=TOKENIZERS["bpe"]))
-    monkeypatch.setattr(preparation, "_BATCH_CHARACTERS", 10)
+    monkeypatch.setattr(preparation, "BATCH_CHARACTERS", 10)
     second = prepare(config(corpus, tokenizer=TOKENIZERS["bpe"], dir=str(tmp_path / "again")))
     assert files(first.directory) == files(second.directory)
 

@@ -104,7 +104,7 @@ def test_the_text_that_trains_a_tokenizer_has_the_shares_of_the_recipe(folder, w
     settings = config(folder, weights=weights)
     corpus = Corpus(settings, lambda *_: None)
     found = Counter()
-    for text in preparation._weighted_training_text(settings, corpus):
+    for text in preparation._weighted_training_text(settings, corpus.parts):
         found[text.split()[0]] += len(text.encode())
     available = sum(len(part.text.encode()) for part in corpus.parts("") if part.split == "train")
     for name, weight in weights.items():

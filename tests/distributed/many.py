@@ -33,6 +33,7 @@ from fusedlm.distributed import World, gathered
 from fusedlm.evaluate import score_documents
 from fusedlm.model.precision import autocast
 from fusedlm.model.sharding import shard_model
+from fusedlm.nn.fake_quantized import FakeQuantization
 from fusedlm.nn.module import init_weights
 from fusedlm.optim import Averages, build_optimizer
 from fusedlm.runs.state import model_tensors
@@ -79,12 +80,13 @@ CASES = {
     "muon": (_FIRST, MuonAdamWConfig(matrix=MuonConfig(nesterov=False, scaling="rms")), 4, 1),
     "cautious adamw": (_SECOND, AdamWConfig(lr=0.01, cautious=True), 4, ROWS),
     "sgd": (_FIRST, SGDConfig(lr=0.1, nesterov=True), 4, ROWS),
+    "qat": (_FIRST, SGDConfig(lr=0.1), 4, ROWS),  # with rounded matrices
 }
 # (copies, shards) -> cases. Every case is run by 2, 3 or 4 processes, and the long ones by several of these.
 LAYOUTS = {
     (1, 2): ["adamw 1", "adamw 2", "normuon 1"],
-    (2, 1): ["normuon 2", "cautious adamw", "sgd"],
-    (1, 3): ["adamw 1", "normuon 2", "muon"],
+    (2, 1): ["normuon 2", "cautious adamw", "sgd", "qat"],
+    (1, 3): ["adamw 1", "normuon 2", "muon", "qat"],
     (2, 2): ["normuon 1", "muon", "cautious adamw", "sgd"],
     (1, 4): ["adamw 2", "normuon 1"],
 }
@@ -143,6 +145,8 @@ def run_case(name: str, layout: tuple[int, int] | None, world: World) -> dict:
     optimizer = build_optimizer(model, optimizer_config, CPU)
     averages = Averages(model, TrainConfig(steps=steps, seq_len=LENGTH, batch_size=ROWS, ema=0.9))
     found = {"loss": [], "exact loss": [], "layer losses": [], "grad_norm": [], "metrics": []}
+    rounded = FakeQuantization(model, bits=4, embedding_bits=6)
+    weights = rounded.applied if name == "qat" else contextlib.nullcontext
     for step in range(steps):
         with exact_losses(world) as exact:
             result = train_step(
@@ -153,6 +157,7 @@ def run_case(name: str, layout: tuple[int, int] | None, world: World) -> dict:
                 micro_batch_size=micro_batch_size,
                 grad_clip=0.5,
                 autocast=partial(autocast, CPU, torch.float32),
+                weights=weights,
                 world=world,
             )
         averages.update(step)
@@ -167,6 +172,9 @@ def run_case(name: str, layout: tuple[int, int] | None, world: World) -> dict:
     with averages.ema.applied():
         found["nll"].append(score_documents(model, documents, **options).nll)
     found["nll"].append(score_documents(model, documents, **options).nll)
+    with rounded.applied():
+        found["nll"].append(score_documents(model, documents, **options).nll)
+    assert len(set(found["nll"])) == 3
     assert found["nll"][0] == found["nll"][2] != found["nll"][1]
     full = {name: gathered(tensor).detach().clone() for name, tensor in model_tensors(model).items()}
     full |= {f"ema {name}": gathered(tensor).clone() for name, tensor in averages.ema.state_dict().items()}

@@ -38,7 +38,9 @@ def test_training_is_that_of_one_process(found, layout, name):
     assert ours["exact loss"] == pytest.approx(expected["exact loss"], rel=1e-12, abs=0)
     assert len(set(expected["exact loss"])) == many.CASES[name][2], "the steps moved nothing"
     assert ours["grad_norm"] == pytest.approx(expected["grad_norm"], rel=1e-6, abs=0)
-    for nll, other, bound in zip(ours["nll"], expected["nll"], (1e-12, 1e-7, 1e-12), strict=True):  # averages: float32
+    # Averages are float32. Of rounded weights: a code may be another one where the float is on the edge.
+    bounds = (1e-12, 1e-7, 1e-12, 1e-4)
+    for nll, other, bound in zip(ours["nll"], expected["nll"], bounds, strict=True):
         assert nll == pytest.approx(other, rel=bound, abs=0)
     for a, b in zip(ours["layer losses"], expected["layer losses"], strict=True):
         assert a == pytest.approx(b, rel=1e-6, abs=0)

@@ -9,9 +9,10 @@ import torch
 
 from fusedlm.evaluate import score_documents
 from fusedlm.evaluate.adapt import Finetune, HintTilt, NgramMixture, score_adapted
+from fusedlm.model import build_model
 from fusedlm.nn.quantized import replace_layers
 from fusedlm.quant.rounding import round_weights
-from fusedlm.testing.models import part_model, randomise_
+from fusedlm.testing.models import part_config, part_model, randomise_
 
 VOCAB = 11
 SPANS = {"window": 12, "stride": 4, "device": "cpu", "dtype": torch.float32}
@@ -30,7 +31,8 @@ METHODS = {
 @pytest.fixture(scope="module")
 def model():
     mixer = "{type: attention, n_heads: 2}"
-    return randomise_(part_model(mixer, vocab_size=VOCAB, extra="logit_softcap: 15.0")).double().eval()
+    config = part_config(mixer, extra="logit_softcap: 15.0")
+    return randomise_(build_model(config, vocab_size=VOCAB, seed=0)).double().eval()
 
 
 @pytest.fixture(scope="module")

@@ -30,11 +30,13 @@ from fusedlm.data.sources import open_source
 from fusedlm.data.tokenizer import read_tokenizer_file, train_bpe
 from fusedlm.evaluate import text_documents
 from fusedlm.files import sha256_file
+from fusedlm.quant.artifact import read_artifact
 from fusedlm.report.write import write_report
 from fusedlm.runs import load
 from fusedlm.runs.checkpoint import MANIFEST
 from fusedlm.train import train
 from tests.fuzz.mutations import damage_file, damage_yaml
+from tests.quant.artifacts import matrix, normal_codes, pack_small
 from tests.train.runs import tiny_recipe
 
 _TEXT = "A river, an old bridge, tea at 5.\nStone — “and” water.\r\n\n日本語 \U0001f375\n"
@@ -358,7 +360,20 @@ class Comparisons(Target):
         return Reading(digest(results), said)
 
 
-TARGETS = {
-    target.name: target
-    for target in (Recipes(), Experiments(), Sources(), TokenizerFiles(), Prepared(), Runs(), Comparisons())
-}
+class Artifacts(Target):
+    """A packed model; its tensors and recipe are read."""
+
+    name, patterns = "artifact", ("model.flm",)
+
+    def make(self, folder: Path) -> None:
+        tensors = {"w": matrix(normal_codes((40, 48), 6, 3.0), 6), "gain": torch.linspace(0, 1, 50)}
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "model.flm").write_bytes(pack_small(tensors).content)
+
+    def read(self, folder: Path, draw: random.Random) -> Reading:
+        artifact = read_artifact(folder / "model.flm")
+        return Reading(digest(artifact.tensors, dump_recipe(artifact.recipe), artifact.tokenizer.fingerprint))
+
+
+_ALL = (Recipes(), Experiments(), Sources(), TokenizerFiles(), Prepared(), Runs(), Comparisons(), Artifacts())
+TARGETS = {target.name: target for target in _ALL}

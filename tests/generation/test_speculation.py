@@ -200,11 +200,11 @@ def test_a_step_needs_nothing_from_the_device(sampling, monkeypatch):
     predictor = Predictor(model, ByteTokenizer(), CPU, torch.float32)
     steps = SpeculativeSteps(predictor, sampling, len(PROMPTS), Speculation(3), graph=False)
     next(steps.run(_rows(PROMPTS)))
-    addresses = [t.data_ptr() for s in (steps.state, *steps._draft_states) for p in s._parts() for t in p.tensors()]
+    addresses = [t.data_ptr() for s in (steps.state, *steps._draft_states) for p in s.parts() for t in p.tensors()]
     with HostReads() as reads:
         steps.step()
     assert not reads.found
-    after = [t.data_ptr() for s in (steps.state, *steps._draft_states) for p in s._parts() for t in p.tensors()]
+    after = [t.data_ptr() for s in (steps.state, *steps._draft_states) for p in s.parts() for t in p.tensors()]
     assert after == addresses
 
 

@@ -51,8 +51,26 @@ def _begin_text(folder: Path) -> None:
     (folder / "text.txt").write_text(text, encoding="utf-8")
 
 
+def _begin_files(folder: Path) -> None:
+    """The text of several tasks, some of it twice."""
+    _begin_text(folder)
+    documents = (folder / "text.txt").read_text(encoding="utf-8").split("\n---\n")
+    (folder / "text.txt").unlink()
+    (folder / "text").mkdir()
+    for i in range(5):
+        own = documents[i * 140 : (i + 1) * 140] + documents[:20]
+        (folder / "text" / f"{i}.txt").write_text("\n---\n".join(own), encoding="utf-8")
+
+
 def _prepare(folder: Path) -> None:
     overrides = ("data.tokenizer={type: bpe, vocab_size: 2000}", "data.shard_tokens=50000")
+    prepare(tiny_recipe(folder, *overrides).data)
+
+
+def _prepare_at_scale(folder: Path) -> None:
+    pipeline = "data.pipeline={executor: {type: local, workers: 2}}"
+    overrides = ("data.tokenizer={type: bpe, vocab_size: 2000}", "data.shard_tokens=50000", pipeline)
+    overrides += (f"data.source.path={folder / 'text'}", "data.pipeline.tasks=5")
     prepare(tiny_recipe(folder, *overrides).data)
 
 
@@ -96,6 +114,7 @@ def _compared(folder: Path):
 
 WORKS = {
     "prepare": Work(_begin_text, _prepare, _prepared),
+    "prepare_at_scale": Work(_begin_files, _prepare_at_scale, _prepared),
     "train": Work(lambda folder: None, _train, _trained),
     "compare": Work(_begin_experiment, _compare, _compared),
 }

@@ -38,7 +38,7 @@ def _prefilled(model, max_tokens=None, seed=1):
 
 
 def _addresses(state):
-    return [tensor.data_ptr() for part in state._parts() for tensor in part.tensors()]
+    return [tensor.data_ptr() for part in state.parts() for tensor in part.tensors()]
 
 
 @ALL_MODELS
@@ -95,7 +95,7 @@ def test_a_static_state_takes_more_room(case):
         if i in (1, 4):
             static.make_static(max(PROMPTS) + (4 if i == 1 else STEPS))
         assert_close(model(step, state=static).logits, model(step, state=growing).logits, BOUND)
-    caches = [part for part in static._parts() if isinstance(part, TokenCache)]
+    caches = [part for part in static.parts() if isinstance(part, TokenCache)]
     assert all(cache.rows.shape[1] == max(PROMPTS) + STEPS for cache in caches)
 
 
@@ -165,12 +165,12 @@ def test_a_state_after_rollback_is_that_of_a_straight_run(case):
     static.rollback(mark, keep)
     for i, token in enumerate(kept.split(1, dim=1)):
         straight.growing_B.copy_(i < keep)
-        before = [tensor.clone() for part in straight._parts() for tensor in part.tensors()]
+        before = [tensor.clone() for part in straight.parts() for tensor in part.tensors()]
         model(token, state=straight)
-        for tensor, old in zip((t for part in straight._parts() for t in part.tensors()), before, strict=True):
+        for tensor, old in zip((t for part in straight.parts() for t in part.tensors()), before, strict=True):
             tensor[i >= keep] = old[i >= keep]  # growing_B lets rows that stop compute on; here they must not
     assert static.lengths_B.tolist() == straight.lengths_B.tolist()
-    for own, other in zip(static._parts(), straight._parts(), strict=True):
+    for own, other in zip(static.parts(), straight.parts(), strict=True):
         for a, b in zip(own.tensors(), other.tensors(), strict=True):
             for row, n in enumerate(static.lengths_B.tolist()):
                 places = slice(None)

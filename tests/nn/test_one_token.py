@@ -109,7 +109,7 @@ def _static_decoded(model):
     model(tokens[:, :7], state=state, lengths=[7, 2, 5])
     state.make_static(16)
     logits = [model(step, state=state).logits for step in tokens[:, 7:].split(1, dim=1)]
-    return torch.cat(logits, dim=1), [x.clone() for part in state._parts() for x in part.tensors()]
+    return torch.cat(logits, dim=1), [x.clone() for part in state.parts() for x in part.tensors()]
 
 
 @pytest.mark.parametrize(

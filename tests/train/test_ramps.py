@@ -11,7 +11,7 @@ from fusedlm.model.accounting import training_flops_per_token
 from fusedlm.runs import load
 from fusedlm.runs.checkpoint import Checkpoints
 from fusedlm.runs.metrics import read_metrics
-from fusedlm.train import train, trainer
+from fusedlm.train import speed, train, trainer
 from fusedlm.train.step import train_step
 from tests.config.test_recipe import SMALL
 from tests.train.runs import assert_same_run, records, tiny_recipe
@@ -39,7 +39,7 @@ def ramped(tmp_path_factory):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(trainer, "train_step", watched)
-        patch.setattr(trainer, "peak_flops", lambda device: 1e9)
+        patch.setattr(speed, "peak_flops", lambda device: 1e9)
         train(recipe, folder / "run")
     return folder, recipe, folder / "run", seen
 
@@ -71,7 +71,7 @@ def test_a_run_resumed_in_a_ramp_and_in_the_average_equals_an_uninterrupted_one(
         if later > step:
             shutil.rmtree(run / f"checkpoints/step-{later:08d}")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(trainer, "peak_flops", lambda device: 1e9)
+        patch.setattr(speed, "peak_flops", lambda device: 1e9)
         train(recipe, run, resume=True)
     assert_same_run(run, straight)
     files = [Checkpoints(one / "checkpoints").files(12)["swa.safetensors"] for one in (run, straight)]

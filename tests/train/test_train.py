@@ -16,7 +16,7 @@ from fusedlm.model.accounting import training_flops_per_token
 from fusedlm.runs import load
 from fusedlm.runs.checkpoint import Checkpoints
 from fusedlm.runs.metrics import MetricsFile, read_metrics
-from fusedlm.train import TrainingDiverged, train, trainer
+from fusedlm.train import TrainingDiverged, speed, train, trainer
 from tests.train.runs import checkpoint_names, losses, records, tiny_recipe
 
 
@@ -235,7 +235,7 @@ def test_out_of_memory_names_the_keys_that_lower_it(tmp_path, monkeypatch):
 
 
 def test_mfu_is_the_fraction_of_the_peak(tmp_path, monkeypatch):
-    monkeypatch.setattr(trainer, "peak_flops", lambda device: 1e12)
+    monkeypatch.setattr(speed, "peak_flops", lambda device: 1e12)
     train(tiny_recipe(tmp_path, "train.steps=2", "train.eval_every=0"), tmp_path / "run")
     flops = training_flops_per_token(load(tmp_path / "run", device="cpu")[0], 16)
     records, _ = read_metrics(tmp_path / "run/metrics.jsonl")

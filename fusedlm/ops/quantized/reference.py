@@ -1,19 +1,21 @@
 """Weights in few bits in plain PyTorch: rounding, values, and the product."""
 
+import math
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 
 from fusedlm.ops.mx import reference as mx
-from fusedlm.ops.mx.formats import BLOCK, FORMATS
+from fusedlm.ops.mx.formats import BLOCK, FORMATS, NAN_SCALE, SCALE_BIAS
+from fusedlm.ops.quantized.integer import by_column, in_groups
 
 MXFP4 = FORMATS["mxfp4"]
 GROUPS = (32, 64, 128)  # elements of int4 that share a scale
 DEFAULT_GROUP = 64
 WEIGHT_FORMATS = ("mxfp4", "int4", "fp8", "int8")
 _ALIGNMENT = 16  # bytes of a row of codes, which kernels load at a time
-_LARGEST = {"int4": 7, "fp8": 448, "int8": 127}
+LARGEST = {"int4": 7, "fp8": 448, "int8": 127}
 
 
 @dataclass(frozen=True)
@@ -74,18 +76,60 @@ def quantize(weight: torch.Tensor, format: str, group: int) -> QuantizedWeight:
     if format == "mxfp4":
         codes, scales = mx.quantize(weight, MXFP4, "floor")
         return QuantizedWeight(codes, scales, width, format, group)
-    filled = F.pad(weight, (0, -width % (group or _ALIGNMENT)))
-    weight = filled.unflatten(1, (-1, group)) if group else filled[:, None]
-    largest = _LARGEST[format]
-    magnitude = weight.abs().amax(-1) if width else weight.new_zeros(weight.shape[:2])
-    scales = (magnitude / largest).to(torch.bfloat16 if format == "int4" else torch.float32)
-    divisor = scales.float()[..., None]
+    scales = scales_of(weight, format, group)
+    divisor = by_column(scales.float(), width, group or None)
     # Of zeros, and of numbers so small that their scale is zero.
-    scaled = torch.where(divisor > 0, weight / divisor, 0.0).clamp(-largest, largest).flatten(1)
-    if format == "fp8":
-        return QuantizedWeight(scaled.to(torch.float8_e4m3fn).view(torch.uint8), scales, width, format, group)
-    codes = scaled.round().to(torch.int8)
-    codes = mx.pack((codes + 8).view(torch.uint8), MXFP4) if format == "int4" else codes.view(torch.uint8)
+    levels = nearest_levels(torch.where(divisor > 0, weight / divisor, 0.0), format)
+    return encode(levels, scales, format, group)
+
+
+def scales_of(weight: torch.Tensor, format: str, group: int, ratio: float = 1.0) -> torch.Tensor:
+    """The scales of a finite weight (N, K) float32, as a `QuantizedWeight` stores them.
+
+    Args:
+        ratio: the largest element stands for this fraction of the largest magnitude. mxfp4 has powers of two: the
+            exponent changes by log2(ratio), rounded.
+    """
+    if not weight.shape[1]:
+        (_, _), (shape, dtype) = layout(len(weight), 0, format, group)
+        return weight.new_zeros(shape, dtype=dtype)
+    magnitude = in_groups(weight, group or None).abs().amax(-1)
+    if format == "mxfp4":
+        exponent = mx.scale_of(magnitude.view(torch.int32), MXFP4, "floor") + round(math.log2(ratio))
+        return exponent.clamp(0, NAN_SCALE - 1).to(torch.uint8)
+    return (ratio * magnitude / LARGEST[format]).to(torch.bfloat16 if format == "int4" else torch.float32)
+
+
+def scale_values(scales: torch.Tensor, format: str) -> torch.Tensor:
+    """What stored scales stand for, float32."""
+    return mx.scale_values(scales) if format == "mxfp4" else scales.float()
+
+
+def nearest_levels(scaled: torch.Tensor, format: str) -> torch.Tensor:
+    """The values of the nearest elements of numbers that were divided by their scale: ties to even, clamped; in the
+    dtype of the numbers."""
+    if format == "mxfp4":
+        bits = scaled.float().contiguous().view(torch.int32)
+        code = mx.encode(bits & 0x7FFFFFFF, bits < 0, torch.full_like(bits, SCALE_BIAS), MXFP4)
+        return mx.element_values(MXFP4, scaled.device).to(scaled.dtype)[code]
+    clamped = scaled.clamp(-LARGEST[format], LARGEST[format])
+    return clamped.to(torch.float8_e4m3fn).to(scaled.dtype) if format == "fp8" else clamped.round()
+
+
+def encode(levels: torch.Tensor, scales: torch.Tensor, format: str, group: int) -> QuantizedWeight:
+    """The weight of levels (N, K), values of `nearest_levels`, and stored scales; group as `group_of` returns it."""
+    width = levels.shape[1]
+    filled = F.pad(levels.float(), (0, -width % (group or _ALIGNMENT)))
+    if format == "mxfp4":
+        bits = filled.view(torch.int32)
+        codes = mx.encode(bits & 0x7FFFFFFF, bits < 0, torch.full_like(bits, SCALE_BIAS), MXFP4)
+        codes = mx.pack(codes.to(torch.uint8), MXFP4)
+    elif format == "fp8":
+        codes = filled.to(torch.float8_e4m3fn).view(torch.uint8)
+    elif format == "int4":
+        codes = mx.pack((filled.to(torch.int8) + 8).view(torch.uint8), MXFP4)
+    else:
+        codes = filled.to(torch.int8).view(torch.uint8)
     return QuantizedWeight(codes, scales, width, format, group)
 
 
