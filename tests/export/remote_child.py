@@ -1,5 +1,6 @@
 """Runs where fusedlm and Triton cannot be imported: what Transformers makes of folders with code. Prints JSON."""
 
+import importlib.util
 import json
 import os
 import sys
@@ -70,6 +71,8 @@ def check(folder: Path) -> dict[str, float]:
     again = load(folder / "again", trust_remote_code=True, dtype=torch.float64).eval()
     found["saved and loaded"] = error(again(tokens).logits, model(tokens).logits)
 
+    found["imported directly"] = error(imported(folder)(tokens).logits, model(tokens).logits)
+
     half = load(folder, trust_remote_code=True, dtype=torch.bfloat16).eval()
     kept = {n for n, p in half.named_parameters() if p.dtype == torch.float32}
     assert kept == set(known["unrounded"]), kept ^ set(known["unrounded"])
@@ -83,6 +86,21 @@ def check(folder: Path) -> dict[str, float]:
     loss.backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters() if p.requires_grad)
     return found
+
+
+def imported(folder: Path):
+    """The model of the file as a module, without Auto classes; what it saves loads with them."""
+    spec = importlib.util.spec_from_file_location("modeling_fusedlm", folder / "modeling_fusedlm.py")
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    config = module.FusedLMConfig.from_pretrained(folder)
+    del config.auto_map  # which saving writes again
+    model = module.FusedLMForCausalLM.from_pretrained(folder, config=config, dtype=torch.float64).eval()
+    model.save_pretrained(folder / "direct")
+    config = json.loads((folder / "direct" / "config.json").read_text())
+    assert config["auto_map"].keys() == {"AutoConfig", "AutoModelForCausalLM"}
+    assert (folder / "direct" / "modeling_fusedlm.py").is_file()
+    return model
 
 
 def error(found, expected) -> float:

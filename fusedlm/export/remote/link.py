@@ -35,6 +35,8 @@ class Linker:
         self.externals: set[External] = set()
         self.loaded: set[str] = set()
         self.keywords: set[str] = set()  # of `forward`, left out
+        self._functions: dict = {}  # simplified, by what is known of them
+        self._read: dict[int, tuple] = {}  # of a part of a definition, by its id: itself, references and attributes
 
     def link(self) -> "Linker":
         for _ in range(_ROUNDS):
@@ -58,8 +60,6 @@ class Linker:
 
     def _close(self) -> None:
         """Set nodes, externals and the names of attributes that are read, by the facts of now."""
-        self._functions: dict = {}
-        self._found: dict = {}
         self.loaded = {"forward"}
         while True:
             before = len(self.loaded)
@@ -75,7 +75,7 @@ class Linker:
                         waiting.append(found)
                     elif isinstance(found, External):
                         self.externals.add(found)
-                self.loaded |= _attributes(node)
+                self.loaded |= self._attributes(node, symbol.module)
             if len(self.loaded) == before:
                 return
 
@@ -84,10 +84,7 @@ class Linker:
         if symbol.module == self.verbatim:
             return clone(node)
         if isinstance(node, ast.FunctionDef):
-            key = (symbol.module, symbol.name)
-            if key not in self._functions:
-                self._functions[key] = simplified_function(node, self.facts, key, _backend(symbol, node))
-            return self._functions[key]
+            return self._function((symbol.module, symbol.name), node, _backend(symbol, node))
         if isinstance(node, ast.ClassDef):
             return self._simplified_class(symbol, node)
         if symbol.name in self.facts.tables:
@@ -109,7 +106,7 @@ class Linker:
                     function.name = part.name
                     found.body.append(function)
                 elif self._is_reached(node, part):
-                    found.body.append(self._method(symbol, part))
+                    found.body.append(self._function((symbol.module, f"{symbol.name}.{part.name}"), part))
             elif not (isinstance(part, ast.AnnAssign) and part.target.id in gone) and not self._is_unread(part):
                 found.body.append(clone(part))
         found.body = found.body or [ast.Pass()]
@@ -119,30 +116,37 @@ class Linker:
         reached = method.name in self.loaded or method.name.startswith("__")
         return reached and (owner.name, method.name) not in known.LEFT_OUT
 
-    def _method(self, symbol: Symbol, node: ast.FunctionDef) -> ast.FunctionDef:
-        key = (symbol.module, f"{symbol.name}.{node.name}")
-        if key not in self._functions:
-            self._functions[key] = simplified_function(node, self.facts, key)
-        return self._functions[key]
+    def _function(self, key: tuple[str, str], node: ast.FunctionDef, run: ast.expr | None = None) -> ast.FunctionDef:
+        known_now = (key, frozenset(self.facts.parameters.get(key, ())), len(self.facts.unread))
+        if known_now not in self._functions:
+            self._functions[known_now] = simplified_function(node, self.facts, key, run)
+        return self._functions[known_now]
 
     def _is_unread(self, part: ast.stmt) -> bool:
         return isinstance(part, ast.Assign) and part.targets[0].id in self.facts.unread
 
     def references(self, node: ast.stmt, module: str) -> list[Symbol | External]:
         """What a definition reads at module level, annotations aside."""
-        parts = [node]
-        if isinstance(node, ast.ClassDef) and module != self.verbatim:
-            parts = [part for part in node.body if isinstance(part, ast.FunctionDef)]
-            rest = [part for part in node.body if not isinstance(part, ast.FunctionDef)]
-            parts.append(ast.ClassDef(node.name, node.bases, [], rest, node.decorator_list))
-        found = []
-        for part in parts:
-            if id(part) not in self._found:
-                finder = _References(self, module)
-                finder.visit(part)
-                self._found[id(part)] = (part, finder.found)  # the part too, so that its id stays its own
-            found += self._found[id(part)][1]
-        return found
+        return [found for part in self._parts(node, module) for found in self._reading(part, module)[1]]
+
+    def _attributes(self, node: ast.stmt, module: str) -> set[str]:
+        """The names of the attributes that a definition reads."""
+        return {name for part in self._parts(node, module) for name in self._reading(part, module)[2]}
+
+    def _parts(self, node: ast.stmt, module: str) -> list[ast.stmt]:
+        """The methods of a class and the rest of it: methods stay the same when others come."""
+        if not isinstance(node, ast.ClassDef) or module == self.verbatim:
+            return [node]
+        rest = [part for part in node.body if not isinstance(part, ast.FunctionDef)]
+        methods = [part for part in node.body if isinstance(part, ast.FunctionDef)]
+        return [*methods, ast.ClassDef(node.name, node.bases, [], rest, node.decorator_list)]
+
+    def _reading(self, part: ast.stmt, module: str) -> tuple:
+        if id(part) not in self._read:
+            finder = _References(self, module)
+            finder.visit(part)
+            self._read[id(part)] = (part, finder.found, _attributes(part))  # the part too, so that its id stays its own
+        return self._read[id(part)]
 
     # What the calls say
 
