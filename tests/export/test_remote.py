@@ -43,9 +43,8 @@ MUP = "mup: {base_width: 16, base_depth: 2}, depth_scaled_norms: true, logit_sof
 CONFIGS = {
     **{f"all-{kind}": _config(*((case, SWIGLU) for case in cases)) for kind, cases in MIXER_CASES.items()},
     **{
-        f"one-{kind}": _config((cases[-1], "{type: relu2}"), extra="tie_embeddings: false")
-        for kind, cases in MIXER_CASES.items()
-        if kind not in ("diff_mla", "cmd_mla")
+        f"one-{kind}": _config((MIXER_CASES[kind][-1], "{type: relu2}"), extra="tie_embeddings: false")
+        for kind in ("attention", "gdn")
     },
     "feed-forwards": _config(*((MIXER_CASES["attention"][0], case) for cases in FFN_CASES.values() for case in cases)),
     "wired": wired_config("avgav", embedding_std=0.5, mtp={"depth": 1}),

@@ -47,7 +47,7 @@ class FusedLMCache:
     def reorder_cache(self, beam_idx):
         """Row i becomes the row beam_idx[i]."""
         state, rows = self.state, beam_idx.tolist()
-        for part in state._parts():
+        for part in state.parts():
             for name, value in vars(part).items():
                 if isinstance(value, torch.Tensor):
                     setattr(part, name, value.index_select(0, beam_idx.to(value.device)))
