@@ -25,7 +25,8 @@ def matrices_of_run(run: Path, step: int) -> dict[str, IntegerMatrix]:
     if record["layers"]:
         name, layer = next(iter(record["layers"].items()))
         raise ValueError(
-            f"{run}: layer {name} is in {layer['format']}; quantise the run that it is from with --storage integers"
+            f"{run}: layer {name} is in {layer['format']}; quantise the run that it is from with --format int2 to int8 "
+            "and --storage integers"
         )
     for name, kept in record["matrices"].items():
         if kept["rank"]:

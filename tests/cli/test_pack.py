@@ -196,9 +196,6 @@ def test_an_artifact_is_not_a_run(fusedlm, workspace):
         assert outcome.code == 2 and "model.flm holds no run" in outcome.err and outcome.err.count("\n") == 1
     outcome = fusedlm("eval", "model.flm", "--weights", "ema")
     assert outcome.code == 2 and "model.flm is an artifact and has one checkpoint" in outcome.err
-    assert fusedlm("quantize", RUN, "--format", "fp8", "--out", "few", "--no-score").code == 0
-    outcome = fusedlm("pack", "few", "--bytes", "100000", "--out", "x")
-    assert outcome.code == 2 and "the model is quantised already; pack the run that it is from" in outcome.err
 
 
 QUANTIZE = ("quantize", RUN, "--format", "int4", "--storage", "integers", "--no-score", "--out", "small")
@@ -221,9 +218,10 @@ def test_integers_of_a_quantised_run_are_kept(fusedlm, workspace):
 
 
 def test_a_quantised_run_whose_codes_are_not_all_is_refused(fusedlm, workspace):
-    assert fusedlm("quantize", RUN, "--format", "int4", "--no-score", "--out", "packed").code == 0
-    outcome = fusedlm("pack", "packed", *PACK[2:])
-    assert outcome.code == 2 and "is in int4; quantise the run that it is from with --storage integers" in outcome.err
+    for format in ("int4", "fp8"):
+        assert fusedlm("quantize", RUN, "--format", format, "--no-score", "--out", format).code == 0
+        outcome = fusedlm("pack", format, *PACK[2:])
+        assert outcome.code == 2 and f"is in {format}; quantise the run that it is from with --format" in outcome.err
     calibrated = ["--calibrate", "gptq", "--tokens", "320", "--rank", "1"]
     assert fusedlm(*QUANTIZE, *calibrated).code == 0
     outcome = fusedlm("pack", "small", *PACK[2:])
