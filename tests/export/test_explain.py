@@ -218,3 +218,8 @@ def test_the_card_names_every_source():
     recipe = Recipe.model_validate(tree | {"train": {"steps": 1, "seq_len": 8, "batch_size": 1}})
     card = model_card(recipe, "LlamaForCausalLM", Figures(1, 1, "raw", None, 0))
     assert "| training text | sotu, text b.txt |" in card and "/home/me" not in card
+
+
+def test_what_fits_no_class_is_pointed_to_code():
+    with pytest.raises(ValueError, match=r"--to hf-code writes any recipe\); the nearest is granite: model.smear=true"):
+        choose_family(_model(extra="smear: true"))

@@ -47,7 +47,7 @@ def choose_family(model: ModelConfig, wanted: str | None = None) -> Family:
     every = fits(model)
     family = family_named(wanted or next(iter(every)))
     if obstacles := every[family.name]:
-        nearest = "" if wanted else "no family fits; the nearest is "
+        nearest = "" if wanted else "no family fits (--to hf-code writes any recipe); the nearest is "
         raise ValueError(f"{nearest}{family.name}: {'; '.join(map(str, obstacles))}")
     return family
 
