@@ -5,6 +5,8 @@ from dataclasses import dataclass
 
 import torch
 
+from fusedlm.ops.quantized.integer import integer_values
+
 
 @dataclass(frozen=True)
 class IntegerMatrix:
@@ -23,10 +25,7 @@ class IntegerMatrix:
 
     def values(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """codes times scales, (N, K), multiplied in float32 and rounded once."""
-        scales = self.scales.float()
-        if self.group is not None:
-            scales = scales.repeat_interleave(self.group, dim=1)[:, : self.codes.shape[1]]
-        return (self.codes.float() * scales).to(dtype)
+        return integer_values(self.codes, self.scales, self.group).to(dtype)
 
 
 def stored_matrices(record: Mapping, tensors: Mapping[str, torch.Tensor]) -> dict[str, IntegerMatrix]:

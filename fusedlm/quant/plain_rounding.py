@@ -8,6 +8,7 @@ import torch
 
 from fusedlm.nn.module import parameters_by_kind
 from fusedlm.nn.quantized import quantized_layers
+from fusedlm.ops.quantized.integer import integer_codes, integer_scales
 from fusedlm.quant.integer import IntegerMatrix
 
 # Kinds of parameters that are looked up or give logits; hidden matrices are of the kind "matrix".
@@ -38,31 +39,18 @@ class Rounding:
 
 
 @torch.no_grad()
-def round_matrix(weight: torch.Tensor, rounding: Rounding, scale_dtype: torch.dtype = torch.bfloat16) -> IntegerMatrix:
-    """Round a matrix (rows, columns) to nearest even codes, with the scale as it is stored. There is no floor on it.
+def round_matrix(weight: torch.Tensor, rounding: Rounding) -> IntegerMatrix:
+    """Round a matrix (rows, columns) to nearest even codes, with bfloat16 scales.
 
     Raises:
         ValueError: the matrix is not finite.
     """
     if not weight.isfinite().all():
         raise ValueError("has NaN or infinity; pack an earlier checkpoint")
-    weight = weight.float().cpu()
-    largest, columns = 2 ** (rounding.bits - 1) - 1, weight.shape[1]
-    group = rounding.group or columns
-    reach = torch.stack([_reach(part, rounding.deviations) for part in weight.split(group, dim=1)], dim=1)
-    scales = (reach / largest).to(scale_dtype)
-    every = scales.float().repeat_interleave(group, dim=1)[:, :columns]
-    codes = torch.where(every > 0, weight / every, 0.0).round().clamp(-largest, largest).to(torch.int8)
-    return IntegerMatrix(codes, scales, rounding.bits, rounding.group)
-
-
-def _reach(weight: torch.Tensor, deviations: float | None) -> torch.Tensor:
-    """(rows,): what the largest code stands for."""
-    largest = weight.abs().amax(1)
-    if deviations is None:
-        return largest
-    reach = deviations * weight.std(1, correction=0)
-    return torch.where(reach < largest / 1000, largest, reach)  # a row of equal weights has no deviation
+    weight, bits, group = weight.float().cpu(), rounding.bits, rounding.group
+    scales = integer_scales(weight, bits, group, rounding.deviations)
+    codes = integer_codes(weight, scales, bits, group).to(torch.int8)
+    return IntegerMatrix(codes, scales, bits, group)
 
 
 @torch.no_grad()
@@ -72,7 +60,6 @@ def round_model(
     tables: Rounding,
     *,
     kept: Mapping[str, IntegerMatrix] | None = None,
-    scale_dtype: torch.dtype = torch.bfloat16,
 ) -> dict[str, IntegerMatrix]:
     """The hidden matrices, embeddings and heads of a model as integer codes, by the names of its parameters. A stack of
     matrices (experts) is one matrix with their rows one after the other.
@@ -92,7 +79,7 @@ def round_model(
         if (kind == "matrix" or kind in TABLES) and parameter.ndim >= 2:
             rounding = tables if kind in TABLES else matrices
             try:
-                found[name] = round_matrix(parameter.reshape(-1, parameter.shape[-1]), rounding, scale_dtype)
+                found[name] = round_matrix(parameter.reshape(-1, parameter.shape[-1]), rounding)
             except ValueError as error:
                 raise ValueError(f"{name}: {error}") from None
     return found

@@ -216,6 +216,14 @@ def test_integers_have_scales_without_a_floor():
         assert error.norm() < 0.7 / largest_code(bits) * 24**0.5 * weight.abs().max()
 
 
+@pytest.mark.parametrize("group", [None, 3])
+def test_equal_elements_are_kept_by_any_clip(group):
+    """They have no deviation: a scale made of it would round them to zero."""
+    weight = torch.stack([torch.full((5,), 0.7), torch.zeros(5), torch.tensor([1.0, 1, 1, 1, 1 + 1e-6])])
+    for clip in (None, 1.0, 12.85):
+        torch.testing.assert_close(fake_quantize(weight, 6, group, clip), weight, rtol=0.01, atol=0)
+
+
 def test_clips_of_standard_deviations():
     weight = torch.randn(6, 50, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     scales = integer_scales(weight, 6, clip=12.85)

@@ -24,20 +24,21 @@ def integer_scales(
         weight_NK: (N, K), of any float dtype.
         group: columns that share a scale; None: the row.
         clip: the largest code stands for clip standard deviations of the row or group, which may be more than its
-            largest magnitude; None: for that magnitude.
+            largest magnitude; None: for that magnitude. So it does too where elements are nearly equal, and a thousand
+            times farther from zero than clip deviations.
 
     Returns:
         (N, groups) bfloat16.
     """
     weight_NGC = in_groups(weight_NK, group)
-    if clip is None:
-        limit_NG = weight_NGC.abs().amax(-1)
-    else:
+    limit_NG = weight_NGC.abs().amax(-1)
+    if clip is not None:
         ones_1GC = in_groups(torch.ones_like(weight_NK[:1]), group)
         count_1G = ones_1GC.sum(-1)
         mean_NG = weight_NGC.sum(-1) / count_1G
         deviation_NGC = (weight_NGC - mean_NG[..., None]) * ones_1GC
-        limit_NG = clip * (deviation_NGC.square().sum(-1) / count_1G).sqrt()
+        reach_NG = clip * (deviation_NGC.square().sum(-1) / count_1G).sqrt()
+        limit_NG = torch.where(reach_NG < limit_NG / 1000, limit_NG, reach_NG)
     return (limit_NG / largest_code(bits)).to(SCALE_DTYPE)
 
 
