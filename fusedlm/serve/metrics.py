@@ -25,7 +25,7 @@ class Histogram:
         for bound, n in zip(self.bounds, self.counts, strict=True):
             total += n
             yield f'{name}_bucket{{le="{"+Inf" if bound == math.inf else f"{bound:g}"}"}} {total}'
-        yield f"{name}_sum {self.sum:g}"
+        yield f"{name}_sum {self.sum}"
         yield f"{name}_count {total}"
 
 
@@ -61,7 +61,8 @@ def engine_lines(engine) -> list[str]:
 
     def add(name: str, kind: str, text: str, *samples: tuple[str, float]) -> None:
         lines.extend([f"# HELP fusedlm_{name} {text}", f"# TYPE fusedlm_{name} {kind}"])
-        lines.extend(f"fusedlm_{name}{labels} {value:g}" for labels, value in samples)
+        # In full: rates are differences of counters.
+        lines.extend(f"fusedlm_{name}{labels} {value}" for labels, value in samples)
 
     def add_histogram(name: str, text: str, histogram: Histogram) -> None:
         add(name, "histogram", text)

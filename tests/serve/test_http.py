@@ -7,6 +7,7 @@ import torch
 
 from fusedlm.generation import generate
 from fusedlm.serve.chat import ChatTemplate
+from fusedlm.serve.metrics import engine_lines
 from tests.serve.engines import TOKENIZER, assert_nothing_is_left, make_engine, make_model
 from tests.serve.served import TEMPLATE, serving
 
@@ -196,6 +197,15 @@ def test_metrics_count_what_was_done(model):
         assert found['fusedlm_requests_total{path="/v1/completions",status="400"}'] == "1"
         for line in lines:
             assert line.startswith("# ") or len(line.rsplit(" ", 1)) == 2
+
+
+def test_metrics_are_exact_however_large(model):
+    engine = make_engine(model)
+    engine.metrics.generated_tokens = 123_456_789
+    engine.metrics.duration.observe(2**24 + 0.5)
+    lines = engine_lines(engine)
+    assert "fusedlm_generated_tokens_total 123456789" in lines
+    assert f"fusedlm_sequence_seconds_sum {2**24 + 0.5}" in lines
 
 
 def test_a_step_that_fails_ends_its_requests_and_no_others(model, monkeypatch):
