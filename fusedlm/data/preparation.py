@@ -7,6 +7,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 
@@ -25,6 +26,7 @@ from fusedlm.data.vocabulary import check_vocab_size
 from fusedlm.files import sha256_file
 
 BATCH_CHARACTERS = 1 << 22
+T = TypeVar("T")
 
 
 class ChangedText(ValueError):
@@ -118,7 +120,7 @@ def _write(directory: Path, config: DataConfig, corpus: Corpus, fingerprint: str
     }
     loss = LossCheck(tokenizer)
     held_out_source = corpus.validation.name if corpus.validation else corpus.name
-    for batch in _batches(corpus.parts("tokenizing")):
+    for batch in text_batches(corpus.parts("tokenizing")):
         encoded = tokenizer.encode_batch([part.text for part in batch])
         for (split, text, source), ids in zip(batch, encoded, strict=True):
             raw = text.encode()
@@ -200,8 +202,9 @@ def refuse_end_of_text(ids: np.ndarray, tokenizer: Tokenizer, source: str) -> No
         )
 
 
-def _batches(parts: Iterable[Part]) -> Iterator[list[Part]]:
-    """Consecutive parts of about BATCH_CHARACTERS together: enough for every core, small enough for memory."""
+def text_batches(parts: Iterable[T]) -> Iterator[list[T]]:
+    """Consecutive parts, which have a `text`, of about BATCH_CHARACTERS together: enough for every core, small enough
+    for memory."""
     batch, size = [], 0
     for part in parts:
         batch.append(part)

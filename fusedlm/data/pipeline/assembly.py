@@ -8,11 +8,10 @@ from collections import Counter
 from collections.abc import Iterator
 
 import numpy as np
-from datatrove.pipeline.base import PipelineStep
 
 from fusedlm.data.manifest import write_manifest
 from fusedlm.data.pipeline.spans import open_tokens
-from fusedlm.data.pipeline.work import Work
+from fusedlm.data.pipeline.work import Work, WorkStep
 from fusedlm.data.preparation import describe
 from fusedlm.data.shards import ShardWriter
 from fusedlm.data.split import TRAIN, VALIDATION
@@ -22,7 +21,7 @@ from fusedlm.files import sha256_file, sync, write_atomic
 _log = logging.getLogger(__name__)
 
 
-class Layout(PipelineStep):
+class Layout(WorkStep):
     """Writes where each shard begins and ends, cut as `ShardWriter` cuts: a list of
 
         split, number, source, begin, end    begin and end: (task, number of the kept document in the task)
@@ -30,10 +29,6 @@ class Layout(PipelineStep):
 
     type = "shards"
     name = "layout"
-
-    def __init__(self, work: Work):
-        super().__init__()
-        self._work = work
 
     def run(self, data=None, rank: int = 0, world_size: int = 1) -> None:
         _refuse_nothing(self._work)
@@ -100,15 +95,11 @@ def _counts(work: Work, task: int) -> Counter:
     return Counter(json.loads((work.folder / "index" / f"{task:05d}.json").read_text()))
 
 
-class WriteShards(PipelineStep):
+class WriteShards(WorkStep):
     """Writes every world_size-th shard of the layout."""
 
     type = "shards"
     name = "shards"
-
-    def __init__(self, work: Work):
-        super().__init__()
-        self._work = work
 
     def run(self, data=None, rank: int = 0, world_size: int = 1) -> None:
         work = self._work
@@ -145,16 +136,12 @@ def _documents(work: Work, shard: dict) -> Iterator[tuple[np.ndarray, int]]:
             yield tokens[ends[row] - rows["tokens"][row] + 1 : ends[row]], int(rows["bytes"][row])
 
 
-class Finish(PipelineStep):
+class Finish(WorkStep):
     """Writes tokenizer and manifest, and gives the folder its name. What it works on stays until the folder is there,
     so that it can be run again."""
 
     type = "shards"
     name = "finish"
-
-    def __init__(self, work: Work):
-        super().__init__()
-        self._work = work
 
     def run(self, data=None, rank: int = 0, world_size: int = 1) -> None:
         work = self._work

@@ -5,14 +5,13 @@ from collections import Counter
 from pathlib import Path
 
 import numpy as np
-from datatrove.pipeline.base import PipelineStep
 
-from fusedlm.data.pipeline.work import Work
+from fusedlm.data.pipeline.work import WorkStep
 
 _PAIR = np.dtype([("first", "<u4", 2), ("second", "<u4", 2)])  # (task, document in the task), as datatrove writes
 
 
-class ExactPairs(PipelineStep):
+class ExactPairs(WorkStep):
     """Pairs each document with the first one of the same digest.
 
     datatrove's block keeps the document with the smallest number in its task, whichever task that is: which text is
@@ -21,10 +20,6 @@ class ExactPairs(PipelineStep):
 
     type = "duplicates"
     name = "exact pairs"
-
-    def __init__(self, work: Work):
-        super().__init__()
-        self._work = work
 
     def run(self, data=None, rank: int = 0, world_size: int = 1) -> None:
         work = self._work
@@ -48,7 +43,7 @@ class ExactPairs(PipelineStep):
         np.save(work.path("exact", f"{rank:05d}.npy"), pairs)
 
 
-class Clusters(PipelineStep):
+class Clusters(WorkStep):
     """Removes all but the first document of each cluster of pairs; held-out documents come before all others.
 
     Instead of datatrove's block, which keeps whichever document its sets are named after (that depends on the tasks),
@@ -57,10 +52,6 @@ class Clusters(PipelineStep):
 
     type = "duplicates"
     name = "clusters"
-
-    def __init__(self, work: Work):
-        super().__init__()
-        self._work = work
 
     def run(self, data=None, rank: int = 0, world_size: int = 1) -> None:
         work = self._work

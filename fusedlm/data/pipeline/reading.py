@@ -7,14 +7,13 @@ from functools import partial
 
 import numpy as np
 from datatrove.data import Document
-from datatrove.pipeline.base import PipelineStep
 from datatrove.pipeline.filters.base_filter import get_filter_result
 from datatrove.pipeline.readers import JsonlReader
 from datatrove.pipeline.readers.base import BaseReader
 from datatrove.pipeline.writers import JsonlWriter
 
 from fusedlm.data.pipeline.filters import make_filters
-from fusedlm.data.pipeline.work import INDEX, Work
+from fusedlm.data.pipeline.work import INDEX, Work, WorkStep
 from fusedlm.data.sources import open_reader
 from fusedlm.data.split import content_digest, is_held_out
 
@@ -45,15 +44,14 @@ class ReadFiles(BaseReader):
                 yield document
 
 
-class Keep(PipelineStep):
+class Keep(WorkStep):
     """Drops empty documents and those that a filter refuses; decides which are held out; writes INDEX and counts."""
 
     type = "filter"
     name = "filters and split"
 
     def __init__(self, work: Work):
-        super().__init__()
-        self._work = work
+        super().__init__(work)
         pipeline = work.config.pipeline
         self._filters = make_filters(pipeline.filters, pipeline.language)
 

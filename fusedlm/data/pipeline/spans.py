@@ -8,9 +8,8 @@ training document.
 from collections.abc import Iterator
 
 import numpy as np
-from datatrove.pipeline.base import PipelineStep
 
-from fusedlm.data.pipeline.work import LENGTHS, Work
+from fusedlm.data.pipeline.work import LENGTHS, Work, WorkStep
 from fusedlm.data.split import TRAIN, VALIDATION
 
 _CHUNK = 1 << 20  # tokens
@@ -91,15 +90,11 @@ def documents_with_spans(tokens: np.ndarray, lengths: np.ndarray, length: int, s
     return found
 
 
-class HeldOutSpans(PipelineStep):
+class HeldOutSpans(WorkStep):
     """Writes the hashes of all spans of held-out documents."""
 
     type = "spans"
     name = "held-out spans"
-
-    def __init__(self, work: Work):
-        super().__init__()
-        self._work = work
 
     def run(self, data=None, rank: int = 0, world_size: int = 1) -> None:
         hashes = [span_hashes(tokens, self._work.span) for tokens in self._documents()]
@@ -113,15 +108,11 @@ class HeldOutSpans(PipelineStep):
                 yield tokens[start + 1 : end]
 
 
-class SearchSpans(PipelineStep):
+class SearchSpans(WorkStep):
     """Writes which training documents of a task have a span of held-out text."""
 
     type = "spans"
     name = "search"
-
-    def __init__(self, work: Work):
-        super().__init__()
-        self._work = work
 
     def run(self, data=None, rank: int = 0, world_size: int = 1) -> None:
         spans = SpanSet(np.load(self._work.folder / "spans.npy", mmap_mode="r"))

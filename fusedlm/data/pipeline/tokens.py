@@ -5,14 +5,13 @@ from collections.abc import Iterator
 
 import numpy as np
 from datatrove.data import Document
-from datatrove.pipeline.base import PipelineStep
 from datatrove.pipeline.dedup import MinhashDedupFilter
 
 from fusedlm.data.corpus import Part
 from fusedlm.data.lossless import REMEDY, change
 from fusedlm.data.pipeline.reading import StoredDocuments
-from fusedlm.data.pipeline.work import LENGTHS, Work
-from fusedlm.data.preparation import BATCH_CHARACTERS, recipe_tokenizer, refuse_end_of_text, stored_dtype
+from fusedlm.data.pipeline.work import LENGTHS, Work, WorkStep
+from fusedlm.data.preparation import recipe_tokenizer, refuse_end_of_text, stored_dtype, text_batches
 from fusedlm.data.split import TRAIN, VALIDATION
 from fusedlm.data.tokenizer import Tokenizer, load_tokenizer
 
@@ -27,15 +26,11 @@ def split_of(document: Document) -> str:
     return VALIDATION if document.metadata["held_out"] else TRAIN
 
 
-class MakeTokenizer(PipelineStep):
+class MakeTokenizer(WorkStep):
     """Trains or reads the tokenizer of the recipe, on the documents in their order."""
 
     type = "tokens"
     name = "tokenizer"
-
-    def __init__(self, work: Work):
-        super().__init__()
-        self._work = work
 
     def run(self, data=None, rank: int = 0, world_size: int = 1) -> None:
         tokenizer = recipe_tokenizer(self._work.config, self._parts)
@@ -50,16 +45,12 @@ class MakeTokenizer(PipelineStep):
                 yield Part(split_of(document), document.text, group.source)
 
 
-class Tokenize(PipelineStep):
+class Tokenize(WorkStep):
     """Writes, for each split, tokens of the documents with end-of-text first, their LENGTHS, and a count of those that
     the tokenizer changed."""
 
     type = "tokens"
     name = "tokenize"
-
-    def __init__(self, work: Work):
-        super().__init__()
-        self._work = work
 
     def run(self, data=None, rank: int = 0, world_size: int = 1) -> None:
         work = self._work
@@ -73,7 +64,7 @@ class Tokenize(PipelineStep):
             work.path("tokens", f"{rank:05d}.{VALIDATION}.bin").open("wb") as validation,
         ):
             files = {TRAIN: train, VALIDATION: validation}
-            for batch in _batches(kept_documents(work, rank)):
+            for batch in text_batches(kept_documents(work, rank)):
                 encoded = tokenizer.encode_batch([document.text for document in batch])
                 for document, ids in zip(batch, encoded, strict=True):
                     self.stat_update("tokens", value=len(ids))
@@ -102,14 +93,3 @@ def _check_loss(tokenizer: Tokenizer, document: Document, ids: np.ndarray, raw: 
         lossy["documents"] += 1
         lossy["first"] = lossy["first"] or f"{document.id} at {found}"
 
-
-def _batches(documents: Iterator[Document]) -> Iterator[list[Document]]:
-    batch, size = [], 0
-    for document in documents:
-        batch.append(document)
-        size += len(document.text)
-        if size >= BATCH_CHARACTERS:
-            yield batch
-            batch, size = [], 0
-    if batch:
-        yield batch

@@ -8,6 +8,7 @@ from itertools import accumulate
 from pathlib import Path
 
 import numpy as np
+from datatrove.pipeline.base import PipelineStep
 
 from fusedlm import __version__
 from fusedlm.config.data import BytesTokenizerConfig, DataConfig
@@ -101,6 +102,14 @@ class Work:
             shutil.rmtree(self.folder, ignore_errors=True)
             self.folder.mkdir(parents=True)
             write_atomic(path, text)
+
+
+class WorkStep(PipelineStep):
+    """A step of datatrove that knows the work it is part of."""
+
+    def __init__(self, work: Work):
+        super().__init__()
+        self._work = work
 
 
 def group_files(corpus: Corpus, tasks: int | None) -> tuple[Group, ...]:
