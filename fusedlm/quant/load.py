@@ -10,12 +10,11 @@ from fusedlm.config import Recipe
 from fusedlm.config.recipe import with_overrides
 from fusedlm.data.tokenizer import Tokenizer
 from fusedlm.model import Decoder, build_model
-from fusedlm.model.precision import resolve_device, resolve_dtype
+from fusedlm.model.precision import resolve_device
 from fusedlm.quant.artifact import Container, is_artifact
 from fusedlm.quant.artifact.read import read_container
 from fusedlm.quant.integer import IntegerMatrix
-from fusedlm.runs.backends import use_backends
-from fusedlm.runs.load import Loaded, Weights, check_overrides
+from fusedlm.runs.load import Loaded, Weights, check_overrides, ready
 from fusedlm.runs.load import load_checkpoint as load_run
 from fusedlm.runs.state import check_model_tensors, load_model_tensors, model_tensors
 
@@ -85,9 +84,7 @@ def _load_artifact(path: Path, device: str | torch.device, overrides: Sequence[s
     tensors = _values(model, artifact.tensors)
     check_model_tensors(model, tensors, str(path))  # before there is memory for it
     load_model_tensors(model.to_empty(device=target), tensors, str(path))
-    requested = any(override.startswith("runtime.backends") for override in overrides)
-    use_backends(model, recipe.runtime, target, resolve_dtype(recipe.runtime.dtype, target), strict=requested)
-    return Loaded(model.eval(), artifact.tokenizer, recipe, artifact.step, artifact.text)
+    return Loaded(ready(model, recipe, overrides), artifact.tokenizer, recipe, artifact.step, artifact.text)
 
 
 def _values(model: torch.nn.Module, tensors: Mapping[str, IntegerMatrix | torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -106,9 +106,16 @@ def load_checkpoint(
         tensors = decode_matrices(model, content.quantization, tensors, record)
     model.to_empty(device=target)
     load_model_tensors(model, tensors, content.source)
+    return Loaded(ready(model, recipe, overrides), tokenizer, recipe, state.step, state.data)
+
+
+def ready(model: Decoder, recipe: Recipe, overrides: Sequence[str]) -> Decoder:
+    """A model with its weights, in eval mode and with the backends of its recipe. Those that cannot run here are
+    replaced with a warning; raises ValueError if an override names them."""
+    device = next(model.parameters()).device
     requested = any(override.startswith("runtime.backends") for override in overrides)
-    use_backends(model, recipe.runtime, target, resolve_dtype(recipe.runtime.dtype, target), strict=requested)
-    return Loaded(model.eval(), tokenizer, recipe, state.step, state.data)
+    use_backends(model, recipe.runtime, device, resolve_dtype(recipe.runtime.dtype, device), strict=requested)
+    return model.eval()
 
 
 @dataclass(frozen=True)
