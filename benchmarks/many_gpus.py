@@ -1,4 +1,4 @@
-"""Train a recipe on 1, 2, 4 GPUs of this machine: speed, memory, share of the optimizer, and losses beside one GPU's.
+"""Train a recipe on 1, 2, 4 GPUs of this machine: speed, memory, time of the optimizer, and losses beside one GPU's.
 
     python benchmarks/many_gpus.py [RECIPE] [key=value ...] [--processes 1 2 4] [--replicate] [--json FILE]
 

@@ -3,8 +3,9 @@
     python benchmarks/quantization.py RUN --out FILE [--qat BITS=RUN ...] [--bits 8 6 4 3 2] [--only VARIANT ...]
         [--tokens N] [--eval-tokens N] [--device cpu] [--note TEXT]
 
-Each result is written to FILE at once and is not computed again. Embeddings and head are in int8; their part is the
-variant `embeddings alone`. RUN and the runs of --qat have the same recipe but for train.qat, which is in the same bits.
+Each result is written to FILE at once and is not recomputed. Embeddings and head are in int8; the variant
+`embeddings alone` shows what these cost. RUN and the runs of --qat have the same recipe but for train.qat, which is in
+the same bits.
 `scripts/quantization_section.py` writes the table of docs/quantization.md from the records.
 """
 

@@ -129,9 +129,9 @@ def quantize(
     from fusedlm.files import sha256_file
     from fusedlm.nn.module import parameters_by_kind
     from fusedlm.nn.quantized import replace_layers
-    from fusedlm.quant.progress import remove_unfinished
     from fusedlm.quant.request import other_bytes
     from fusedlm.quant.run import check_out, write_quantized
+    from fusedlm.quant.unfinished import remove_unfinished
     from fusedlm.runs.checkpoint import Checkpoints
     from fusedlm.runs.folder import CHECKPOINTS
     from fusedlm.runs.quantization import is_quantized

@@ -47,7 +47,7 @@ def _clip(key: str, text: str | None) -> str | float | None:
 def quantized(request: "Request", loaded, out: Path, identity: dict, progress: ReportProgress) -> dict[str, "Outcome"]:
     """The matrices of a loaded run by the names of their parameters; its model then has their values.
 
-    With calibration, finished matrices are kept in a folder in `out`; a command that was killed goes on after them.
+    With calibration, finished matrices are kept in a folder in `out`; a killed command resumes after them.
 
     Args:
         loaded: a `LoadedRun`.
@@ -56,8 +56,8 @@ def quantized(request: "Request", loaded, out: Path, identity: dict, progress: R
     Raises:
         ValueError: the text of the run is gone, or `out` holds an unfinished quantisation of another request.
     """
-    from fusedlm.quant.progress import UnfinishedFolder
     from fusedlm.quant.sequence import quantize_in_order
+    from fusedlm.quant.unfinished import UnfinishedFolder
 
     if request.calibrate == "plain":
         return quantize_in_order(loaded.model, _choices(request, loaded, None, progress))

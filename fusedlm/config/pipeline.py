@@ -150,7 +150,7 @@ class PipelineConfig(Config):
     """Of near duplicates, only the first is kept, and of those of a held-out document none; null: they are not
     searched."""
     held_out_span: CountOrZero | None = None
-    """Training text with so many tokens in a row that are in held-out text too is dropped; null: 50, or 200 with the
+    """Training text with so many consecutive tokens of held-out text is dropped; null: 50, or 200 with the
     tokenizer bytes; 0: it is not searched."""
     seed: Seed = 0
     """Of the choice of held-out documents by split.type=hash; 0: as without data.pipeline."""

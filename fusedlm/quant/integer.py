@@ -15,7 +15,7 @@ class IntegerMatrix:
     codes: (N, K) int8, from -(2^(bits - 1) - 1) to 2^(bits - 1) - 1.
     scales: (N, G) float16, bfloat16 or float32; group g of a row holds columns g * group to (g + 1) * group - 1.
     bits: 2 to 8.
-    group: columns that share a scale; None: the whole row, G = 1.
+    group: columns that share a scale; None: the full row, G = 1.
     """
 
     codes: torch.Tensor

@@ -1,4 +1,4 @@
-"""Integer codes of a whole model by rounding each weight by itself: what `fusedlm pack` does without a better method,
+"""Integer codes of a model by rounding each weight by itself: what `fusedlm pack` does without a better method,
 which is any function that gives the same mapping."""
 
 from collections.abc import Mapping

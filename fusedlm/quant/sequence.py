@@ -8,8 +8,8 @@ import torch
 from fusedlm.quant.calibration import Calibration
 from fusedlm.quant.formats import Format
 from fusedlm.quant.matrix import Inputs, Method, Outcome, quantize_matrix
-from fusedlm.quant.progress import UnfinishedFolder
 from fusedlm.quant.targets import Stage, stages
+from fusedlm.quant.unfinished import UnfinishedFolder
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ def quantize_in_order(
     Args:
         choices: by the name of the parameter; others are not changed.
         calibration: None: nothing is known of the inputs.
-        unfinished: where finished matrices are kept; those that it has are not computed again.
+        unfinished: where finished matrices are kept; those that it has are not recomputed.
 
     Returns:
         The matrices by name, in order.
@@ -69,7 +69,7 @@ def quantize_in_order(
             found[target.name] = outcome
             if unfinished is not None:
                 unfinished.save(target.name, outcome)
-        # Only now: a run that goes on within a stage measures the same inputs.
+        # Only now: a run that resumes within a stage measures the same inputs.
         for target in targets:
             target.write(found[target.name].values())
             outcomes[target.name] = found[target.name]

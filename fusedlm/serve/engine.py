@@ -12,9 +12,9 @@ from fusedlm.model.rows import Snapshot, needs_snapshot
 from fusedlm.serve.metrics import EngineMetrics
 from fusedlm.serve.prefill import Prefill, Read
 from fusedlm.serve.prefix_cache import PrefixCache
-from fusedlm.serve.progress import Progress
 from fusedlm.serve.queue import WaitingQueue
 from fusedlm.serve.requests import Piece, Sequence
+from fusedlm.serve.running import RunningSequence
 from fusedlm.serve.sampling import choose, score_rows
 from fusedlm.serve.slots import Slots
 from fusedlm.serve.steps import DecodeSteps
@@ -78,7 +78,7 @@ class Engine:
         snapshots = needs_snapshot(model)
         self.cache = PrefixCache(limits.cache_bytes, limits.block_size, snapshots, lambda: weights_version(model))
         self.metrics = EngineMetrics()
-        self._running: list[Progress] = []  # by slot
+        self._running: list[RunningSequence] = []  # by slot
         self._prepare()
 
     def _prepare(self) -> None:
@@ -123,7 +123,7 @@ class Engine:
 
     def cancel(self, sequence: Sequence) -> None:
         """Forget a sequence and free what it has; of one that has ended nothing happens."""
-        slot = next((i for i, progress in enumerate(self._running) if progress.sequence is sequence), None)
+        slot = next((i for i, member in enumerate(self._running) if member.sequence is sequence), None)
         if slot is not None:
             self._free(slot)
         elif self.queue.cancel(sequence):
@@ -139,7 +139,7 @@ class Engine:
 
     def sequences(self) -> list[Sequence]:
         """All that wait or run."""
-        running = [progress.sequence for progress in self._running]
+        running = [member.sequence for member in self._running]
         return [*running, *self._prefill.sequences(), *self.queue.sequences()]
 
     def step(self) -> list[tuple[Sequence, Piece]]:
@@ -188,48 +188,50 @@ class Engine:
         tokens = {}
         if drawn:
             logits_BV = torch.stack([read.logits_V for read in drawn])
-            tokens = self._choose(logits_BV, [Progress(read.sequence, self.tokenizer) for read in drawn])
+            tokens = self._choose(logits_BV, [RunningSequence(read.sequence, self.tokenizer) for read in drawn])
         for read in found:
             if not read.sequence.max_tokens:
                 pieces.append((read.sequence, Piece(finish="length")))
                 self._finished(read.sequence, "length")
                 continue
-            progress, piece = tokens[read.sequence.number]
+            member, piece = tokens[read.sequence.number]
             pieces.append((read.sequence, piece))
             if piece.finish:
                 self._finished(read.sequence, piece.finish)
             else:
                 self.slots.append(read.take_row())
-                self._running.append(progress)
+                self._running.append(member)
 
     def _decode(self, pieces: list) -> None:
-        logits_BV = self._steps.step([progress.sequence.generated[-1] for progress in self._running])
+        logits_BV = self._steps.step([member.sequence.generated[-1] for member in self._running])
         self.metrics.steps += 1
         self.metrics.batch_sizes.observe(len(self._running))
         self._copy_snapshots()
         found = self._choose(logits_BV, self._running)
         ended = []
-        for slot, progress in enumerate(self._running):
-            _, piece = found[progress.sequence.number]
-            pieces.append((progress.sequence, piece))
+        for slot, member in enumerate(self._running):
+            _, piece = found[member.sequence.number]
+            pieces.append((member.sequence, piece))
             if piece.finish:
                 ended.append(slot)
-                self._finished(progress.sequence, piece.finish)
+                self._finished(member.sequence, piece.finish)
         for slot in reversed(ended):
             self._keep(slot)
             self._free(slot)
 
-    def _choose(self, logits_BV: torch.Tensor, running: list[Progress]) -> dict[int, tuple[Progress, Piece]]:
+    def _choose(
+        self, logits_BV: torch.Tensor, running: list[RunningSequence]
+    ) -> dict[int, tuple[RunningSequence, Piece]]:
         """The next token of each, by the number of the sequence."""
-        tokens = choose(logits_BV, [progress.sequence for progress in running])
-        scored = score_rows(logits_BV, tokens, [progress.sequence for progress in running])
+        tokens = choose(logits_BV, [member.sequence for member in running])
+        scored = score_rows(logits_BV, tokens, [member.sequence for member in running])
         now, found = self._clock(), {}
-        for progress, token, entry in zip(running, tokens, scored, strict=True):
-            sequence = progress.sequence
-            piece = Piece(finish="error", error=NOT_FINITE) if token < 0 else progress.accept(token, entry)
+        for member, token, entry in zip(running, tokens, scored, strict=True):
+            sequence = member.sequence
+            piece = Piece(finish="error", error=NOT_FINITE) if token < 0 else member.accept(token, entry)
             self.metrics.token(sequence, now)
             sequence.last_token_at = now
-            found[sequence.number] = progress, piece
+            found[sequence.number] = member, piece
         return found
 
     def _copy_snapshots(self) -> None:
@@ -244,14 +246,14 @@ class Engine:
         """Put the state of a sequence that has ended into the prefix cache."""
         if not self.cache.max_bytes:
             return
-        progress, size = self._running[slot], self.cache.block_size
+        member, size = self._running[slot], self.cache.block_size
         snapshot: Snapshot | None = None
         length = self.slots.lengths[slot] // size * size
         if self.cache.snapshots:
-            if progress.snapshot is None:
+            if member.snapshot is None:
                 return
-            length, snapshot = progress.snapshot
-        ids = [*progress.sequence.ids, *progress.sequence.generated][:length]
+            length, snapshot = member.snapshot
+        ids = [*member.sequence.ids, *member.sequence.generated][:length]
         self.cache.insert(ids, lambda first, last: self.slots.take_tokens(slot, first, last), snapshot)
 
     def _free(self, slot: int) -> None:

@@ -41,7 +41,7 @@ class Reading:
 
 @dataclass(frozen=True)
 class Read:
-    """A sequence whose prompt has been read: its state, copied when it is asked for, and the logits after it, (V,)."""
+    """A sequence whose prompt has been read: its state, copied on request, and the logits after it, (V,)."""
 
     sequence: Sequence
     take_row: Callable[[], Row]

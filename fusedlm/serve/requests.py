@@ -1,4 +1,4 @@
-"""What the engine is asked for, and what it answers; without HTTP."""
+"""Requests to the engine and its answers; without HTTP."""
 
 import itertools
 from dataclasses import dataclass, field

@@ -67,7 +67,7 @@ def _changes(choosing: Choosing, counts: dict[int, int]) -> dict[int, float]:
 def score_rows(
     logits_BV: torch.Tensor, tokens: list[int], sequences: Rows[Sequence]
 ) -> list[ScoredToken | None]:
-    """The chosen token of each sequence with its log-probability; None where it is not asked for."""
+    """The chosen token of each sequence with its log-probability; None where it was not requested."""
     rows = [row for row, sequence in enumerate(sequences) if sequence.choosing.logprobs is not None]
     found: list[ScoredToken | None] = [None] * len(sequences)
     if rows:

@@ -154,14 +154,14 @@ def test_a_killed_command_goes_on(fusedlm, workspace):
     assert fusedlm(*arguments, "--out", "straight").code == 0
     killing = (
         "import os, signal, sys\n"
-        "from fusedlm.quant import progress\n"
-        "save, saved = progress.UnfinishedFolder.save, []\n"
+        "from fusedlm.quant import unfinished\n"
+        "save, saved = unfinished.UnfinishedFolder.save, []\n"
         "def killing(self, name, outcome):\n"
         "    save(self, name, outcome)\n"
         "    saved.append(name)\n"
         "    if len(saved) == 6:\n"
         "        os.kill(os.getpid(), signal.SIGKILL)\n"
-        "progress.UnfinishedFolder.save = killing\n"
+        "unfinished.UnfinishedFolder.save = killing\n"
         "from fusedlm.cli import main\n"
         "main(sys.argv[1:])\n"
     )

@@ -15,10 +15,10 @@ from fusedlm.quant.calibration import Calibration, CalibrationBatch, unfused
 from fusedlm.quant.formats import Integers, packed
 from fusedlm.quant.matrix import Inputs, Method, quantize_matrix
 from fusedlm.quant.plan import correct_best, estimate, fit_budget
-from fusedlm.quant.progress import UnfinishedFolder
 from fusedlm.quant.request import Request, other_bytes
 from fusedlm.quant.sequence import Choice, quantize_in_order
 from fusedlm.quant.targets import named, stages
+from fusedlm.quant.unfinished import UnfinishedFolder
 from fusedlm.runs.state import model_tensors
 from fusedlm.testing import FFN_CASES, MIXER_CASES, assert_close, part_model, randomise_, wired_config
 

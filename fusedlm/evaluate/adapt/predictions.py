@@ -112,7 +112,7 @@ def predict(
 
 
 def _statistics(logits: torch.Tensor, asked: torch.Tensor) -> torch.Tensor:
-    """(1 + asked, n) float64: nats of the first token asked for, entropy, log probability of the others.
+    """(1 + asked, n) float64: nats of the first token requested, entropy, log probability of the others.
 
     Args:
         logits: (n, V).

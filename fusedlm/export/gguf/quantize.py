@@ -20,7 +20,7 @@ _FLOAT32 = ("ffn_gate_inp.weight", "ssm_conv1d.weight", "ssm_norm.weight", "ssm_
 
 
 def type_of(name: str, shape: tuple[int, ...], dtype: str) -> str:
-    """Matrices have the type that is asked for, or float16 where a row is no multiple of the block; vectors, routers
+    """Matrices have the requested type, or float16 where a row is no multiple of the block; vectors, routers
     and convolutions are float32."""
     if len(shape) < 2 or name.partition(".")[2].partition(".")[2] in _FLOAT32:
         return "F32"

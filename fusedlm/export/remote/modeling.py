@@ -65,7 +65,7 @@ class FusedLMForCausalLM(PreTrainedModel, GenerationMixin):
     """The decoder as Transformers calls it.
 
     Tokens that the attention mask excludes do not exist for the model, on whichever side they are: positions count the
-    others, and a row gives what it gives alone.
+    others, and each row has the logits that it has alone.
     """
 
     config_class = FusedLMConfig

@@ -1,4 +1,4 @@
-"""Matrices that are finished, kept in a folder until all are, so that a killed quantisation goes on after the last."""
+"""Finished matrices, kept in a folder until all are, so that a killed quantisation resumes after the last."""
 
 import json
 import shutil

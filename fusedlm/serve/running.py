@@ -6,7 +6,7 @@ from fusedlm.model.rows import Snapshot
 from fusedlm.serve.requests import Piece, ScoredToken, Sequence
 
 
-class Progress:
+class RunningSequence:
     """snapshot: of its state at the last boundary of blocks, with the length there; None: there was none."""
 
     def __init__(self, sequence: Sequence, tokenizer):
@@ -16,7 +16,7 @@ class Progress:
         self.snapshot: tuple[int, Snapshot] | None = None
 
     def accept(self, token: int, scored: ScoredToken | None) -> Piece:
-        """Take the next token; scored: with its log-probability, None if that is not asked for."""
+        """Take the next token; scored: with its log-probability, None if that was not requested."""
         sequence, text = self.sequence, self.sequence.text
         if token == self._eot_id and not sequence.ignore_eot:
             return self._piece(text.finish(), "stop")
