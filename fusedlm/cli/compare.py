@@ -46,6 +46,15 @@ def compare(
         int,
         typer.Option(parser=integer, metavar="N", help="GPUs of this machine that runs are spread over."),
     ] = 1,
+    runs_per_gpu: Annotated[
+        int,
+        typer.Option(
+            "--runs-per-gpu",
+            parser=integer,
+            metavar="N",
+            help="Runs at once on each GPU, for small models; their speeds are not reported.",
+        ),
+    ] = 1,
     vocab_size: Annotated[
         int | None,
         typer.Option(
@@ -72,12 +81,21 @@ def compare(
     from fusedlm.compare import run_experiment
 
     with outlast_output():
-        outcome = run_experiment(config, recipes, folder, console=make_console(), train=not report_only, gpus=gpus)
+        outcome = run_experiment(
+            config,
+            recipes,
+            folder,
+            console=make_console(),
+            train=not report_only,
+            gpus=gpus,
+            runs_per_gpu=runs_per_gpu,
+        )
         if outcome.report is not None:
             _print_results(outcome.results)
             print(outcome.report)
         if outcome.signal is not None:
-            spread = ["--gpus", str(gpus)] if gpus > 1 else []
+            counts = (("--gpus", gpus), ("--runs-per-gpu", runs_per_gpu))
+            spread = [word for option, count in counts if count > 1 for word in (option, str(count))]
             command = ["fusedlm", "compare", str(experiment), *(overrides or []), "--out", str(folder), *spread]
             again = shlex.join(command)
             print(f"stopped; finished runs are kept; resume with: {again}")

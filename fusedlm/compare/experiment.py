@@ -69,6 +69,7 @@ def run_experiment(
     console: Console | None = None,
     train: bool = True,
     gpus: int = 1,
+    runs_per_gpu: int = 1,
 ) -> Outcome:
     """Start or resume an experiment, and write OUT/report.html, results.csv and results.json.
 
@@ -84,23 +85,27 @@ def run_experiment(
         train: False: only report finished runs.
         gpus: how many runs, or timings of steps, are made at once, each on a GPU of its own. Decoding is measured on
             the first GPU alone. Reporting uses none.
+        runs_per_gpu: how many runs are made at once on each GPU, or, with one of `gpus`, on the device. Losses are the
+            same; speeds of runs that were made with more than one are not reported. Steps are timed alone.
 
     Raises:
-        ValueError: this machine or a recipe does not allow `gpus`, the folder holds another experiment, is damaged or
-            in use, a match is impossible, variants have different validation text, or the steps of the baseline cannot
-            be timed.
+        ValueError: this machine or a recipe does not allow `gpus` or `runs_per_gpu`, the folder holds another
+            experiment, is damaged or in use, a match is impossible, variants have different validation text, or the
+            steps of the baseline cannot be timed.
         OSError: a folder cannot be written, in a run too; finished runs are kept.
     """
     for recipe in recipes.values():
         check_loggers(recipe.train.loggers)
     _check_same_text(recipes)
+    if runs_per_gpu < 1:
+        raise ValueError(f"--runs-per-gpu {runs_per_gpu}: must be at least 1")
     chosen = choose_gpus(gpus if train else min(gpus, 1), recipes)  # any machine can report
     undo = StartUndo(Path(out))
     try:
         with ExperimentFolder(Path(out)) as folder, contextlib.ExitStack() as stack:
             if not (folder.path / IDENTITY).exists():
                 stack.enter_context(undo.taken_back(FILES, folder.holds_work))
-            return _run(experiment, recipes, folder, console, train, chosen)
+            return _run(experiment, recipes, folder, console, train, chosen, runs_per_gpu)
     finally:
         undo.remove_empty_folders()
 
@@ -112,10 +117,11 @@ def _run(
     console: Console | None,
     train: bool,
     gpus: Sequence[str | None],
+    runs_per_gpu: int,
 ) -> Outcome:
     vocab_sizes = (_open if train else _reopen)(experiment, recipes, folder, console)
     with StopSignal() as stop:
-        grid = _Grid(experiment, folder, GridDisplay(console), stop, gpus)
+        grid = _Grid(experiment, folder, GridDisplay(console), stop, gpus, runs_per_gpu)
         try:
             variants = grid.run(recipes, vocab_sizes) if train else grid.match(recipes, vocab_sizes, timing=False)
         finally:
@@ -220,8 +226,10 @@ class _Grid:
         display: GridDisplay,
         stop: StopSignal,
         gpus: Sequence[str | None],
+        runs_per_gpu: int,
     ):
         self.experiment, self.folder, self.display, self.stop, self.gpus = experiment, folder, display, stop, gpus
+        self.runs_per_gpu = runs_per_gpu
         self.stopped = False
         self.failed: dict[str, str] = {}  # runs that failed, and why
         self._n_left = 0  # runs that have not ended
@@ -343,7 +351,8 @@ class _Grid:
         """Raises Stopped on a signal, and OSError for a fault that other runs would meet too, after those that run have
         saved and stopped."""
         self._n_left, self.failed = len(trainings), {}
-        with contextlib.closing(run_tasks(self._tasks(trainings), self.gpus, self._must_stop)) as ended:
+        places = list(self.gpus) * self.runs_per_gpu
+        with contextlib.closing(run_tasks(self._tasks(trainings), places, self._must_stop)) as ended:
             for child in ended:
                 self._end(child.task.about, _record(child))
         names = [training.name for training in trainings]
@@ -364,6 +373,7 @@ class _Grid:
             if variant in self._untimed:
                 self._end(training, _failed(self._untimed[variant]))
                 continue
+            self.folder.mark_sharing(*training.place, shared=self.runs_per_gpu > 1)
             text = self.folder.identity["variants"][variant]["text"]
             arguments = (training.recipe, self.folder.run(*training.place), text, self.experiment.weights)
             yield Task(train_run, arguments, partial(self.display.report, name), about=training)

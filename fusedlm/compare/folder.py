@@ -22,7 +22,8 @@ from fusedlm.runs.seal import seal, unseal
 
 EXPERIMENT, IDENTITY, CALIBRATION = "experiment.yaml", "identity.json", "calibration.json"
 RUNS, RECORDS, DECODING = "runs", "records", "decoding"
-FILES = (EXPERIMENT, IDENTITY, RUNS, ".lock")  # what a start writes before there is anything to keep
+SHARED = "shared"  # an empty file for each run that shared its GPU
+FILES = (EXPERIMENT, IDENTITY, RUNS, SHARED, ".lock")  # what a start writes before there is anything to keep
 _CHECKSUM = "sha256"
 _AGAIN = "remove it to compute its content again"
 
@@ -78,6 +79,19 @@ class ExperimentFolder:
 
     def record_path(self, variant: str, seed: int, factor: float | None = None) -> Path:
         return self.path / RECORDS / f"{run_name(variant, seed, factor)}.json"
+
+    def mark_sharing(self, variant: str, seed: int, factor: float | None, *, shared: bool) -> None:
+        """Note, before a run starts or resumes, whether others share its GPU. Once it was shared for a part of a run,
+        times of the steps of that run mean nothing."""
+        mark = self.path / SHARED / run_name(variant, seed, factor)
+        if shared:
+            mark.parent.mkdir(exist_ok=True)
+            mark.touch()
+        elif not self.run(variant, seed, factor).exists():
+            mark.unlink(missing_ok=True)
+
+    def is_shared(self, variant: str, seed: int) -> bool:
+        return (self.path / SHARED / run_name(variant, seed)).exists()
 
     def holds_work(self) -> bool:
         """Whether there is anything that a new start would have to repeat."""

@@ -127,6 +127,8 @@ def _validation(results: Results, narrow: bool) -> Drawing | None:
 
 def _seconds(results: Results, narrow: bool) -> Drawing | None:
     """The same against seconds of training, the mean over seeds."""
+    if results.shared:
+        return None
     curves, label, target = _validations(results, "step")
     for name, (steps, *rest) in list(curves.items()):
         elapsed = []

@@ -62,7 +62,7 @@ def write_report(results: Results, out: Path) -> Path:
         *section("Learning rates", _tuned(results)),
         *section("Matching", _matched(results)),
         *section("Plots", figures(plots)),
-        *section("Cost of training", numbers_table(*cost_table(results))),
+        *section("Cost of training", numbers_table(*cost_table(results)) + _sharing(results)),
         *section("Decoding", _decoding(results)),
         *section("Setup", facts_table(_facts(results))),
         *folded("Every run", _runs(results)),
@@ -202,6 +202,14 @@ def _seconds_of(results: Results):
         return None if step is None else step * variant.recipe.train.steps
 
     return seconds
+
+
+def _sharing(results: Results) -> str:
+    n = len(results.shared)
+    if not n:
+        return ""
+    runs = "All runs" if n == len(results.rows) else _count(n, "run")
+    return f"<p>{runs} shared a GPU with others; their speeds and times are not given.</p>"
 
 
 def _decoding(results: Results) -> str | None:

@@ -20,8 +20,8 @@ from fusedlm.compare.time_to_loss import (
     time_sentence,
 )
 from fusedlm.compare.tuning import Tuning, read_tunings, tuned_variants
-from fusedlm.config.experiment import Experiment
-from fusedlm.report.history import History, median, read_history
+from fusedlm.config.experiment import Experiment, run_name
+from fusedlm.report.history import History, median, read_history, total, without_times
 
 # Values of a run, which are the columns of results.csv.
 ROW = (
@@ -67,6 +67,7 @@ class Results:
     data: dict = field(default_factory=dict)  # counts of the text of the baseline, as its environment records them
     tunings: dict[str, Tuning] = field(default_factory=dict)  # by variant; empty: nothing was tuned
     baseline_bpb: float | None = None  # mean final loss of the baseline in validations during training, bits per byte
+    shared: tuple[str, ...] = ()  # runs that shared a GPU, whose times are left out
 
     @property
     def baseline(self) -> str:
@@ -166,6 +167,7 @@ class Results:
             "runs": self.rows,
             "environments": self.environments,
             "dates": list(self.dates),
+            "shared_gpu": list(self.shared),
         }
 
     def _variant_json(self, name: str) -> dict:
@@ -222,7 +224,7 @@ def collect(experiment: Experiment, variants: dict[str, Variant], folder: Experi
     """
     tunings = read_tunings(experiment, variants, folder)
     variants = tuned_variants(experiment, variants, tunings, folder)
-    rows, histories, environments, dates, backends, data = [], {}, [], set(), {}, {}
+    rows, histories, environments, dates, backends, data, shared = [], {}, [], set(), {}, {}, []
     for name, variant in variants.items():
         tuning = tunings.get(name)
         factor = tuning.best.factor if tuning and tuning.best else None
@@ -231,7 +233,11 @@ def collect(experiment: Experiment, variants: dict[str, Variant], folder: Experi
             record = folder.record(name, seed) if is_trained else tuning.lost
             history = None
             if record is not None and record["outcome"] != "failed" and is_trained:
-                history = histories[name, seed] = read_history(folder.run(name, seed))
+                history = read_history(folder.run(name, seed))
+                if folder.is_shared(name, seed):
+                    history = without_times(history)
+                    shared.append(run_name(name, seed))
+                histories[name, seed] = history
                 environment = folder.environment(name, seed)
                 for of_the_model in ("parameters", "optimizer"):
                     environment.pop(of_the_model, None)
@@ -246,7 +252,8 @@ def collect(experiment: Experiment, variants: dict[str, Variant], folder: Experi
     target = None
     if is_comparable(variants):
         target = add_time_to_loss(rows, histories, next(iter(variants)), experiment.weights)
-    return Results(experiment, variants, rows, histories, decoding, environments, days, backends, data, tunings, target)
+    facts = (environments, days, backends, data)
+    return Results(experiment, variants, rows, histories, decoding, *facts, tunings, target, tuple(shared))
 
 
 def _count_environment(environments: list[dict], found: dict) -> None:
@@ -275,7 +282,7 @@ def _row(variant: Variant, seed: int, record: dict | None, history: History | No
         "train_loss_last_10": _finite(np.mean(last[np.isfinite(last)])) if np.isfinite(last).any() else None,
         "tokens_per_second": median(steps["tokens_per_second"][settled]),
         "step_seconds": median(steps["step_seconds"][settled]),
-        "training_seconds": _finite(np.nansum(steps["step_seconds"])),
+        "training_seconds": total(steps["step_seconds"]),
         "peak_memory_bytes": int(np.nanmax(memory)) if np.isfinite(memory).any() else None,
         "skipped_steps": len(history.skipped),
     }

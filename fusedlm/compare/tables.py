@@ -93,7 +93,9 @@ def _ratio(found: Summary) -> tuple[str, str]:
     return _NONE if found.mean is None else f"{found.mean:.3f}", interval
 
 
-def _seconds(value: float) -> str:
+def _seconds(value: float | None) -> str:
+    if value is None:
+        return _NONE
     return f"{value:,.1f}" if value >= 10 else f"{value:.3g}"
 
 

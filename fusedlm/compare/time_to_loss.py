@@ -23,16 +23,18 @@ class TimeToLoss:
     n_runs: int
     n_reached: int
     steps: float | None  # mean over runs
-    seconds: float | None
+    seconds: float | None  # None too if steps of a run are not timed
     steps_ratio: Summary  # over seeds, to the mean of the baseline's totals
     seconds_ratio: Summary
 
 
 def seconds_of_validations(history: History) -> np.ndarray:
     """Seconds of training before each validation, (n,): those of steps, without validations and compilation. A step
-    that takes more than 5 times the median counts as the median."""
+    that takes more than 5 times the median counts as the median. NaN if no step is timed."""
     spent = history.steps["step_seconds"]
-    typical = median(spent) or 0.0
+    typical = median(spent)
+    if typical is None:
+        return np.full(len(history.validation["step"]), np.nan)
     spent = np.where(spent <= _COMPILATION * typical, spent, typical)  # also where it is NaN
     elapsed = np.concatenate([[0.0], np.cumsum(spent)])
     return elapsed[np.searchsorted(history.steps["step"], history.validation["step"], side="right")]
@@ -92,7 +94,8 @@ def add_time_to_loss(
         place = len(loss) - 1 if row["variant"] == baseline else crossing(loss, target)
         if place is not None and len(loss):
             at = np.arange(len(loss))
-            row |= {STEPS: float(np.interp(place, at, steps)), SECONDS: float(np.interp(place, at, seconds))}
+            spent = float(np.interp(place, at, seconds))
+            row |= {STEPS: float(np.interp(place, at, steps)), SECONDS: None if math.isnan(spent) else spent}
     return target
 
 
@@ -109,6 +112,10 @@ def summarise_time(rows: list[dict], of_baseline: list[dict]) -> TimeToLoss | No
     means, ratios = [], []
     for column in (STEPS, SECONDS):
         values = [row[column] for row in reached]
+        if None in values or any(row[column] is None for row in reference):
+            means.append(None)
+            ratios.append(summarise([]))
+            continue
         total = math.fsum(row[column] for row in reference) / len(reference)
         means.append(math.fsum(values) / len(values))
         ratios.append(summarise([value / total for value in values] if total > 0 else []))

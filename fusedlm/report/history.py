@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -42,6 +42,7 @@ _VALIDATION_COLUMNS = (
     "val_routed_flops_share",
     "val_moe_max_load",
 )
+_TIMES = ("tokens_per_second", "mfu", "loader_wait_seconds", "step_seconds")
 _LAYER_LOADS = "moe_layers"  # of each layer: entropy of the loads, highest over mean load, dead experts
 _LAYER_LOSS = "loss_"  # prefix of the losses of layers
 _SOURCE_TOKENS, _SOURCE_EPOCHS = "source_tokens_", "source_epochs_"  # prefixes, of several sources
@@ -136,6 +137,18 @@ def median(values: np.ndarray) -> float | None:
     """The median of the finite values; None if there are none."""
     finite = values[np.isfinite(values)]
     return float(np.median(finite)) if len(finite) else None
+
+
+def total(values: np.ndarray) -> float | None:
+    """The sum of the finite values; None if there are none."""
+    finite = values[np.isfinite(values)]
+    return float(finite.sum()) if len(finite) else None
+
+
+def without_times(history: History) -> History:
+    """The same without times of steps and what is computed from them."""
+    unknown = np.full(len(history.steps["step"]), np.nan)
+    return replace(history, steps=history.steps | dict.fromkeys(_TIMES, unknown))
 
 
 def half_life(n: int) -> int:

@@ -55,6 +55,14 @@ def one_fails(recipe, run_dir: Path, text: str, weights: str, send) -> dict:
     return {"outcome": "failed", "message": "by design", "final": None}
 
 
+def all_at_once(recipe, run_dir: Path, text: str, weights: str, send) -> dict:
+    """Waits until four runs have started. All fail, with the GPU that they saw."""
+    run_dir.mkdir(parents=True)
+    for name in ("latent-seed0", "softmax-seed0", "latent-seed1", "softmax-seed1"):
+        wait_for(run_dir.with_name(name))
+    return {"outcome": "failed", "message": f"on {os.environ[VISIBLE_GPUS]}", "final": None}
+
+
 def until_stopped(recipe, run_dir: Path, text: str, weights: str, send) -> dict:
     """Saves at SIGINT."""
     end = time.monotonic() + _LONGEST
