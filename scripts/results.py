@@ -17,6 +17,7 @@ from scripts.lengths_section import LENGTHS, draw_lengths, lengths_section, read
 from scripts.nanogpt_section import NANOGPT, nanogpt_section  # noqa: E402
 from scripts.ops_section import IMAGES, OPS, STEPS, draw_ops, ops_section  # noqa: E402
 from scripts.optimizer_section import OPTIMIZER_STEP, optimizer_section  # noqa: E402
+from scripts.switches_section import switches_section  # noqa: E402
 
 RUNS, EXPERIMENTS = "benchmarks/results", "benchmarks/results/experiments"
 EXTENSION = "benchmarks/results/probes/extend.json"  # as `fusedlm eval RUN --probe extend` wrote it
@@ -179,7 +180,7 @@ def experiments_section(records: list[dict]) -> str:
         return ""
     page = "\n# Experiments\n\nBy `fusedlm compare`: mean ± sample standard deviation over seeds; compare.md "
     page += "explains verdicts. Losses are in nats per token.\n"
-    return page + "".join(_experiment(record) for record in records)
+    return page + "".join(_experiment(record) for record in records) + switches_section(records)
 
 
 def _experiment(record: dict) -> str:
