@@ -9,7 +9,10 @@ from fusedlm.ops.low_precision.formats import TINY, Cast, Grid, padded
 
 def scale_of(amax: torch.Tensor, grid: Grid) -> torch.Tensor:
     """amax / largest, at least TINY; NaN where amax is not finite."""
-    scale = (amax.float() / grid.largest).clamp_min(TINY)
+    amax = amax.float()
+    # By a number, torch multiplies by its reciprocal on a GPU. A scale that is off by one bit rounds ties differently,
+    # of which values of 16 bits have many.
+    scale = (amax / torch.full_like(amax, grid.largest)).clamp_min(TINY)
     return torch.where(amax.isfinite(), scale, float("nan"))
 
 

@@ -39,7 +39,8 @@ def integer_scales(
         deviation_NGC = (weight_NGC - mean_NG[..., None]) * ones_1GC
         reach_NG = clip * (deviation_NGC.square().sum(-1) / count_1G).sqrt()
         limit_NG = torch.where(reach_NG < limit_NG / 1000, limit_NG, reach_NG)
-    return (limit_NG / largest_code(bits)).to(SCALE_DTYPE)
+    # By a tensor: by a number, torch multiplies by its reciprocal on a GPU, and devices would not agree.
+    return (limit_NG / torch.full_like(limit_NG, largest_code(bits))).to(SCALE_DTYPE)
 
 
 def integer_codes(
