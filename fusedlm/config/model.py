@@ -73,12 +73,12 @@ class RescaleConfig(Config):
 
 
 class BlockConfig(Config):
-    """Pre-norm residual block: x + mixer(norm(x)), then x + ffn(norm(x))."""
+    """Pre-norm residual block: x + mixer(norm(x)), then x + ffn(norm(x)) where there is a feed-forward."""
 
     mixer: MixerConfig
     """The sequence mixer, by its type."""
     ffn: FFNConfig
-    """The feed-forward, by its type."""
+    """The feed-forward, by its type; none: there is none."""
 
 
 class MTPConfig(Config):

@@ -63,6 +63,7 @@ FFN_CASES = {
         "{type: moe, n_experts: 0, top_k: 2, hidden: 16}",
     ],
 }
+NO_FFN = "{type: none}"  # a block of a mixer alone
 
 
 def part_model(mixer: str, ffn: str = "{type: swiglu, hidden: 48}", vocab_size: int = 61, extra: str = "") -> Decoder:

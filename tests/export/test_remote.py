@@ -20,7 +20,7 @@ from fusedlm.export.remote.target import FILE, remote_code
 from fusedlm.export.shards import write_weights
 from fusedlm.model import build_model
 from fusedlm.testing import randomise_
-from fusedlm.testing.models import FFN_CASES, MIXER_CASES, every_mixer_config, wired_config
+from fusedlm.testing.models import FFN_CASES, MIXER_CASES, NO_FFN, every_mixer_config, wired_config
 
 pytest.importorskip("transformers")
 
@@ -47,6 +47,8 @@ CONFIGS = {
         for kind in ("attention", "gdn")
     },
     "feed-forwards": _config(*((MIXER_CASES["attention"][0], case) for cases in FFN_CASES.values() for case in cases)),
+    "alone": _config((MIXER_CASES["mamba2"][0], NO_FFN), (MIXER_CASES["attention"][0], NO_FFN)),
+    "some-alone": _config((MIXER_CASES["mamba2"][0], NO_FFN), (MIXER_CASES["attention"][0], SWIGLU), extra=MUP),
     "wired": wired_config("avgav", embedding_std=0.5, mtp={"depth": 1}),
     "yarn": every_mixer_config(yarn={"factor": 4.0, "trained_length": 32}),
     "mup": _config(*((MIXER_CASES[kind][0], SWIGLU) for kind in MIXER_CASES), extra=MUP),
