@@ -32,6 +32,9 @@ class AttentionConfig(Config):
     """Gains of qk_norm. head: one per query head; dim: one per dimension of q and of k, for all heads (Qwen3)."""
     window: Length | None = None
     """Each token attends to itself and the window - 1 tokens before it; null: to all."""
+    output_gate: bool = False
+    """Multiplies the output of the heads by sigmoid(W x), element by element, before the last projection
+    (arXiv 2505.06708)."""
     xsa: bool = False
     """Exclusive self-attention: removes the component along the token's own value from the output."""
     value_residual: bool = False

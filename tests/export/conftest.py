@@ -37,8 +37,12 @@ TRAINED = [
     "phi3-window",
     "deepseek_v3-q_rank",
     "deepseek_v3-moe",
-    "qwen3_5",
+    "qwen3_5-gate",
     "bamba",
+    "granitemoehybrid",
+    "nemotron_h",
+    "nemotron_h-moe",
+    "mamba2",
 ]
 BYTES = "arcee"
 

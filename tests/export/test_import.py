@@ -17,7 +17,7 @@ from tests.export.cases import CASES
 from tests.export.conftest import BYTES, TRAINED
 
 # Whose embedding is not folded, so that every number is one of the run.
-EXACT = ["llama-tied", "granite"]
+EXACT = ["llama-tied", "granite", "granitemoehybrid"]
 
 
 @pytest.mark.parametrize("name", TRAINED)
@@ -143,12 +143,12 @@ REFUSED = {
     "layers": ("qwen3-window", _edit(layer_types=["full_attention"]), 'layer_types=["full_attention"]'),
     "no window": ("qwen3-window", _edit(sliding_window=None), "sliding_window=null"),
     "gate": (
-        "qwen3_5",
+        "qwen3_5-gate",
         _tensor(lambda t: t["model.layers.1.self_attn.q_proj.weight"].fill_(1.0)),
         "q_proj.weight' has an output gate",
     ),
-    "grouped keys": ("qwen3_5", _edit(linear_num_key_heads=1), "linear_num_key_heads=1"),
-    "kinds of layers": ("qwen3_5", _edit(layer_types=["full_attention"] * 3), "layer_types="),
+    "grouped keys": ("qwen3_5-gate", _edit(linear_num_key_heads=1), "linear_num_key_heads=1"),
+    "kinds of layers": ("qwen3_5-gate", _edit(layer_types=["full_attention"] * 4), "layer_types="),
     "limited steps": ("bamba", _edit(time_step_limit=[0.0, 1.0]), "time_step_limit=[0.0, 1.0]"),
     "bias of the convolution": ("bamba", _edit(mamba_conv_bias=None), "mamba_conv_bias=true"),
     "no attention": ("bamba", _edit(attn_layer_indices=[]), "attn_layer_indices=[]"),

@@ -18,7 +18,10 @@ Q_GAIN = 1.5  # initial learnt gain on normalised queries: unit vectors alone ca
 
 
 class Attention(Module):
-    """Multi-head attention, its keys and values shared by groups of query heads."""
+    """Multi-head attention, its keys and values shared by groups of query heads.
+
+    With output_gate the output of the heads is multiplied by sigmoid(W_g x), element by element, before the last
+    projection (arXiv 2505.06708)."""
 
     branch_end = "out"
 
@@ -34,6 +37,7 @@ class Attention(Module):
         qk_norm: bool = True,
         qk_gain: str = "head",
         window: int | None = None,
+        output_gate: bool = False,
         xsa: bool = False,
         value_residual: bool = False,
         value_embedding: int | None = None,
@@ -49,7 +53,12 @@ class Attention(Module):
         self.scale = self.head_dim**-0.5
         self.heads = [self.n_heads, self.n_kv_heads, self.n_kv_heads]  # of q, k and v
         widths = [heads * self.head_dim for heads in self.heads]
-        self.qkv = Linear(dim, sum(widths), splits=dict(zip("qkv", widths, strict=True)))
+        splits = dict(zip("qkv", widths, strict=True))
+        if output_gate:
+            self.heads.append(self.n_heads)
+            splits["gate"] = widths[0]
+        self.output_gate = output_gate
+        self.qkv = Linear(dim, sum(splits.values()), splits=splits)
         self.out = Linear(self.n_heads * self.head_dim, dim, zero=True)
         by_dim = qk_norm and qk_gain == "dim"
         if by_dim:
@@ -77,7 +86,7 @@ class Attention(Module):
 
     def forward(self, x_BTD, context: Context, state: list | None = None) -> torch.Tensor:
         qkv = self.qkv(x_BTD).unflatten(-1, (-1, self.head_dim))
-        q, k, v = qkv.split(self.heads, dim=2)
+        q, k, v, *gate = qkv.split(self.heads, dim=2)
         if self.value_embedding is not None:
             v = self.value_embedding(v.flatten(-2), context).view_as(v)
         if self.value_residual is not None:
@@ -108,6 +117,8 @@ class Attention(Module):
             )
         if self.xsa:
             y = exclude_own_value(y, own, backend=self.backend("exclude_own_value"))
+        if self.output_gate:
+            y = y * gate[0].sigmoid()
         return self.out(y.flatten(-2))
 
     def _rotated(self, qkv, q, k, context: Context) -> tuple[torch.Tensor, torch.Tensor]:
@@ -157,8 +168,8 @@ class Attention(Module):
         return self.qkv.flops(n_tokens) + embedded + attend + self.out.flops(n_tokens)
 
     def saved_elements(self) -> float:
-        """Queries and keys after norm and rotary embedding."""
-        return (self.n_heads + self.n_kv_heads) * self.head_dim
+        """Queries and keys after norm and rotary embedding, and the output before a gate."""
+        return (self.n_heads * (1 + self.output_gate) + self.n_kv_heads) * self.head_dim
 
     def rope_specs(self) -> set[tuple[int, float]]:
         return {self.rope}
