@@ -36,11 +36,13 @@ class Block(Module):
         layer: int = 0,
         value_sources: set | None = None,
         depth_scaled_norms: bool = False,
+        norm_gain: bool = True,
         mixes_x0: bool = False,
         takes_skip: bool = False,
     ):
         """mixer, ffn: the keyword arguments of each and its `type`; that of ffn is none where there is none.
-        depth_scaled_norms: the outputs of both norms are multiplied by 1 / sqrt(layer + 1)."""
+        depth_scaled_norms: the outputs of both norms are multiplied by 1 / sqrt(layer + 1). norm_gain: whether both
+        have gains."""
         super().__init__()
         shared = {"dim": dim, "norm_eps": norm_eps, "layer": layer, "value_sources": value_sources}
         norm_scale = (layer + 1) ** -0.5 if depth_scaled_norms else None
@@ -50,11 +52,11 @@ class Block(Module):
         if mixes_x0:
             self.add_parameter("mix_x", (dim,), Role("gate"), Constant(1.0))
             self.add_parameter("mix_x0", (dim,), Role("gate"), Constant(0.0))
-        self.mixer_norm = RMSNorm(dim, norm_eps, norm_scale)
+        self.mixer_norm = RMSNorm(dim, norm_eps, norm_scale, has_gain=norm_gain)
         self.mixer = MIXERS[mixer["type"]](**shared, **_without_type(mixer))
         self.ffn_norm = self.ffn = None
         if ffn["type"] != "none":
-            self.ffn_norm = RMSNorm(dim, norm_eps, norm_scale)
+            self.ffn_norm = RMSNorm(dim, norm_eps, norm_scale, has_gain=norm_gain)
             self.ffn = FFNS[ffn["type"]](dim=dim, **_without_type(ffn))
         self.dropout = torch.nn.Dropout(dropout)
         self.recomputes = False
@@ -149,7 +151,7 @@ class Block(Module):
         used = [use for part in self.parts() for use in part.ops(device)]
         used.append(OpUse("token_linear", "token_linear", {}))
         if self.mixes_x0 or self.takes_skip:
-            used.append(OpUse("mix_inputs", "mix_inputs", {"width": len(self.mixer_norm.weight)}))
+            used.append(OpUse("mix_inputs", "mix_inputs", {"width": self.mixer_norm.dim}))
         if quantized_layers(self):
             used.append(OpUse("quantized_linear", "quantized_linear", {}))
         used += [layer.op() for layer in low_precision_layers(self).values()][:1]

@@ -17,6 +17,7 @@ MIXER_CASES = {
         "{type: attention, n_heads: 4, n_kv_heads: 2, rope_dim: 6, qk_gain: dim}",
         "{type: attention, n_heads: 2, window: 5, xsa: true, value_residual: true}",
         "{type: attention, n_heads: 4, n_kv_heads: 2, xsa: true, output_gate: true}",
+        "{type: attention, n_heads: 2, qk_gain: none}",
     ],
     "mla": [
         "{type: mla, n_heads: 4, kv_rank: 12, rope_dim: 4}",

@@ -45,6 +45,18 @@ CASES = {
     "arcee-tied": ("arcee", f"{{type: attention, {GROUPED}}}", "{type: relu2}", ""),
     "phi3": ("phi3", f"{{type: attention, {GROUPED}, rope_dim: 4}}", SWIGLU, UNTIED),
     "phi3-window": ("phi3", f"{{type: attention, {GROUPED}, rope_dim: 6, window: 5}}", SWIGLU, ""),
+    "nanochat": (
+        "nanochat",
+        "{type: attention, n_heads: 4, n_kv_heads: 2, qk_gain: none, rope_base: 500.0}",
+        "{type: relu2, hidden: 40}",
+        f"{UNTIED}, embedding_norm: true, norm_gain: false, logit_softcap: 15.0",
+    ),
+    "nanochat-tied": (
+        "nanochat",
+        "{type: attention, n_heads: 2, qk_gain: none}",
+        "{type: relu2}",
+        "embedding_norm: true, norm_gain: false",
+    ),
     "deepseek_v3": (
         "deepseek_v3",
         "{type: mla, n_heads: 4, kv_rank: 12, rope_dim: 6}",

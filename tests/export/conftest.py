@@ -35,6 +35,7 @@ TRAINED = [
     "granite",
     "arcee",
     "phi3-window",
+    "nanochat",
     "deepseek_v3-q_rank",
     "deepseek_v3-moe",
     "qwen3_5-gate",

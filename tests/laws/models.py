@@ -29,6 +29,10 @@ def parts():
         lambda: part_model(MIXER_CASES["gdn"][0], vocab_size=VOCAB, extra="tie_embeddings: false, logit_softcap: 5.0"),
         id="untied-softcap",
     )
+    yield pytest.param(
+        lambda: part_model(MIXER_CASES["attention"][0], extra="embedding_norm: true, norm_gain: false, smear: true"),
+        id="norms-without-gain",
+    )
     yield pytest.param(lambda: build_model(wired_config(), vocab_size=VOCAB), id="wired")
 
 

@@ -13,6 +13,7 @@ CASES = [
     "{type: attention, n_heads: 2, rope_dim: 0, qk_norm: false}",
     "{type: attention, n_heads: 4, n_kv_heads: 1, window: 5}",
     "{type: attention, n_heads: 4, n_kv_heads: 2, output_gate: true}",
+    "{type: attention, n_heads: 2, qk_gain: none}",
 ]
 N = 17
 
@@ -44,7 +45,7 @@ def _by_definition(mixer, x_TD, n_heads, n_kv_heads, width, rope_dim, base, qk_n
     q, k, v = (x.unflatten(-1, (-1, width)) for x in (q, k, v))
     if qk_norm:
         q, k = (x / (x.square().mean(-1, keepdim=True) + 1e-6).sqrt() for x in (q, k))
-        q = q * mixer.q_gain[:, None]
+        q = q if mixer.q_gain is None else q * mixer.q_gain[:, None]
     q, k = (_rotated(x, rope_dim, base) for x in (q, k))
     rows = []
     for t in range(N):
@@ -65,6 +66,7 @@ SIZES = [  # n_heads, n_kv_heads, head_dim, rope_dim, rope_base, qk_norm, window
     (2, 2, 16, 0, 10_000.0, False, None),
     (4, 1, 8, 8, 10_000.0, True, 5),
     (4, 2, 8, 8, 10_000.0, True, None),
+    (2, 2, 16, 16, 10_000.0, True, None),
 ]
 
 

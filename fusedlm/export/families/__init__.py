@@ -5,6 +5,7 @@ from fusedlm.export.families.base import Family, Obstacle
 from fusedlm.export.families.hybrid import Qwen35
 from fusedlm.export.families.latent import DeepseekV3
 from fusedlm.export.families.mamba import Bamba, GraniteMoeHybrid
+from fusedlm.export.families.nanochat import NANOCHAT
 from fusedlm.export.families.single import Mamba2, NemotronH
 from fusedlm.export.families.softmax import ARCEE, GRANITE, LLAMA, MISTRAL, PHI3, QWEN3
 from fusedlm.model import build_model
@@ -17,6 +18,7 @@ FAMILIES: tuple[Family, ...] = (
     GRANITE,
     ARCEE,
     PHI3,
+    NANOCHAT,
     DeepseekV3(),
     Qwen35(),
     Bamba(),

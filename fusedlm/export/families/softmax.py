@@ -46,7 +46,7 @@ class SoftmaxFamily(Family):
     """Attention and one type of feed-forward.
 
     ffn: type of the feed-forward.
-    qk_norm: whether queries and keys have norms, with a gain per dimension.
+    qk_norm: whether queries and keys have norms. qk_gain: the gains of these.
     window: whether it has a sliding window. mixed_windows: whether some layers can have it and others not.
     rope: what of a head is rotated: all, part (at least one pair), none, or "all or none".
     yarn: whether it has YaRN. output_gate: whether it has an output gate.
@@ -61,6 +61,7 @@ class SoftmaxFamily(Family):
     architecture: str
     ffn: str = "swiglu"
     qk_norm: bool = False
+    qk_gain: str = "dim"
     window: bool = False
     mixed_windows: bool = False
     rope: str = "all"
@@ -71,7 +72,7 @@ class SoftmaxFamily(Family):
     keeps_embedding_scale: bool = False
 
     def obstacles(self, model):
-        found = wiring_obstacles(model, self.label)
+        found = self.wiring_obstacles(model)
         if types := type_obstacles(model, self.label, ("attention",), (self.ffn,)):
             return found + types
         if model.yarn is not None and not self.yarn:
@@ -83,6 +84,10 @@ class SoftmaxFamily(Family):
         for name, block in used_blocks(model).items():
             found += self.mixer_obstacles(f"model.blocks.{name}", model, block)
         return found
+
+    def wiring_obstacles(self, model: ModelConfig) -> list[Obstacle]:
+        """Of what stands between embedding, blocks and head."""
+        return wiring_obstacles(model, self.label)
 
     def _shape(self, model: ModelConfig, block: BlockConfig) -> dict[str, Any]:
         return attention_shape(model, block) | {"ffn.hidden": hidden_width(model, block)}
@@ -98,8 +103,8 @@ class SoftmaxFamily(Family):
         if mixer.qk_norm != self.qk_norm:
             reason = f"{label} has it; set true" if self.qk_norm else f"{label} has none; set false"
             found.append(Obstacle(f"{where}.mixer.qk_norm", mixer.qk_norm, reason))
-        elif self.qk_norm and mixer.qk_gain != "dim":
-            reason = f"{label} has gains per dimension; set dim"
+        elif self.qk_norm and mixer.qk_gain != self.qk_gain:
+            reason = f"{label} has {_GAINS[self.qk_gain]}; set {self.qk_gain}"
             found.append(Obstacle(f"{where}.mixer.qk_gain", mixer.qk_gain, reason))
         if (width := mixer.value_embedding) is not None:
             found.append(Obstacle(f"{where}.mixer.value_embedding", width, f"{label} has none; set null"))
@@ -164,7 +169,7 @@ class SoftmaxFamily(Family):
             "rope_dim": int(head_dim * fraction) if self.rope == "part" else None,
             "rope_base": base,
             "qk_norm": self.qk_norm,
-            "qk_gain": "dim" if self.qk_norm else "head",
+            "qk_gain": self.qk_gain if self.qk_norm else "head",
             "window": config.integer("sliding_window", None) if self.window and not self.mixed_windows else None,
         }
         ffn = {"type": self.ffn, "hidden": config.integer("intermediate_size")}
@@ -205,7 +210,8 @@ class SoftmaxFamily(Family):
             return [same(f"{ours}.qkv.weight", f"{theirs}.qkv_proj.weight"), out]
         heads = {"q": shape["mixer.n_heads"], "k": shape["mixer.n_kv_heads"], "v": shape["mixer.n_kv_heads"]}
         parts = {f"{theirs}.{name}_proj.weight": n * shape["mixer.head_dim"] for name, n in heads.items()}
-        norms = [same(f"{ours}.{name}_gain", f"{theirs}.{name}_norm.weight") for name in "qk" if self.qk_norm]
+        has_gains = self.qk_norm and self.qk_gain == "dim"
+        norms = [same(f"{ours}.{name}_gain", f"{theirs}.{name}_norm.weight") for name in "qk" if has_gains]
         return [rows(f"{ours}.qkv.weight", parts), *norms, out]
 
     def _ffn_rules(self, ours: str, theirs: str, hidden: int) -> list[Rule]:
@@ -297,6 +303,7 @@ def _read_windows(config: ConfigJSON, tree: dict) -> None:
         tree["pattern"] = "".join("w" if kind == _SLIDING else "a" for kind in types)
 
 
+_GAINS = {"dim": "gains per dimension", "none": "no gains"}
 # By what a class rotates of a head: whether so many of so many dimensions fit, and what it does.
 _ROPE = {
     "all": (lambda rope_dim, head_dim: rope_dim == head_dim, "rotates all of a head; set null"),

@@ -49,7 +49,8 @@ class Attention(Module):
         self.n_heads, self.n_kv_heads = n_heads, n_kv_heads or n_heads
         self.head_dim = head_dim or dim // n_heads
         self.rope = (self.head_dim if rope_dim is None else rope_dim, rope_base)
-        self.window, self.xsa, self.eps = window, xsa, norm_eps
+        self.window, self.xsa = window, xsa
+        self.qk_eps = norm_eps if qk_norm else None
         self.scale = self.head_dim**-0.5
         self.heads = [self.n_heads, self.n_kv_heads, self.n_kv_heads]  # of q, k and v
         widths = [heads * self.head_dim for heads in self.heads]
@@ -64,7 +65,7 @@ class Attention(Module):
         if by_dim:
             self.add_parameter("q_gain", (self.head_dim,), Role("gain"), Constant(Q_GAIN))
             self.add_parameter("k_gain", (self.head_dim,), Role("gain"), Constant(1.0))
-        elif qk_norm:
+        elif qk_norm and qk_gain == "head":
             self.add_parameter("q_gain", (self.n_heads,), Role("per_head"), Constant(Q_GAIN))
         else:
             self.q_gain = None
@@ -125,16 +126,16 @@ class Attention(Module):
         """Queries and keys with norm, gain and rotary embedding."""
         table, backend = context.rope[self.rope], self.backend("rmsnorm_rope")
         if self.k_gain is not None:
-            q, k = rms_norm(q, self.eps, self.q_gain), rms_norm(k, self.eps, self.k_gain)
+            q, k = rms_norm(q, self.qk_eps, self.q_gain), rms_norm(k, self.qk_eps, self.k_gain)
             return apply_rope(q, table), apply_rope(k, table)
         if not torch.is_grad_enabled() and runs_fused("rmsnorm_rope", backend, qkv):
-            eps = None if self.q_gain is None else self.eps
             qk = qkv[:, :, : self.n_heads + self.n_kv_heads]
-            rotated = rmsnorm_rope(qk, *table, eps=eps, gain_H=self.q_gain, backend=backend)
+            rotated = rmsnorm_rope(qk, *table, eps=self.qk_eps, gain_H=self.q_gain, backend=backend)
             return rotated.split(self.heads[:2], dim=2)
+        if self.qk_eps is not None:
+            q, k = rms_norm(q, self.qk_eps), rms_norm(k, self.qk_eps)
         if self.q_gain is not None:
-            q = (rms_norm(q, self.eps) * self.q_gain[:, None]).to(qkv.dtype)
-            k = rms_norm(k, self.eps)
+            q = (q * self.q_gain[:, None]).to(qkv.dtype)
         return apply_rope(q, table), apply_rope(k, table)
 
     def _appended(self, q, k, v, context: Context, state: list) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -148,7 +149,7 @@ class Attention(Module):
             values.flatten(2),
             context.starts_B,
             *context.rope[self.rope],
-            eps=None if self.q_gain is None else self.eps,
+            eps=self.qk_eps,
             gain_H=self.q_gain,
             backend=self.backend("rope_append"),
         )
