@@ -113,7 +113,7 @@ CASES = {
         "granitemoehybrid",
         f"{{type: attention, {GROUPED}, rope_base: 500.0}}",
         SWIGLU,
-        "pattern: amm, m: {mixer: {type: mamba2, n_heads: 4, head_dim: 8, n_groups: 2, conv_size: 3, chunk_size: 16}, "
+        "pattern: amm, m: {mixer: {type: mamba2, n_heads: 4, head_dim: 16, n_groups: 2, conv_size: 3, chunk_size: 16}, "
         "ffn: {type: swiglu, hidden: 48}}",
     ),
     "granitemoehybrid-recurrent": (

@@ -321,6 +321,7 @@ def test_what_stands_in_the_way_of_llama_cpp():
     assert "model.pattern=" in named("qwen3_5-tied") and "value_head_dim=10" in named("qwen3_5-tied")
     assert "model.blocks.m.mixer.head_dim=8" in named("bamba-groups")
     assert "model.blocks.a.ffn.type=" in named("nemotron_h-moe") and named("nemotron_h") == ""
+    assert "has layers of attention too" in named("granitemoehybrid-recurrent")
     assert named("llama") == "" and named("phi3") == "" and "window=5" in named("phi3-window")
 
 

@@ -44,8 +44,10 @@ def obstacles(family: Family, model: ModelConfig) -> list[Obstacle]:
             found.append(Obstacle(f"model.blocks.{name}.mixer.window", window, reason))
     if family.name == "qwen3_5":
         found += _interval_obstacles(model)
-    if family.name == "nemotron_h" and all(block.mixer.type != "mamba2" for block in used_blocks(model).values()):
-        found.append(Obstacle("model.pattern", model.pattern, "llama.cpp's nemotron_h has layers of mamba2"))
+    mixers = {block.mixer.type for block in used_blocks(model).values()}
+    if family.name in ("nemotron_h", "granitemoehybrid") and (missing := {"mamba2", "attention"} - mixers):
+        reason = f"llama.cpp's {ARCHITECTURES[family.name].name} has layers of {missing.pop()} too"
+        found.append(Obstacle("model.pattern", model.pattern, reason))
     for name, block in used_blocks(model).items():
         mixer, where = block.mixer, f"model.blocks.{name}.mixer"
         if family.name == "nemotron_h" and block.ffn.type == "moe":
@@ -234,7 +236,9 @@ def _nemotron_h(config: dict) -> dict[str, Any]:
         "attention.key_length": head_dim,
         "attention.value_length": head_dim,
         "attention.layer_norm_rms_epsilon": float(config["layer_norm_epsilon"]),
-        "rope.dimension_count": head_dim,  # asked for, and not used
+        # Asked for, and not used.
+        "attention.layer_norm_epsilon": float(config["layer_norm_epsilon"]),
+        "rope.dimension_count": head_dim,
         "ssm.conv_kernel": config["conv_kernel"],
         "ssm.state_size": config["ssm_state_size"],
         "ssm.group_count": config["n_groups"],
