@@ -150,7 +150,7 @@ def _explain(recipe, family: str | None, as_json: bool) -> None:
         return
     for name, found in every.items():
         fit = f"{len(found)} key{'s' * (len(found) > 1)} in the way" if found else "fits"
-        print(f"{name:12} {family_named(name).architecture:24} {fit}")
+        print(f"{name:17} {family_named(name).architecture:28} {fit}")
     shown = family_named(family).name if family else next(iter(every))
     if every[shown]:
         print(f"\nin the way of {shown}:")

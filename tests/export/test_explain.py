@@ -179,7 +179,7 @@ def test_explain_reads_recipes_and_runs(cases, capsys, tmp_path, monkeypatch):
     assert '  model.blocks.a.ffn.type="swiglu": Arcee has relu2' in capsys.readouterr().out
     assert main(["export", "gpt-350m", "--explain"]) == 0
     out = capsys.readouterr().out
-    assert "arcee        ArceeForCausalLM         1 key in the way" in out
+    assert "arcee             ArceeForCausalLM             1 key in the way" in out
     assert out.endswith("in the way of arcee:\n  model.blocks.a.mixer.qk_norm=true: Arcee has none; set false\n")
     assert main(["export", "gpt-350m", "--explain", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
