@@ -38,6 +38,7 @@ def _config(*blocks: tuple[str, str], extra: str = "") -> ModelConfig:
     return ModelConfig.model_validate(tree | {"blocks": dict(zip(letters, parts, strict=True))})
 
 
+GAINLESS = "embedding_norm: true, norm_gain: false"
 MUP = "mup: {base_width: 16, base_depth: 2}, depth_scaled_norms: true, logit_softcap: 15.0"
 # All cases of a mixer in one model, so that every option is there; and some alone, so that what they leave out is.
 CONFIGS = {
@@ -47,7 +48,7 @@ CONFIGS = {
         for kind in ("attention", "gdn")
     },
     "feed-forwards": _config(*((MIXER_CASES["attention"][0], case) for cases in FFN_CASES.values() for case in cases)),
-    "alone": _config((MIXER_CASES["mamba2"][0], NO_FFN), (MIXER_CASES["attention"][0], NO_FFN)),
+    "alone": _config((MIXER_CASES["mamba2"][0], NO_FFN), (MIXER_CASES["attention"][0], NO_FFN), extra=GAINLESS),
     "some-alone": _config((MIXER_CASES["mamba2"][0], NO_FFN), (MIXER_CASES["attention"][0], SWIGLU), extra=MUP),
     "wired": wired_config("avgav", embedding_std=0.5, mtp={"depth": 1}),
     "yarn": every_mixer_config(yarn={"factor": 4.0, "trained_length": 32}),

@@ -124,6 +124,7 @@ _NAMES = {
     "mlp": _DENSE,
     "moe": _EXPERTS,
 }
+_LEAST_STEP = 1e-30  # below every step that changes a state in float32
 _EXPERT_DEFAULTS = {
     "num_experts_per_tok": 2,
     "n_routed_experts": 8,
@@ -298,9 +299,6 @@ def _mamba_keys(model: ModelConfig, block: BlockConfig | None) -> dict[str, Any]
         "use_conv_bias": False,
         "time_step_min": _LEAST_STEP,
     }
-
-
-_LEAST_STEP = 1e-30
 
 
 def _read_mamba(config: ConfigJSON) -> dict[str, Any]:
