@@ -28,8 +28,8 @@ def activation_bytes(model: Decoder, n_tokens: int, dtype: torch.dtype, recomput
     per_token = 0.0
     for block in model.all_blocks():
         mixer = _recomputed_mixer(block.mixer, dtype) if recompute else _mixer(block.mixer, model.dim, dtype)
-        per_token += mixer + _feed_forward(block.ffn, model.dim, dtype)
-        per_token += 2 * model.dim * (model.dropout.p > 0)  # masks, one byte per element
+        per_token += mixer + (0 if block.ffn is None else _feed_forward(block.ffn, model.dim, dtype))
+        per_token += len(block.parts()) * model.dim * (model.dropout.p > 0)  # masks, one byte per element
     per_token += (2 * model.dim + _input_elements(model)) * dtype.itemsize  # embedding, and the input of the head
     # Embedding moved, concatenation of both norms, projection, and the input of the head.
     per_token += 5 * model.dim * len(model.mtp or ()) * dtype.itemsize
