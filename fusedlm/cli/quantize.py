@@ -26,7 +26,7 @@ def quantize(
     run: RunArgument,
     format: Annotated[
         str,
-        typer.Option(metavar="mxfp4|int4|fp8|int8|int2..int8|mixed", help="Format of hidden matrices."),
+        typer.Option(metavar="mxfp4|int4|fp8|int8|int2..int8|mixed|coded", help="Format of hidden matrices."),
     ],
     out: Annotated[Path, typer.Option(metavar="DIR", help="Folder of the quantised run.", show_default=False)],
     storage: Annotated[
@@ -95,7 +95,8 @@ def quantize(
         typer.Option(
             parser=integer,
             metavar="BYTES",
-            help="Most bytes of all tensors, with format mixed: each matrix gets a width of its own.",
+            help="Most bytes of all tensors: format mixed gives each matrix a width of its own, coded a step for codes "
+            "that are entropy-coded.",
             show_default=False,
         ),
     ] = None,

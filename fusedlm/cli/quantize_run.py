@@ -61,7 +61,7 @@ def quantized(request: "Request", loaded, out: Path, identity: dict, progress: R
 
     if request.calibrate == "plain":
         return quantize_in_order(loaded.model, _choices(request, loaded, None, progress))
-    calibration = _calibration(request, loaded, progress)
+    calibration = calibration_of(request, loaded, progress)
     settings = asdict(request) | identity | {"text": loaded.text, "device": loaded.device.type}
     unfinished = UnfinishedFolder(out, settings | {"dtype": str(loaded.dtype), "step": loaded.step})
     choices = _choices(request, loaded, calibration, progress)
@@ -77,7 +77,7 @@ def _choices(request, loaded, calibration, progress):
         raise ValueError(f"--{str(error).replace('=', ' ', 1)}") from None
 
 
-def _calibration(request, loaded, progress):
+def calibration_of(request: "Request", loaded, progress: ReportProgress):
     """Batches of the text that the run was trained with, in an order of the request's seed; never of what it held
     out."""
     from fusedlm.data.training_text import open_training_text
