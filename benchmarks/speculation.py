@@ -44,11 +44,14 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
     device = resolve_device("auto")
-    model, _, recipe = fusedlm.load(arguments.run, device=device)
     dtype = resolve_dtype("auto", device)
-    if model.mtp is None:
-        parser.error(f"{arguments.run}: the model has no multi-token prediction to draft with")
-    prompts = passages(recipe, max(arguments.batches), arguments.prompt)
+    try:
+        model, _, recipe = fusedlm.load(arguments.run, device=device)
+        if model.mtp is None:
+            raise ValueError(f"{arguments.run}: the model has no multi-token prediction to draft with")
+        prompts = passages(recipe, max(arguments.batches), arguments.prompt)
+    except ValueError as error:
+        parser.error(str(error))
     record = {"name": "speculation", "command": shlex.join(["python", "benchmarks/speculation.py", *sys.argv[1:]])}
     record |= {"recipe": recipe.name, "parameters": count_parameters(model).total, "modules": len(model.mtp)}
     record |= {"prompt_tokens": arguments.prompt, "tokens": arguments.tokens}

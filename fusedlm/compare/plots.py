@@ -170,7 +170,7 @@ def _difference(results: Results, narrow: bool) -> Drawing | None:
 
     others = [name for name in results.variants if name != results.baseline]
     curves = _curves(results, difference, others, [seed for seed in results.experiment.seeds if seed in at_base])
-    if not curves:
+    if not _are_lines(curves):
         return None
     figure, axes = _with_legend(results, curves, narrow)
     power, word = power_of(max(x[-1] for x, *_ in curves.values()))
@@ -322,7 +322,7 @@ def _lines(
     axis: str = "Tokens",
 ) -> Drawing | None:
     """Args: target: of the dashed line, the baseline's final loss."""
-    if not curves:
+    if not _are_lines(curves):
         return None
     figure, axes = _with_legend(results, curves, narrow)
     power, word = power_of(max(x[-1] for x, *_ in curves.values()))
@@ -343,6 +343,11 @@ def _lines(
     if name == "training" and (most := max(len(x) for x, *_ in curves.values())) >= 20:
         caption += f" Smoothed on both sides with a half-life of {_count(half_life(most), 'step')}."
     return Drawing(name, title, _complete(results, caption + _overflow(curves)), figure, wide=True)
+
+
+def _are_lines(curves: dict) -> bool:
+    """Whether a curve has two points: one alone is the final loss, which has a plot of its own."""
+    return any(len(x) > 1 for x, *_ in curves.values())
 
 
 def _with_legend(results: Results, names, narrow: bool) -> tuple[Figure, Axes]:

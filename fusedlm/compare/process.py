@@ -13,6 +13,7 @@ from multiprocessing.connection import Connection, wait
 from typing import Any
 
 import torch
+from torch._inductor import config as inductor_config
 
 from fusedlm.compare.gpus import VISIBLE_GPUS
 from fusedlm.runs.signals import StopSignal
@@ -20,6 +21,7 @@ from fusedlm.runs.signals import StopSignal
 Report = Callable[[str, object], None]  # called in this process with (kind, content) from the work
 
 _POLL_SECONDS = 0.2
+_COMPILE_THREADS = "TORCHINDUCTOR_COMPILE_THREADS"  # torch's own setting
 
 
 class Stopped(Exception):
@@ -58,17 +60,18 @@ def run_tasks(tasks: Iterable[Task], gpus: Sequence[str | None], must_stop: Call
 
     A task is taken from `tasks` when a GPU is free for it. Once `must_stop` is true no other is taken, and those that
     run receive SIGINT once; they are given too. Closing the generator kills them instead. All of it happens in the
-    calling thread.
+    calling thread. The processes share the threads of this one, and those that compile: with as many for each as there
+    are cores, they would mostly wait for each other.
 
     Args:
         gpus: values of CUDA_VISIBLE_DEVICES, one for each process that may run; None: the process sees what this one
             sees.
     """
-    left, free, running = iter(tasks), list(gpus), []
+    left, free, running, n_threads = iter(tasks), list(gpus), [], _share(torch.get_num_threads(), len(gpus))
     try:
         while True:
             while free and not must_stop() and (task := next(left, None)) is not None:
-                running.append(Child(task, free.pop(0), must_stop))
+                running.append(Child(task, free.pop(0), must_stop, n_threads))
             if not running:
                 return
             if must_stop():
@@ -94,14 +97,16 @@ class Child:
     Warnings that the work logs are reported as ("warning", text).
     """
 
-    def __init__(self, task: Task, gpu: str | None, must_stop: Callable[[], bool]):
+    def __init__(self, task: Task, gpu: str | None, must_stop: Callable[[], bool], n_threads: int):
         self.task, self.gpu = task, gpu
         self._must_stop = must_stop
         self._interrupted = False
         self._outcome: tuple[str, Any] | None = None
         context = _context()
         self.connection, theirs = context.Pipe(duplex=False)
-        settings = (os.getcwd(), torch.get_num_threads(), gpu)
+        # Number of threads that compile; None: as many as the user has set.
+        n_compiling = None if _COMPILE_THREADS in os.environ else n_threads
+        settings = (os.getcwd(), n_threads, n_compiling, gpu)
         # Not a daemon: daemons cannot start processes, and compilation may.
         self._process = context.Process(target=_run, args=(theirs, settings, task.work, task.arguments))
         self._process.start()
@@ -157,6 +162,10 @@ class Child:
         raise ValueError(f"its process ended by {reason}; signal 9 can mean that the machine is out of memory")
 
 
+def _share(n_threads: int, n_processes: int) -> int:
+    return max(1, n_threads // max(1, n_processes))
+
+
 @functools.cache
 def _context():
     context = multiprocessing.get_context("forkserver")
@@ -178,11 +187,13 @@ def _run(connection: Connection, settings, work: Callable, arguments) -> None:
     os.setpgid(0, 0)
     # Ignored here, if the parent was started in the background of a script; then nothing could stop the work.
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    folder, threads, gpu = settings
+    folder, threads, compiling, gpu = settings
     if gpu is not None:  # CUDA reads it when it is initialised, which importing fusedlm does not do
         os.environ[VISIBLE_GPUS] = gpu
     os.chdir(folder)
     torch.set_num_threads(threads)
+    if compiling is not None:
+        inductor_config.compile_threads = min(inductor_config.compile_threads, compiling)
 
     def send(kind: str, content) -> None:
         try:

@@ -73,11 +73,14 @@ class Engine:
     ):
         self.model, self.tokenizer, self.limits = model, tokenizer, limits
         self._device, self._dtype, self._cuda_graph, self._clock = device, dtype, cuda_graph, clock
-        self.queue = WaitingQueue(limits.waiting)
-        self.slots = Slots(model, limits.sequences, limits.context)
         snapshots = needs_snapshot(model)
         self.cache = PrefixCache(limits.cache_bytes, limits.block_size, snapshots, lambda: weights_version(model))
         self.metrics = EngineMetrics()
+        self._start_empty()
+
+    def _start_empty(self) -> None:
+        self.queue = WaitingQueue(self.limits.waiting)
+        self.slots = Slots(self.model, self.limits.sequences, self.limits.context)
         self._running: list[RunningSequence] = []  # by slot
         self._prepare()
 
@@ -136,6 +139,13 @@ class Engine:
         else:
             return
         self.metrics.cancelled += 1
+
+    def drop_all(self) -> None:
+        """Forget all sequences and all states, in whatever condition a step that failed has left them."""
+        for sequence in self.sequences():
+            self._finished(sequence, "error")
+        self.cache.clear()  # the step may have failed for lack of memory
+        self._start_empty()
 
     def sequences(self) -> list[Sequence]:
         """All that wait or run."""

@@ -112,9 +112,28 @@ class Worker:
                 # One failing step, as for lack of memory, must not leave clients waiting for ever.
                 _log.exception("a step of the engine failed")
                 line = " ".join(str(error).split())[:200]
-                self._end_all(Piece(finish="error", error=f"the engine failed: {type(error).__name__}: {line}"))
+                piece = Piece(finish="error", error=f"the engine failed: {type(error).__name__}: {line}")
+                self._deliver([(sequence, piece) for sequence, _, _ in list(self._sinks.values())])
+                if not self._recover():
+                    return
                 continue
             self._deliver(pieces)
+
+    def _recover(self) -> bool:
+        """Let the engine start again without sequences; False: it cannot, as after an error of the device that stays,
+        and the thread ends."""
+        try:
+            self._engine.drop_all()
+        except Exception:
+            _log.exception("the engine cannot go on, and takes no more requests")
+            with self._lock:
+                self._stopping = True
+            while not self._commands.empty():
+                found = self._commands.get()
+                if found is not None and found[1].set_running_or_notify_cancel():
+                    found[1].set_exception(Stopped())
+            return False
+        return True
 
     def _obey(self, wait: bool) -> bool:
         """Run the commands that there are, or wait for one; False: stop."""
@@ -135,7 +154,6 @@ class Worker:
     def _end_all(self, piece: Piece) -> None:
         for sequence in self._engine.sequences():
             self._engine.cancel(sequence)
-        # A step that failed may have lost a sequence, for which somebody waits nevertheless.
         self._deliver([(sequence, piece) for sequence, _, _ in list(self._sinks.values())])
 
     def _deliver(self, pieces: list[tuple[Sequence, Piece]]) -> None:

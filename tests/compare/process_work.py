@@ -6,6 +6,7 @@ import signal
 import time
 
 import torch
+from torch._inductor import config as inductor_config
 
 from fusedlm.compare.process import _POLL_SECONDS
 from fusedlm.runs.hardware import peak_memory_bytes
@@ -18,6 +19,10 @@ def where(send):
     send("step", 1)
     send("step", 2)
     return os.getpid(), os.getpgrp(), os.getcwd(), torch.get_num_threads()
+
+
+def threads(send):
+    return torch.get_num_threads(), inductor_config.compile_threads
 
 
 def warn(send):

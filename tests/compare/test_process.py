@@ -7,9 +7,10 @@ import sys
 
 import pytest
 import torch
+from torch._inductor import config as inductor_config
 
 from fusedlm.compare import process as process_module
-from fusedlm.compare.process import Stopped, run_in_process
+from fusedlm.compare.process import Stopped, Task, run_in_process, run_tasks
 from fusedlm.runs.signals import StopSignal
 from tests.compare import process_work
 
@@ -33,6 +34,21 @@ def test_results_and_reports_come_back(tmp_path, monkeypatch, three_threads):
     assert pid != os.getpid() and folder == str(tmp_path) and threads == 3
     assert group == pid, "a signal of the terminal reaches it through this process alone"
     assert seen == [("step", 1), ("step", 2)]
+
+
+@pytest.mark.parametrize(("n_processes", "expected"), [(1, 6), (2, 3), (4, 1), (8, 1)])
+def test_processes_share_the_threads(monkeypatch, three_threads, n_processes, expected):
+    torch.set_num_threads(6)
+    monkeypatch.delenv("TORCHINDUCTOR_COMPILE_THREADS", raising=False)
+    tasks = [Task(process_work.threads, (), lambda kind, content: None)]
+    (found,) = (child.result() for child in run_tasks(tasks, [None] * n_processes, lambda: False))
+    assert found == (expected, min(expected, os.cpu_count()))
+
+
+def test_threads_for_compilation_that_are_set_stay(monkeypatch, three_threads):
+    monkeypatch.setenv("TORCHINDUCTOR_COMPILE_THREADS", str(inductor_config.compile_threads))
+    torch.set_num_threads(1)
+    assert run("threads") == (1, inductor_config.compile_threads)
 
 
 def test_warnings_are_reported_here(capfd):
@@ -79,7 +95,7 @@ def test_work_ends_with_an_error_of_this_process(tmp_path):
 def start(context, folder, work: str, *arguments):
     """(process, our end of its pipe) of work that sends messages."""
     ours, theirs = context.Pipe(duplex=False)
-    settings = (str(folder), 1, None)
+    settings = (str(folder), 1, None, None)
     function = getattr(process_work, work)
     child = context.Process(target=process_module._run, args=(theirs, settings, function, arguments))
     child.start()

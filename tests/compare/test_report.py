@@ -10,8 +10,10 @@ import numpy as np
 import pytest
 import torch
 
+from fusedlm.compare import run_experiment
 from fusedlm.compare.report import write_report
 from fusedlm.compare.results import ROW
+from fusedlm.config.experiment import load_experiment
 from fusedlm.data import prepare
 from fusedlm.evaluate import score_documents
 from fusedlm.model import build_model
@@ -159,3 +161,10 @@ def test_variants_with_different_tokenizers_are_compared_by_bits_per_byte(finish
     changed = replace(results.variants["softmax"], recipe=recipe.model_copy(update={"data": data}))
     other = replace(results, variants=results.variants | {"softmax": changed})
     assert "bits per byte" in other.verdicts()[0] and "nats" not in other.verdicts()[0]
+
+
+def test_one_validation_is_no_curve(experiment_file, in_process, with_plots, tmp_path):
+    overrides = ["train.eval_every=0", "experiment.decode_lengths=[]"]
+    run_experiment(*load_experiment(experiment_file, overrides), tmp_path / "out")
+    plots = {path.stem for path in (tmp_path / "out/plots").iterdir()}
+    assert {"final", "training", "flops"} < plots and not plots & {"validation", "seconds", "difference"}

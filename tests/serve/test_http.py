@@ -225,3 +225,29 @@ def test_a_step_that_fails_ends_its_requests_and_no_others(model, monkeypatch):
         error = json.loads(text)["error"]
         assert status == 500 and error["message"] == "the engine failed: RuntimeError: out of memory for a while"
         assert served.post(COMPLETIONS, {"prompt": "It is", **GREEDY})["choices"][0]["text"] == alone(model, "It is")
+        assert engine.metrics.finished["error"] == 0, "the step had lost its sequence"
+
+
+def fail(*_, **__):
+    raise RuntimeError("the device is gone")
+
+
+def test_sequences_that_cannot_be_taken_apart_after_a_failing_step_are_dropped(model, monkeypatch):
+    engine = make_engine(model, cache_bytes=10**6)
+    monkeypatch.setattr(engine.slots, "advance", fail)
+    monkeypatch.setattr(engine.slots, "remove", fail)
+    with serving(engine) as served:
+        status, _, text = served.send("POST", COMPLETIONS, {"prompt": "x" * 100, "ignore_eos": True})
+        assert (status, "the device is gone" in text) == (500, True)
+        assert engine.metrics.finished["error"] == 1 and not len(engine.cache)
+        assert served.post(COMPLETIONS, {"prompt": "It is", **GREEDY})["choices"][0]["text"] == alone(model, "It is")
+
+
+def test_an_engine_that_cannot_start_again_takes_no_requests(model, monkeypatch):
+    engine = make_engine(model)
+    monkeypatch.setattr(engine, "_decode", fail)
+    monkeypatch.setattr(engine, "_prepare", fail)
+    with serving(engine) as served:
+        assert served.send("POST", COMPLETIONS, {"prompt": "x", "ignore_eos": True})[0] == 500
+        assert served.send("POST", COMPLETIONS, {"prompt": "x"})[0] == 503
+        assert served.send("GET", "/health")[0] == 503
