@@ -16,7 +16,7 @@ def golf_section(record: dict | None, corrections: dict | None) -> str:
         return ""
     made, settings, results = record["environment"], record["settings"], record["results"]
     base = results["float"]["bpb"]
-    page = f"\n# {TITLE}\n\n    python benchmarks/quantization.py RUN --out {GOLF}\n\n"
+    page = f"\n# {TITLE}\n\n    python benchmarks/quantization.py RUN {_options(record)} --packed --out {GOLF}\n\n"
     page += f"{made['date'][:10]}; {made['device_name']}, python {made['python']}, torch {made['torch']}, "
     page += f"{made['dtype']}. The run is golf-27m after ten minutes of one H100, {base:.4f} bits per byte here in "
     page += f"float32. Scored: {settings['documents']} whole documents of {settings['text']}, "
@@ -24,6 +24,7 @@ def golf_section(record: dict | None, corrections: dict | None) -> str:
     page += f"{settings['tokens']:,} tokens of training text. "
     if "inputs" in settings:
         page += f"Inputs of matrices are those {settings['inputs']}. "
+    page += "Where matrices have one width, embeddings and head are in int8. "
     page += "[golf.md](golf.md) and [quantization.md](quantization.md) have the methods.\n\n"
     page += "| method | bits per byte | lost | codes without gaps, MB | artifact, bytes | bits per weight |\n"
     page += "|---|---|---|---|---|---|\n"
@@ -37,6 +38,16 @@ def golf_section(record: dict | None, corrections: dict | None) -> str:
         page += f"| {' | '.join(cells)} |\n"
     page += "".join(_bytes(key, result) for key, result in results.items() if "brotli_bytes" in result)
     return page + _corrections(corrections)
+
+
+def _options(record: dict) -> str:
+    """What the record was measured with."""
+    settings = record["settings"]
+    given = {key: settings.get(key) for key in ("text", "calibration", "tokens")}
+    given["inputs"] = "FILE" if "inputs" in settings else None
+    given["dtype"] = record["environment"]["dtype"]
+    given["coded"] = " ".join(key.split()[1] for key in record["results"] if key.startswith("coded")) or None
+    return " ".join(f"--{key} {value}" for key, value in given.items() if value is not None)
 
 
 def _order(item: tuple[str, dict]) -> tuple:

@@ -54,6 +54,8 @@ def golf(
 
     config = load_recipe(recipe, overrides or [])
     options = Options(n_bytes, tokens, stride, eval_tokens, weights, with_code)
+    if weights in ("ema", "swa") and getattr(config.train, weights) is None:
+        raise ValueError(f"--weights {weights}: the recipe keeps none; set train.{weights}")
     folder = out or Path("runs") / f"{config.name}-golf"
     with outlast_output():
         result = train(config, folder / RUN, resume=True, display=Display(make_console(stderr=as_json)))

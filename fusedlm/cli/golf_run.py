@@ -1,4 +1,4 @@
-"""What fusedlm golf does between its options and its result: train, quantise and pack, score."""
+"""What fusedlm golf does with a trained run: score, quantise, pack, and score the file."""
 
 import json
 import time

@@ -170,7 +170,10 @@ def quantize(
         matrices=None if request.is_packed else outcomes,
     )  # fmt: skip
     remove_unfinished(out)
-    rows = [row_of(name, outcome) for name, outcome in outcomes.items()]
+    coded = format == "coded"
+    if coded:
+        left_bytes //= 2  # float16, as fusedlm pack stores them
+    rows = [row_of(name, outcome, coded=coded) for name, outcome in outcomes.items()]
     elements, n_bytes = (sum(row[key] for row in rows) for key in ("elements", "bytes"))
     result = {
         "format": format,

@@ -67,7 +67,7 @@ def estimate(
             factor = 0.5 * sensitivity / _outputs(target)
             for choice in candidates[target.name]:
                 outcome = quantize_matrix(rows_NK, own_parts, choice.format, choice.method, choice.rank)
-                n_bytes = _coded_bytes(outcome, each) if coded else choice_bytes(target, choice)
+                n_bytes = round(each * coded_bytes(outcome)) if coded else choice_bytes(target, choice)
                 error = each * outcome.error
                 found.setdefault(target.name, []).append(Estimate(choice, n_bytes, error, factor * error))
     return found
@@ -83,9 +83,9 @@ def _some_rows(weight_NK: torch.Tensor, parts: Sequence[Inputs]) -> tuple[torch.
     return weight_NK[chosen], parts, n_rows / _MOST_ROWS
 
 
-def _coded_bytes(outcome: Outcome, each: float) -> int:
-    matrix = outcome.matrix
-    return round(each * (entropy_bytes(matrix.codes) + matrix.scales.nbytes))
+def coded_bytes(outcome: Outcome) -> float:
+    """Bytes of codes at their entropy, and of scales."""
+    return entropy_bytes(outcome.matrix.codes) + outcome.matrix.scales.nbytes
 
 
 def between(estimates: Sequence[Estimate]) -> list[Estimate]:

@@ -118,7 +118,7 @@ def test_a_fresh_process_gives_the_same_score(fusedlm, trained, code, tmp_path_f
         (["--stride", "-1"], "--stride -1: must be at least 1"),
         (["--eval-tokens", "0"], "--eval-tokens 0: must be at least 1"),
         (["--bytes", "16MB"], "'16MB' is not an integer"),
-        (["--weights", "ema"], "has no ema weights"),
+        (["--weights", "ema"], "--weights ema: the recipe keeps none; set train.ema"),
     ],
 )
 def test_refusals_are_one_line(fusedlm, trained, options, words):
