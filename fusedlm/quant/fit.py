@@ -21,9 +21,11 @@ _UNUSED = 5e-4  # of the limit, with which a file is good enough
 
 @dataclass(frozen=True)
 class Fitted:
-    """packed: the file. outcomes: its matrices. sizes: bytes of all files that were tried, with what counts too."""
+    """packed: the file. choices, outcomes: of its matrices, by the names of their parameters. sizes: bytes of all files
+    that were tried, with what counts too."""
 
     packed: Packed
+    choices: dict[str, Choice]
     outcomes: dict[str, Outcome]
     sizes: list[int]
 
@@ -70,7 +72,7 @@ def fit_artifact(
         sizes.append(len(packed.content) + extra)
         left = limit - sizes[-1]
         if left >= 0 and (best is None or len(packed.content) > len(best.packed.content)):
-            best = Fitted(packed, outcomes, sizes)
+            best = Fitted(packed, choices, outcomes, sizes)
         if 0 <= left <= _UNUSED * limit:
             break
         budget += left - round(_UNUSED * limit / 2)
