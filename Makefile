@@ -1,4 +1,6 @@
 # make demo   train, evaluate, sample and report a small hybrid model in runs/demo (a few minutes on two CPU cores)
+# make golf   train golf-27m (ten minutes of one H100), quantise it for a file of 16,000,000 bytes, and score the file, in
+#             runs/golf; another recipe, overrides and size: make golf RECIPE=recipes/demo.yaml SET=train.steps=50 BYTES=1500000
 # make test   lint and test
 # make graph  redraw docs/images/import-graph.png
 # make docs   build docs/ as a site, in site/index.html
@@ -6,13 +8,24 @@
 
 PYTHON = python3
 
-.PHONY: demo test graph docs
+RECIPE = recipes/golf-27m.yaml
+# Steps of ten minutes on one H100, with the weight decay of recipes/experiments/golf-ten-minutes.yaml.
+SET_recipes/golf-27m.yaml = train.steps=4600 train.optimizer.matrix.weight_decay=0.5
+SET = $(SET_$(RECIPE))
+BYTES = 16000000
+OUT = runs/golf
+
+.PHONY: demo golf test graph docs
 
 # An interrupted demo resumes from its last checkpoint; a finished one is evaluated and reported again.
 demo: .venv/installed
 	.venv/bin/fusedlm train recipes/demo.yaml --out runs/demo --resume
 	.venv/bin/fusedlm eval runs/demo
 	.venv/bin/fusedlm report runs/demo
+
+# An interrupted training resumes from its last checkpoint.
+golf: .venv/installed
+	.venv/bin/fusedlm golf $(RECIPE) $(SET) --bytes $(BYTES) --out $(OUT)
 
 test: .venv/installed
 	.venv/bin/ruff check .

@@ -34,10 +34,16 @@ def table(record: dict) -> str:
         "",
         f"{record['name']}: {base:.4f} bits per byte in float32; embeddings and head in int8 alone "
         f"{results['embeddings alone']['bpb'] - base:+.4f}. {settings['tokens']:,} tokens of calibration, "
-        + ("all held-out tokens" if scored is None else f"{scored:,} held-out tokens")
+        + (_scored(settings) if scored is None else f"{scored:,} held-out tokens")
         + f" scored.{' ' + note if note else ''}",
     ]
     return "\n".join(lines)
+
+
+def _scored(settings: dict) -> str:
+    if "text" not in settings:
+        return "all held-out tokens"
+    return f"{settings['documents']} whole documents of {settings['text']}, {settings['scored_bytes']:,} bytes,"
 
 
 def replaced(page: str, records: list[dict]) -> str:

@@ -13,6 +13,7 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REPOSITORY))
 
 from scripts.decoding_section import DECODING, decoding_section, draw_decoding  # noqa: E402
+from scripts.golf_section import CORRECTIONS, GOLF, golf_section  # noqa: E402
 from scripts.lengths_section import LENGTHS, draw_lengths, lengths_section, read_lengths  # noqa: E402
 from scripts.nanogpt_section import NANOGPT, nanogpt_section  # noqa: E402
 from scripts.ops_section import IMAGES, OPS, STEPS, draw_ops, ops_section  # noqa: E402
@@ -22,7 +23,7 @@ from scripts.switches_section import switches_section  # noqa: E402
 RUNS, EXPERIMENTS = "benchmarks/results", "benchmarks/results/experiments"
 EXTENSION = "benchmarks/results/probes/extend.json"  # as `fusedlm eval RUN --probe extend` wrote it
 RECALL = "benchmarks/results/recall.json"  # as benchmarks/recall.py wrote it, plots beside it
-OTHERS = (EXTENSION, RECALL, DECODING, *OPS, STEPS, OPTIMIZER_STEP, NANOGPT)
+OTHERS = (EXTENSION, RECALL, DECODING, *OPS, STEPS, OPTIMIZER_STEP, NANOGPT, GOLF, CORRECTIONS)
 BEGIN, END = "<!-- results -->\n", "<!-- end of results -->\n"
 # Rows of the README's table: recipe, measurement, and a function that reads it from a record.
 HEADLINES = [
@@ -110,6 +111,7 @@ def results_page(
     page = HEADER + lengths_section(lengths)
     page += ABOUT_RUNS + (runs_section(records) if records else "No run is recorded yet.\n")
     page += experiments_section(experiments) + nanogpt_section(others[NANOGPT], records, experiments)
+    page += golf_section(others[GOLF], others[CORRECTIONS])
     page += recall_section(others[RECALL]) + extension_section(others[EXTENSION])
     page += decoding_section(others[DECODING])
     page += ops_section(ops_records(others), others[STEPS])

@@ -52,12 +52,14 @@ APPENDED = {
     "fusedlm quantize runs/demo --format int4 --storage integers": ("--tokens", "1024"),
     "fusedlm quantize runs/demo --format int6 --calibrate": ("--tokens", "1024"),
     "fusedlm quantize runs/demo --format mixed": ("--tokens", "1024"),
+    "fusedlm golf": (*SMALL, "--tokens", "192"),
     # A comparison starts a process per run: it is planned here, and run in tests/cli/test_compare.py.
     "fusedlm compare": ("--dry-run",),
 }
 # Commands that are not run, by how they begin.
 NOT_RUN = {
     "make demo": "trains for minutes; its commands are checked to be those of the tutorial",
+    "make golf": "trains for minutes; tests/cli/test_golf.py runs its command",
     "make test": "runs this test",
     "make docs": "needs mkdocs; tests/test_site.py builds the site where that is installed",
     "make graph": "draws a picture of the repository",

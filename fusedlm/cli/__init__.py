@@ -20,6 +20,7 @@ from fusedlm.cli.doctor import doctor
 from fusedlm.cli.eval import evaluate
 from fusedlm.cli.export import export
 from fusedlm.cli.generate import generate
+from fusedlm.cli.golf import golf
 from fusedlm.cli.help import explain
 from fusedlm.cli.import_ import import_
 from fusedlm.cli.interrupts import Terminated, die_of_interrupt, exit_code, raising_signals
@@ -49,6 +50,7 @@ app.command()(generate)
 app.command()(serve)
 app.command()(quantize)
 app.command()(pack)
+app.command()(golf)
 app.command()(compare)
 app.add_typer(data, name="data")
 app.add_typer(recipes, name="recipes")

@@ -117,7 +117,7 @@ def pack(
     archive = b"" if code is None else code_archive(packed.content)
     result = breakdown.record() | {"budget": n_bytes, "code_bytes": len(archive) if code else None, "notes": notes}
     over = len(packed.content) + len(archive) > n_bytes
-    print(json.dumps(result) if as_json else _described(result))
+    print(json.dumps(result) if as_json else described(result))
     if over:
         raise OverBudget(breakdown, n_bytes, len(archive))
     write_atomic(out, packed.content)
@@ -155,12 +155,12 @@ def _inspect(path: Path, as_json: bool) -> None:
     if as_json:
         print(json.dumps(result))
         return
-    print(_described(result))
+    print(described(result))
     print(f"format {VERSION}, step {header.step}, {header.weights} weights; all checksums agree")
 
 
-def _described(result: dict) -> str:
-    """The table of a breakdown."""
+def described(result: dict) -> str:
+    """The table of a breakdown, for people."""
     lines = [f"{'bytes':>12}  {'bits':>4}  {'coded':>6}  {'coder':<6}  tensor"]
     for row in result["tensors"]:
         bits = "" if row["bits"] is None else str(row["bits"])

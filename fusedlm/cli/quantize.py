@@ -26,7 +26,7 @@ def quantize(
     run: RunArgument,
     format: Annotated[
         str,
-        typer.Option(metavar="mxfp4|int4|fp8|int8|int2..int8|mixed", help="Format of hidden matrices."),
+        typer.Option(metavar="mxfp4|int4|fp8|int8|int2..int8|mixed|coded", help="Format of hidden matrices."),
     ],
     out: Annotated[Path, typer.Option(metavar="DIR", help="Folder of the quantised run.", show_default=False)],
     storage: Annotated[
@@ -95,7 +95,8 @@ def quantize(
         typer.Option(
             parser=integer,
             metavar="BYTES",
-            help="Most bytes of all tensors, with format mixed: each matrix gets a width of its own.",
+            help="Most bytes of all tensors: format mixed gives each matrix a width of its own, coded a step for codes "
+            "that are entropy-coded.",
             show_default=False,
         ),
     ] = None,
@@ -169,7 +170,10 @@ def quantize(
         matrices=None if request.is_packed else outcomes,
     )  # fmt: skip
     remove_unfinished(out)
-    rows = [row_of(name, outcome) for name, outcome in outcomes.items()]
+    coded = format == "coded"
+    if coded:
+        left_bytes //= 2  # float16, as fusedlm pack stores them
+    rows = [row_of(name, outcome, coded=coded) for name, outcome in outcomes.items()]
     elements, n_bytes = (sum(row[key] for row in rows) for key in ("elements", "bytes"))
     result = {
         "format": format,

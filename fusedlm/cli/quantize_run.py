@@ -61,7 +61,7 @@ def quantized(request: "Request", loaded, out: Path, identity: dict, progress: R
 
     if request.calibrate == "plain":
         return quantize_in_order(loaded.model, _choices(request, loaded, None, progress))
-    calibration = _calibration(request, loaded, progress)
+    calibration = calibration_of(request, loaded, progress)
     settings = asdict(request) | identity | {"text": loaded.text, "device": loaded.device.type}
     unfinished = UnfinishedFolder(out, settings | {"dtype": str(loaded.dtype), "step": loaded.step})
     choices = _choices(request, loaded, calibration, progress)
@@ -77,7 +77,7 @@ def _choices(request, loaded, calibration, progress):
         raise ValueError(f"--{str(error).replace('=', ' ', 1)}") from None
 
 
-def _calibration(request, loaded, progress):
+def calibration_of(request: "Request", loaded, progress: ReportProgress):
     """Batches of the text that the run was trained with, in an order of the request's seed; never of what it held
     out."""
     from fusedlm.data.training_text import open_training_text
@@ -96,9 +96,10 @@ def _calibration(request, loaded, progress):
     return Calibration(loaded.model, batches, loaded.device, loaded.dtype)
 
 
-def row_of(name: str, outcome: "Outcome") -> dict:
-    """The figures of a matrix."""
+def row_of(name: str, outcome: "Outcome", *, coded: bool = False) -> dict:
+    """The figures of a matrix. coded: its bytes are those of codes at their entropy."""
     from fusedlm.quant.matrix import format_of, outcome_bytes
+    from fusedlm.quant.plan import coded_bytes
 
     n_rows, width = outcome.shape
     return {
@@ -106,7 +107,7 @@ def row_of(name: str, outcome: "Outcome") -> dict:
         "format": str(format_of(outcome.matrix)),
         "rank": 0 if outcome.low_rank is None else len(outcome.low_rank.right_RK),
         "elements": n_rows * width,
-        "bytes": outcome_bytes(outcome),
+        "bytes": round(coded_bytes(outcome)) if coded else outcome_bytes(outcome),
         "weight_error": outcome.weight_error,
         "output_error": outcome.output_error if outcome.tokens else None,
         "damping": outcome.damping,
@@ -138,7 +139,8 @@ def described(result: dict, out: Path) -> str:
         lines.append(f"{count(result['matrices_left'])} weights of experts stay in float32")
     if result["storage"] == "integers":
         budget = f" of {result['budget']:,}" if result["budget"] else ""
-        lines.append(f"all tensors, codes without gaps: {result['tensor_bytes']:,} bytes{budget}")
+        how = "at their entropy" if result["format"] == "coded" else "without gaps"
+        lines.append(f"all tensors, codes {how}: {result['tensor_bytes']:,} bytes{budget}")
     lines.append(f"model on disk: {size(result['bytes_before'])} before, {size(result['bytes_after'])} after")
     if result["bpb_before"] is not None:
         lines.append(f"bits per byte: {result['bpb_before']:.4f} before, {result['bpb_after']:.4f} after")

@@ -118,6 +118,23 @@ def test_a_budget_is_kept_to_the_byte(fusedlm, workspace):
     assert "--budget 5000: the smallest widths take" in refused.err or "--budget 5000: the tensors" in refused.err
 
 
+def test_a_budget_of_coded_bytes_is_that_of_the_packed_file(fusedlm, workspace):
+    """But for header and tokenizer, which the estimate leaves out; scales are smaller than estimated."""
+    options = ["--format", "coded", *GPTQ, "--no-score", "--budget", 9500]
+    result = json.loads(fusedlm("quantize", RUN, *options, "--out", "small", "--json").out)
+    assert 0.97 * 9500 < result["tensor_bytes"] <= 1.03 * 9500
+    assert 5 < result["bits_per_weight"] < 6 and {row["format"] for row in result["matrices"]} == {"int8"}
+    packed = json.loads(fusedlm("pack", "small", "--bytes", "20000", "--out", "small.flm", "--json").out)
+    rows = {row["name"]: row for row in packed["tensors"] if row["shape"]}
+    assert sum(row["bytes"] for row in rows.values()) == pytest.approx(result["tensor_bytes"], rel=0.12)
+    stored = load("small", device="cpu")[0].state_dict()
+    read = load("small.flm", device="cpu")[0].state_dict()
+    assert all(torch.equal(stored[name], read[name]) for name, row in rows.items() if row["bits"] == 8)
+    assert fusedlm("quantize", RUN, *options, "--out", "other").out.splitlines()[-3].startswith(
+        f"all tensors, codes at their entropy: {result['tensor_bytes']:,} bytes of 9,500"
+    )
+
+
 def test_the_held_out_text_is_never_read(fusedlm, workspace, monkeypatch):
     """Codes are the same when all of it is other text of the same length."""
     assert fusedlm("quantize", RUN, "--format", "int3", *GPTQ, "--out", "small", "--no-score").code == 0
@@ -246,8 +263,12 @@ def test_a_forged_record_is_refused(fusedlm, small, change, words):
         (["--format", "int3", *GPTQ, "--tokens", "0"], "--tokens 0: must be at least 1"),
         (["--format", "int3", *GPTQ, "--seed", "-1"], "--seed -1: must be from 0"),
         (["--format", "int3", "--tokens", "64"], "--tokens: only for calibration"),
-        (["--format", "mixed", *GPTQ], "--budget None: format mixed needs a budget"),
-        (["--format", "int3", *GPTQ, "--budget", "9"], "--budget 9: format mixed needs a budget, and other formats"),
+        (["--format", "mixed", *GPTQ], "--budget None: formats mixed and coded need a budget"),
+        (["--format", "int3", *GPTQ, "--budget", "9"], "--budget 9: formats mixed and coded need a budget, and others"),
+        (["--format", "coded", *GPTQ], "--budget None: formats mixed and coded need a budget"),
+        (["--format", "coded", "--budget", "9"], "--budget 9: estimates errors of outputs; add --calibrate gptq"),
+        (["--format", "coded", *GPTQ, "--budget", "9", "--clip", "3"], "--clip 3.0: of format coded the budget"),
+        (["--format", "coded", *GPTQ, "--budget", "9", "--rank", "1"], "--rank 1: format coded has no corrections"),
         (["--format", "mixed", "--budget", "9999"], "--budget 9999: estimates errors of outputs; add --calibrate"),
         (["--format", "mixed", *GPTQ, "--budget", "0"], "--budget 0: must be a positive number of bytes"),
         (

@@ -12,6 +12,7 @@ from fusedlm.nn.lm_head import LMHead
 from fusedlm.nn.module import parameters_by_kind
 from fusedlm.ops.experts.reference import activate
 from fusedlm.quant.calibration import Calibration, CalibrationBatch, unfused
+from fusedlm.quant.entropy import entropy_bytes
 from fusedlm.quant.formats import Integers, packed
 from fusedlm.quant.matrix import Inputs, Method, quantize_matrix
 from fusedlm.quant.plan import correct_best, estimate, fit_budget
@@ -339,3 +340,33 @@ def test_a_pass_ends_after_the_stage_and_fuses_nothing():
 def test_clips_of_matrices_and_embeddings(options, expected):
     request = Request("int3", **options)
     assert (request.method(False).clip, request.method(True).clip) == expected
+
+
+def test_coded_estimates_are_of_the_codes_that_come_of_them():
+    """Bytes and errors of 256 rows stand for all 1024; clips between two that are estimated are as if estimated."""
+    model = randomise_(build_model(wired_config("aa"), vocab_size=1021, seed=0)).eval()
+    calibration = _calibration(model)
+    request = Request("coded", calibrate="gptq", budget=10**6)
+    found = request.coded_estimates(model, calibration)
+    assert found.keys() == named(model).keys()
+    sampled = 0
+    for name, own in found.items():
+        clips, sizes, errors = ([getattr(e, key) for e in own] for key in ("choice", "n_bytes", "nll"))
+        clips = [choice.method.clip for choice in clips]
+        assert clips == sorted(clips) and len(own) == 37 and clips[0] == 127 / 16
+        assert sizes == sorted(sizes, reverse=True) and errors[-1] > errors[0] > 0
+        target = named(model)[name]
+        sampled += target.shape[0] > 256
+        inputs = calibration.inputs(next(s for s in stages(model) if target in s.targets))[name]
+        for guess in (own[8], own[10]):
+            outcome = quantize_matrix(target.parameter.detach(), inputs, guess.choice.format, guess.choice.method)
+            real = entropy_bytes(outcome.matrix.codes) + 2 * target.shape[0]
+            assert guess.n_bytes == pytest.approx(real, rel=0.03)
+            assert guess.error == pytest.approx(outcome.error, rel=0.3)
+    assert sampled
+
+
+def test_the_entropy_is_that_of_the_codes():
+    assert entropy_bytes(torch.tensor([[1, -1], [1, -1]], dtype=torch.int8)) == 0.5
+    assert entropy_bytes(torch.arange(-127, 129).to(torch.int8)) == 256
+    assert entropy_bytes(torch.zeros(3, 5, dtype=torch.int8)) == 0
