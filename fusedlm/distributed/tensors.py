@@ -1,7 +1,9 @@
-"""Tensors that processes hold in shards (DTensors): this process's part, all of it, and back.
+"""Tensors that processes hold in shards (DTensors): this process's part, where it is, and back.
 
 Plain tensors pass through unchanged, so that callers need not tell the two apart.
 """
+
+from dataclasses import dataclass
 
 import torch
 from torch.distributed.fsdp import FSDPModule
@@ -11,11 +13,6 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 def local(tensor: torch.Tensor) -> torch.Tensor:
     """This process's part, in the memory of the tensor."""
     return tensor._local_tensor if isinstance(tensor, DTensor) else tensor
-
-
-def gathered(tensor: torch.Tensor) -> torch.Tensor:
-    """The full tensor. All processes of its mesh must call this, each then holds it."""
-    return tensor.detach().full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def shard_like(values: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
@@ -36,6 +33,36 @@ def from_local(part: torch.Tensor, like: DTensor, shape: tuple[int, ...]) -> DTe
     return DTensor.from_local(
         part, like.device_mesh, like.placements, run_check=False, shape=torch.Size(shape), stride=stride
     )
+
+
+@dataclass(frozen=True)
+class Position:
+    """Which part of a sharded tensor this process has.
+
+    Attributes:
+        shard: index among the shards; with `dim`, the sharded dimension, and `start`, where it begins there.
+        copy, copies: index among the processes that have the same shard, and their number.
+    """
+
+    shard: int
+    dim: int
+    start: int
+    copy: int
+    copies: int
+
+
+def position(tensor: DTensor) -> Position:
+    """The part of this process, for tensors that are sharded along one dimension at most. Nothing is communicated."""
+    mesh, at = tensor.device_mesh, tensor.device_mesh.get_coordinate()
+    shard, dim, start, copy, copies = 0, 0, 0, 0, 1
+    for index, placement in enumerate(tensor.placements):
+        if placement.is_shard():
+            shard, dim = at[index], placement.dim
+            # As torch.chunk cuts: the last shards may be smaller, or empty.
+            start = min(shard * -(-tensor.shape[dim] // mesh.size(index)), tensor.shape[dim])
+        else:
+            copy, copies = copy * mesh.size(index) + at[index], copies * mesh.size(index)
+    return Position(shard, dim, start, copy, copies)
 
 
 def forget_gathered(model: torch.nn.Module) -> None:

@@ -4,6 +4,7 @@ Four processes are started once; runs of one, two and three leave the others idl
 """
 
 import contextlib
+import math
 import os
 import signal
 import traceback
@@ -15,6 +16,7 @@ import torch
 import torch.distributed as dist
 import yaml
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor
 
 from fusedlm import build_model
 from fusedlm.config.model import ModelConfig
@@ -29,14 +31,17 @@ from fusedlm.config.train import (
     TrainConfig,
 )
 from fusedlm.data import Batch
-from fusedlm.distributed import World, gathered
+from fusedlm.distributed import World
 from fusedlm.evaluate import score_documents
 from fusedlm.model.precision import autocast
 from fusedlm.model.sharding import shard_model
 from fusedlm.nn.fake_quantized import FakeQuantization
 from fusedlm.nn.module import init_weights
 from fusedlm.optim import Averages, build_optimizer
-from fusedlm.runs.state import model_tensors
+from fusedlm.runs import writer as writer_module
+from fusedlm.runs.checkpoint import Checkpoints
+from fusedlm.runs.state import TrainState, model_tensors, restore_state, save_state
+from fusedlm.runs.writer import CheckpointWriter
 from fusedlm.train import step as step_module
 from fusedlm.train import train, trainer
 from fusedlm.train.step import train_step
@@ -90,6 +95,11 @@ LAYOUTS = {
     (2, 2): ["normuon 1", "muon", "cautious adamw", "sgd"],
     (1, 4): ["adamw 2", "normuon 1"],
 }
+
+
+def gathered(tensor: torch.Tensor) -> torch.Tensor:
+    """The full tensor; all processes call this."""
+    return tensor.detach().full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def batch_at(step: int, world: World) -> Batch:
@@ -208,6 +218,78 @@ def chain_recipe(folder: Path, steps: int, *overrides: str):
     return tiny_recipe(folder, *_STEADY, f"train.steps={steps}", *overrides)
 
 
+# (copies, shards) -> the step after which the next ones take over.
+EXACT_CASES = ("normuon 1",)
+EXACT_CHAIN = {(2, 2): 8, (1, 2): 16, None: 24, (1, 3): LONG}
+
+
+def exact_chain(name: str, layout: tuple[int, int] | None, folder: Path, world: World) -> list[float]:
+    """The next steps of a case of CASES, from the checkpoint that other processes wrote, in float64; their losses."""
+    model_name, optimizer_config, _, micro_batch_size = CASES[name]
+    layouts = list(EXACT_CHAIN)
+    first = [0, *EXACT_CHAIN.values()][layouts.index(layout)]
+    model = built(model_name, layout, torch.float64).train()
+    init_weights(model, seed=first)  # other weights than those to restore, after the first part
+    optimizer = build_optimizer(model, optimizer_config, CPU)
+    averages = Averages(model, TrainConfig(steps=LONG, seq_len=LENGTH, batch_size=ROWS, ema=0.9))
+    checkpoints, state = Checkpoints(folder / f"exact {name}"), TrainState(data="none")
+    if first:
+        state = restore_state(checkpoints, first, model, optimizer, averages, CPU)
+    found = []
+    writer = CheckpointWriter(checkpoints, world, keep=9, in_background=True, device=CPU)
+    for step in range(first, EXACT_CHAIN[layout]):
+        with exact_losses(world) as exact:
+            train_step(
+                model,
+                optimizer,
+                batch_at(step, world),
+                lr_scale=1.0,
+                micro_batch_size=micro_batch_size,
+                grad_clip=0.5,
+                autocast=partial(autocast, CPU, torch.float32),
+                world=world,
+            )
+        averages.update(step)
+        state.step, state.ema_updates = step + 1, averages.ema.updates
+        found.append(exact[0])
+        # The last one, and one that is still being written when the next step changes the tensors.
+        if step + 1 == EXACT_CHAIN[layout] or step == first:
+            save_state(writer, state, chain_recipe(folder, LONG), model, optimizer, averages, CPU)
+    writer.finish()
+    return found
+
+
+def exact_parts(layout: tuple[int, int] | None, folder: Path) -> dict[str, list[float]]:
+    return {name: exact_chain(name, layout, folder, World.current()) for name in EXACT_CASES}
+
+
+def failing_write(folder: Path, world: World) -> dict:
+    """A checkpoint that the last process alone cannot write, after one that all have written."""
+    model = built("mla, sdla, untied", (1, 2), torch.float32)
+    checkpoints = Checkpoints(folder / "failing")
+    writer = CheckpointWriter(checkpoints, world, keep=9, in_background=True, device=CPU)
+    writer.begin(1, {"model": model_tensors(model)}, {})
+    writer.finish()
+    write, found = writer_module.write_tensor_file, {}
+
+    def full(path, *arguments, **options):
+        if world.rank == world.size - 1:
+            raise OSError(28, "No space left on device")
+        return write(path, *arguments, **options)
+
+    writer_module.write_tensor_file = full
+    try:
+        writer.begin(2, {"model": model_tensors(model)}, {})
+        writer.finish()
+    except OSError as error:
+        found["error"] = str(error)
+    finally:
+        writer_module.write_tensor_file = write
+    world.barrier()
+    found["left"] = sorted(os.listdir(checkpoints.directory))
+    return found
+
+
 def compiled(layout: tuple[int, int], world: World) -> list[float]:
     """The losses of three steps, not compiled and compiled."""
     found = []
@@ -278,13 +360,14 @@ def phase(size: int, folder: Path) -> dict:
         found["dropped out"] = dropped_out(folder)
         found["compiled"] = compiled((1, 2), world)
         found["stopped"] = stopped_run(folder, world)
+        found["failing"] = failing_write(folder, world)
     return found
 
 
 def worker(rank: int, folder: Path) -> None:
     """One of four processes; what each finds goes to folder/RANK."""
     torch.set_num_threads(1)
-    found = {}
+    found, exact = {}, []
 
     def together(size: int, name: str, call) -> None:
         if rank >= size:
@@ -306,6 +389,10 @@ def worker(rank: int, folder: Path) -> None:
         for steps, size in CHAIN:
             recipe = chain_recipe(folder, steps)
             together(size, f"chain-{steps}", lambda recipe=recipe: train(recipe, folder / "chain", resume=True))
+        for layout in EXACT_CHAIN:
+            size = math.prod(layout or ())
+            together(size, f"exact-{size}", lambda layout=layout: exact.append(exact_parts(layout, folder)))
+        found["exact chain"] = exact
         for size in (4, 3, 2, 1):
             together(size, f"phase-{size}", lambda size=size: found.update(phase(size, folder)))
     except BaseException:
