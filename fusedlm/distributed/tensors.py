@@ -54,6 +54,18 @@ def shard_group(tensor: DTensor) -> tuple[torch.distributed.ProcessGroup | None,
     return None, 0
 
 
+def held_range(tensor: DTensor) -> range:
+    """The indices along the first dimension that the processes of the shards hold together: those of some experts
+    where experts are divided over a further dimension of the mesh, the last one; else all."""
+    n, mesh = tensor.shape[0], tensor.device_mesh
+    last = mesh.ndim - 1
+    if last < 2 or not tensor.placements[last].is_shard(0):
+        return range(n)
+    size = n // mesh.size(last)
+    first = mesh.get_local_rank(last) * size
+    return range(first, first + size)
+
+
 def replica_group(tensor: DTensor) -> torch.distributed.ProcessGroup | None:
     """The processes that hold the same shard; None if there are no others."""
     for index, placement in enumerate(tensor.placements):
