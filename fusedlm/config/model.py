@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field, ValidationError, model_validator
 
-from fusedlm.config.ffn import FFNConfig
+from fusedlm.config.ffn import FFNConfig, MoEConfig
 from fusedlm.config.mixers import AttentionConfig, Mamba2Config, MixerConfig, check_rope_dim
 from fusedlm.config.schema import (
     Config,
@@ -207,6 +207,14 @@ class ModelConfig(Config):
         if self.mup is not None:
             self.at_base_width()
         return self
+
+    def mixtures(self) -> dict[str, MoEConfig]:
+        """The feed-forwards with routed experts, by the letter of their block; those of blocks that are used."""
+        used = {self.pattern[i % len(self.pattern)] for i in range(self.n_layers)}
+        if self.mtp is not None and self.mtp.depth and self.mtp.block is not None:
+            used.add(self.mtp.block)
+        ffns = {name: block.ffn for name, block in self.blocks.items() if name in used}
+        return {name: ffn for name, ffn in ffns.items() if isinstance(ffn, MoEConfig) and ffn.n_experts}
 
     def at_base_width(self) -> "ModelConfig":
         """The same model at the base width of its `mup`, in standard parametrisation.

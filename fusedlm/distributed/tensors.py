@@ -40,29 +40,30 @@ class Position:
     """Which part of a sharded tensor this process has.
 
     Attributes:
-        shard: index among the shards; with `dim`, the sharded dimension, and `start`, where it begins there.
-        copy, copies: index among the processes that have the same shard, and their number.
+        starts: where it begins, along each dimension.
+        is_first: whether it is the first of the parts.
+        copy, copies: index among the processes that have the same part, and their number.
     """
 
-    shard: int
-    dim: int
-    start: int
+    starts: tuple[int, ...]
+    is_first: bool
     copy: int
     copies: int
 
 
 def position(tensor: DTensor) -> Position:
-    """The part of this process, for tensors that are sharded along one dimension at most. Nothing is communicated."""
+    """The part of this process, for tensors of which no dimension is sharded twice. Nothing is communicated."""
     mesh, at = tensor.device_mesh, tensor.device_mesh.get_coordinate()
-    shard, dim, start, copy, copies = 0, 0, 0, 0, 1
+    starts, is_first, copy, copies = [0] * tensor.dim(), True, 0, 1
     for index, placement in enumerate(tensor.placements):
         if placement.is_shard():
-            shard, dim = at[index], placement.dim
+            dim, size = placement.dim, tensor.shape[placement.dim]
             # As torch.chunk cuts: the last shards may be smaller, or empty.
-            start = min(shard * -(-tensor.shape[dim] // mesh.size(index)), tensor.shape[dim])
+            starts[dim] = min(at[index] * -(-size // mesh.size(index)), size)
+            is_first &= at[index] == 0
         else:
             copy, copies = copy * mesh.size(index) + at[index], copies * mesh.size(index)
-    return Position(shard, dim, start, copy, copies)
+    return Position(tuple(starts), is_first, copy, copies)
 
 
 def forget_gathered(model: torch.nn.Module) -> None:
@@ -79,6 +80,18 @@ def shard_group(tensor: DTensor) -> tuple[torch.distributed.ProcessGroup | None,
         if placement.is_shard():
             return _group(tensor, index), placement.dim
     return None, 0
+
+
+def held_range(tensor: DTensor) -> range:
+    """The indices along the first dimension that the processes of the shards hold together: those of some experts
+    where experts are divided over a further dimension of the mesh, the last one; else all."""
+    n, mesh = tensor.shape[0], tensor.device_mesh
+    last = mesh.ndim - 1
+    if last < 2 or not tensor.placements[last].is_shard(0):
+        return range(n)
+    size = n // mesh.size(last)
+    first = mesh.get_local_rank(last) * size
+    return range(first, first + size)
 
 
 def replica_group(tensor: DTensor) -> torch.distributed.ProcessGroup | None:

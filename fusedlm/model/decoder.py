@@ -15,6 +15,7 @@ from fusedlm.nn.bigram import BigramHash
 from fusedlm.nn.block import Block
 from fusedlm.nn.context import Context, document_positions, row_boundaries
 from fusedlm.nn.embedding import Embedding
+from fusedlm.nn.ffn.divided_experts import DividedExperts
 from fusedlm.nn.lm_head import LMHead
 from fusedlm.nn.module import UNFUSED, UNFUSED_REASON, Module, OpUse, use_backends
 from fusedlm.nn.mup import MuP
@@ -364,7 +365,8 @@ class Decoder(Module):
             block.recompute_mixer(recompute)
 
     def compile_blocks(self, backend: str = "inductor", dynamic: bool | None = None) -> None:
-        """torch.compile each block and the head for training, one full graph each. dynamic: as torch.compile takes it.
+        """torch.compile each block and the head for training, one full graph each, or several around divided
+        experts, which run uncompiled. dynamic: as torch.compile takes it.
 
         Raises the process's recompile limit: all kinds of block of all models are graphs of one function, and PyTorch's
         limit of 8 would make the ninth fail.
@@ -372,7 +374,8 @@ class Decoder(Module):
         config = torch._dynamo.config
         config.recompile_limit = max(config.recompile_limit, config.accumulated_recompile_limit)
         for part in self._compiled_parts():
-            part.compile(fullgraph=True, backend=backend, dynamic=dynamic)
+            divided = any(isinstance(module, DividedExperts) for module in part.modules())
+            part.compile(fullgraph=not divided, backend=backend, dynamic=dynamic)
 
     def _compiled_parts(self) -> tuple[Module, ...]:
         return (*self.input_parts(), *self.blocks, *(self.mtp or ()), self.head)

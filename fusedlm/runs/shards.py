@@ -1,11 +1,13 @@
 """Tables of tensors in files: one file of full tensors, or a file of each process with its parts of them.
 
 `model.safetensors` holds full tensors. `model.shard-00002-of-00004.safetensors` holds what the second of four processes
-wrote. The key `pieces` of its metadata says of each tensor that is only a part: the shape of the full one, the
-dimension that is cut, and where the part begins.
+wrote. The key `pieces` of its metadata says of each tensor that is only a part: the shape of the full one, and
+where the part begins along each dimension.
 """
 
+import itertools
 import json
+import math
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -83,11 +85,11 @@ def own_files(tables: Mapping[str, Mapping[str, torch.Tensor]], world: World) ->
             copy = min(range(where.copies), key=lambda index: written.get(index, 0))
             written[copy] = written.get(copy, 0) + tensor.numel() * tensor.dtype.itemsize
             part = local(tensor)
-            # The first shard is written even if it is empty: of a tensor without elements, it is the only one.
-            if copy == where.copy and (part.numel() or where.shard == 0):
+            # The first part is written even if it is empty: of a tensor without elements, it is the only one.
+            if copy == where.copy and (part.numel() or where.is_first):
                 tensors[name] = part
                 if part.shape != tensor.shape:
-                    pieces[name] = [list(tensor.shape), where.dim, where.start]
+                    pieces[name] = [list(tensor.shape), list(where.starts)]
         metadata = {_PIECES: json.dumps(pieces)} if pieces else {}
         files.append(TensorFile(shard_name(stem, world.rank, world.size), tensors, metadata))
     return files
@@ -101,8 +103,14 @@ class DamagedTable(ValueError):
 class _Part:
     file: object  # an open safetensors file
     path: Path
-    start: int
+    starts: tuple[int, ...]
     shape: tuple[int, ...]
+
+    def of(self, full: torch.Tensor) -> torch.Tensor:
+        """The view of the full tensor that it is."""
+        for dim, (start, size) in enumerate(zip(self.starts, self.shape, strict=True)):
+            full = full.narrow(dim, start, size)
+        return full
 
 
 class StoredTensors(Mapping):
@@ -111,7 +119,7 @@ class StoredTensors(Mapping):
 
     def __init__(self):
         self._parts: dict[str, list[_Part]] = {}
-        self._layouts: dict[str, tuple] = {}  # full shape, the dimension that is cut, dtype
+        self._layouts: dict[str, tuple] = {}  # full shape, dtype
 
     def add(self, path: Path) -> None:
         """Open a file.
@@ -126,11 +134,11 @@ class StoredTensors(Mapping):
             for name in set(file.keys()):
                 part = file.get_slice(name)
                 shape = tuple(part.get_shape())
-                full, dim, start = pieces.get(name, [shape, 0, 0])
-                layout = (tuple(map(int, full)), int(dim), part.get_dtype())
+                full, starts = (tuple(map(int, numbers)) for numbers in pieces.get(name, [shape, [0] * len(shape)]))
+                layout = (full, part.get_dtype())
                 if self._layouts.setdefault(name, layout) != layout:
                     raise DamagedTable(f"{path}: tensor {name!r} is another one than in the files before it")
-                self._parts.setdefault(name, []).append(_Part(file, path, int(start), shape))
+                self._parts.setdefault(name, []).append(_Part(file, path, starts, shape))
         except SafetensorError as error:
             raise DamagedTable(f"{path}: {' '.join(str(error).split())}") from None
         except DamagedTable:
@@ -141,22 +149,20 @@ class StoredTensors(Mapping):
     def check(self) -> None:
         """Raises DamagedTable if a part of a tensor is missing, or in two files."""
         for name, parts in self._parts.items():
-            parts.sort(key=lambda part: part.start)
-            full, dim, _ = self._layouts[name]
-            if not _is_complete(full, dim, parts):
+            full, _ = self._layouts[name]
+            if not _is_complete(full, parts):
                 raise DamagedTable(f"{parts[-1].path}: tensor {name!r} of shape {full} is not complete")
 
     def __getitem__(self, name: str) -> torch.Tensor:
         parts = self._parts[name]
-        full, dim, _ = self._layouts[name]
         if len(parts) == 1:
             return parts[0].file.get_tensor(name)
         out = None
         for part in parts:
             values = part.file.get_tensor(name)
             if out is None:
-                out = torch.empty(full, dtype=values.dtype)
-            out.narrow(dim, part.start, values.shape[dim]).copy_(values)
+                out = torch.empty(self._layouts[name][0], dtype=values.dtype)
+            part.of(out).copy_(values)
         return out
 
     def __iter__(self) -> Iterator[str]:
@@ -166,16 +172,17 @@ class StoredTensors(Mapping):
         return len(self._parts)
 
 
-def _is_complete(full: tuple[int, ...], dim: int, parts: list[_Part]) -> bool:
-    """Whether parts, in order, are the full tensor, each element once."""
-    if not full:
-        return len(parts) == 1 and not parts[0].shape
-    if not 0 <= dim < len(full):
-        return False
-    at = 0
+def _is_complete(full: tuple[int, ...], parts: list[_Part]) -> bool:
+    """Whether parts are the full tensor, each element once."""
     for part in parts:
-        others = part.shape[:dim] + part.shape[dim + 1 :]
-        if len(part.shape) != len(full) or others != full[:dim] + full[dim + 1 :] or part.start != at:
+        if not len(part.shape) == len(part.starts) == len(full):
             return False
-        at += part.shape[dim]
-    return at == full[dim]
+        if any(a < 0 or a + n > size for a, n, size in zip(part.starts, part.shape, full, strict=True)):
+            return False
+    n_elements = sum(math.prod(part.shape) for part in parts)
+    return n_elements == math.prod(full) and not any(_overlap(*pair) for pair in itertools.combinations(parts, 2))
+
+
+def _overlap(a: _Part, b: _Part) -> bool:
+    ends = zip(a.starts, a.shape, b.starts, b.shape, strict=True)
+    return all(max(i, j) < min(i + m, j + n) for i, m, j, n in ends)

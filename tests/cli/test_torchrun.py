@@ -62,7 +62,8 @@ def test_a_recipe_of_several_processes_is_refused_in_one(tmp_path, capsys):
     for override, message in {
         "runtime.parallel.shard=2": "needs 2 processes, and this run has 1",
         "runtime.parallel.replicate=2": "needs a multiple of 2 processes, and this run has 1",
-        "runtime.parallel.experts=2": "runtime.parallel.experts",
+        "runtime.parallel.experts=2": "runtime.parallel.experts=2: the model has no mixture of experts to divide",
+        "runtime.parallel.experts=0": "greater than 0",
         "runtime.parallel.shard=0": "greater than 0",
     }.items():
         assert main(["train", str(recipe), override, "--out", str(tmp_path / "run")]) == 2

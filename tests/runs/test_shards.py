@@ -15,11 +15,11 @@ FULL = {"rows": torch.arange(15.0).reshape(5, 3), "columns": torch.arange(8).res
 FILES = [
     (
         {"rows": FULL["rows"][:3], "columns": FULL["columns"][:, :1], "gain": FULL["gain"]},
-        {"rows": [[5, 3], 0, 0], "columns": [[2, 2, 2], 1, 0]},
+        {"rows": [[5, 3], [0, 0]], "columns": [[2, 2, 2], [0, 0, 0]]},
     ),
     (
         {"rows": FULL["rows"][3:], "columns": FULL["columns"][:, 1:]},
-        {"rows": [[5, 3], 0, 3], "columns": [[2, 2, 2], 1, 1]},
+        {"rows": [[5, 3], [3, 0]], "columns": [[2, 2, 2], [0, 1, 0]]},
     ),
 ]
 
@@ -50,20 +50,31 @@ def _changed(tensors: dict | None = None, pieces: dict | str | None = None) -> l
     return [FILES[0], (FILES[1][0] | (tensors or {}), pieces)]
 
 
+def test_a_tensor_may_be_cut_along_two_dimensions(tmp_path):
+    full = torch.arange(24).reshape(4, 3, 2)
+    blocks = {(e, r): full[e : e + 2, r : r + 2] for e in (0, 2) for r in (0, 2)}
+    files = [({"experts": block.clone()}, {"experts": [[4, 3, 2], [*start, 0]]}) for start, block in blocks.items()]
+    assert torch.equal(stored(tmp_path, files)["experts"], full)
+    moved = [*files[:3], (files[3][0], {"experts": [[4, 3, 2], [2, 1, 0]]})]
+    (tmp_path / "moved").mkdir()
+    with pytest.raises(DamagedTable, match="tensor 'experts' .* is not complete"):
+        stored(tmp_path / "moved", moved)
+
+
 DAMAGE = {
     "a part is missing": (FILES[:1], "shard-00001-of-00001.safetensors: tensor 'columns' of shape (2, 2, 2) is not"),
     "too few rows": (_changed({"rows": torch.zeros(1, 3)}), "tensor 'rows' of shape (5, 3) is not complete"),
     "too many rows": (_changed({"rows": torch.zeros(3, 3)}), "tensor 'rows' of shape (5, 3) is not complete"),
     "other columns": (_changed({"rows": torch.zeros(2, 1)}), "tensor 'rows' of shape (5, 3) is not complete"),
     "other dtype": (_changed({"rows": torch.zeros(2, 3).half()}), "tensor 'rows' is another one"),
-    "another start": (_changed(pieces={"rows": [[5, 3], 0, 2]}), "tensor 'rows' of shape (5, 3) is not complete"),
-    "another shape": (_changed(pieces={"rows": [[6, 3], 0, 3]}), "tensor 'rows' is another one"),
-    "another dimension": (_changed(pieces={"rows": [[5, 3], 1, 3]}), "tensor 'rows' is another one"),
+    "another start": (_changed(pieces={"rows": [[5, 3], [2, 0]]}), "tensor 'rows' of shape (5, 3) is not complete"),
+    "another shape": (_changed(pieces={"rows": [[6, 3], [3, 0]]}), "tensor 'rows' is another one"),
+    "another dimension": (_changed(pieces={"rows": [[5, 3], [0, 3]]}), "tensor 'rows' of shape (5, 3) is not complete"),
     "one twice": (_changed({"gain": FULL["gain"]}), "tensor 'gain' of shape (4,) is not complete"),
-    "no dimension": ([({"rows": torch.ones(1)}, {"rows": [[1], 3, 0]})], "tensor 'rows' of shape (1,) is not complete"),
+    "outside": ([({"rows": torch.ones(1)}, {"rows": [[1], [3]]})], "tensor 'rows' of shape (1,) is not complete"),
     "not JSON": (_changed(pieces="{"), "its parts are not described as they were written"),
     "a list": (_changed(pieces="[]"), "its parts are not described as they were written"),
-    "no numbers": (_changed(pieces={"rows": [["a"], 0, 0]}), "its parts are not described as they were written"),
+    "no numbers": (_changed(pieces={"rows": [["a"], [0]]}), "its parts are not described as they were written"),
     "too few numbers": (_changed(pieces={"rows": [[5, 3]]}), "its parts are not described as they were written"),
 }
 
