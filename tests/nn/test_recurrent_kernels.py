@@ -49,5 +49,7 @@ def test_kernels_in_a_mixer(case):
     with _kernels():
         found = _gradients(model)
         assert_close(_decoded(model), decoded, 1e-5)
+    # Some gradients are small differences of large sums, whose rounding is that of the sums.
+    rounding = 1e-7 * sum(gradient.square().sum() for gradient in expected.values()).sqrt()
     for name, gradient in expected.items():
-        assert_close(found[name], gradient, 1e-5, name)
+        assert (found[name] - gradient).norm() <= 1e-5 * gradient.norm() + rounding, name

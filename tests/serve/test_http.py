@@ -237,9 +237,11 @@ def test_sequences_that_cannot_be_taken_apart_after_a_failing_step_are_dropped(m
     monkeypatch.setattr(engine.slots, "advance", fail)
     monkeypatch.setattr(engine.slots, "remove", fail)
     with serving(engine) as served:
-        status, _, text = served.send("POST", COMPLETIONS, {"prompt": "x" * 100, "ignore_eos": True})
+        body = {"prompt": "x" * 100, "ignore_eos": True}
+        status, _, text = served.send("POST", COMPLETIONS, body)
         assert (status, "the device is gone" in text) == (500, True)
-        assert engine.metrics.finished["error"] == 1 and not len(engine.cache)
+        served.post(COMPLETIONS, body | {"max_tokens": 1})
+        assert engine.metrics.finished["error"] == 1 and not engine.metrics.cached_tokens
         assert served.post(COMPLETIONS, {"prompt": "It is", **GREEDY})["choices"][0]["text"] == alone(model, "It is")
 
 
