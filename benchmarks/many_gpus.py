@@ -1,6 +1,7 @@
 """Train a recipe on 1, 2, 4 GPUs of this machine: speed, memory, time of the optimizer, and losses beside one GPU's.
 
-    python benchmarks/many_gpus.py [RECIPE] [key=value ...] [--processes 1 2 4] [--replicate] [--json FILE]
+    python benchmarks/many_gpus.py [RECIPE] [key=value ...] [--processes 1 2 4] [--replicate] [--experts N]
+        [--json FILE]
 
 Speed: every GPU has the recipe's batch, on random tokens; tokens per second and GPU, model-FLOPs utilisation, the
 median seconds of a step and of its optimizer, and peak memory beside the figure of `fusedlm plan`. "optimizer,
@@ -13,6 +14,7 @@ Without GPUs the processes run on the CPU, which times nothing of use but shows 
 
 import argparse
 import json
+import math
 import os
 import statistics
 import sys
@@ -51,6 +53,7 @@ def main() -> None:
     parser.add_argument("overrides", nargs="*")
     parser.add_argument("--processes", type=int, nargs="+", help="default: 1, 2, 4 ... as many as there are GPUs")
     parser.add_argument("--replicate", action="store_true", help="copies instead of shards")
+    parser.add_argument("--experts", type=int, default=1, help="processes over which experts are divided, if so many")
     parser.add_argument("--vocab-size", type=int, default=50257)
     parser.add_argument("--steps", type=int, default=10, help="timed steps")
     parser.add_argument("--loss-steps", type=int, default=30)
@@ -58,6 +61,8 @@ def main() -> None:
     arguments = parser.parse_intermixed_args()
     n_gpus = torch.cuda.device_count()
     counts = arguments.processes or [n for n in (1, 2, 4, 8) if n <= n_gpus] or [1, 2]
+    if arguments.experts < 1:
+        parser.error(f"--experts {arguments.experts}: must be at least 1")
     if n_gpus and max(counts) > n_gpus:
         parser.error(f"--processes {max(counts)}: this machine has {n_gpus} GPUs")
     try:
@@ -73,8 +78,10 @@ def main() -> None:
 
 def measure(arguments: argparse.Namespace, n: int) -> dict:
     """The result of n processes, started for this alone."""
-    overrides = [*arguments.overrides, f"runtime.parallel.replicate={n if arguments.replicate else 1}"]
-    overrides.append(f"runtime.parallel.shard={1 if arguments.replicate else n}")
+    experts = math.gcd(arguments.experts, n)  # of one process 1, as that is what the others are compared with
+    others = n // experts
+    layout = {"replicate": others, "shard": 1} if arguments.replicate else {"replicate": 1, "shard": others}
+    overrides = [*arguments.overrides, f"runtime.parallel={json.dumps(layout | {'experts': experts})}"]
     overrides.append("runtime.cuda_graph=false")  # of one process alone; without it, all are alike
     load_recipe(arguments.recipe, overrides)  # refused here, not in every process
     with tempfile.TemporaryDirectory() as folder:

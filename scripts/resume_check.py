@@ -15,7 +15,7 @@ import tempfile
 import time
 from pathlib import Path
 
-TIMINGS = {"tokens_per_second", "mfu", "peak_memory_bytes", "loader_wait_seconds", "step_seconds"}
+TIMINGS = {"tokens_per_second", "mfu", "peak_memory_bytes", "loader_wait_seconds", "step_seconds", "checkpoint_seconds"}
 
 
 def main() -> int:
@@ -37,13 +37,13 @@ def main() -> int:
         for kill, step in enumerate(steps):
             process = subprocess.Popen([*command, "--out", str(killed), "--resume"], stdout=subprocess.DEVNULL)
             if kill == in_checkpoint:
-                _wait_until(lambda: any(killed.glob("checkpoints/step-*.tmp")), process)
+                _wait_until(lambda: any(killed.glob("checkpoints/.fusedlm-step-*.tmp")), process)
             else:
                 _wait_until(lambda step=step: _last_step(killed) >= step, process)
                 time.sleep(draw.uniform(0, 0.2))
             process.kill()
             process.wait()
-            half_written = ", ".join(path.name for path in killed.glob("checkpoints/step-*.tmp"))
+            half_written = ", ".join(path.name for path in killed.glob("checkpoints/.fusedlm-step-*.tmp"))
             print(f"kill {kill + 1}: last recorded step {_last_step(killed)}, half-written: {half_written or 'none'}")
         subprocess.run([*command, "--out", str(killed), "--resume"], check=True, stdout=subprocess.DEVNULL)
         return _compare(_records(straight), _records(killed))

@@ -69,6 +69,7 @@ NOT_RUN = {
     "python benchmarks/": "measures for hours",
     "python -m tests.fuzz": "takes minutes; tests/fuzz/test_sample.py runs a sample",
     "python -m tests.kills": "takes minutes; tests/train/test_resume.py kills at chosen moments",
+    "python scripts/kill_check.py": "takes minutes; tests/distributed/test_killed.py kills at chosen moments",
     "python scripts/recipe_keys.py": "writes into the repository; tests/config/test_reference.py compares the page",
     "source .venv/bin/activate": "there is no .venv in the folder of this test",
     "sha256sum": "checks a file that is downloaded",

@@ -14,6 +14,7 @@ from typing import Annotated
 import typer
 
 from fusedlm import __version__
+from fusedlm.cli.checkpoint import checkpoint
 from fusedlm.cli.compare import compare
 from fusedlm.cli.data import data
 from fusedlm.cli.doctor import doctor
@@ -55,6 +56,7 @@ app.command()(compare)
 app.add_typer(data, name="data")
 app.add_typer(recipes, name="recipes")
 app.add_typer(probe, name="probe")
+app.add_typer(checkpoint, name="checkpoint")
 app.command()(report)
 app.command()(export)
 app.command("import")(import_)

@@ -41,6 +41,10 @@ def export(
     explain: Annotated[
         bool, typer.Option("--explain", help="Print which classes fit, and what stands in the way; write nothing.")
     ] = False,
+    track: Annotated[
+        bool,
+        typer.Option("--track", help="Send card and figures to the trackers of RUN: MLflow and Weights & Biases."),
+    ] = False,
     checkpoint: CheckpointOption = "last",
     weights: WeightsOption = "raw",
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object only.")] = False,
@@ -52,6 +56,8 @@ def export(
     if explain:
         if folder is not None:
             raise ValueError(f"{folder}: --explain writes nothing; leave it out")
+        if track:
+            raise ValueError("--track: --explain writes nothing; leave one of them out")
         _explain(_recipe(run), family, as_json)
         return
     if folder is None:
@@ -59,8 +65,13 @@ def export(
         if to != "gguf":
             what = f"folder to write: fusedlm export RUN --to {to} DIR"
         raise ValueError(f"name the {what}")
+    if track:
+        from fusedlm.train.loggers.exported import trackers_of
+
+        trackers_of(run)  # before anything is written
     if to == "gguf":
-        _gguf(run, folder, as_json, family=family, dtype=dtype, checkpoint=checkpoint_name(checkpoint), weights=weights)
+        options = {"family": family, "dtype": dtype, "checkpoint": checkpoint_name(checkpoint), "weights": weights}
+        _gguf(run, folder, as_json, track, options)
         return
     from fusedlm.export import export_run
 
@@ -73,23 +84,53 @@ def export(
         checkpoint=checkpoint_name(checkpoint),
         weights=weights,
     )
+    figures = {
+        "format": to,
+        "class": written.architecture,
+        "dtype": dtype,
+        "weights": weights,
+        "parameters": written.parameters,
+        "step": written.figures.step,
+    }
+    if written.figures.val_bpb is not None:
+        figures["val_bpb"] = written.figures.val_bpb
     if as_json:
         print(json.dumps({"folder": str(folder), "family": written.family, "files": written.files}))
-        return
-    print(f"{folder}: {written.architecture}, {written.parameters:,} parameters")
-    for name in written.files:
-        print(f"  {name}")
+    else:
+        print(f"{folder}: {written.architecture}, {written.parameters:,} parameters")
+        for name in written.files:
+            print(f"  {name}")
+    if track:
+        _track(run, folder, figures, written.card, as_json)
 
 
-def _gguf(run: Path, file: Path, as_json: bool, **options) -> None:
+def _gguf(run: Path, file: Path, as_json: bool, track: bool, options: dict) -> None:
     from fusedlm.export.gguf.write import export_gguf
 
     written = export_gguf(run, file, **options)
     if as_json:
         print(json.dumps({"file": str(file), "architecture": written.architecture, "tensors": written.tensors}))
-        return
-    types = ", ".join(f"{n} {kind}" for kind, n in written.tensors.items())
-    print(f"{file}: {written.architecture}, {written.parameters:,} parameters, tensors: {types}")
+    else:
+        types = ", ".join(f"{n} {kind}" for kind, n in written.tensors.items())
+        print(f"{file}: {written.architecture}, {written.parameters:,} parameters, tensors: {types}")
+    if track:
+        figures = {
+            "format": "gguf",
+            "class": written.architecture,
+            "dtype": options["dtype"],
+            "weights": options["weights"],
+            "parameters": written.parameters,
+            "step": written.step,
+        }
+        _track(run, file, figures, None, as_json)
+
+
+def _track(run: Path, written: Path, figures: dict, card: str | None, quiet: bool) -> None:
+    from fusedlm.train.loggers.exported import track_export
+
+    names = track_export(run, written.resolve().name, figures, card)
+    if not quiet:
+        print(f"tracked by {' and '.join(names)}")
 
 
 def _recipe(path: Path):
@@ -109,7 +150,7 @@ def _explain(recipe, family: str | None, as_json: bool) -> None:
         return
     for name, found in every.items():
         fit = f"{len(found)} key{'s' * (len(found) > 1)} in the way" if found else "fits"
-        print(f"{name:12} {family_named(name).architecture:24} {fit}")
+        print(f"{name:17} {family_named(name).architecture:28} {fit}")
     shown = family_named(family).name if family else next(iter(every))
     if every[shown]:
         print(f"\nin the way of {shown}:")

@@ -2,6 +2,7 @@
 
 import json
 import math
+from functools import partial
 from typing import Annotated
 
 import typer
@@ -121,18 +122,22 @@ def make_plan(
     }
     recompute = recipe.runtime.recompute == "mixer"
 
-    def activations(micro_batch: int, recompute: bool = recompute) -> int:
-        return activation_bytes(model, micro_batch * train.seq_len, dtype, recompute)
+    parallel = recipe.runtime.parallel
 
-    shards = recipe.runtime.parallel.shard or 1
-    processes = recipe.runtime.parallel.replicate * shards
+    def activations(micro_batch: int, recompute: bool = recompute, divided: bool = parallel.experts > 1) -> int:
+        return activation_bytes(model, micro_batch * train.seq_len, dtype, recompute, divided)
+
+    shards = (parallel.shard or 1) * parallel.experts
+    processes = parallel.replicate * shards
     held = {name: round(held_fraction(model, shards) * n) for name, n in fixed.items()}
     # A copy in one shard keeps its weights in the dtype of activations.
-    held["weight_copy_bytes"] = gathered_bytes(model, dtype) if shards > 1 else fixed["weight_copy_bytes"]
+    if shards > 1:
+        keeps_experts = shards == parallel.experts
+        held["weight_copy_bytes"] = gathered_bytes(model, dtype, parallel.experts, keeps_experts)
     micro_batch = min(train.micro_batch_size or train.batch_size, max(1, train.batch_size // processes))
     memory = sum(held.values()) + activations(micro_batch)
     fits = {
-        name: fit(one.memory_bytes * USABLE, sum(fixed.values()), activations, micro_batch)
+        name: fit(one.memory_bytes * USABLE, sum(fixed.values()), partial(activations, divided=False), micro_batch)
         for name, one in GPUS.items()
     }
     seconds = flops * tokens / (mfu * device_flops)

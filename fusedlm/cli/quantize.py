@@ -127,7 +127,6 @@ def quantize(
 ) -> None:
     """Round the matrices of RUN to few bits and write them as a run that eval and generate read. Norms, routers,
     convolutions and vectors stay as they are."""
-    from fusedlm.files import sha256_file
     from fusedlm.nn.module import parameters_by_kind
     from fusedlm.nn.quantized import replace_layers
     from fusedlm.quant.request import other_bytes
@@ -153,12 +152,14 @@ def quantize(
     checkpoints = Checkpoints(run / CHECKPOINTS)
     if is_quantized(checkpoints, loaded.step):
         raise ValueError(f"{run} is quantised already; quantise the run that it is from")
-    source = checkpoints.path(loaded.step) / f"{MODEL}.safetensors"
+    files = checkpoints.files(loaded.step)
+    source = [files[name] for name in checkpoints.table_files(loaded.step, MODEL)]
+    identity = {"source": " ".join(file["sha256"] for file in source), "weights": weights}
     reader = loaded if data is None else replace(loaded, recipe=_with_data(loaded.recipe, data))
     with progress_bars() as progress:
         scored = _Scoring(reader, text, window, stride, progress) if score else None
         before = scored and scored.run("before")
-        outcomes = quantized(request, reader, out, {"source": sha256_file(source), "weights": weights}, progress)
+        outcomes = quantized(request, reader, out, identity, progress)
         left_bytes = other_bytes(loaded.model, outcomes)
         if request.is_packed:
             layers = {name.removesuffix(".weight"): outcome.matrix for name, outcome in outcomes.items()}
@@ -189,7 +190,7 @@ def quantize(
         ),
         "tensor_bytes": n_bytes + left_bytes,
         "budget": budget,
-        "bytes_before": source.stat().st_size,
+        "bytes_before": sum(file["bytes"] for file in source),
         "bytes_after": written.stat().st_size,
         "bpb_before": before,
         "bpb_after": after,

@@ -193,6 +193,8 @@ def _nearest(candidates: Sequence[_Candidate], measure: Callable[[ModelConfig], 
 def _ffn_candidates(config: ModelConfig, vocab_size: int, multiple: int) -> list[_Candidate]:
     """All feed-forwards scaled together; their hidden widths are multiples of `multiple`."""
     widths = _ffn_widths(config, vocab_size)
+    if not widths:
+        raise ValueError("experiment.match_by=ffn: the model has no feed-forwards; use width or depth")
     widest = max(widths.values())
     found = []
     least = max(multiple, 2)  # a routed feed-forward has at least one unit in each part
@@ -218,6 +220,7 @@ def _ffn_widths(config: ModelConfig, vocab_size: int) -> dict[str, int]:
             if isinstance(linear, torch.nn.Linear) and linear.out_features == config.dim
         )
         for name, block in zip(model.layer_names, model.blocks, strict=True)
+        if block.ffn is not None
     }
 
 

@@ -9,6 +9,13 @@ from fusedlm.config.schema import Config, Fraction, NonNegativeFloat, Scale
 Hidden = Annotated[int, Field(gt=0, le=2**22)]
 
 
+class NoFFNConfig(Config):
+    """None: the block is its mixer alone, x + mixer(norm(x)), as in Mamba 2."""
+
+    type: Literal["none"] = "none"
+    """The feed-forward."""
+
+
 class SwiGLUConfig(Config):
     """down(silu(gate(x)) * up(x)) (arXiv 2002.05202)."""
 
@@ -114,4 +121,6 @@ class MoEConfig(Config):
         return self
 
 
-FFNConfig = Annotated[SwiGLUConfig | ReLU2Config | RoutedConfig | MoEConfig, Field(discriminator="type")]
+FFNConfig = Annotated[
+    SwiGLUConfig | ReLU2Config | RoutedConfig | MoEConfig | NoFFNConfig, Field(discriminator="type")
+]

@@ -28,10 +28,14 @@ class AttentionConfig(Config):
     """Base of the frequencies of the rotary embedding."""
     qk_norm: bool = True
     """RMSNorm on q and k, with learned gains."""
-    qk_gain: Literal["head", "dim"] = "head"
-    """Gains of qk_norm. head: one per query head; dim: one per dimension of q and of k, for all heads (Qwen3)."""
+    qk_gain: Literal["head", "dim", "none"] = "head"
+    """Gains of qk_norm. head: one per query head; dim: one per dimension of q and of k, for all heads (Qwen3); none:
+    no gains (nanochat)."""
     window: Length | None = None
     """Each token attends to itself and the window - 1 tokens before it; null: to all."""
+    output_gate: bool = False
+    """Multiplies the output of the heads by sigmoid(W x), element by element, before the last projection
+    (arXiv 2505.06708)."""
     xsa: bool = False
     """Exclusive self-attention: removes the component along the token's own value from the output."""
     value_residual: bool = False
@@ -44,8 +48,8 @@ class AttentionConfig(Config):
     def _check(self):
         _check_divides("n_kv_heads", self.n_kv_heads, self.n_heads)
         check_rope_dim(self.rope_dim, self.head_dim)
-        if self.qk_gain == "dim" and not self.qk_norm:
-            raise ValueError("qk_gain=dim: not used with qk_norm=false; remove it, or set qk_norm=true")
+        if self.qk_gain != "head" and not self.qk_norm:
+            raise ValueError(f"qk_gain={self.qk_gain}: not used with qk_norm=false; remove it, or set qk_norm=true")
         return self
 
 

@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field, ValidationError, model_validator
 
-from fusedlm.config.ffn import FFNConfig
+from fusedlm.config.ffn import FFNConfig, MoEConfig
 from fusedlm.config.mixers import AttentionConfig, Mamba2Config, MixerConfig, check_rope_dim
 from fusedlm.config.schema import (
     Config,
@@ -73,12 +73,12 @@ class RescaleConfig(Config):
 
 
 class BlockConfig(Config):
-    """Pre-norm residual block: x + mixer(norm(x)), then x + ffn(norm(x))."""
+    """Pre-norm residual block: x + mixer(norm(x)), then x + ffn(norm(x)) where there is a feed-forward."""
 
     mixer: MixerConfig
     """The sequence mixer, by its type."""
     ffn: FFNConfig
-    """The feed-forward, by its type."""
+    """The feed-forward, by its type; none: there is none."""
 
 
 class MTPConfig(Config):
@@ -145,12 +145,16 @@ class ModelConfig(Config):
     """Asymmetric cap of the logits, in place of logit_softcap; null: none."""
     norm_eps: Epsilon = 1e-6
     """Added to the mean square in norms."""
+    norm_gain: bool = True
+    """Learned gains of the norms of the blocks and of the last norm; false: these have none."""
     dropout: float = Field(0.0, ge=0, lt=1)
     """Dropout in training, on each residual branch and on the embedding."""
     embedding_std: Scale | None = None
     """Standard deviation of the initial embedding; null: 0.02, with tied embeddings at most 2 / dim."""
     embedding_rms: Scale | None = 1.0
     """Root mean square of the input of the first block; null: embedding_std."""
+    embedding_norm: bool = False
+    """RMSNorm without gain of the input of the first block, in place of embedding_rms, which is not used."""
     yarn: YaRNConfig | None = None
     """YaRN, for every mixer with rotary embedding; null: none."""
     bigram: BigramConfig | None = None
@@ -203,6 +207,14 @@ class ModelConfig(Config):
         if self.mup is not None:
             self.at_base_width()
         return self
+
+    def mixtures(self) -> dict[str, MoEConfig]:
+        """The feed-forwards with routed experts, by the letter of their block; those of blocks that are used."""
+        used = {self.pattern[i % len(self.pattern)] for i in range(self.n_layers)}
+        if self.mtp is not None and self.mtp.depth and self.mtp.block is not None:
+            used.add(self.mtp.block)
+        ffns = {name: block.ffn for name, block in self.blocks.items() if name in used}
+        return {name: ffn for name, ffn in ffns.items() if isinstance(ffn, MoEConfig) and ffn.n_experts}
 
     def at_base_width(self) -> "ModelConfig":
         """The same model at the base width of its `mup`, in standard parametrisation.

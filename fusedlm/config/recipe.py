@@ -59,6 +59,7 @@ class Recipe(Config):
                     "runtime.cuda_graph=true: train.distill runs the teacher outside of the graph; set "
                     "runtime.cuda_graph=false"
                 )
+        self._check_experts()
         matrix = getattr(self.train.optimizer, "matrix", None)
         if self.model.mup is not None and matrix is not None and matrix.scaling != "spectral":
             raise ValueError(
@@ -66,6 +67,20 @@ class Recipe(Config):
                 "remove model.mup"
             )
         return self
+
+    def _check_experts(self) -> None:
+        """Raises ValueError if runtime.parallel.experts does not divide the experts of the model."""
+        key = f"runtime.parallel.experts={self.runtime.parallel.experts}"
+        if self.runtime.parallel.experts == 1:
+            return
+        mixtures = self.model.mixtures()
+        if not mixtures:
+            raise ValueError(f"{key}: the model has no mixture of experts to divide; set runtime.parallel.experts=1")
+        for name, ffn in mixtures.items():
+            if ffn.n_experts % self.runtime.parallel.experts:
+                raise ValueError(
+                    f"{key}: does not divide model.blocks.{name}.ffn.n_experts={ffn.n_experts}; set a divisor of it"
+                )
 
 
 def load_recipe(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Recipe:

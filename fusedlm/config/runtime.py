@@ -31,15 +31,17 @@ Processes = Annotated[int, Field(gt=0, le=2**16)]
 
 
 class ParallelConfig(Config):
-    """How the processes that torchrun starts divide a run: replicate x shard of them. The batch is divided over all."""
+    """How the processes that torchrun starts divide a run: replicate x shard x experts of them. The batch is divided
+    over all."""
 
     replicate: Processes = 1
     """Copies of the sharded model."""
     shard: Processes | None = None
     """Processes over which weights, gradients and optimizer state of a copy are sharded; 1: each holds all of them;
-    null: all that `replicate` leaves."""
-    experts: int = Field(1, ge=1, le=1)
-    """Processes over which experts are divided; 1 is all there is yet: they are sharded as other matrices are."""
+    null: all that the others leave. With `experts`, shard x experts processes are the shards of what is no expert."""
+    experts: Processes = 1
+    """Processes over which the experts of each layer are divided, a divisor of their number; tokens are sent to them.
+    1: experts are sharded as other matrices are."""
 
 
 class RuntimeConfig(Config):

@@ -2,13 +2,16 @@
 
 import contextlib
 import os
+import secrets
+import time
 from collections.abc import Iterator
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+from torch.distributed.rendezvous import rendezvous
 
-from fusedlm.distributed.world import World
+from fusedlm.distributed.world import OneProcessFailed, World
 
 _VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")  # which torchrun sets
 _PATIENCE = timedelta(days=2)  # a process waits while another prepares text; one that has died is noticed at once
@@ -43,12 +46,46 @@ def processes(device: torch.device) -> Iterator[tuple[World, torch.device]]:
         device = _own_gpu() if own else torch.device("cuda", torch.cuda.current_device())
         torch.cuda.set_device(device)
     if own:
-        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+        store = next(rendezvous("env://"))[0]
+        store = dist.PrefixStore(meet(store, world), store)
+        dist.init_process_group(backend, store=store, rank=world.rank, world_size=world.size)
     yield World(world.rank, world.size, dist.new_group(backend="gloo", timeout=_PATIENCE)), device
     # Not after an exception: destroying the group may wait for processes that wait for this one, and torchrun, which
     # ends them, would not see it exit.
     if own:
         dist.destroy_process_group()
+
+
+def meet(store: dist.Store, world: World, poll_seconds: float = 0.01) -> str:
+    """A name that the processes of this start have in common, and no earlier start had. All call this.
+
+    torchrun keeps its store when it starts processes again, with the addresses of those that were ended, and
+    connecting to one of these fails. Nothing that torchrun tells its processes numbers the starts alike on all
+    machines. So each leaves a word of its own, and takes for an answer only one that the main process has given to it.
+    """
+    word, name = secrets.token_hex(8), f"start-{secrets.token_hex(8)}"
+    if not world.is_main:
+        store.set(f"word-{world.rank}", word)
+        name = store.get(f"answer-{world.rank}-{word}").decode()  # waits for it
+        store.set(f"{name}-{world.rank}", "")
+        return name
+    missing, answered = set(range(1, world.size)), set()
+    until = time.monotonic() + store.timeout.total_seconds()
+    while missing:
+        for rank in list(missing):
+            if store.check([f"{name}-{rank}"]):
+                missing.discard(rank)
+            elif store.check([f"word-{rank}"]):
+                # It may be of an earlier start, and another one follow.
+                answer = f"answer-{rank}-{store.get(f'word-{rank}').decode()}"
+                if answer not in answered:
+                    answered.add(answer)
+                    store.set(answer, name)
+        if missing and time.monotonic() > until:
+            raise OneProcessFailed(f"processes {sorted(missing)} of {world.size} did not start")
+        time.sleep(poll_seconds if missing else 0.0)
+    return name
 
 
 def _own_gpu() -> torch.device:

@@ -1,7 +1,9 @@
-"""Tensors that processes hold in shards (DTensors): this process's part, all of it, and back.
+"""Tensors that processes hold in shards (DTensors): this process's part, where it is, and back.
 
 Plain tensors pass through unchanged, so that callers need not tell the two apart.
 """
+
+from dataclasses import dataclass
 
 import torch
 from torch.distributed.fsdp import FSDPModule
@@ -11,11 +13,6 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 def local(tensor: torch.Tensor) -> torch.Tensor:
     """This process's part, in the memory of the tensor."""
     return tensor._local_tensor if isinstance(tensor, DTensor) else tensor
-
-
-def gathered(tensor: torch.Tensor) -> torch.Tensor:
-    """The full tensor. All processes of its mesh must call this, each then holds it."""
-    return tensor.detach().full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def shard_like(values: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
@@ -38,6 +35,37 @@ def from_local(part: torch.Tensor, like: DTensor, shape: tuple[int, ...]) -> DTe
     )
 
 
+@dataclass(frozen=True)
+class Position:
+    """Which part of a sharded tensor this process has.
+
+    Attributes:
+        starts: where it begins, along each dimension.
+        is_first: whether it is the first of the parts.
+        copy, copies: index among the processes that have the same part, and their number.
+    """
+
+    starts: tuple[int, ...]
+    is_first: bool
+    copy: int
+    copies: int
+
+
+def position(tensor: DTensor) -> Position:
+    """The part of this process, for tensors of which no dimension is sharded twice. Nothing is communicated."""
+    mesh, at = tensor.device_mesh, tensor.device_mesh.get_coordinate()
+    starts, is_first, copy, copies = [0] * tensor.dim(), True, 0, 1
+    for index, placement in enumerate(tensor.placements):
+        if placement.is_shard():
+            dim, size = placement.dim, tensor.shape[placement.dim]
+            # As torch.chunk cuts: the last shards may be smaller, or empty.
+            starts[dim] = min(at[index] * -(-size // mesh.size(index)), size)
+            is_first &= at[index] == 0
+        else:
+            copy, copies = copy * mesh.size(index) + at[index], copies * mesh.size(index)
+    return Position(tuple(starts), is_first, copy, copies)
+
+
 def forget_gathered(model: torch.nn.Module) -> None:
     """Free gathered parameters of a model that FSDP has sharded, which evaluation leaves behind: the next pass gathers
     them anew, from shards that may have changed, and `named_parameters` names the shards."""
@@ -52,6 +80,18 @@ def shard_group(tensor: DTensor) -> tuple[torch.distributed.ProcessGroup | None,
         if placement.is_shard():
             return _group(tensor, index), placement.dim
     return None, 0
+
+
+def held_range(tensor: DTensor) -> range:
+    """The indices along the first dimension that the processes of the shards hold together: those of some experts
+    where experts are divided over a further dimension of the mesh, the last one; else all."""
+    n, mesh = tensor.shape[0], tensor.device_mesh
+    last = mesh.ndim - 1
+    if last < 2 or not tensor.placements[last].is_shard(0):
+        return range(n)
+    size = n // mesh.size(last)
+    first = mesh.get_local_rank(last) * size
+    return range(first, first + size)
 
 
 def replica_group(tensor: DTensor) -> torch.distributed.ProcessGroup | None:

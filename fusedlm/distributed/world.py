@@ -59,12 +59,25 @@ class World:
 
     def largest(self, number: int) -> int:
         """The largest of the processes' numbers."""
+        return self.largest_of_each([number])[0]
+
+    def largest_of_each(self, numbers: list[int]) -> list[int]:
+        """For each place in the lists of the processes, which are of one length, the largest number; in one exchange.
+        """
         if self.size == 1:
-            return number
-        numbers = torch.zeros(self.size, dtype=torch.int64)
-        numbers[self.rank] = number
-        dist.all_reduce(numbers, group=self.control)
-        return int(numbers.max())
+            return numbers
+        table = torch.zeros(self.size, len(numbers), dtype=torch.int64)
+        table[self.rank] = torch.tensor(numbers)
+        dist.all_reduce(table, group=self.control)
+        return table.amax(0).tolist()
+
+    def gathered(self, value: T) -> list[T]:
+        """The values of all processes, in each of them, in the order of ranks. They must be picklable."""
+        if self.size == 1:
+            return [value]
+        found: list = [None] * self.size
+        dist.all_gather_object(found, value, group=self.control)
+        return found
 
     def any(self, flag: bool) -> bool:
         """Whether the flag is set in any process."""
@@ -84,10 +97,8 @@ class World:
             return
         if not self.any(error is not None):
             return
-        texts: list = [None] * self.size
         # Text alone: not every exception can be sent.
-        own = None if error is None else (isinstance(error, OSError), str(error))
-        dist.all_gather_object(texts, own, group=self.control)
+        texts = self.gathered(None if error is None else (isinstance(error, OSError), str(error)))
         if error is not None:
             raise error
         is_os_error, text = next(text for text in texts if text is not None)

@@ -33,7 +33,7 @@ def folded(
         changes["embedding_rms"] = None
     if config.depth_scaled_norms:
         for index, block in enumerate(model.blocks):
-            for name in ("mixer_norm", "ffn_norm"):
+            for name in ("mixer_norm", "ffn_norm")[: len(block.parts())]:
                 gain = f"blocks.{index}.{name}.weight"
                 found[gain] = found[gain] * getattr(block, name).scale
                 found.pop(f"blocks.{index}.{name}.scale")
@@ -49,7 +49,8 @@ def _fold_mup(model: Decoder, tensors: dict[str, torch.Tensor]) -> None:
     if model.head.norm.scale is not None:
         tensors["head.norm.weight"] = tensors["head.norm.weight"] * model.head.norm.scale
     for index, block in enumerate(model.blocks):
-        for name in (f"mixer.{block.mixer.branch_end}.weight", *_feed_forward_ends(block.ffn)):
+        ends = [] if block.ffn is None else _feed_forward_ends(block.ffn)
+        for name in (f"mixer.{block.mixer.branch_end}.weight", *ends):
             tensors[f"blocks.{index}.{name}"] = tensors[f"blocks.{index}.{name}"] * block.branch_scale
         queries = _queries(block.mixer)
         if queries is None:

@@ -12,7 +12,6 @@ from fusedlm.config.errors import describe
 from fusedlm.config.model import ModelConfig
 from fusedlm.data.tokenizer import Tokenizer
 from fusedlm.data.vocabulary import check_vocab_size
-from fusedlm.distributed import World
 from fusedlm.export.config_json import ConfigJSON
 from fusedlm.export.families import FAMILIES
 from fusedlm.export.families.base import Family
@@ -93,7 +92,7 @@ def write_run(run_dir: str | Path, found: Content) -> Imported:
         ValueError: the folder holds a run.
         OSError: it cannot be written.
     """
-    run_dir, run, world = Path(run_dir), new_run_id(), World()
+    run_dir, run = Path(run_dir), new_run_id()
     with RunFolder(run_dir) as target:
         if target.holds_run():
             raise ValueError(f"run folder {run_dir} already holds a run; name another")
@@ -101,7 +100,7 @@ def write_run(run_dir: str | Path, found: Content) -> Imported:
         target.write_header(found.recipe, found.tokenizer, described, run)
         text = found.origin.text if found.origin is not None else NO_TEXT
         state = TrainState(data=text, run=run, tokenizer=found.tokenizer.fingerprint)
-        save_weights(target.checkpoints, state, found.recipe, found.tensors, world=world)
+        save_weights(target.checkpoints, state, found.recipe, found.tensors)
     return Imported(run_dir, found.form, count_parameters(found.model).total)
 
 

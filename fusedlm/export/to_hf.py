@@ -36,13 +36,15 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 @dataclass(frozen=True)
 class Exported:
-    """What was written. files: names in the folder."""
+    """What was written. files: names in the folder. card: the text of its model card, and the figures in it."""
 
     folder: Path
     family: str
     architecture: str
     parameters: int
     files: list[str]
+    card: str
+    figures: Figures
 
 
 def export_run(
@@ -104,7 +106,7 @@ def export_run(
         ORIGIN: Origin(recipe.model_copy(update={"model": found.model}), loaded.text, tokenizer.fingerprint).dump(),
     } | tokenizer_files(tokenizer, max_length(recipe))
     files = _write(folder, tensors, texts | found.texts, shard_bytes)
-    return Exported(folder, found.name, found.architecture, figures.parameters, files)
+    return Exported(folder, found.name, found.architecture, figures.parameters, files, texts[CARD], figures)
 
 
 @dataclass(frozen=True)

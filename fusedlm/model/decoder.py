@@ -15,9 +15,11 @@ from fusedlm.nn.bigram import BigramHash
 from fusedlm.nn.block import Block
 from fusedlm.nn.context import Context, document_positions, row_boundaries
 from fusedlm.nn.embedding import Embedding
+from fusedlm.nn.ffn.divided_experts import DividedExperts
 from fusedlm.nn.lm_head import LMHead
 from fusedlm.nn.module import UNFUSED, UNFUSED_REASON, Module, OpUse, use_backends
 from fusedlm.nn.mup import MuP
+from fusedlm.nn.norm import RMSNorm
 from fusedlm.nn.previous import PreviousToken
 from fusedlm.nn.rope import YaRN
 from fusedlm.nn.smear import SmearGate
@@ -48,9 +50,11 @@ class Decoder(Module):
         logit_softcap: float | None = None,
         logit_rescale: dict | None = None,
         norm_eps: float = 1e-6,
+        norm_gain: bool = True,
         dropout: float = 0.0,
         embedding_std: float | None = None,
         embedding_rms: float | None = 1.0,
+        embedding_norm: bool = False,
         yarn: dict | None = None,
         bigram: dict | None = None,
         smear: bool = False,
@@ -81,10 +85,11 @@ class Decoder(Module):
         self.yarn = self.recipe_yarn = None if yarn is None else YaRN(**yarn)
         if embedding_std is None:
             embedding_std = default_embedding_std(dim, tie_embeddings)
-        self.embedding_scale = 1.0 if embedding_rms is None else embedding_rms / embedding_std
+        self.embedding_scale = 1.0 if embedding_rms is None or embedding_norm else embedding_rms / embedding_std
         n_rows = -(-vocab_size // vocab_multiple) * vocab_multiple
         self.embedding = Embedding(vocab_size, n_rows, dim, embedding_std)
         self.bigram = None if bigram is None else BigramHash(**bigram, out_dim=dim)
+        self.embedding_norm = RMSNorm(dim, norm_eps, has_gain=False) if embedding_norm else None
         self.smear = SmearGate(dim) if smear else None
         self.layer_names = [pattern[i % len(pattern)] for i in range(n_layers)]
         self.value_table = self._value_table(vocab_size, n_rows, [blocks[name]["mixer"] for name in self.layer_names])
@@ -101,6 +106,7 @@ class Decoder(Module):
                 layer=layer,
                 value_sources=value_sources,
                 depth_scaled_norms=depth_scaled_norms,
+                norm_gain=norm_gain,
                 mixes_x0=x0_mixing,
                 takes_skip=0 <= layer - first_skip < self.n_skips,
             )
@@ -110,12 +116,14 @@ class Decoder(Module):
         if mtp is not None and mtp["depth"]:
             letter = mtp["block"] or self.layer_names[-1]
             shared = {"dim": dim, "dropout": dropout, "norm_eps": norm_eps, "depth_scaled_norms": depth_scaled_norms}
+            shared["norm_gain"] = norm_gain
             self.mtp = prediction_modules(mtp["depth"], first_layer=n_layers, **blocks[letter], **shared)
             self.mtp_factors = mtp["depth_weights"] or [1 / mtp["depth"]] * mtp["depth"]
             self.add_constant("mtp_weight", mtp["weight"])
         cap = logit_softcap if logit_rescale is None else SigmoidCap(**logit_rescale)
         tied = self.embedding if tie_embeddings else None
-        self.head = LMHead(dim=dim, n_rows=n_rows, vocab_size=vocab_size, cap=cap, norm_eps=norm_eps, tied=tied)
+        sizes = {"dim": dim, "n_rows": n_rows, "vocab_size": vocab_size}
+        self.head = LMHead(**sizes, cap=cap, norm_eps=norm_eps, norm_gain=norm_gain, tied=tied)
         self.tied = tie_embeddings
         self._step_calls: list | None = None
         self.rope_specs = set().union(*(block.mixer.rope_specs() for block in self.all_blocks()))
@@ -206,6 +214,8 @@ class Decoder(Module):
         if self.bigram is not None:
             x = x + self.bigram(tokens_BT, context, states.get("bigram"))
         x = self.cast(x * self.embedding_scale)
+        if self.embedding_norm is not None:
+            x = self.embedding_norm(x)
         if self.smear is not None:
             x = self.smear(x, context, states.get("smear"))
         if self.value_table is not None:
@@ -355,7 +365,8 @@ class Decoder(Module):
             block.recompute_mixer(recompute)
 
     def compile_blocks(self, backend: str = "inductor", dynamic: bool | None = None) -> None:
-        """torch.compile each block and the head for training, one full graph each. dynamic: as torch.compile takes it.
+        """torch.compile each block and the head for training, one full graph each, or several around divided
+        experts, which run uncompiled. dynamic: as torch.compile takes it.
 
         Raises the process's recompile limit: all kinds of block of all models are graphs of one function, and PyTorch's
         limit of 8 would make the ninth fail.
@@ -363,7 +374,8 @@ class Decoder(Module):
         config = torch._dynamo.config
         config.recompile_limit = max(config.recompile_limit, config.accumulated_recompile_limit)
         for part in self._compiled_parts():
-            part.compile(fullgraph=True, backend=backend, dynamic=dynamic)
+            divided = any(isinstance(module, DividedExperts) for module in part.modules())
+            part.compile(fullgraph=not divided, backend=backend, dynamic=dynamic)
 
     def _compiled_parts(self) -> tuple[Module, ...]:
         return (*self.input_parts(), *self.blocks, *(self.mtp or ()), self.head)

@@ -4,6 +4,7 @@ import torch
 
 from fusedlm.model.decoder import Decoder
 from fusedlm.model.sharding import SHARDED_KINDS
+from fusedlm.nn.ffn.moe import MoE
 from fusedlm.nn.ffn.relu2 import ReLU2
 from fusedlm.nn.linear import Linear
 from fusedlm.nn.module import parameters_by_kind
@@ -12,7 +13,9 @@ from fusedlm.nn.quantized import empty_weight, hidden_matrices
 _LOGITS = 298 * 2**20  # most bytes of logits at a time, of the chunked cross entropy
 
 
-def activation_bytes(model: Decoder, n_tokens: int, dtype: torch.dtype, recompute: bool = False) -> int:
+def activation_bytes(
+    model: Decoder, n_tokens: int, dtype: torch.dtype, recompute: bool = False, divided: bool = False
+) -> int:
     """Bytes saved for backward in a forward pass over n_tokens, an estimate for compiled training with fused kernels.
 
     Every projection saves its input, and what follows it saves its output; attention also saves queries and keys after
@@ -24,12 +27,16 @@ def activation_bytes(model: Decoder, n_tokens: int, dtype: torch.dtype, recomput
         dtype: of activations.
         recompute: as `runtime.recompute: mixer` does, which saves only the input of each mixer and the output of its
             attention.
+        divided: whether experts are divided over processes, which then save the rows that they receive; a process
+            whose experts have more than the mean load saves more.
     """
     per_token = 0.0
     for block in model.all_blocks():
         mixer = _recomputed_mixer(block.mixer, dtype) if recompute else _mixer(block.mixer, model.dim, dtype)
-        per_token += mixer + _feed_forward(block.ffn, model.dim, dtype)
-        per_token += 2 * model.dim * (model.dropout.p > 0)  # masks, one byte per element
+        per_token += mixer + (0 if block.ffn is None else _feed_forward(block.ffn, model.dim, dtype))
+        per_token += len(block.parts()) * model.dim * (model.dropout.p > 0)  # masks, one byte per element
+        if divided and isinstance(block.ffn, MoE) and block.ffn.n_experts:
+            per_token += block.ffn.top_k * model.dim * dtype.itemsize
     per_token += (2 * model.dim + _input_elements(model)) * dtype.itemsize  # embedding, and the input of the head
     # Embedding moved, concatenation of both norms, projection, and the input of the head.
     per_token += 5 * model.dim * len(model.mtp or ()) * dtype.itemsize
@@ -51,14 +58,29 @@ def held_fraction(model: Decoder, n_shards: int) -> float:
     return (total - sharded + sharded / n_shards) / total
 
 
-def gathered_bytes(model: Decoder, dtype: torch.dtype) -> int:
+def gathered_bytes(model: Decoder, dtype: torch.dtype, experts: int = 1, keeps_experts: bool = False) -> int:
     """Bytes of what a process with sharded parameters gathers and reduces at a time: in the dtype of activations the
     parameters beside blocks, with their gradients, two blocks, since the next one is gathered ahead, and the gradients
-    of one, twice in float32 while they are reduced."""
+    of one, twice in float32 while they are reduced.
+
+    Args:
+        experts: processes over which the experts of a layer are divided; one gathers its own alone.
+        keeps_experts: whether a process keeps its own in the dtype of activations, since it holds them in full.
+    """
     numbers = [sum(parameter.numel() for parameter in block.parameters()) for block in model.all_blocks()]
     rest = sum(parameter.numel() for parameter in model.parameters()) - sum(numbers)
-    largest = max(numbers)
-    return dtype.itemsize * (2 * rest + 3 * largest) + 2 * 4 * largest
+    stacks = [_of_experts(block.ffn) for block in model.all_blocks()]
+    own = [n // experts for n in stacks]
+    reduced = max(n - all_experts + mine for n, all_experts, mine in zip(numbers, stacks, own, strict=True))
+    gathered, kept = 2 * reduced, 0
+    if keeps_experts:
+        gathered, kept = 2 * max(n - all_experts for n, all_experts in zip(numbers, stacks, strict=True)), sum(own)
+    return dtype.itemsize * (2 * rest + gathered + kept + reduced) + 2 * 4 * reduced
+
+
+def _of_experts(ffn) -> int:
+    """Parameters of the routed experts of a feed-forward."""
+    return ffn.n_experts * ffn.experts.parameters_of_one() if isinstance(ffn, MoE) and ffn.n_experts else 0
 
 
 def quantized_bytes(model: Decoder, format: str) -> int:

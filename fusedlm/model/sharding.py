@@ -1,10 +1,13 @@
 """A decoder whose matrices are sharded over processes by torch's FSDP2.
 
 Hidden matrices, embeddings and heads are sharded, one unit per block and one for the rest of the model, in which a tied
-embedding and head stay one parameter. Everything else (gains, biases, routers, gates, convolutions, per-head vectors:
-well below a hundredth of a model) is held in full and in float32 by every process: it is what autocast would not cast
-either, so that a block computes as it does in one process.
+embedding and head stay one parameter. The experts of a layer may be divided over processes (`DividedExperts`), and are
+then a unit of their own, sharded over those that hold the same experts. Everything else (gains, biases, routers, gates,
+convolutions, per-head vectors: well below a hundredth of a model) is held in full and in float32 by every process: it
+is what autocast would not cast either, so that a block computes as it does in one process.
 """
+
+import math
 
 import torch
 from torch import nn
@@ -15,6 +18,8 @@ from torch.distributed.tensor import DTensor, Shard
 from fusedlm.distributed import World, local
 from fusedlm.model.build import build_model, check_memory
 from fusedlm.model.decoder import Decoder
+from fusedlm.nn.ffn.divided_experts import DividedExperts
+from fusedlm.nn.ffn.experts import Experts
 from fusedlm.nn.module import init_weights, parameters_by_kind
 
 SHARDED_KINDS = ("matrix", "embedding", "head")  # of roles
@@ -27,23 +32,29 @@ def shard_model(model: Decoder, mesh: DeviceMesh, dtype: torch.dtype) -> None:
     Losses must be divided by the counts of all processes, as `fusedlm.train.step` does: gradients are summed.
 
     Args:
-        mesh: two dimensions, copies and shards.
+        mesh: two dimensions, copies and shards; or named replicate, shard and experts: then each copy is sharded over
+            the processes of the last two, but for experts, which are divided over the last one, so that rows of each
+            are sharded over the second. It must divide their number, and the second their rows.
         dtype: of activations. bfloat16 on a GPU: shards are gathered in it, and gradients are summed in float32.
     """
+    experts, copies = [], mesh
+    if mesh.ndim == 3:
+        experts = _divide_experts(model, mesh["experts"])
+        copies = DeviceMesh(mesh.device_type, mesh.mesh.flatten(1), mesh_dim_names=("replicate", "shard"))
     gathers_low = mesh.device_type == "cuda" and dtype != torch.float32
     policy = MixedPrecisionPolicy(
         param_dtype=dtype if gathers_low else None,
         reduce_dtype=torch.float32 if gathers_low else None,
         cast_forward_inputs=False,
     )
-    n_shards = mesh.size(1)
+    n_shards = copies.size(1)
     whole = {parameter for _, kind, parameter in parameters_by_kind(model) if kind not in SHARDED_KINDS}
-    options = {
-        "mesh": mesh,
-        "mp_policy": policy,
-        "ignored_params": whole,
-        "shard_placement_fn": lambda parameter: _placement(parameter, n_shards),
-    }
+    shared = {"mp_policy": policy, "ignored_params": whole}
+    for unit in experts:
+        # By rows: the first dimension is that by which they are divided.
+        by_rows = {"mesh": mesh["replicate", "shard"], "shard_placement_fn": lambda _: Shard(1)}
+        fully_shard(unit, reshard_after_forward=mesh.size(1) > 1, **by_rows, **shared)
+    options = shared | {"mesh": copies, "shard_placement_fn": lambda parameter: _placement(parameter, n_shards)}
     for unit in (*model.blocks, *(model.mtp or ())):
         # With one shard nothing has to be gathered again.
         fully_shard(unit, reshard_after_forward=n_shards > 1, **options)
@@ -65,6 +76,14 @@ def build_sharded_model(
     model.to_empty(device=device)
     init_weights(model, seed)
     return model
+
+
+def _divide_experts(model: Decoder, mesh: DeviceMesh) -> list[DividedExperts]:
+    """Those now in place of the experts of every layer that has some."""
+    layers = [module for module in model.modules() if isinstance(getattr(module, "experts", None), Experts)]
+    for layer in layers:
+        layer.experts = DividedExperts(layer.experts, mesh)
+    return [layer.experts for layer in layers]
 
 
 def _placement(parameter: nn.Parameter, n_shards: int) -> Shard | None:
@@ -119,4 +138,4 @@ def _holders(tensor: torch.Tensor, world: World) -> int:
     if not isinstance(tensor, DTensor):
         return world.size
     mesh = tensor.device_mesh
-    return mesh.size() // max((mesh.size(i) for i, p in enumerate(tensor.placements) if p.is_shard()), default=1)
+    return mesh.size() // math.prod(mesh.size(i) for i, p in enumerate(tensor.placements) if p.is_shard())

@@ -18,7 +18,7 @@ from fusedlm.ops.common import runs_fused
 
 
 class Block(Module):
-    """x + mixer(norm(x)), then x + ffn(norm(x)).
+    """x + mixer(norm(x)), then x + ffn(norm(x)); the second only where the block has a feed-forward.
 
     With `takes_skip` x is first x + skip_weight * skip, the output of an earlier block; with `mixes_x0` it is then
     mix_x * x + mix_x0 * x0, x0 the input of the first block; None in that block, where it is x. The factors are
@@ -36,11 +36,13 @@ class Block(Module):
         layer: int = 0,
         value_sources: set | None = None,
         depth_scaled_norms: bool = False,
+        norm_gain: bool = True,
         mixes_x0: bool = False,
         takes_skip: bool = False,
     ):
-        """mixer, ffn: the keyword arguments of each and its `type`. depth_scaled_norms: the outputs of both norms are
-        multiplied by 1 / sqrt(layer + 1)."""
+        """mixer, ffn: the keyword arguments of each and its `type`; that of ffn is none where there is none.
+        depth_scaled_norms: the outputs of both norms are multiplied by 1 / sqrt(layer + 1). norm_gain: whether both
+        have gains."""
         super().__init__()
         shared = {"dim": dim, "norm_eps": norm_eps, "layer": layer, "value_sources": value_sources}
         norm_scale = (layer + 1) ** -0.5 if depth_scaled_norms else None
@@ -50,14 +52,16 @@ class Block(Module):
         if mixes_x0:
             self.add_parameter("mix_x", (dim,), Role("gate"), Constant(1.0))
             self.add_parameter("mix_x0", (dim,), Role("gate"), Constant(0.0))
-        self.mixer_norm = RMSNorm(dim, norm_eps, norm_scale)
+        self.mixer_norm = RMSNorm(dim, norm_eps, norm_scale, has_gain=norm_gain)
         self.mixer = MIXERS[mixer["type"]](**shared, **_without_type(mixer))
-        self.ffn_norm = RMSNorm(dim, norm_eps, norm_scale)
-        self.ffn = FFNS[ffn["type"]](dim=dim, **_without_type(ffn))
+        self.ffn_norm = self.ffn = None
+        if ffn["type"] != "none":
+            self.ffn_norm = RMSNorm(dim, norm_eps, norm_scale, has_gain=norm_gain)
+            self.ffn = FFNS[ffn["type"]](dim=dim, **_without_type(ffn))
         self.dropout = torch.nn.Dropout(dropout)
         self.recomputes = False
         self.branch_scale = 1.0  # factor of both branches (`fusedlm.nn.mup`)
-        for part in (self.mixer, self.ffn):
+        for part in self.parts():
             if part.branch_end is not None:
                 getattr(part, part.branch_end).ends_branch = True
 
@@ -82,6 +86,8 @@ class Block(Module):
         else:
             mixed = self._mix(mixer_input, is_normed, context, state)
         x_BTD = self._add(x_BTD, mixed)
+        if self.ffn is None:
+            return x_BTD, Report({}, {})
         y, report = with_report(self.ffn(self._normed(self.ffn_norm, x_BTD, self.ffn), context))
         return self._add(x_BTD, y), report
 
@@ -121,6 +127,10 @@ class Block(Module):
             return x_BTD + self.dropout(y_BTD.compute())
         return y_BTD.compute(x_BTD, x_BTD.dtype)
 
+    def parts(self) -> list[Module]:
+        """The mixer, and the feed-forward if there is one."""
+        return [self.mixer] if self.ffn is None else [self.mixer, self.ffn]
+
     def recompute_mixer(self, recompute: bool = True) -> None:
         """See `Decoder.recompute_mixers`.
 
@@ -135,12 +145,13 @@ class Block(Module):
             self.mixer.recomputes_output = not recompute and type(self.mixer).recomputes_output
 
     def flops(self, n_tokens: int) -> int:
-        return self.mixer.flops(n_tokens) + self.ffn.flops(n_tokens)
+        return sum(part.flops(n_tokens) for part in self.parts())
 
     def ops(self, device: torch.device) -> list[OpUse]:
-        used = [*self.mixer.ops(device), *self.ffn.ops(device), OpUse("token_linear", "token_linear", {})]
+        used = [use for part in self.parts() for use in part.ops(device)]
+        used.append(OpUse("token_linear", "token_linear", {}))
         if self.mixes_x0 or self.takes_skip:
-            used.append(OpUse("mix_inputs", "mix_inputs", {"width": len(self.mixer_norm.weight)}))
+            used.append(OpUse("mix_inputs", "mix_inputs", {"width": self.mixer_norm.dim}))
         if quantized_layers(self):
             used.append(OpUse("quantized_linear", "quantized_linear", {}))
         used += [layer.op() for layer in low_precision_layers(self).values()][:1]

@@ -35,16 +35,18 @@ class LMHead(Module):
         cap: float | SigmoidCap | None,
         norm_eps: float,
         tied: torch.nn.Module | None,
+        norm_gain: bool = True,
     ):
         """
         Args:
             n_rows: rows of the weight; those from vocab_size on are padding and never predicted.
             cap: of the logits; None: none.
             tied: the embedding whose weight this shares; None: it has its own.
+            norm_gain: whether the norm has a gain.
         """
         super().__init__()
         self.vocab_size, self.cap = vocab_size, cap
-        self.norm = RMSNorm(dim, norm_eps)
+        self.norm = RMSNorm(dim, norm_eps, has_gain=norm_gain)
         if tied is None:
             role = Role("head", fan_in=dim, fan_out=n_rows)
             self.add_parameter("weight", (n_rows, dim), role, Constant(0.0))
@@ -53,7 +55,7 @@ class LMHead(Module):
 
     def widen_from(self, base: "LMHead") -> None:
         """Logits are sums over the width: they are divided by its growth, as a factor of the last norm."""
-        self.norm.scale = len(base.norm.weight) / len(self.norm.weight)
+        self.norm.scale = base.norm.dim / self.norm.dim
 
     def forward(
         self,

@@ -17,16 +17,19 @@ def rms_norm(x: torch.Tensor, eps: float, weight: torch.Tensor | None = None) ->
 
 
 class RMSNorm(Module):
-    """A learnt gain per dimension that starts at one.
+    """A learnt gain per dimension that starts at one; without gain it is one.
 
     Attributes:
         scale: a constant factor of the output, a number or a tensor (); None: 1.
     """
 
-    def __init__(self, dim: int, eps: float, scale: float | None = None):
+    def __init__(self, dim: int, eps: float, scale: float | None = None, *, has_gain: bool = True):
         super().__init__()
-        self.add_parameter("weight", (dim,), Role("gain"), Constant(1.0))
-        self.eps = eps
+        self.dim, self.eps = dim, eps
+        if has_gain:
+            self.add_parameter("weight", (dim,), Role("gain"), Constant(1.0))
+        else:
+            self.weight = None
         if scale is None:
             self.scale = None
         else:
@@ -37,7 +40,11 @@ class RMSNorm(Module):
     ) -> torch.Tensor | PendingNorm | tuple[torch.Tensor, torch.Tensor]:
         """pending: leave the norm to the next projection, which must support it (`fuses_norm`). Of a pending mix, the
         mixed tensor and its norm."""
-        gain = self.weight if self.scale is None else self.weight * self.scale
+        gain = self.weight
+        if gain is None:  # kernels take one
+            like = x.x if isinstance(x, PendingMix) else x
+            gain = like.new_ones(self.dim, dtype=torch.promote_types(like.dtype, torch.float32))
+        gain = gain if self.scale is None else gain * self.scale
         if isinstance(x, PendingMix):
             return x.norm(gain, self.eps, self.backend("mix_inputs"))
         return PendingNorm(x, gain, self.eps) if pending else rms_norm(x, self.eps, gain)

@@ -21,7 +21,7 @@ class MatrixExchange:
     """The exchange of some matrices, planned once.
 
     Args:
-        parts: of DTensors on one mesh; all processes give the same ones in the same order.
+        parts: of DTensors on one mesh; all processes that hold their rows give the same ones in the same order.
         place: of this process.
     """
 

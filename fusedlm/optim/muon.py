@@ -1,6 +1,7 @@
 """Muon and NorMuon for hidden matrices, AdamW for the rest, as one optimizer."""
 
 import torch
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
 from fusedlm.nn.module import Role
@@ -42,7 +43,7 @@ class MuonAdamW(torch.optim.Optimizer):
     def __init__(self, groups: list[dict]):
         super().__init__(groups, {"lr": 1e-3, "weight_decay": 0.0, "cautious": False, "fused": True})
         self._stacks: dict[int, list[Stack]] = {}
-        self._sharded: dict[int, ShardedMatrices] = {}
+        self._sharded: dict[int, list[ShardedMatrices]] = {}  # those of a mesh together
         self._launchers: dict[tuple, object] = {}
         for index, group in enumerate(self.param_groups):
             if "roles" in group:
@@ -57,19 +58,23 @@ class MuonAdamW(torch.optim.Optimizer):
     def _add_matrices(self, index: int, matrices: list[tuple[torch.nn.Parameter, Role]]) -> None:
         """Those of the group with that index."""
         whole = [(parameter, role) for parameter, role in matrices if not isinstance(parameter, DTensor)]
-        sharded = [(parameter, role) for parameter, role in matrices if isinstance(parameter, DTensor)]
+        sharded: dict[DeviceMesh, list] = {}
+        for parameter, role in matrices:
+            if isinstance(parameter, DTensor):
+                sharded.setdefault(parameter.device_mesh, []).append((parameter, role))
         self._stacks[index] = stacks_of(*map(list, zip(*whole, strict=True))) if whole else []
         if sharded:
-            dtype = UPDATE_DTYPE if sharded[0][0].device.type == "cuda" else None
-            self._sharded[index] = ShardedMatrices(*map(list, zip(*sharded, strict=True)), dtype)
+            dtype = UPDATE_DTYPE if matrices[0][0].device.type == "cuda" else None
+            lists = [map(list, zip(*members, strict=True)) for members in sharded.values()]
+            self._sharded[index] = [ShardedMatrices(*members, dtype) for members in lists]
 
     @torch.no_grad()
     def step(self, closure=None) -> None:
         for index, group in enumerate(self.param_groups):
             if index in self._stacks:
                 self._step_matrices(group, self._stacks[index])
-                if index in self._sharded:
-                    self._sharded[index].step(self, group)
+                for matrices in self._sharded.get(index, []):
+                    matrices.step(self, group)
             else:
                 adamw_step(self, group)
 

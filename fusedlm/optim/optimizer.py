@@ -80,13 +80,15 @@ def _sgd(model: nn.Module, config: SGDConfig, device: torch.device) -> torch.opt
 
 
 def _uniform(groups: list[dict]) -> list[dict]:
-    """Groups divided into those of sharded parameters and of others, which torch's optimizers cannot update at once."""
+    """Groups divided into those of parameters that are not sharded, and of those sharded on one mesh: torch's
+    optimizers cannot update others at once."""
     divided = []
     for group in groups:
-        for is_sharded in (False, True):
-            members = [i for i, p in enumerate(group["params"]) if isinstance(p, DTensor) == is_sharded]
+        meshes = [p.device_mesh if isinstance(p, DTensor) else None for p in group["params"]]
+        for mesh in dict.fromkeys(sorted(meshes, key=lambda mesh: 0 if mesh is None else mesh.ndim)):
+            members = [i for i, found in enumerate(meshes) if found == mesh]
             lists = {key: [group[key][i] for i in members] for key in ("names", "params")}
-            divided += [group | lists] if members else []
+            divided.append(group | lists)
     return divided
 
 

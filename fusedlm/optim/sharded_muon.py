@@ -13,8 +13,8 @@ from fusedlm.distributed import from_local, local
 from fusedlm.nn.module import Role
 from fusedlm.ops import orthogonalize
 from fusedlm.optim.exchange import MatrixExchange
-from fusedlm.optim.shards import Place
-from fusedlm.optim.stacks import NORM_EPS, SCALINGS, Part, parts_of
+from fusedlm.optim.shards import Place, held_parts
+from fusedlm.optim.stacks import NORM_EPS, SCALINGS, Part
 
 _ROUND = 2**27  # elements per process that are exchanged at once: buffers stay below a GiB
 
@@ -62,7 +62,7 @@ class ShardedMatrices:
         rounds: list[list[Part]] = [[]]
         n_elements = 0
         for parameter in parameters:
-            for part in parts_of(parameter, self._roles[parameter].splits):
+            for part in held_parts(parameter, self._roles[parameter]):
                 n_elements += part.rows * parameter.shape[-1]
                 if n_elements > limit and rounds[-1]:
                     rounds.append([])

@@ -5,8 +5,9 @@ from dataclasses import dataclass
 import torch
 from torch.distributed.tensor import DTensor
 
-from fusedlm.distributed.tensors import replica_group, shard_group
-from fusedlm.optim.stacks import Part
+from fusedlm.distributed.tensors import held_range, replica_group, shard_group
+from fusedlm.nn.module import Role
+from fusedlm.optim.stacks import Part, parts_of
 
 
 @dataclass(frozen=True)
@@ -42,9 +43,17 @@ class Place:
         return Place(*where[0], *where[1], shards, copies)
 
 
+def held_parts(parameter: DTensor, role: Role) -> list[Part]:
+    """The matrices of a parameter of which this process and those with the other shards hold the rows: of experts that
+    are divided over processes, its own experts'."""
+    held, per_expert = held_range(parameter), parameter.shape[-2]
+    parts = parts_of(parameter, role.splits)
+    return parts if parameter.dim() == 2 else [part for part in parts if part.start // per_expert in held]
+
+
 def piece_of(part: Part, shard: int, n_shards: int) -> Piece:
     """The rows of a matrix in one shard of its parameter (out, in) or (experts, out, in), which is sharded by its first
-    dimension, or a stack by its second."""
+    dimension, or a stack by its second; of `held_parts`."""
     shape, dim = part.parameter.shape, shard_group(part.parameter)[1]
     low, high = _chunk(shape[dim], shard, n_shards)
     begin, before = part.start, 0
@@ -52,7 +61,7 @@ def piece_of(part: Part, shard: int, n_shards: int) -> Piece:
         low, high = low * shape[1], high * shape[1]
     elif dim == 1:
         expert, begin = divmod(part.start, shape[1])
-        before = expert * (high - low)
+        before = (expert - held_range(part.parameter).start) * (high - low)
     first, last = max(low, begin), min(high, begin + part.rows)
     if last <= first:
         return Piece(0, 0, 0)

@@ -20,6 +20,7 @@ _STEP_COLUMNS = (
     "peak_memory_bytes",
     "loader_wait_seconds",
     "step_seconds",
+    "checkpoint_seconds",
     "routed_light",
     "routed_blend",
     "routed_full",
@@ -42,7 +43,7 @@ _VALIDATION_COLUMNS = (
     "val_routed_flops_share",
     "val_moe_max_load",
 )
-_TIMES = ("tokens_per_second", "mfu", "loader_wait_seconds", "step_seconds")
+_TIMES = ("tokens_per_second", "mfu", "loader_wait_seconds", "step_seconds", "checkpoint_seconds")
 _LAYER_LOADS = "moe_layers"  # of each layer: entropy of the loads, highest over mean load, dead experts
 _LAYER_LOSS = "loss_"  # prefix of the losses of layers
 _SOURCE_TOKENS, _SOURCE_EPOCHS = "source_tokens_", "source_epochs_"  # prefixes, of several sources

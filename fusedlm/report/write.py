@@ -135,6 +135,9 @@ def _key_figures(history: History, environment: dict) -> list[tuple[str, str, st
     if seconds and np.isfinite(steps["loader_wait_seconds"]).any():
         waited = float(np.nansum(steps["loader_wait_seconds"])) / seconds
         figures.append(("Waiting for data", percent(waited), "of training time"))
+    stalled = float(np.nansum(steps["checkpoint_seconds"]))
+    if seconds and stalled:
+        figures.append(("Waiting for checkpoints", percent(stalled / (seconds + stalled)), "of training and waiting"))
     return figures
 
 

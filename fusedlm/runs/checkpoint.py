@@ -1,22 +1,20 @@
-"""Checkpoint folders: safetensors and JSON files, checksummed, written atomically, pruned; `state` fills them."""
+"""Checkpoint folders: safetensors and JSON files, checksummed, written atomically, pruned; `state` fills them, and
+`writer` writes those of a run that is training."""
 
 import json
 import os
 import re
 import shutil
-import stat
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
-from functools import partial
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
 
-from fusedlm.distributed import World, gathered
 from fusedlm.files import sha256_file, sync
+from fusedlm.runs.shards import DamagedTable, StoredTensors, file_name, table_files
+from fusedlm.runs.tensor_file import write_tensor_file
 
 MANIFEST = "manifest.json"
 _FORMAT = 1
@@ -24,52 +22,6 @@ _NAME = re.compile(r"(step-([0-9]{8,}))(?:\.((?:damaged|foreign)(?:-[0-9]+)?))?"
 # What is removed without being looked at has a name that nobody else gives.
 _TEMPORARY = re.compile(r"\.fusedlm-(step-([0-9]{8,}))\.(tmp|replaced)")
 _FILE_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]*")
-
-# (folder, file stem, tensors by name, world): every process calls it, and it writes this process's part of the tensors.
-Writer = Callable[[Path, str, dict[str, torch.Tensor], World], None]
-
-
-def write_safetensors(folder: Path, stem: str, tensors: dict[str, torch.Tensor], world: World) -> None:
-    """One file of full tensors, written by the main process. Tensors that every process holds in full must be the same
-    in all; sharded ones are gathered one after another, so that no device ever holds two of them in full, and the main
-    process has those of a file in its host memory."""
-    contiguous = {}
-    for name, tensor in tensors.items():
-        full = gathered(tensor)
-        if world.is_main:
-            contiguous[name] = (full if full is tensor else full.cpu()).detach().contiguous()
-        del full  # before the next one is gathered
-    if not world.is_main:
-        return
-    path = folder / f"{stem}.safetensors"
-    path.touch()
-    mode = stat.S_IMODE(path.stat().st_mode)
-    try:
-        save_file(contiguous, path)  # replaces the file by one that only its owner can read
-    except SafetensorError as error:
-        raise OSError(str(error)) from None
-    with suppress(PermissionError):  # a file system without modes
-        path.chmod(mode)
-
-
-class StoredTensors(Mapping):
-    """The tensors of a safetensors file by name, in memory only while they are used."""
-
-    def __init__(self, path: Path):
-        self._file = safe_open(path, "pt")
-        self._names = frozenset(self._file.keys())
-
-    def __getitem__(self, name: str) -> torch.Tensor:
-        if name not in self._names:
-            raise KeyError(name)
-        return self._file.get_tensor(name)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(sorted(self._names))
-
-    def __len__(self) -> int:
-        return len(self._names)
-
 
 class DamagedCheckpoint(ValueError):
     """A checkpoint whose content is not what was written; the message names the file and the damage.
@@ -134,53 +86,62 @@ class Checkpoints:
                 found.append((entry, int(match[2]), (match[3] or "").partition("-")[0]))
         return found
 
-    def save(
-        self,
-        step: int,
-        tensors: dict[str, dict[str, torch.Tensor]],
-        texts: dict[str, str],
-        *,
-        write: Writer = write_safetensors,
-        world: World | None = None,
-    ) -> Path:
+    def save(self, step: int, tensors: Mapping[str, Mapping[str, torch.Tensor]], texts: dict[str, str]) -> Path:
         """Write a checkpoint, replacing one of the same step.
 
         Args:
-            tensors: file stem -> tensors by name.
+            tensors: file stem -> full tensors by name, each in memory only while it is written.
             texts: file name -> text.
-            write: writes each table of tensors.
-            world: the processes of the run, all of which call this; the main one writes texts and manifest and renames.
-                None: this process alone.
 
         Raises:
             OSError: the disk is full or the folder cannot be written; earlier checkpoints are unchanged.
         """
-        world = world or World()
-        final = self.path(step)
-        temporary = self.temporary(step)
+        with self.reporting_failure(step):
+            folder = self.begin(step)
+            files = {}
+            for name, table in ((file_name(stem), table) for stem, table in tensors.items()):
+                files[name] = write_tensor_file(folder / name, table)
+            self.finish(step, files, texts)
+        return self.path(step)
+
+    @contextmanager
+    def reporting_failure(self, step: int, *, clean: bool = True) -> Iterator[None]:
+        """An OSError inside of the context says which checkpoint could not be written, and which one is the last.
+
+        Args:
+            clean: whether what was written is removed.
+        """
         try:
-            world.together(lambda: self._begin(temporary), only_main=True)
-            for stem, table in tensors.items():
-                world.together(partial(write, temporary, stem, table, world))
-            world.together(lambda: self._finish(step, texts), only_main=True)
+            yield
         except OSError as error:
-            if world.is_main:
-                shutil.rmtree(temporary, ignore_errors=True)
+            if clean:
+                self.discard(step)
             reason = getattr(error, "strerror", None) or str(error)
             kept = self.steps()
             last = f"the last one is {self.path(kept[-1])}" if kept else "there is none before it"
-            raise OSError(f"checkpoint {final} could not be written: {reason}; {last}") from None
-        return final
+            raise OSError(f"checkpoint {self.path(step)} could not be written: {reason}; {last}") from None
 
-    def _begin(self, temporary: Path) -> None:
+    def begin(self, step: int) -> Path:
+        """The new folder that the files of a checkpoint are written into, before `finish`."""
+        folder = self.temporary(step)
         self.directory.mkdir(parents=True, exist_ok=True)
-        _make_way(temporary)
-        temporary.mkdir()
+        _make_way(folder)
+        folder.mkdir()
+        return folder
 
-    def _finish(self, step: int, texts: dict[str, str]) -> None:
-        """Seal the files and give the folder its name."""
+    def discard(self, step: int) -> None:
+        """Remove what was written after `begin`."""
+        shutil.rmtree(self.temporary(step), ignore_errors=True)
+
+    def finish(self, step: int, files: dict[str, dict], texts: dict[str, str]) -> None:
+        """Write the texts and the manifest, and give the folder its name, replacing a checkpoint of the same step.
+
+        Args:
+            files: SHA-256 and size, as `write_tensor_file` returns them, of the files in the folder, which are flushed.
+                Other files are read for theirs.
+        """
         final, temporary, replaced = self.path(step), self.temporary(step), self.temporary(step, "replaced")
-        self._seal(temporary, texts)
+        self._seal(temporary, texts, files)
         _make_way(replaced)
         if final.is_dir():
             os.rename(final, replaced)
@@ -191,14 +152,22 @@ class Checkpoints:
         _remove(replaced)
 
     @staticmethod
-    def _seal(folder: Path, texts: dict[str, str]) -> None:
+    def _seal(folder: Path, texts: dict[str, str], files: Mapping[str, dict] | None = None) -> None:
         for name, text in texts.items():
             (folder / name).write_text(text, encoding="utf-8")
-        files = {}
+        found = dict(files or {})
+        for name, known in found.items():
+            path = folder / name
+            if not path.is_file() or path.stat().st_size != known["bytes"]:
+                raise OSError(
+                    f"{name} was written by another process and is not there; the run's folder must be on a file "
+                    "system that all processes share"
+                )
         for path in sorted(folder.iterdir()):
-            sync(path)
-            files[path.name] = {"sha256": sha256_file(path), "bytes": path.stat().st_size}
-        (folder / MANIFEST).write_text(_manifest_text(files), encoding="utf-8")
+            if path.name not in found:
+                sync(path)
+                found[path.name] = {"sha256": sha256_file(path), "bytes": path.stat().st_size}
+        (folder / MANIFEST).write_text(_manifest_text(found), encoding="utf-8")
         sync(folder / MANIFEST)
         sync(folder)
 
@@ -241,24 +210,26 @@ class Checkpoints:
             if found != files[name]:
                 raise DamagedCheckpoint(f"{path}: its {found['bytes']} bytes are not the ones that were written")
 
+    def table_files(self, step: int, stem: str) -> list[str]:
+        """Names of the files with the tensors of a table. Errors as of `files`."""
+        return table_files(stem, self.files(step))
+
     def read_tensors(self, step: int, stem: str) -> dict[str, torch.Tensor]:
-        """The tensors of one file by name, on the CPU. `verify` first; errors as there."""
-        path = self.path(step) / f"{stem}.safetensors"
-        try:
-            with self._reading(step, path):
-                return load_file(path)
-        except SafetensorError as error:
-            raise DamagedCheckpoint(f"{path}: {' '.join(str(error).split())}") from None
+        """The full tensors of one table by name, on the CPU. `verify` first; errors as there."""
+        return dict(self.open_tensors(step, stem))
 
     def open_tensors(self, step: int, stem: str) -> Mapping[str, torch.Tensor]:
-        """The tensors of one file by name, each read when it is requested, on the CPU. `verify` first; errors as there.
-        """
-        path = self.path(step) / f"{stem}.safetensors"
+        """The full tensors of one table by name, each read when it is requested, on the CPU, whatever number of
+        processes wrote them. `verify` first; errors as there."""
+        stored = StoredTensors()
         try:
-            with self._reading(step, path):
-                return StoredTensors(path)
-        except SafetensorError as error:
-            raise DamagedCheckpoint(f"{path}: {' '.join(str(error).split())}") from None
+            for path in (self.path(step) / name for name in self.table_files(step, stem)):
+                with self._reading(step, path):
+                    stored.add(path)
+            stored.check()
+        except DamagedTable as damage:
+            raise DamagedCheckpoint(str(damage)) from None
+        return stored
 
     def read_text(self, step: int, name: str) -> str:
         """The text of one file. `verify` first; errors as there."""

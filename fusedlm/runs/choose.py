@@ -14,8 +14,8 @@ from fusedlm.runs.state import AVERAGES, MODEL, QUANTIZATION, RECIPE, STATE, Tra
 
 _log = logging.getLogger(__name__)
 
-# The files that `load` reads, without the optimizer state, which is larger than the model.
-LOADED = (*(f"{name}.safetensors" for name in (MODEL, *AVERAGES)), STATE, RECIPE, QUANTIZATION)
+# The tables and files that `load` reads, without the optimizer state, which is larger than the model.
+LOADED = (MODEL, *AVERAGES, STATE, RECIPE, QUANTIZATION)
 
 
 @dataclass(frozen=True)

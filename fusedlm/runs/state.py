@@ -9,9 +9,10 @@ import torch
 from torch import nn
 
 from fusedlm.config import Recipe, dump_recipe
-from fusedlm.distributed import World, forget_gathered, local, shard_like
+from fusedlm.distributed import forget_gathered, local, shard_like
 from fusedlm.optim import Averages, load_optimizer_tensors, optimizer_tensors
-from fusedlm.runs.checkpoint import Checkpoints, DamagedCheckpoint, ForeignCheckpoint, Writer, write_safetensors
+from fusedlm.runs.checkpoint import Checkpoints, DamagedCheckpoint, ForeignCheckpoint
+from fusedlm.runs.writer import CheckpointWriter
 
 MODEL, OPTIMIZER, RNG, STATE, RECIPE = "model", "optimizer", "rng", "state.json", "recipe.yaml"
 QUANTIZATION = "quantization.json"  # of checkpoints with quantised layers
@@ -88,22 +89,18 @@ def _check_shape(name: str, tensor: torch.Tensor, saved: torch.Tensor, source: s
 
 
 def save_state(
-    checkpoints: Checkpoints,
+    writer: CheckpointWriter,
     state: TrainState,
     recipe: Recipe,
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
     averages: Averages,
     device: torch.device,
-    *,
-    write: Writer = write_safetensors,
-    world: World,
 ) -> None:
-    """Write the checkpoint of `state.step`. All processes of `world` call this; `write` and errors as in
-    `Checkpoints.save`.
+    """Begin the checkpoint of `state.step`; errors as of `CheckpointWriter.begin`. All processes call this.
 
-    This is where the state of all processes is collected: the tables below hold live tensors, sharded or not, and
-    `write` is the one that reads them. `restore_state` is its counterpart.
+    This is where the state of all processes is collected: the tables below hold live tensors, sharded or not.
+    `restore_state` is its counterpart.
     """
     forget_gathered(model)
     rng = {"cpu": torch.get_rng_state()}
@@ -111,14 +108,14 @@ def save_state(
         rng["cuda"] = torch.cuda.get_rng_state(device)
     tensors = {MODEL: model_tensors(model), OPTIMIZER: optimizer_tensors(model, optimizer), RNG: rng}
     tensors |= {name: average.state_dict() for name, average in averages.kept().items()}
-    checkpoints.save(state.step, tensors, _texts(state, recipe), write=write, world=world)
+    writer.begin(state.step, tensors, _texts(state, recipe), state.best_step)
 
 
 def save_weights(
-    checkpoints: Checkpoints, state: TrainState, recipe: Recipe, tensors: dict[str, torch.Tensor], *, world: World
+    checkpoints: Checkpoints, state: TrainState, recipe: Recipe, tensors: dict[str, torch.Tensor]
 ) -> None:
     """Write a checkpoint of weights alone, which can be loaded but not resumed; errors as in `Checkpoints.save`."""
-    checkpoints.save(state.step, {MODEL: tensors}, _texts(state, recipe), world=world)
+    checkpoints.save(state.step, {MODEL: tensors}, _texts(state, recipe))
 
 
 def _texts(state: TrainState, recipe: Recipe) -> dict[str, str]:
@@ -191,15 +188,19 @@ def examine(
 
     Args:
         run: id of the run; None: unknown, not checked. Checkpoints of earlier versions have no id, and fit any run.
-        only: the files to check, those that the checkpoint has; None: all.
+        only: the tables, by file stem, and the other files to check, those that the checkpoint has; None: all.
 
     Raises:
         DamagedCheckpoint, ForeignCheckpoint, RemovedCheckpoint, OSError, ValueError: as `Checkpoints.verify` and
             `read_state`.
     """
     files = checkpoints.files(step)
-    checkpoints.verify(step, None if only is None else tuple(name for name in only if name in files))
-    for name in (f"{MODEL}.safetensors", STATE, RECIPE):
+    if only is None:
+        checkpoints.verify(step)
+    else:
+        named = [file for name in only for file in (name, *checkpoints.table_files(step, name)) if file in files]
+        checkpoints.verify(step, tuple(named))
+    for name in (*checkpoints.table_files(step, MODEL), STATE, RECIPE):
         if name not in files:
             raise DamagedCheckpoint(f"{checkpoints.path(step) / name}: not in the manifest")
     state = read_state(checkpoints, step)

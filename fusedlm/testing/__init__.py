@@ -5,6 +5,7 @@ from fusedlm.testing.compare import assert_close, error_ratio
 from fusedlm.testing.models import (
     FFN_CASES,
     MIXER_CASES,
+    NO_FFN,
     every_mixer_config,
     part_config,
     part_model,
@@ -16,6 +17,7 @@ from fusedlm.testing.operators import RecordedOperators
 __all__ = [
     "FFN_CASES",
     "MIXER_CASES",
+    "NO_FFN",
     "RecordedOperators",
     "assert_close",
     "backend_of",

@@ -16,6 +16,8 @@ MIXER_CASES = {
         "{type: attention, n_heads: 4, n_kv_heads: 2, xsa: true, value_residual: true}",
         "{type: attention, n_heads: 4, n_kv_heads: 2, rope_dim: 6, qk_gain: dim}",
         "{type: attention, n_heads: 2, window: 5, xsa: true, value_residual: true}",
+        "{type: attention, n_heads: 4, n_kv_heads: 2, xsa: true, output_gate: true}",
+        "{type: attention, n_heads: 2, qk_gain: none}",
     ],
     "mla": [
         "{type: mla, n_heads: 4, kv_rank: 12, rope_dim: 4}",
@@ -63,6 +65,7 @@ FFN_CASES = {
         "{type: moe, n_experts: 0, top_k: 2, hidden: 16}",
     ],
 }
+NO_FFN = "{type: none}"  # a block of a mixer alone
 
 
 def part_model(mixer: str, ffn: str = "{type: swiglu, hidden: 48}", vocab_size: int = 61, extra: str = "") -> Decoder:

@@ -8,19 +8,21 @@ from fusedlm.config import Recipe
 from fusedlm.distributed import World
 
 
-def divided(recipe: Recipe, world: World) -> tuple[int, int]:
-    """Copies of the model, and shards of each.
+def divided(recipe: Recipe, world: World) -> tuple[int, int, int]:
+    """Copies of the model, shards of each, and the processes over which experts are divided.
 
     Raises:
-        ValueError: the processes are not as many as `runtime.parallel` says, or do not divide a batch, or the recipe
-            asks for what one process alone can do.
+        ValueError: the processes are not as many as `runtime.parallel` says, or do not divide a batch or the rows of
+            experts, or the recipe asks for what one process alone can do.
     """
     parallel, n = recipe.runtime.parallel, world.size
-    if n % parallel.replicate or (parallel.shard is not None and parallel.replicate * parallel.shard != n):
+    others = parallel.replicate * parallel.experts
+    if n % others or (parallel.shard is not None and others * parallel.shard != n):
         named = f"replicate={parallel.replicate}, shard={'null' if parallel.shard is None else parallel.shard}"
+        named += f", experts={parallel.experts}" if parallel.experts > 1 else ""
         multiple = "a multiple of " if parallel.shard is None else ""
         raise ValueError(
-            f"runtime.parallel: {named} needs {multiple}{parallel.replicate * (parallel.shard or 1)} processes, and "
+            f"runtime.parallel: {named} needs {multiple}{others * (parallel.shard or 1)} processes, and "
             f"this run has {n}; start as many with torchrun --nproc-per-node, or change runtime.parallel"
         )
     for rows, _ in recipe.train.shapes():
@@ -30,16 +32,33 @@ def divided(recipe: Recipe, world: World) -> tuple[int, int]:
         raise ValueError(
             f"runtime.cuda_graph=true: a graph cannot hold what {n} processes exchange; set runtime.cuda_graph=false"
         )
-    return parallel.replicate, n // parallel.replicate
+    n_shards = n // others
+    if parallel.experts > 1:
+        _check_rows(recipe, n_shards)
+    return parallel.replicate, n_shards, parallel.experts
+
+
+def _check_rows(recipe: Recipe, n_shards: int) -> None:
+    """Raises ValueError if the rows of divided experts cannot be sharded."""
+    widths = {"model.dim": recipe.model.dim}
+    widths |= {f"model.blocks.{name}.ffn.hidden": ffn.hidden for name, ffn in recipe.model.mixtures().items()}
+    for key, width in widths.items():
+        if width % n_shards:
+            raise ValueError(
+                f"runtime.parallel: the {n_shards} shards of an expert must divide {key}={width}; change "
+                "runtime.parallel.shard, or the number of processes"
+            )
 
 
 def build_mesh(recipe: Recipe, world: World, device_type: str) -> DeviceMesh | None:
-    """The processes as (copies, shards), those of a copy with consecutive ranks; None: there is one process. All call
+    """The processes as (copies, shards), or where experts are divided as (copies, shards, parts of the experts), as
+    `fusedlm.model.sharding` takes them, those of a copy with consecutive ranks; None: there is one process. All call
     this. Raises as `divided`."""
-    shape = divided(recipe, world)
+    shape, names = divided(recipe, world), ("replicate", "shard", "experts")
     if world.size == 1:
         return None
-    return init_device_mesh(device_type, shape, mesh_dim_names=("replicate", "shard"))
+    n_dims = 3 if recipe.runtime.parallel.experts > 1 else 2
+    return init_device_mesh(device_type, shape[:n_dims], mesh_dim_names=names[:n_dims])
 
 
 def dropout_seed(seed: int, step: int, rank: int) -> int:

@@ -28,6 +28,10 @@ class Speed:
         """What was done since the last step is not part of the next one."""
         self._clock, self._waited = time.perf_counter(), loader.wait_seconds
 
+    def leave_out(self, seconds: float) -> None:
+        """So many seconds since the last step were not part of the next one."""
+        self._clock += seconds
+
     def measure(self, rows: int, seq_len: int, loader: Loader) -> dict:
         """Figures of the step that ends now.
 

@@ -33,6 +33,7 @@ from fusedlm.runs.signals import StopSignal
 from fusedlm.runs.start import Start
 from fusedlm.runs.state import TrainState, restore_state, save_state
 from fusedlm.runs.text import open_text
+from fusedlm.runs.writer import CheckpointWriter
 from fusedlm.train.cuda_graph import CapturedBackward
 from fusedlm.train.display import Display
 from fusedlm.train.loggers import Loggers
@@ -120,6 +121,13 @@ class Trainer:
         self.state = TrainState(
             data=self.data.manifest["fingerprint"], run=start.run, tokenizer=self.data.tokenizer.fingerprint
         )
+        self._writer = CheckpointWriter(
+            folder.checkpoints,
+            world,
+            keep=self.settings.keep_checkpoints,
+            in_background=self.settings.checkpoint_async,
+            device=device,
+        )
         self._saved: TrainState | None = None
         self._signal: signal.Signals | None = None
         if start.state is not None:
@@ -201,6 +209,7 @@ class Trainer:
             self._metrics, self._loggers = None, None
             self.world.together(lambda: self._open_records(stack), only_main=True)
             loader = stack.enter_context(self._open_loader())
+            stack.enter_context(self._writer)
             try:
                 self._loop(loader, stop)
             except DamagedData as error:
@@ -241,9 +250,11 @@ class Trainer:
             self.display.note(f"warning: {self._metrics.path}: {problem}")
 
     def _stopped(self, stop: StopSignal) -> bool:
-        """Whether any process received a signal; all then know which."""
-        number = self.world.largest(stop.received or 0)
+        """Whether any process received a signal; all then know which. Finishes a checkpoint that all have written."""
+        number, unwritten = self.world.largest_of_each([stop.received or 0, int(not self._writer.is_written)])
         self._signal = signal.Signals(number) if number else None
+        if self._writer.is_writing and not unwritten:
+            self._speed.leave_out(self._writer.finish())
         return self._signal is not None
 
     def _loop(self, loader: Loader, stop: StopSignal) -> None:
@@ -267,6 +278,7 @@ class Trainer:
                 self._speed.restart(loader)
         if self.state != self._saved:
             self._save()
+        self._writer.finish()
         if self._stopped(stop):
             self.display.note(f"{self._signal.name}: stopped at step {self.state.step} and saved")
 
@@ -326,6 +338,8 @@ class Trainer:
             "tokens": self._tokens(),
             **self._speed.measure(*batch.tokens.shape, loader),
         }
+        if (seconds := self._writer.take_seconds()) > 0:
+            record["checkpoint_seconds"] = seconds
         record |= {f"loss_{name}": value for name, value in result.layer_losses.items()}
         figures = self.model.summarise(result.metrics)
         if self.teacher is not None and (nll := figures.pop("nll")) is not None:  # that of the step is weighted
@@ -348,8 +362,10 @@ class Trainer:
 
     def _rescue(self) -> str:
         """Save after the text failed, unless other processes would have to take part; what to resume from."""
-        if self.world.size == 1 and self.state.step > 0 and self.state != self._saved:
-            self._save()
+        if self.world.size == 1:
+            if self.state.step > 0 and self.state != self._saved:
+                self._save()
+            self._writer.finish()
         return self._last_checkpoint()
 
     def _last_checkpoint(self) -> str:
@@ -358,6 +374,7 @@ class Trainer:
         return f"the last checkpoint is {checkpoints.path(steps[-1])}" if steps else "no checkpoint was written"
 
     def _divergence(self) -> str:
+        self._writer.finish()
         rates = " and ".join(f"train.optimizer.{key}={lr}" for key, lr in self.settings.optimizer.rates().items())
         return (
             f"loss or gradient norm was not finite in {self.state.skipped_in_row} steps in a row, "
@@ -429,11 +446,8 @@ class Trainer:
         if self._metrics is not None:
             self._metrics.sync()
             state.metrics = self._metrics.check
-        checkpoints = self.folder.checkpoints
-        parts = (self.recipe, self.model, self.optimizer, self.averages, self.device)
-        save_state(checkpoints, state, *parts, world=self.world)
+        save_state(self._writer, state, self.recipe, self.model, self.optimizer, self.averages, self.device)
         self._saved = replace(state)
-        self.world.together(lambda: checkpoints.prune(self.settings.keep_checkpoints, state.best_step), only_main=True)
 
     def _record(self, record: dict) -> None:
         if self._metrics is not None:

@@ -219,6 +219,9 @@ def _():
 
 # Runs and checkpoints
 arguments("no-run", "eval runs/none", "runs/none")
+arguments("no-run-to-consolidate", "checkpoint consolidate runs/none", "runs/none holds no run")
+arguments("consolidate-no-step", "checkpoint consolidate {run} --checkpoint 7", "has no checkpoint 7")
+arguments("consolidate-no-name", "checkpoint consolidate {run} --checkpoint first", "'first' is not last")
 arguments("no-run-to-report", "report runs/none", "runs/none")
 arguments("no-run-to-generate", "generate runs/none --prompt a", "runs/none")
 arguments("run-is-a-file", "report small.yaml", "small.yaml")

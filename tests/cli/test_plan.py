@@ -177,3 +177,28 @@ def test_a_sharded_run_is_planned_per_gpu(workspace: Path, fusedlm):
     assert copies["micro_batch_size"] == 1 and copies["activation_bytes"] < one["activation_bytes"]
     shown = fusedlm("plan", "small.yaml", "runtime.parallel.shard=4").out
     assert "per GPU, 4 GPUs, 4 shards" in shown
+
+
+def test_divided_experts_are_planned_per_gpu(workspace: Path, fusedlm):
+    """Of a model that is mostly experts, which the processes of `experts` hold in parts as those of `shard` do."""
+    mixture = ["model.pattern=m", "model.blocks.m.ffn={type: moe, n_experts: 8, top_k: 2, hidden: 64}"]
+
+    def planned(layout: str) -> dict:
+        options = [f"runtime.parallel={layout}", "train.batch_size=4", "--json"]
+        return _json(fusedlm("plan", "small.yaml", *mixture, *options))
+
+    sharded, divided = planned("{shard: 4}"), planned("{experts: 4}")
+    both, copies = planned("{shard: 2, experts: 2}"), planned("{replicate: 2, experts: 2}")
+    for part in ("weight", "gradient", "optimizer"):
+        assert sharded[f"{part}_bytes"] == divided[f"{part}_bytes"] == both[f"{part}_bytes"] < copies[f"{part}_bytes"]
+    assert [found["processes"] for found in (sharded, divided, both, copies)] == [4] * 4
+    assert [found["shards"] for found in (divided, both, copies)] == [4, 4, 2]
+    # What is received is saved: a row per token and expert, in bfloat16, in each layer.
+    model = yaml.safe_load(Path("small.yaml").read_text())["model"]
+    rows = 2 * model["n_layers"] * divided["micro_batch_size"] * divided["seq_len"]
+    assert divided["activation_bytes"] - sharded["activation_bytes"] == 2 * rows * model["dim"]
+    # One gathers all experts of two layers, the other has its own of each.
+    assert divided["weight_copy_bytes"] < sharded["weight_copy_bytes"]
+    assert divided["fits"] == sharded["fits"]
+    outcome = fusedlm("plan", "small.yaml", *mixture, "runtime.parallel.experts=3")
+    assert (outcome.code, outcome.err.count("\n")) == (2, 1) and "does not divide" in outcome.err

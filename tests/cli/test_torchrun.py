@@ -9,6 +9,7 @@ import pytest
 
 from fusedlm.cli import main
 from fusedlm.config import dump_recipe
+from fusedlm.runs.checkpoint import Checkpoints
 from fusedlm.train import loop
 from tests.train.runs import losses, tiny_recipe
 
@@ -61,10 +62,44 @@ def test_a_recipe_of_several_processes_is_refused_in_one(tmp_path, capsys):
     for override, message in {
         "runtime.parallel.shard=2": "needs 2 processes, and this run has 1",
         "runtime.parallel.replicate=2": "needs a multiple of 2 processes, and this run has 1",
-        "runtime.parallel.experts=2": "runtime.parallel.experts",
+        "runtime.parallel.experts=2": "runtime.parallel.experts=2: the model has no mixture of experts to divide",
+        "runtime.parallel.experts=0": "greater than 0",
         "runtime.parallel.shard=0": "greater than 0",
     }.items():
         assert main(["train", str(recipe), override, "--out", str(tmp_path / "run")]) == 2
         error = capsys.readouterr().err
         assert error.count("\n") == 1 and message in error
     assert not (tmp_path / "run").exists()
+
+
+_KILLED_ONCE = """
+import os, signal, sys
+from fusedlm.cli import main
+from fusedlm.train import trainer
+
+step = trainer.Trainer._step
+
+def killed_once(self, *arguments):
+    step(self, *arguments)
+    first = os.environ["TORCHELASTIC_RESTART_COUNT"] == "0"
+    if first and self.world.rank == 1 and self.state.step == 5:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+trainer.Trainer._step = killed_once
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+def test_a_killed_process_restarts_all_from_the_last_checkpoint(tmp_path):
+    recipe, worker = tmp_path / "r.yaml", tmp_path / "worker.py"
+    options = ["train.steps=6", "train.eval_every=0", "train.checkpoint_every=2", "train.checkpoint_async=false"]
+    recipe.write_text(dump_recipe(tiny_recipe(tmp_path, *options)))
+    worker.write_text(_KILLED_ONCE)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command = [*torchrun, "--max-restarts", "1", "--monitor-interval", "0.1", str(worker)]
+    command += ["train", str(recipe), "--out", str(tmp_path / "run"), "--resume"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment, errors="replace")
+    assert done.returncode == 0, done.stderr
+    assert "resuming from step 4" in done.stdout
+    assert len(losses(tmp_path / "run")) == 6 and Checkpoints(tmp_path / "run/checkpoints").steps() == [4, 6]

@@ -94,6 +94,9 @@ def test_an_impossible_match_names_the_nearest():
     text = str(caught.value)
     assert "the nearest is" in text and "model.blocks.a.ffn.hidden=2;" in text and "%" in text and "\n" not in text
     assert "experiment.match_by=width or depth" in text
+    alone = [f"model.blocks.{name}.ffn={{type: none}}" for name in "ga"]
+    with pytest.raises(ValueError, match="experiment.match_by=ffn: the model has no feed-forwards; use width or depth"):
+        match([], ["model.n_layers=3", *alone], match="params")
     with pytest.raises(ValueError, match="model.n_layers=5; try experiment.match_by=ffn or width"):
         match(["model.dim=72"], [], match="params", match_by="depth")
 

@@ -4,6 +4,7 @@ Four processes are started once; runs of one, two and three leave the others idl
 """
 
 import contextlib
+import math
 import os
 import signal
 import traceback
@@ -14,7 +15,9 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import yaml
+from torch._dynamo.backends.debugging import aot_eager
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor
 
 from fusedlm import build_model
 from fusedlm.config.model import ModelConfig
@@ -29,14 +32,18 @@ from fusedlm.config.train import (
     TrainConfig,
 )
 from fusedlm.data import Batch
-from fusedlm.distributed import World, gathered
+from fusedlm.distributed import World
+from fusedlm.distributed.rows import exchange_rows
 from fusedlm.evaluate import score_documents
 from fusedlm.model.precision import autocast
 from fusedlm.model.sharding import shard_model
 from fusedlm.nn.fake_quantized import FakeQuantization
 from fusedlm.nn.module import init_weights
 from fusedlm.optim import Averages, build_optimizer
-from fusedlm.runs.state import model_tensors
+from fusedlm.runs import writer as writer_module
+from fusedlm.runs.checkpoint import Checkpoints
+from fusedlm.runs.state import TrainState, model_tensors, restore_state, save_state
+from fusedlm.runs.writer import CheckpointWriter
 from fusedlm.train import step as step_module
 from fusedlm.train import train, trainer
 from fusedlm.train.step import train_step
@@ -65,12 +72,34 @@ blocks:
   s: {mixer: {type: sdla, n_heads: 2, rope_dim: 4, chunk_size: 8}, ffn: {type: swiglu, hidden: 20}}
 tie_embeddings: false
 """
+# Mixtures whose experts are divided.
+_EXPERTS = """
+dim: 16
+n_layers: 1
+pattern: a
+blocks:
+  a:
+    mixer: {type: attention, n_heads: 2, window: 9}
+    ffn: {type: moe, n_experts: 8, top_k: 3, hidden: 12, n_groups: 4, n_limited_groups: 2, bias_rate: 0.1,
+          sequence_loss: 0.1, z_loss: 0.1}
+"""
+_SKEWED = """
+dim: 16
+n_layers: 1
+pattern: a
+blocks:
+  a:
+    mixer: {type: attention, n_heads: 2}
+    ffn: {type: moe, n_experts: 4, top_k: 1, hidden: 20, activation: relu2, slope: 0.3, n_shared: 0, bias_rate: 0}
+"""
+EXPERTS, PREDICTED, SKEWED = "experts", "experts, mtp", "experts, all tokens on the last one"
 MODELS = {"attention, gdn, moe, mtp": _SOFTMAX_AND_DELTA, "mla, sdla, untied": _LATENT}
 _REST = RestConfig(lr=0.01, weight_decay=0.1)
 ADAMW = AdamWConfig(lr=0.01)
 NORMUON = NorMuonAdamWConfig(matrix=NorMuonConfig(lr=0.02, cautious=True), rest=_REST)
 LONG = 30
 _FIRST, _SECOND = MODELS
+MODELS |= {EXPERTS: _EXPERTS, PREDICTED: _EXPERTS + "mtp: {depth: 1, weight: 0.3}", SKEWED: _SKEWED}
 # name -> model, optimizer, steps, sequences per micro-batch
 CASES = {
     "adamw 1": (_FIRST, ADAMW, LONG, 2),
@@ -81,15 +110,31 @@ CASES = {
     "cautious adamw": (_SECOND, AdamWConfig(lr=0.01, cautious=True), 4, ROWS),
     "sgd": (_FIRST, SGDConfig(lr=0.1, nesterov=True), 4, ROWS),
     "qat": (_FIRST, SGDConfig(lr=0.1), 4, ROWS),  # with rounded matrices
+    "experts adamw": (EXPERTS, ADAMW, LONG, 2),
+    "experts normuon": (EXPERTS, NORMUON, LONG, ROWS),
+    "experts skewed": (SKEWED, NORMUON, 4, 2),
+    "qat experts": (PREDICTED, SGDConfig(lr=0.1), 4, ROWS),
+    "experts float32": (PREDICTED, NORMUON, 6, 2),
 }
-# (copies, shards) -> cases. Every case is run by 2, 3 or 4 processes, and the long ones by several of these.
+RECOMPUTED = ("muon", "experts normuon")
+# (copies, shards) or (copies, shards, parts of the experts) -> cases. Every case is run by 2, 3 or 4 processes, and the
+# long ones by several of these.
 LAYOUTS = {
     (1, 2): ["adamw 1", "adamw 2", "normuon 1"],
     (2, 1): ["normuon 2", "cautious adamw", "sgd", "qat"],
     (1, 3): ["adamw 1", "normuon 2", "muon", "qat"],
     (2, 2): ["normuon 1", "muon", "cautious adamw", "sgd"],
     (1, 4): ["adamw 2", "normuon 1"],
+    (1, 1, 2): ["experts adamw", "experts skewed", "experts float32"],
+    (1, 1, 4): ["experts normuon", "experts skewed"],
+    (1, 2, 2): ["experts normuon", "experts float32", "qat experts"],
+    (2, 1, 2): ["experts adamw", "experts skewed"],
 }
+
+
+def gathered(tensor: torch.Tensor) -> torch.Tensor:
+    """The full tensor; all processes call this."""
+    return tensor.detach().full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def batch_at(step: int, world: World) -> Batch:
@@ -106,14 +151,17 @@ def batch_at(step: int, world: World) -> Batch:
     return Batch(*inputs, n_valid=int((inputs[1] != -100).sum()), next_sample=0)
 
 
-def built(name: str, layout: tuple[int, int] | None, dtype: torch.dtype) -> torch.nn.Module:
+def built(name: str, layout: tuple[int, ...] | None, dtype: torch.dtype) -> torch.nn.Module:
     """A model of MODELS, whole without a layout."""
     config = ModelConfig.model_validate(yaml.safe_load(MODELS[name]))
     model = build_model(config, vocab_size=VOCAB, device="meta").to(dtype)
     if layout is not None:
-        shard_model(model, init_device_mesh("cpu", layout, mesh_dim_names=("replicate", "shard")), torch.float32)
+        names = ("replicate", "shard", "experts")[: len(layout)]
+        shard_model(model, init_device_mesh("cpu", layout, mesh_dim_names=names), torch.float32)
     model.to_empty(device=CPU)
     init_weights(model, seed=0)
+    if name == SKEWED:
+        model.blocks[0].ffn.router.bias[-1] = 10.0
     return model
 
 
@@ -124,7 +172,6 @@ def exact_losses(world: World):
 
     def noting(*arguments, **options):
         output = forward_backward(*arguments, **options)
-        assert output.losses["nll"].dtype == torch.float64
         sums.append(output.losses["nll"])
         return output
 
@@ -136,17 +183,19 @@ def exact_losses(world: World):
     found.append(world.sum(torch.stack(sums).sum()).item())
 
 
-def run_case(name: str, layout: tuple[int, int] | None, world: World) -> dict:
-    """A model trained for some steps in float64: losses, norms, metrics, score, and full weights and averages."""
+def run_case(name: str, layout: tuple[int, ...] | None, world: World) -> dict:
+    """A model trained for some steps in float64, unless the name says float32: losses, norms, metrics, score, and full
+    weights and averages."""
     model_name, optimizer_config, steps, micro_batch_size = CASES[name]
-    model = built(model_name, layout, torch.float64).train()
-    if layout is not None and name == "muon":
+    dtype = torch.float32 if name.endswith("float32") else torch.float64
+    model = built(model_name, layout, dtype).train()
+    if layout is not None and name in RECOMPUTED:
         model.recompute_mixers()
     optimizer = build_optimizer(model, optimizer_config, CPU)
     averages = Averages(model, TrainConfig(steps=steps, seq_len=LENGTH, batch_size=ROWS, ema=0.9))
     found = {"loss": [], "exact loss": [], "layer losses": [], "grad_norm": [], "metrics": []}
     rounded = FakeQuantization(model, bits=4, embedding_bits=6)
-    weights = rounded.applied if name == "qat" else contextlib.nullcontext
+    weights = rounded.applied if name.startswith("qat") else contextlib.nullcontext
     for step in range(steps):
         with exact_losses(world) as exact:
             result = train_step(
@@ -176,9 +225,27 @@ def run_case(name: str, layout: tuple[int, int] | None, world: World) -> dict:
         found["nll"].append(score_documents(model, documents, **options).nll)
     assert len(set(found["nll"])) == 3
     assert found["nll"][0] == found["nll"][2] != found["nll"][1]
+    assert model.embedding.weight.dtype == dtype
     full = {name: gathered(tensor).detach().clone() for name, tensor in model_tensors(model).items()}
     full |= {f"ema {name}": gathered(tensor).clone() for name, tensor in averages.ema.state_dict().items()}
     return found | {"tensors": full}
+
+
+# From process i to process j: one sends nothing, one receives nothing.
+SENT = [[1, 0, 3, 0], [2, 1, 0, 0], [0, 0, 0, 0], [4, 1, 2, 0]]
+
+
+def exchanged(world: World) -> dict:
+    """What a process receives of rows that name sender, receiver and number, what it gets back, and their gradients
+    where each receiver multiplies by one more than its rank."""
+    numbers = [(world.rank, to, n) for to, count in enumerate(SENT[world.rank]) for n in range(count)]
+    rows = torch.tensor(numbers, dtype=torch.float64).view(-1, 3).requires_grad_()
+    sent, received = SENT[world.rank], [line[world.rank] for line in SENT]
+    there = exchange_rows(rows, sent, received, dist.group.WORLD)
+    back = exchange_rows(there, received, sent, dist.group.WORLD)
+    (there * (world.rank + 1)).sum().backward()
+    unchanged, to = torch.equal(back, rows), rows.detach()[:, 1:2]
+    return {"there": there.detach(), "unchanged": unchanged, "gradient": rows.grad, "to": to}
 
 
 def skipped_step(layout: tuple[int, int], world: World) -> dict:
@@ -198,7 +265,15 @@ def skipped_step(layout: tuple[int, int], world: World) -> dict:
 
 
 # Steps after which a run is continued by other numbers of processes; the schedule does not depend on their number.
-CHAIN = [(8, 4), (16, 2), (24, 1), (30, 3)]
+_MIXTURE = "model.blocks.a.ffn={type: moe, n_experts: 4, top_k: 2, hidden: 8, bias_rate: 0.01}"
+# name -> overrides; and steps, processes and runtime.parallel.
+CHAINS = {
+    "plain": ([], [(8, 4, "{}"), (16, 2, "{}"), (24, 1, "{}"), (30, 3, "{}")]),
+    "experts": (
+        [_MIXTURE],
+        [(4, 4, "{experts: 4}"), (7, 2, "{experts: 2}"), (9, 1, "{}"), (12, 4, "{shard: 2, experts: 2}")],
+    ),
+}
 _STEADY = ["train.batch_size=12", "train.micro_batch_size=2", "model.dropout=0", "train.eval_every=10",
            "train.checkpoint_every=0", "train.schedule={type: wsd, warmup: 0.0, decay: 0.0}", "train.ema=0.9",
            "data.packing=best_fit", "train.optimizer={type: normuon_adamw}"]  # fmt: skip
@@ -208,17 +283,94 @@ def chain_recipe(folder: Path, steps: int, *overrides: str):
     return tiny_recipe(folder, *_STEADY, f"train.steps={steps}", *overrides)
 
 
-def compiled(layout: tuple[int, int], world: World) -> list[float]:
-    """The losses of three steps, not compiled and compiled."""
+# (copies, shards) -> the step after which the next ones take over.
+EXACT_CASES = ("normuon 1",)
+EXACT_CHAIN = {(2, 2): 8, (1, 2): 16, None: 24, (1, 3): LONG}
+
+
+def exact_chain(name: str, layout: tuple[int, int] | None, folder: Path, world: World) -> list[float]:
+    """The next steps of a case of CASES, from the checkpoint that other processes wrote, in float64; their losses."""
+    model_name, optimizer_config, _, micro_batch_size = CASES[name]
+    layouts = list(EXACT_CHAIN)
+    first = [0, *EXACT_CHAIN.values()][layouts.index(layout)]
+    model = built(model_name, layout, torch.float64).train()
+    init_weights(model, seed=first)  # other weights than those to restore, after the first part
+    optimizer = build_optimizer(model, optimizer_config, CPU)
+    averages = Averages(model, TrainConfig(steps=LONG, seq_len=LENGTH, batch_size=ROWS, ema=0.9))
+    checkpoints, state = Checkpoints(folder / f"exact {name}"), TrainState(data="none")
+    if first:
+        state = restore_state(checkpoints, first, model, optimizer, averages, CPU)
     found = []
+    writer = CheckpointWriter(checkpoints, world, keep=9, in_background=True, device=CPU)
+    for step in range(first, EXACT_CHAIN[layout]):
+        with exact_losses(world) as exact:
+            train_step(
+                model,
+                optimizer,
+                batch_at(step, world),
+                lr_scale=1.0,
+                micro_batch_size=micro_batch_size,
+                grad_clip=0.5,
+                autocast=partial(autocast, CPU, torch.float32),
+                world=world,
+            )
+        averages.update(step)
+        state.step, state.ema_updates = step + 1, averages.ema.updates
+        found.append(exact[0])
+        # The last one, and one that is still being written when the next step changes the tensors.
+        if step + 1 == EXACT_CHAIN[layout] or step == first:
+            save_state(writer, state, chain_recipe(folder, LONG), model, optimizer, averages, CPU)
+    writer.finish()
+    return found
+
+
+def exact_parts(layout: tuple[int, int] | None, folder: Path) -> dict[str, list[float]]:
+    return {name: exact_chain(name, layout, folder, World.current()) for name in EXACT_CASES}
+
+
+def failing_write(folder: Path, world: World) -> dict:
+    """A checkpoint that the last process alone cannot write, after one that all have written."""
+    model = built("mla, sdla, untied", (1, 2), torch.float32)
+    checkpoints = Checkpoints(folder / "failing")
+    writer = CheckpointWriter(checkpoints, world, keep=9, in_background=True, device=CPU)
+    writer.begin(1, {"model": model_tensors(model)}, {})
+    writer.finish()
+    write, found = writer_module.write_tensor_file, {}
+
+    def full(path, *arguments, **options):
+        if world.rank == world.size - 1:
+            raise OSError(28, "No space left on device")
+        return write(path, *arguments, **options)
+
+    writer_module.write_tensor_file = full
+    try:
+        writer.begin(2, {"model": model_tensors(model)}, {})
+        writer.finish()
+    except OSError as error:
+        found["error"] = str(error)
+    finally:
+        writer_module.write_tensor_file = write
+    world.barrier()
+    found["left"] = sorted(os.listdir(checkpoints.directory))
+    return found
+
+
+def compiled(name: str, layout: tuple[int, ...], world: World, compiler) -> tuple[list[list[float]], int]:
+    """The losses of three steps of a model, not compiled and compiled, and the number of graphs."""
+    found, graphs = [], []
+
+    def backend(module, inputs):
+        graphs.append(module)
+        return compiler(module, inputs)
+
     for compiles in (False, True):
-        model = built("mla, sdla, untied", layout, torch.float32).train()
+        model = built(name, layout, torch.float32).train()
         if compiles:
-            model.compile_blocks(backend="aot_eager")
+            model.compile_blocks(backend=backend)
         optimizer = build_optimizer(model, ADAMW, CPU)
         options = {"lr_scale": 1.0, "micro_batch_size": 3, "grad_clip": None, "autocast": contextlib.nullcontext}
         found.append([train_step(model, optimizer, batch_at(i, world), **options, world=world).loss for i in range(3)])
-    return found
+    return found, len(graphs)
 
 
 def stopped_run(folder: Path, world: World) -> dict:
@@ -258,7 +410,7 @@ def refused(folder: Path) -> dict[str, str]:
         "occupied": [],
     }.items():
         try:
-            train(chain_recipe(folder, 30, *overrides), folder / ("chain" if name == "occupied" else name))
+            train(chain_recipe(folder, 30, *overrides), folder / ("chain plain" if name == "occupied" else name))
         except ValueError as error:
             errors[name] = str(error)
     return errors
@@ -268,23 +420,28 @@ def phase(size: int, folder: Path) -> dict:
     """All that `size` processes run together."""
     world = World.current()
     if size == 1:
-        train(chain_recipe(folder, 30), folder / "straight")
+        for name, (overrides, chain) in CHAINS.items():
+            train(chain_recipe(folder, chain[-1][0], *overrides), folder / f"straight {name}")
         return {None: {name: run_case(name, None, world) for name in CASES}}
-    layouts = {layout: names for layout, names in LAYOUTS.items() if layout[0] * layout[1] == size}
+    layouts = {layout: names for layout, names in LAYOUTS.items() if math.prod(layout) == size}
     found = {layout: {name: run_case(name, layout, world) for name in names} for layout, names in layouts.items()}
+    if size == 4:
+        found["exchanged"] = exchanged(world)
     if size == 2:
         found["skipped"] = skipped_step((1, 2), world)
         found["refused"] = refused(folder)
         found["dropped out"] = dropped_out(folder)
-        found["compiled"] = compiled((1, 2), world)
+        found["compiled"] = [compiled("mla, sdla, untied", (1, 2), world, aot_eager)]
+        found["compiled"].append(compiled(SKEWED, (1, 1, 2), world, lambda module, _: module))
         found["stopped"] = stopped_run(folder, world)
+        found["failing"] = failing_write(folder, world)
     return found
 
 
 def worker(rank: int, folder: Path) -> None:
     """One of four processes; what each finds goes to folder/RANK."""
     torch.set_num_threads(1)
-    found = {}
+    found, exact = {}, []
 
     def together(size: int, name: str, call) -> None:
         if rank >= size:
@@ -303,9 +460,15 @@ def worker(rank: int, folder: Path) -> None:
                 dist.destroy_process_group()
 
     try:
-        for steps, size in CHAIN:
-            recipe = chain_recipe(folder, steps)
-            together(size, f"chain-{steps}", lambda recipe=recipe: train(recipe, folder / "chain", resume=True))
+        for name, (overrides, chain) in CHAINS.items():
+            for steps, size, layout in chain:
+                recipe = chain_recipe(folder, steps, f"runtime.parallel={layout}", *overrides)
+                run = partial(train, recipe, folder / f"chain {name}", resume=True)
+                together(size, f"{name}-{steps}", run)
+        for layout in EXACT_CHAIN:
+            size = math.prod(layout or ())
+            together(size, f"exact-{size}", lambda layout=layout: exact.append(exact_parts(layout, folder)))
+        found["exact chain"] = exact
         for size in (4, 3, 2, 1):
             together(size, f"phase-{size}", lambda size=size: found.update(phase(size, folder)))
     except BaseException:

@@ -1,5 +1,6 @@
 """Two GPUs and more over NCCL: a short run of each layout beside one GPU's."""
 
+import math
 import os
 import subprocess
 import sys
@@ -54,19 +55,22 @@ def one_gpu(request, folder):
 
 
 NORMUON = "train.optimizer={type: normuon_adamw}"
-LAYOUTS = {2: [(1, 2), (2, 1)], 4: [(2, 2), (1, 4)]}
+# Copies, shards of each, parts of the experts.
+LAYOUTS = [(1, 2, 1), (2, 1, 1), (1, 1, 2), (2, 2, 1), (1, 4, 1), (1, 1, 4), (1, 2, 2), (2, 1, 2)]
 
 
-@pytest.mark.parametrize(("copies", "shards"), [layout for layouts in LAYOUTS.values() for layout in layouts])
+@pytest.mark.parametrize("layout", LAYOUTS, ids=["x".join(map(str, layout)) for layout in LAYOUTS])
 @pytest.mark.parametrize("compiles", [False, True])
-def test_losses_are_those_of_one_gpu(folder, one_gpu, copies, shards, compiles):
-    if torch.cuda.device_count() < copies * shards:
-        pytest.skip(f"needs {copies * shards} GPUs")
+def test_losses_are_those_of_one_gpu(folder, one_gpu, layout, compiles):
+    n = math.prod(layout)
+    if torch.cuda.device_count() < n:
+        pytest.skip(f"needs {n} GPUs")
     dtype, expected = one_gpu
-    name = f"{copies}x{shards}-{dtype}-{compiles}"
-    parallel = f"runtime.parallel={{replicate: {copies}, shard: {shards}}}"
+    copies, shards, experts = layout
+    name = f"{copies}x{shards}x{experts}-{dtype}-{compiles}"
+    parallel = f"runtime.parallel={{replicate: {copies}, shard: {shards}, experts: {experts}}}"
     options = [f"runtime.dtype={dtype}", parallel, f"runtime.compile={str(compiles).lower()}", NORMUON]
-    found = run(folder, copies * shards, name, *options)
+    found = run(folder, n, name, *options)
     # Updates are orthogonalised in bfloat16 in either dtype of activations.
     assert losses(found) == pytest.approx(losses(expected), rel=1e-3 if dtype == "float32" else 1e-2)
     assert losses(found)[-1] < 0.9 * losses(found)[0]
@@ -74,9 +78,11 @@ def test_losses_are_those_of_one_gpu(folder, one_gpu, copies, shards, compiles):
     assert scores[0] == pytest.approx(scores[1], rel=1e-3 if dtype == "float32" else 1e-2)
 
 
-def test_adamw_in_float32_is_that_of_one_gpu(folder):
+@pytest.mark.parametrize("experts", [1, 2])
+def test_adamw_in_float32_is_that_of_one_gpu(folder, experts):
     adamw = ["runtime.dtype=float32", "train.optimizer={type: adamw, lr: 0.001}"]
-    one, two = run(folder, 1, "adamw-1", *adamw), run(folder, 2, "adamw-2", *adamw)
+    one = run(folder, 1, "adamw-1", *adamw)
+    two = run(folder, 2, f"adamw-2-{experts}", *adamw, f"runtime.parallel.experts={experts}")
     assert losses(two) == pytest.approx(losses(one), rel=1e-4)
     tensors = [Checkpoints(path / "checkpoints").read_tensors(STEPS, "model") for path in (one, two)]
     assert tensors[0].keys() == tensors[1].keys()
@@ -84,11 +90,13 @@ def test_adamw_in_float32_is_that_of_one_gpu(folder):
         assert_close(tensors[1][name], tensors[0][name], 0.05, name)
 
 
-def test_a_run_of_two_gpus_is_resumed_by_one(folder, one_gpu):
+@pytest.mark.parametrize("experts", [1, 2])
+def test_a_run_of_two_gpus_is_resumed_by_one(folder, one_gpu, experts):
     dtype, expected = one_gpu
     steady = "train.schedule={type: wsd, warmup: 0.0, decay: 0.0}"
     options = [f"runtime.dtype={dtype}", NORMUON, steady]
-    run(folder, 2, f"chain-{dtype}", *options, "train.steps=6")
-    chain = run(folder, 1, f"chain-{dtype}", *options)
+    name = f"chain-{dtype}-{experts}"
+    run(folder, 2, name, *options, "train.steps=6", f"runtime.parallel.experts={experts}")
+    chain = run(folder, 1, name, *options)
     straight = run(folder, 1, f"steady-{dtype}", *options)
     assert losses(chain) == pytest.approx(losses(straight), rel=1e-3 if dtype == "float32" else 1e-2)

@@ -8,7 +8,6 @@ import torch
 import torch.distributed as dist
 
 from fusedlm.distributed import World
-from fusedlm.runs.checkpoint import Checkpoints
 from fusedlm.runs.folder import RunFolder
 
 
@@ -54,15 +53,7 @@ def _process(rank: int, folder) -> None:
             found["locked"] = "in use by another training process" in str(error)
         world.barrier()
 
-    def write(folder, stem, tensors, world):
-        (folder / f"{stem}-{world.rank}.txt").write_text(str(tensors["a"].item()))
-
-    checkpoints = Checkpoints(folder / "run/checkpoints")
-    checkpoints.save(1, {"part": {"a": torch.tensor(rank)}}, {"state.json": "{}"}, write=write, world=world)
-    found["checkpoint"] = sorted(checkpoints.files(1))
-    found["parts"] = [(checkpoints.path(1) / f"part-{r}.txt").read_text() for r in range(2)]
-    checkpoints.save(2, {"model": {"a": torch.ones(3)}}, {}, world=world)
-    found["steps"] = checkpoints.steps()
+    found["gathered"] = world.gathered({"rank": rank})
     (folder / str(rank)).write_text(json.dumps(found))
     dist.destroy_process_group()
 
@@ -79,14 +70,8 @@ def test_two_processes(tmp_path):
             "any": [False, True, True, True],
             "barrier": True,
             "locked": True,
-            "checkpoint": ["part-0.txt", "part-1.txt", "state.json"],
-            "parts": ["0", "1"],
-            "steps": [1, 2],
+            "gathered": [{"rank": 0}, {"rank": 1}],
         }
-    checkpoints = Checkpoints(tmp_path / "run/checkpoints")
-    for step in (1, 2):
-        checkpoints.verify(step)
-    assert checkpoints.read_tensors(2, "model")["a"].tolist() == [1.0, 1.0, 1.0]
 
 
 def _together(rank: int, folder) -> None:
@@ -115,6 +100,7 @@ def _together(rank: int, folder) -> None:
         "sum all": [x.tolist() for x in world.sum_all([torch.tensor(2**40 + rank), torch.tensor([[0.5, rank]])])],
         "dtypes": [str(x.dtype) for x in world.sum_all([torch.tensor(1), torch.tensor(0.5)])],
         "largest": world.largest(3 - rank),
+        "largest of each": world.largest_of_each([rank, 7 - rank]),
         "on main": outcome(lambda: world.on_main(lambda: world.rank)),
         "main fails": outcome(lambda: world.on_main(fails(0, ValueError("no text")))),
         "first": outcome(lambda: world.main_first(lambda: order.exists() if rank else order.write_text(""))),
@@ -134,6 +120,7 @@ def test_an_error_of_one_process_is_raised_in_all(tmp_path):
             "sum all": [2**41 + 1, [[1.0, 1.0]]],
             "dtypes": ["torch.int64", "torch.float32"],
             "largest": 3,
+            "largest of each": [1, 7],
             "on main": "0",
             "main fails": "ValueError: no text",
             "first": ["0", "True"][rank],

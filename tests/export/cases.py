@@ -5,6 +5,7 @@ import yaml
 from fusedlm.config.model import ModelConfig
 
 GROUPED = "n_heads: 4, n_kv_heads: 2, head_dim: 8, qk_norm: false"
+GROUPED_MAMBA = "{type: mamba2, n_heads: 4, head_dim: 6, state_dim: 8, n_groups: 2}"
 SWIGLU = "{type: swiglu, hidden: 48}"
 UNTIED = "tie_embeddings: false, norm_eps: 1.0e-5"
 YARN = "yarn: {factor: 4.0, trained_length: 32}"
@@ -44,6 +45,18 @@ CASES = {
     "arcee-tied": ("arcee", f"{{type: attention, {GROUPED}}}", "{type: relu2}", ""),
     "phi3": ("phi3", f"{{type: attention, {GROUPED}, rope_dim: 4}}", SWIGLU, UNTIED),
     "phi3-window": ("phi3", f"{{type: attention, {GROUPED}, rope_dim: 6, window: 5}}", SWIGLU, ""),
+    "nanochat": (
+        "nanochat",
+        "{type: attention, n_heads: 4, n_kv_heads: 2, qk_gain: none, rope_base: 500.0}",
+        "{type: relu2, hidden: 40}",
+        f"{UNTIED}, embedding_norm: true, norm_gain: false, logit_softcap: 15.0",
+    ),
+    "nanochat-tied": (
+        "nanochat",
+        "{type: attention, n_heads: 2, qk_gain: none}",
+        "{type: relu2}",
+        "embedding_norm: true, norm_gain: false",
+    ),
     "deepseek_v3": (
         "deepseek_v3",
         "{type: mla, n_heads: 4, kv_rank: 12, rope_dim: 6}",
@@ -77,10 +90,60 @@ CASES = {
     ),
     "bamba-groups": (
         "bamba",
-        f"{{type: attention, {GROUPED}}}",
+        f"{{type: attention, {GROUPED}, rope_dim: 6}}",
         SWIGLU,
         "pattern: amm, m: {mixer: {type: mamba2, n_heads: 4, head_dim: 8, n_groups: 2, conv_size: 3, chunk_size: 16}, "
         "ffn: {type: swiglu, hidden: 48}}",
+    ),
+    "qwen3_5-gate": (
+        "qwen3_5",
+        "{type: attention, n_heads: 4, n_kv_heads: 2, head_dim: 16, qk_gain: dim, output_gate: true}",
+        SWIGLU,
+        f"{UNTIED}, pattern: gbga, g: {{mixer: {{type: gdn, n_heads: 2}}, ffn: {SWIGLU}}}, "
+        "b: {mixer: {type: attention, n_heads: 4, n_kv_heads: 2, head_dim: 16, qk_gain: dim}, "
+        f"ffn: {SWIGLU}}}",
+    ),
+    "granitemoehybrid": (
+        "granitemoehybrid",
+        f"{{type: attention, {GROUPED}, rope_dim: 0}}",
+        SWIGLU,
+        f"pattern: mam, m: {{mixer: {{type: mamba2, n_heads: 4, state_dim: 8}}, ffn: {SWIGLU}}}",
+    ),
+    "granitemoehybrid-rope": (
+        "granitemoehybrid",
+        f"{{type: attention, {GROUPED}, rope_base: 500.0}}",
+        SWIGLU,
+        "pattern: amm, m: {mixer: {type: mamba2, n_heads: 4, head_dim: 16, n_groups: 2, conv_size: 3, chunk_size: 16}, "
+        "ffn: {type: swiglu, hidden: 48}}",
+    ),
+    "granitemoehybrid-recurrent": (
+        "granitemoehybrid",
+        "{type: mamba2, n_heads: 4, state_dim: 8}",
+        SWIGLU,
+        UNTIED,
+    ),
+    "nemotron_h": (
+        "nemotron_h",
+        f"{{type: attention, {GROUPED}, rope_dim: 0}}",
+        "{type: relu2, hidden: 40}",
+        f"{UNTIED}, n_layers: 5, pattern: mdaca, m: {{mixer: {GROUPED_MAMBA}, ffn: {{type: none}}}}, "
+        f"d: {{mixer: {GROUPED_MAMBA}, ffn: {{type: relu2, hidden: 40}}}}, "
+        f"c: {{mixer: {{type: attention, {GROUPED}, rope_dim: 0}}, ffn: {{type: none}}}}",
+    ),
+    "nemotron_h-moe": (
+        "nemotron_h",
+        "{type: mamba2, n_heads: 4, state_dim: 8}",
+        "{type: moe, activation: relu2, n_experts: 8, top_k: 3, hidden: 16, n_shared: 2, n_groups: 4, "
+        "n_limited_groups: 2, routed_scaling: 2.5}",
+        "tie_embeddings: false, pattern: ab, "
+        "b: {mixer: {type: attention, n_heads: 2, head_dim: 24, rope_dim: 0, qk_norm: false}, ffn: {type: relu2}}",
+    ),
+    "mamba2": ("mamba2", "{type: mamba2, n_heads: 4, state_dim: 8, chunk_size: 16}", "{type: none}", ""),
+    "mamba2-groups": (
+        "mamba2",
+        "{type: mamba2, n_heads: 4, head_dim: 8, state_dim: 10, n_groups: 2, conv_size: 3}",
+        "{type: none}",
+        f"{UNTIED}, depth_scaled_norms: true, mup: {{base_width: 16, base_depth: 1}}",
     ),
     "deepseek_v3-mtp": (
         "deepseek_v3",

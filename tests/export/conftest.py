@@ -35,10 +35,15 @@ TRAINED = [
     "granite",
     "arcee",
     "phi3-window",
+    "nanochat",
     "deepseek_v3-q_rank",
     "deepseek_v3-moe",
-    "qwen3_5",
+    "qwen3_5-gate",
     "bamba",
+    "granitemoehybrid",
+    "nemotron_h",
+    "nemotron_h-moe",
+    "mamba2",
 ]
 BYTES = "arcee"
 

@@ -15,7 +15,9 @@ from fusedlm.export.families import FAMILIES, choose_family, fits
 from tests.export.cases import CASES, model_config
 
 MLA = "{type: mla, n_heads: 2, kv_rank: 8}"
+MAMBA = "{type: mamba2, n_heads: 4}"
 FITTING = "type: attention, n_heads: 4, qk_norm: false"
+NANOCHAT = {"mixer": "{type: attention, n_heads: 4, qk_gain: none}", "ffn": "{type: relu2}"}
 
 
 def _model(mixer=f"{{{FITTING}}}", ffn="{type: swiglu}", extra="", second=None):
@@ -95,6 +97,55 @@ BLOCKED = {
         "bamba",
         {"second": "{mixer: {type: mamba2, n_heads: 4, head_dim: 5}, ffn: {type: swiglu}}"},
     ),
+    "model.embedding_norm=true": ("llama", {"extra": "embedding_norm: true"}),
+    "model.norm_gain=false": ("llama", {"extra": "norm_gain: false"}),
+    "model.blocks.a.mixer.output_gate=true": ("llama", {"mixer": f"{{{FITTING}, output_gate: true}}"}),
+    "model.embedding_norm=false": ("nanochat", NANOCHAT | {"extra": "norm_gain: false"}),
+    "model.norm_gain=true": ("nanochat", NANOCHAT | {"extra": "embedding_norm: true"}),
+    "model.depth_scaled_norms=true": (
+        "nanochat",
+        NANOCHAT | {"extra": "embedding_norm: true, norm_gain: false, depth_scaled_norms: true"},
+    ),
+    "model.mup.base_width=16": (
+        "nanochat",
+        NANOCHAT | {"extra": "embedding_norm: true, norm_gain: false, mup: {base_width: 16}"},
+    ),
+    'model.blocks.a.mixer.qk_gain="dim"': (
+        "nanochat",
+        NANOCHAT
+        | {"mixer": "{type: attention, n_heads: 4, qk_gain: dim}", "extra": "embedding_norm: true, norm_gain: false"},
+    ),
+    "model.tie_embeddings=true": ("nemotron_h", {"mixer": MAMBA, "ffn": "{type: relu2}"}),
+    "model.blocks.a.mixer.rope_dim=8": (
+        "nemotron_h",
+        {"mixer": f"{{{FITTING}}}", "ffn": "{type: relu2}", "extra": "tie_embeddings: false"},
+    ),
+    "model.blocks.a.ffn.slope=0.25": (
+        "nemotron_h",
+        {"mixer": MAMBA, "ffn": "{type: relu2, slope: 0.25}", "extra": "tie_embeddings: false"},
+    ),
+    'model.blocks.a.ffn.activation="swiglu"': (
+        "nemotron_h",
+        {"mixer": MAMBA, "ffn": "{type: moe, n_experts: 4, top_k: 2, hidden: 8}", "extra": "tie_embeddings: false"},
+    ),
+    "model.blocks.b.mixer.n_heads=2": (
+        "mamba2",
+        {
+            "mixer": MAMBA,
+            "ffn": "{type: none}",
+            "second": "{mixer: {type: mamba2, n_heads: 2, head_dim: 16}, ffn: {type: none}}",
+        },
+    ),
+    'model.blocks.a.ffn.type="swiglu"': ("mamba2", {"mixer": MAMBA}),
+    "model.blocks.a.mixer.head_dim=6": (
+        "mamba2",
+        {"mixer": "{type: mamba2, n_heads: 4, head_dim: 6}", "ffn": "{type: none}"},
+    ),
+    "model.blocks.b.mixer.rope_dim=2": (
+        "granitemoehybrid",
+        {"mixer": MAMBA, "second": f"{{mixer: {{{FITTING}, rope_dim: 2}}, ffn: {{type: swiglu}}}}"},
+    ),
+    'model.blocks.a.ffn.type="none"': ("llama", {"ffn": "{type: none}"}),
     "model.blocks.a.ffn.slope=0.5": ("arcee", {"ffn": "{type: relu2, slope: 0.5}"}),
     'model.blocks.a.ffn.type="routed"': ("llama", {"ffn": "{type: routed}"}),
     'model.blocks.a.mixer.type="diff_mla"': ("llama", {"mixer": "{type: diff_mla, n_heads: 2, kv_rank: 8}"}),
@@ -128,7 +179,7 @@ def test_explain_reads_recipes_and_runs(cases, capsys, tmp_path, monkeypatch):
     assert '  model.blocks.a.ffn.type="swiglu": Arcee has relu2' in capsys.readouterr().out
     assert main(["export", "gpt-350m", "--explain"]) == 0
     out = capsys.readouterr().out
-    assert "arcee        ArceeForCausalLM         1 key in the way" in out
+    assert "arcee             ArceeForCausalLM             1 key in the way" in out
     assert out.endswith("in the way of arcee:\n  model.blocks.a.mixer.qk_norm=true: Arcee has none; set false\n")
     assert main(["export", "gpt-350m", "--explain", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)

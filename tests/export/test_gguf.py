@@ -57,8 +57,12 @@ def test_tensors_are_those_that_llama_cpp_names(name):
         stem = tensor.removesuffix(".weight").removesuffix(".bias")
         layer = stem.split(".")[1] if stem.startswith("blk.") else ""
         assert stem.replace(f"blk.{layer}.", "blk.{bid}.", 1) in known, tensor
-    assert keys["block_count"] == len(model.blocks) and keys["vocab_size"] == VOCAB
+    parts = [part for block in model.blocks for part in block.parts()]
+    assert keys["block_count"] == len(parts if family.name == "nemotron_h" else model.blocks)
+    assert keys["vocab_size"] == VOCAB
     assert keys["attention.layer_norm_rms_epsilon"] == recipe.model.norm_eps
+    for layer in range(keys["block_count"]):
+        assert any(name.startswith(f"blk.{layer}.") for name in tensors)
     padding = (len(model.embedding.weight) - VOCAB) * model.dim * (2 - model.tied)
     n_ours = sum(parameter.numel() for parameter in model.parameters()) - padding
     assert sum(tensor.numel() for tensor in tensors.values()) >= n_ours
@@ -76,7 +80,7 @@ def _rotated(x, position, base, adjacent):
     return first * angle.cos() - second * angle.sin(), second * angle.cos() + first * angle.sin()
 
 
-@pytest.mark.parametrize("name", ["llama", "granite", "bamba", "qwen3"])
+@pytest.mark.parametrize("name", ["llama", "granite", "bamba", "granitemoehybrid-rope", "qwen3"])
 def test_scores_with_rotary_embedding_are_equal(name):
     """Queries and keys of one layer, rotated as each side does it."""
     family, model, recipe = _model(name)
@@ -131,6 +135,20 @@ def test_what_is_stored_in_another_way():
     keys, tensors = gguf_model(family, model, recipe)
     assert keys["attention.head_count_kv"] == [0, 2, 0] and not tensors["blk.0.ssm_conv1d.bias"].any()
     assert tensors["blk.0.ssm_norm.weight"].shape == (1, 64) and tensors["blk.0.ssm_d"].shape == (4, 1)
+
+    family, model, recipe = _model("granitemoehybrid")
+    keys, tensors = gguf_model(family, model, recipe)
+    gate, up = model.blocks[0].ffn.gate_up.weight.chunk(2)
+    assert torch.equal(tensors["blk.0.ffn_gate.weight"], gate) and torch.equal(tensors["blk.0.ffn_up.weight"], up)
+    assert keys["embedding_scale"] == model.embedding_scale != 1 and keys["rope.scaling.finetuned"] is False
+    query = model.blocks[1].mixer.qkv.weight[:32]
+    assert torch.equal(tensors["blk.1.attn_q.weight"], query)  # nothing is rotated, nor reordered
+
+    family, model, recipe = _model("nemotron_h")
+    keys, tensors = gguf_model(family, model, recipe)
+    assert keys["feed_forward_length"] == [0, 0, 40, 0, 40, 0, 0, 40]
+    assert keys["attention.head_count_kv"] == [0, 0, 0, 2, 0, 2, 2, 0]
+    assert torch.equal(tensors["blk.2.attn_norm.weight"], model.blocks[1].ffn_norm.weight)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16", "q8_0", "mxfp4"])
@@ -302,6 +320,8 @@ def test_what_stands_in_the_way_of_llama_cpp():
     assert named("deepseek_v3") == latent
     assert "model.pattern=" in named("qwen3_5-tied") and "value_head_dim=10" in named("qwen3_5-tied")
     assert "model.blocks.m.mixer.head_dim=8" in named("bamba-groups")
+    assert "model.blocks.a.ffn.type=" in named("nemotron_h-moe") and named("nemotron_h") == ""
+    assert "has layers of attention too" in named("granitemoehybrid-recurrent")
     assert named("llama") == "" and named("phi3") == "" and "window=5" in named("phi3-window")
 
 

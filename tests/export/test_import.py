@@ -17,7 +17,7 @@ from tests.export.cases import CASES
 from tests.export.conftest import BYTES, TRAINED
 
 # Whose embedding is not folded, so that every number is one of the run.
-EXACT = ["llama-tied", "granite"]
+EXACT = ["llama-tied", "granite", "nanochat", "granitemoehybrid"]
 
 
 @pytest.mark.parametrize("name", TRAINED)
@@ -143,15 +143,30 @@ REFUSED = {
     "layers": ("qwen3-window", _edit(layer_types=["full_attention"]), 'layer_types=["full_attention"]'),
     "no window": ("qwen3-window", _edit(sliding_window=None), "sliding_window=null"),
     "gate": (
-        "qwen3_5",
+        "qwen3_5-gate",
         _tensor(lambda t: t["model.layers.1.self_attn.q_proj.weight"].fill_(1.0)),
         "q_proj.weight' has an output gate",
     ),
-    "grouped keys": ("qwen3_5", _edit(linear_num_key_heads=1), "linear_num_key_heads=1"),
-    "kinds of layers": ("qwen3_5", _edit(layer_types=["full_attention"] * 3), "layer_types="),
+    "grouped keys": ("qwen3_5-gate", _edit(linear_num_key_heads=1), "linear_num_key_heads=1"),
+    "kinds of layers": ("qwen3_5-gate", _edit(layer_types=["full_attention"] * 4), "layer_types="),
     "limited steps": ("bamba", _edit(time_step_limit=[0.0, 1.0]), "time_step_limit=[0.0, 1.0]"),
     "bias of the convolution": ("bamba", _edit(mamba_conv_bias=None), "mamba_conv_bias=true"),
     "no attention": ("bamba", _edit(attn_layer_indices=[]), "attn_layer_indices=[]"),
+    "limited steps of Mamba2": ("mamba2", _edit(time_step_limit=[0.0, 1.0]), "time_step_limit=[0.0, 1.0]"),
+    "bias of the convolution of Mamba2": ("mamba2", _edit(use_conv_bias=True), "use_conv_bias=true"),
+    "least step": ("nemotron_h", _edit(time_step_min=0.001), "time_step_min=0.001: steps are not limited here"),
+    "two feed-forwards": ("nemotron_h", _edit(hybrid_override_pattern="M--*"), "layers M--*: a feed-forward follows"),
+    "first a feed-forward": ("nemotron_h", _edit(layers_block_type=["mlp", "mamba"]), "layers -M: a feed-forward"),
+    "unknown layer": ("nemotron_h", _edit(hybrid_override_pattern="MX"), 'hybrid_override_pattern="MX"'),
+    "tied head": ("nemotron_h", _edit(tie_word_embeddings=True), "tie_word_embeddings=true"),
+    "shared experts": (
+        "nemotron_h-moe",
+        _edit(moe_shared_expert_intermediate_size=40),
+        "moe_shared_expert_intermediate_size=40: the shared experts have",
+    ),
+    "latent of experts": ("nemotron_h-moe", _edit(moe_latent_size=8), "moe_latent_size=8"),
+    "experts of Granite": ("granitemoehybrid", _edit(num_local_experts=4), "num_local_experts=4: experts"),
+    "all attention": ("granitemoehybrid", _edit(layer_types=["attention"] * 3), "and not all attention"),
     "residual": ("granite", _edit(residual_multiplier=0.22), "residual_multiplier=0.22"),
     "factor of scores": ("granite", _edit(attention_multiplier=0.5), "attention_multiplier=0.5"),
     "experts": ("deepseek_v3-q_rank", _edit(first_k_dense_replace=1), "norm_topk_prob=true: must be false of 1"),

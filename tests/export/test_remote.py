@@ -20,7 +20,7 @@ from fusedlm.export.remote.target import FILE, remote_code
 from fusedlm.export.shards import write_weights
 from fusedlm.model import build_model
 from fusedlm.testing import randomise_
-from fusedlm.testing.models import FFN_CASES, MIXER_CASES, every_mixer_config, wired_config
+from fusedlm.testing.models import FFN_CASES, MIXER_CASES, NO_FFN, every_mixer_config, wired_config
 
 pytest.importorskip("transformers")
 
@@ -38,6 +38,7 @@ def _config(*blocks: tuple[str, str], extra: str = "") -> ModelConfig:
     return ModelConfig.model_validate(tree | {"blocks": dict(zip(letters, parts, strict=True))})
 
 
+GAINLESS = "embedding_norm: true, norm_gain: false"
 MUP = "mup: {base_width: 16, base_depth: 2}, depth_scaled_norms: true, logit_softcap: 15.0"
 # All cases of a mixer in one model, so that every option is there; and some alone, so that what they leave out is.
 CONFIGS = {
@@ -47,6 +48,8 @@ CONFIGS = {
         for kind in ("attention", "gdn")
     },
     "feed-forwards": _config(*((MIXER_CASES["attention"][0], case) for cases in FFN_CASES.values() for case in cases)),
+    "alone": _config((MIXER_CASES["mamba2"][0], NO_FFN), (MIXER_CASES["attention"][0], NO_FFN), extra=GAINLESS),
+    "some-alone": _config((MIXER_CASES["mamba2"][0], NO_FFN), (MIXER_CASES["attention"][0], SWIGLU), extra=MUP),
     "wired": wired_config("avgav", embedding_std=0.5, mtp={"depth": 1}),
     "yarn": every_mixer_config(yarn={"factor": 4.0, "trained_length": 32}),
     "mup": _config(*((MIXER_CASES[kind][0], SWIGLU) for kind in MIXER_CASES), extra=MUP),

@@ -6,12 +6,13 @@ import torch
 import fusedlm
 from fusedlm.data.tokenizer import ByteTokenizer
 from fusedlm.generation import generate
-from fusedlm.testing import FFN_CASES, MIXER_CASES, part_model, randomise_
+from fusedlm.testing import FFN_CASES, MIXER_CASES, NO_FFN, part_model, randomise_
 
 CPU = {"device": "cpu", "dtype": torch.float32}
 PROMPTS = ["It is ", "", "a prompt that is much longer than the others, and than any window", "né"]
 CASES = [(case, "{type: swiglu, hidden: 48}") for cases in MIXER_CASES.values() for case in cases]
 CASES += [("{type: gdn, n_heads: 2, chunk_size: 8}", case) for cases in FFN_CASES.values() for case in cases]
+CASES += [(MIXER_CASES["mamba2"][0], NO_FFN)]
 
 
 def _model(mixer, ffn):

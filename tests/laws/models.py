@@ -7,7 +7,7 @@ import torch
 
 from fusedlm import build_model, load_recipe
 from fusedlm.config.model import ModelConfig
-from fusedlm.testing import FFN_CASES, MIXER_CASES, part_model, randomise_, wired_config
+from fusedlm.testing import FFN_CASES, MIXER_CASES, NO_FFN, part_model, randomise_, wired_config
 
 RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("*.yaml"))
 VOCAB = 61
@@ -23,9 +23,15 @@ def parts():
         for index, case in enumerate(cases):
             mixer = MIXER_CASES["attention"][0]
             yield pytest.param(lambda case=case, mixer=mixer: part_model(mixer, case, VOCAB), id=f"{name}-{index}")
+    for name in ("attention", "mamba2"):
+        yield pytest.param(lambda case=MIXER_CASES[name][0]: part_model(case, NO_FFN, VOCAB), id=f"{name}-alone")
     yield pytest.param(
         lambda: part_model(MIXER_CASES["gdn"][0], vocab_size=VOCAB, extra="tie_embeddings: false, logit_softcap: 5.0"),
         id="untied-softcap",
+    )
+    yield pytest.param(
+        lambda: part_model(MIXER_CASES["attention"][0], extra="embedding_norm: true, norm_gain: false, smear: true"),
+        id="norms-without-gain",
     )
     yield pytest.param(lambda: build_model(wired_config(), vocab_size=VOCAB), id="wired")
 

@@ -6,12 +6,22 @@ import torch
 from fusedlm.config.ffn import SwiGLUConfig
 from fusedlm.model import build_model
 from fusedlm.model.precision import autocast
-from fusedlm.testing import FFN_CASES, MIXER_CASES, assert_close, error_ratio, part_config, part_model, randomise_
+from fusedlm.testing import (
+    FFN_CASES,
+    MIXER_CASES,
+    NO_FFN,
+    assert_close,
+    error_ratio,
+    part_config,
+    part_model,
+    randomise_,
+)
 
 SWIGLU = FFN_CASES["swiglu"][0]
 # Mixer, feed-forward, documents: both ways for the first case of each mixer, in turns for the others.
 FIRST = [(cases[0], SWIGLU, False) for cases in MIXER_CASES.values()]
 FIRST += [(MIXER_CASES["attention"][0], cases[0], False) for name, cases in FFN_CASES.items() if name != "swiglu"]
+FIRST += [(MIXER_CASES["mamba2"][0], NO_FFN, False)]
 CASES = [(cases[0], SWIGLU, True) for cases in MIXER_CASES.values()]
 OTHERS = [mixer for cases in MIXER_CASES.values() for mixer in cases[1:]]
 CASES += [(mixer, SWIGLU, i % 2 == 0) for i, mixer in enumerate(OTHERS)]

@@ -10,7 +10,7 @@ from benchmarks.lengths import mixers
 from fusedlm.config import load_recipe
 from fusedlm.model import build_model
 from fusedlm.model.memory import activation_bytes, weight_copy_bytes
-from fusedlm.testing import FFN_CASES, MIXER_CASES, part_model
+from fusedlm.testing import FFN_CASES, MIXER_CASES, NO_FFN, part_model
 
 REPOSITORY = Path(__file__).parents[2]
 RESULTS = REPOSITORY / "benchmarks/results"
@@ -91,7 +91,7 @@ def _saved_bytes(model, n_tokens: int) -> int:
 
 
 @pytest.mark.parametrize("mixer", [cases[0] for cases in MIXER_CASES.values()], ids=list(MIXER_CASES))
-@pytest.mark.parametrize("ffn", [cases[0] for cases in FFN_CASES.values()], ids=list(FFN_CASES))
+@pytest.mark.parametrize("ffn", [*(cases[0] for cases in FFN_CASES.values()), NO_FFN], ids=[*FFN_CASES, "none"])
 def test_an_eager_pass_saves_at_least_half_and_at_most_four_times_the_estimate(mixer, ffn):
     model = part_model(mixer, ffn)
     saved = _saved_bytes(model, 512) - _saved_bytes(model, 256)  # without what does not grow with the tokens

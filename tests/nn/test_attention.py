@@ -12,6 +12,8 @@ CASES = [
     "{type: attention, n_heads: 4, n_kv_heads: 2, head_dim: 10, rope_dim: 4, rope_base: 500.0}",
     "{type: attention, n_heads: 2, rope_dim: 0, qk_norm: false}",
     "{type: attention, n_heads: 4, n_kv_heads: 1, window: 5}",
+    "{type: attention, n_heads: 4, n_kv_heads: 2, output_gate: true}",
+    "{type: attention, n_heads: 2, qk_gain: none}",
 ]
 N = 17
 
@@ -38,11 +40,12 @@ def _rotated(x_THD, rope_dim, base):
 
 
 def _by_definition(mixer, x_TD, n_heads, n_kv_heads, width, rope_dim, base, qk_norm, window):
-    q, k, v = (x_TD @ mixer.qkv.weight.T).split([n_heads * width, n_kv_heads * width, n_kv_heads * width], dim=-1)
+    widths = [n_heads * width, n_kv_heads * width, n_kv_heads * width]
+    q, k, v, gate = (x_TD @ mixer.qkv.weight.T).tensor_split(torch.tensor(widths).cumsum(0), dim=-1)
     q, k, v = (x.unflatten(-1, (-1, width)) for x in (q, k, v))
     if qk_norm:
         q, k = (x / (x.square().mean(-1, keepdim=True) + 1e-6).sqrt() for x in (q, k))
-        q = q * mixer.q_gain[:, None]
+        q = q if mixer.q_gain is None else q * mixer.q_gain[:, None]
     q, k = (_rotated(x, rope_dim, base) for x in (q, k))
     rows = []
     for t in range(N):
@@ -52,7 +55,8 @@ def _by_definition(mixer, x_TD, n_heads, n_kv_heads, width, rope_dim, base, qk_n
             group = head // (n_heads // n_kv_heads)
             scores = k[first : t + 1, group] @ q[t, head] / width**0.5
             heads.append(scores.softmax(0) @ v[first : t + 1, group])
-        rows.append(torch.cat(heads) @ mixer.out.weight.T)
+        y = torch.cat(heads)
+        rows.append((y / (1 + torch.exp(-gate[t])) if len(gate[t]) else y) @ mixer.out.weight.T)
     return torch.stack(rows)
 
 
@@ -61,6 +65,8 @@ SIZES = [  # n_heads, n_kv_heads, head_dim, rope_dim, rope_base, qk_norm, window
     (4, 2, 10, 4, 500.0, True, None),
     (2, 2, 16, 0, 10_000.0, False, None),
     (4, 1, 8, 8, 10_000.0, True, 5),
+    (4, 2, 8, 8, 10_000.0, True, None),
+    (2, 2, 16, 16, 10_000.0, True, None),
 ]
 
 

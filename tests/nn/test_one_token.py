@@ -6,11 +6,12 @@ import torch
 from fusedlm.nn.linear import Linear
 from fusedlm.nn.pending import PendingNorm, PendingProduct
 from fusedlm.ops.common.dispatch import recorded
-from fusedlm.testing import FFN_CASES, MIXER_CASES, assert_close, backend_of, part_model, randomise_
+from fusedlm.testing import FFN_CASES, MIXER_CASES, NO_FFN, assert_close, backend_of, part_model, randomise_
 
 kernels = pytest.importorskip("fusedlm.ops.one_token.triton")
 PARTS = [(case, "{type: swiglu, hidden: 24}") for cases in MIXER_CASES.values() for case in cases]
 PARTS += [("{type: gdn, n_heads: 2, chunk_size: 8}", case) for cases in FFN_CASES.values() for case in cases]
+PARTS += [(MIXER_CASES["mamba2"][0], NO_FFN), (MIXER_CASES["attention"][0], NO_FFN)]
 TOKENS = torch.randint(61, (1, 5), generator=torch.Generator().manual_seed(0))
 
 

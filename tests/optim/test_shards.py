@@ -5,8 +5,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from fusedlm.nn.module import Role
 from fusedlm.optim import shards
-from fusedlm.optim.shards import owners, piece_of
+from fusedlm.optim.shards import held_parts, owners, piece_of
 from fusedlm.optim.stacks import Part, parts_of
 
 
@@ -19,6 +20,7 @@ from fusedlm.optim.stacks import Part, parts_of
 def test_pieces_are_the_rows_of_torchs_chunks(monkeypatch, n_shards, shape, dim, splits):
     """Put together from the parts that torch.chunk gives the processes, every matrix is whole."""
     monkeypatch.setattr(shards, "shard_group", lambda _: (None, dim))
+    monkeypatch.setattr(shards, "held_range", lambda parameter: range(len(parameter)))
     full = torch.arange(float(torch.Size(shape).numel())).view(shape)
     parameter = torch.nn.Parameter(full)
     chunks = list(full.chunk(n_shards, dim))
@@ -31,6 +33,22 @@ def test_pieces_are_the_rows_of_torchs_chunks(monkeypatch, n_shards, shape, dim,
         assert [piece.first for piece, _ in held] == sorted(piece.first for piece, _ in held)
         assert torch.equal(torch.cat([piece.of(chunk) for piece, chunk in held]), part.of(full))
         assert sum(piece.rows for piece in pieces) == part.rows
+
+
+@pytest.mark.parametrize("first", [0, 2, 4])
+def test_of_divided_experts_a_process_deals_with_the_matrices_of_its_own(monkeypatch, first):
+    """Two of six experts, the rows of each in two shards."""
+    monkeypatch.setattr(shards, "shard_group", lambda _: (None, 1))
+    monkeypatch.setattr(shards, "held_range", lambda _: range(first, first + 2))
+    full = torch.arange(6 * 8 * 3.0).view(6, 8, 3)
+    parts = held_parts(torch.nn.Parameter(full), Role("matrix", 3, 8, (("gate", 5), ("up", 3))))
+    assert [part.start for part in parts] == [8 * first, 8 * first + 5, 8 * first + 8, 8 * first + 13]
+    for part in parts:
+        rows = []
+        for shard in range(2):
+            piece = piece_of(part, shard, 2)
+            rows.append(piece.of(full[first : first + 2, 4 * shard : 4 * shard + 4].contiguous()))
+        assert torch.equal(torch.cat(rows), part.of(full))
 
 
 def test_owners_have_about_the_same_work():

@@ -136,7 +136,8 @@ def write_run(path, n=30, validate=True, **changes):
 
 
 def test_a_full_run(tmp_path, with_png):
-    run = write_run(tmp_path / "run", mfu=lambda step: 0.456)
+    stalls = {"checkpoint_seconds": lambda step: 0.5 if step % 10 == 1 else None}
+    run = write_run(tmp_path / "run", mfu=lambda step: 0.456, **stalls)
     (run / "recipe.yaml").write_text("name: demo\ndescription: A small one.\n")
     split = {"normuon": ["blocks.0.mixer.out.weight", "blocks.0.ffn.down.weight"]}
     counts = {"total": 2500000, "active": 1200000}
@@ -147,7 +148,7 @@ def test_a_full_run(tmp_path, with_png):
     page = parse(path)
     for words in ("demo", "A small one.", "2.50 M", "1.20 M active", "2.0000", "2.1000", "5.00 k", "45.6%", "1.00%"):
         assert words in page.text
-    for words in ("1.00 GiB", "3.00 k", "My fellow citizens", "2.13.0", "2 tensors"):
+    for words in ("33.3%", "1.00 GiB", "3.00 k", "My fellow citizens", "2.13.0", "2 tensors"):
         assert words in page.text
     assert "blocks.0" not in page.text
     names = {"loss", "validation", "optimization", "throughput", "memory"}

@@ -1,4 +1,4 @@
-"""Checkpoint folders: content, damage, atomicity, pruning, and several processes that write one."""
+"""Checkpoint folders: content, damage, atomicity, pruning."""
 
 import errno
 import hashlib
@@ -6,12 +6,10 @@ import io
 import os
 import resource
 import shutil
-from dataclasses import dataclass, field
 
 import pytest
 import torch
 
-from fusedlm.distributed import World
 from fusedlm.runs import checkpoint as checkpoint_module
 from fusedlm.runs.checkpoint import Checkpoints, DamagedCheckpoint, RemovedCheckpoint
 
@@ -155,7 +153,7 @@ def test_an_interrupted_save_leaves_only_a_temporary_folder(checkpoints, monkeyp
     def interrupted(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(checkpoint_module, "save_file", interrupted)
+    monkeypatch.setattr(checkpoint_module, "write_tensor_file", interrupted)
     with pytest.raises(KeyboardInterrupt):
         checkpoints.save(1, TENSORS, TEXTS)
     assert checkpoints.steps() == []
@@ -188,67 +186,6 @@ def test_everything_is_synced_before_the_rename(checkpoints, monkeypatch):
     checkpoints.save(1, TENSORS, TEXTS)
     assert renamed == [("step-00000001", [])]
     assert checkpoints.directory.stat().st_ino in synced, "the rename itself"
-
-
-@dataclass(frozen=True)
-class _Rank(World):
-    """A process of two that notes what exists at each barrier, in place of waiting."""
-
-    folder: object = None
-    seen: list = field(default_factory=list)
-
-    def raise_together(self, error):
-        assert error is None
-        paths = sorted(str(path.relative_to(self.folder)) for path in self.folder.rglob("*"))
-        self.seen.append(paths)
-
-
-def test_each_process_writes_its_part_and_the_main_one_the_rest(checkpoints, tmp_path):
-    """Rank 1 runs inside each step of rank 0, as if both ran at once."""
-    calls = []
-
-    def write(folder, stem, tensors, world):
-        calls.append((world.rank, stem, sorted(tensors)))
-        (folder / f"{stem}-{world.rank}.bin").write_bytes(b"part")
-
-    ranks = [_Rank(rank, 2, folder=tmp_path) for rank in range(2)]
-    temporary = "checkpoints/.fusedlm-step-00000003.tmp"
-
-    def write_both(folder, stem, tensors, world):
-        write(folder, stem, tensors, world)
-        write(folder, stem, tensors, ranks[1])
-
-    checkpoints.save(3, {"model": {"a": torch.zeros(2)}}, TEXTS, write=write_both, world=ranks[0])
-    assert calls == [(0, "model", ["a"]), (1, "model", ["a"])]
-    before_writing, before_sealing, after = ranks[0].seen
-    assert before_writing == ["checkpoints", temporary]
-    assert before_sealing == [
-        "checkpoints",
-        temporary,
-        f"{temporary}/model-0.bin",
-        f"{temporary}/model-1.bin",
-    ]
-    assert "checkpoints/step-00000003/manifest.json" in after and temporary not in after
-    assert set(checkpoints.files(3)) == {"model-0.bin", "model-1.bin", "state.json"}
-    checkpoints.verify(3)
-
-
-def test_a_process_that_is_not_the_main_one_writes_its_part_alone(checkpoints, tmp_path):
-    def write(folder, stem, tensors, world):
-        (folder / f"{stem}-{world.rank}.bin").write_bytes(b"part")
-
-    checkpoints.temporary(3).mkdir(parents=True)  # by the main process
-    world = _Rank(1, 2, folder=tmp_path)
-    checkpoints.save(3, {"model": {}}, TEXTS, write=write, world=world)
-    found = sorted(str(path.relative_to(checkpoints.directory)) for path in checkpoints.directory.rglob("*"))
-    assert found == [".fusedlm-step-00000003.tmp", ".fusedlm-step-00000003.tmp/model-1.bin"]
-    assert len(world.seen) == 3, "as many barriers as the main process"
-
-
-def test_the_default_writer_writes_full_tensors_once(checkpoints, tmp_path):
-    checkpoints.temporary(3).mkdir(parents=True)
-    checkpoints.save(3, TENSORS, TEXTS, world=_Rank(1, 2, folder=tmp_path))
-    assert list(checkpoints.temporary(3).iterdir()) == []
 
 
 def test_files_follow_the_umask(checkpoints):

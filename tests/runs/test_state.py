@@ -9,7 +9,7 @@ import torch
 from fusedlm.config.train import AdamWConfig, TrainConfig
 from fusedlm.distributed import World
 from fusedlm.optim import Averages, build_optimizer, optimizer_tensors
-from fusedlm.runs.checkpoint import Checkpoints, DamagedCheckpoint, ForeignCheckpoint, write_safetensors
+from fusedlm.runs.checkpoint import Checkpoints, DamagedCheckpoint, ForeignCheckpoint
 from fusedlm.runs.state import (
     TrainState,
     examine,
@@ -19,6 +19,7 @@ from fusedlm.runs.state import (
     restore_state,
     save_state,
 )
+from fusedlm.runs.writer import CheckpointWriter
 from fusedlm.testing import part_model
 from tests.runs.edits import edit_state
 from tests.train.runs import tiny_recipe
@@ -42,6 +43,11 @@ def step(model, optimizer, averages) -> None:
     averages.update(0)
 
 
+def written(checkpoints, state, recipe, *objects) -> None:
+    writer = CheckpointWriter(checkpoints, World(), keep=9, in_background=False, device=CPU)
+    save_state(writer, state, recipe, *objects, CPU)
+
+
 def everything(model, optimizer, averages) -> dict[str, torch.Tensor]:
     averages = {f"ema/{name}": average for name, average in averages.ema.state_dict().items()}
     found = model_tensors(model) | optimizer_tensors(model, optimizer) | averages
@@ -54,7 +60,7 @@ def test_restored_objects_continue_bit_for_bit(tmp_path):
     for _ in range(2):
         step(*straight)
     state = TrainState(data="abc", step=2, next_sample=8, skipped=1, ema_updates=2, val_bpb=1.5, best_step=2)
-    save_state(checkpoints, state, recipe, *straight, CPU, world=World())
+    written(checkpoints, state, recipe, *straight)
     assert all(part.numel() > 0 for part in checkpoints.read_tensors(2, "rng").values())
     step(*straight)
     resumed = parts(seed=1)
@@ -63,19 +69,6 @@ def test_restored_objects_continue_bit_for_bit(tmp_path):
     expected, actual = everything(*straight), everything(*resumed)
     assert actual.keys() == expected.keys()
     assert all(torch.equal(actual[name], tensor) for name, tensor in expected.items())
-
-
-def test_tensors_are_written_by_the_given_writer(tmp_path):
-    written = []
-
-    def write(folder, stem, tensors, world):
-        written.append((stem, world))
-        write_safetensors(folder, stem, tensors, world)
-
-    checkpoints, world = Checkpoints(tmp_path / "checkpoints"), World()
-    save_state(checkpoints, TrainState("abc"), tiny_recipe(tmp_path), *parts(0), CPU, write=write, world=world)
-    assert written == [("model", world), ("optimizer", world), ("rng", world)]
-    checkpoints.verify(0)
 
 
 def test_a_tied_weight_is_saved_once_and_constants_are_saved():
@@ -121,7 +114,7 @@ def saved(tmp_path):
     """A checkpoint of step 2."""
     checkpoints = Checkpoints(tmp_path / "checkpoints")
     state = TrainState(data="abc", step=2, val_bpb=float("inf"), run="a" * 32, tokenizer="b", metrics="c")
-    save_state(checkpoints, state, tiny_recipe(tmp_path), *parts(0), CPU, world=World())
+    written(checkpoints, state, tiny_recipe(tmp_path), *parts(0))
     return checkpoints, state
 
 

@@ -2,6 +2,7 @@
 
 import multiprocessing
 import signal
+import threading
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -40,27 +41,33 @@ def wait_for(connection, kind: str, at_least: int = 0):
 def _train(recipe, run: Path, hold_in_save_at: int | None, connection) -> None:
     import torch
 
-    from fusedlm.runs import checkpoint, metrics
+    from fusedlm.runs import metrics, writer
     from fusedlm.train import train
 
     torch.set_num_threads(1)
-    write, save_file = metrics.MetricsFile.write, checkpoint.save_file
+    write, write_tensor_file = metrics.MetricsFile.write, writer.write_tensor_file
+    lock = threading.Lock()  # checkpoints are written by a thread of their own
+
+    def tell(*message):
+        with lock:
+            connection.send(message)
 
     def telling_write(self, record):
         write(self, record)
         if "loss" in record:
-            connection.send(("step", record["step"]))
+            tell("step", record["step"])
 
-    def holding_save_file(tensors, path):
-        save_file(tensors, path)
+    def holding_write(path, *arguments, **options):
+        found = write_tensor_file(path, *arguments, **options)
         if path.parent.name == f".fusedlm-step-{hold_in_save_at:08d}.tmp":
-            connection.send(("saving", hold_in_save_at))
+            tell("saving", hold_in_save_at)
             while signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
                 connection.poll(0.01)
-            connection.send(("handlers restored", 0))
+            tell("handlers restored", 0)
             connection.recv()
+        return found
 
     metrics.MetricsFile.write = telling_write
     if hold_in_save_at is not None:
-        checkpoint.save_file = holding_save_file
-    connection.send(("result", train(recipe, run, resume=True)))
+        writer.write_tensor_file = holding_write
+    tell("result", train(recipe, run, resume=True))

@@ -12,7 +12,7 @@ from fusedlm.runs.metrics import read_metrics
 from fusedlm.train import train
 
 # Keys of metrics.jsonl that differ between two runs of the same recipe.
-TIMINGS = {"tokens_per_second", "mfu", "peak_memory_bytes", "loader_wait_seconds", "step_seconds"}
+TIMINGS = {"tokens_per_second", "mfu", "peak_memory_bytes", "loader_wait_seconds", "step_seconds", "checkpoint_seconds"}
 
 _RECIPE = """
 name: tiny

@@ -2,13 +2,30 @@
 
 from fusedlm.config.model import ModelConfig
 from fusedlm.export.families.base import Family, Obstacle
-from fusedlm.export.families.hybrid import Bamba, Qwen35
+from fusedlm.export.families.hybrid import Qwen35
 from fusedlm.export.families.latent import DeepseekV3
+from fusedlm.export.families.mamba import Bamba, GraniteMoeHybrid
+from fusedlm.export.families.nanochat import NANOCHAT
+from fusedlm.export.families.single import Mamba2, NemotronH
 from fusedlm.export.families.softmax import ARCEE, GRANITE, LLAMA, MISTRAL, PHI3, QWEN3
 from fusedlm.model import build_model
 
 # In the order of choice: the more widely known first.
-FAMILIES: tuple[Family, ...] = (LLAMA, MISTRAL, QWEN3, GRANITE, ARCEE, PHI3, DeepseekV3(), Qwen35(), Bamba())
+FAMILIES: tuple[Family, ...] = (
+    LLAMA,
+    MISTRAL,
+    QWEN3,
+    GRANITE,
+    ARCEE,
+    PHI3,
+    NANOCHAT,
+    DeepseekV3(),
+    Qwen35(),
+    Bamba(),
+    GraniteMoeHybrid(),
+    Mamba2(),
+    NemotronH(),
+)
 
 
 def family_named(name: str) -> Family:

@@ -72,8 +72,8 @@ def used_blocks(model: ModelConfig) -> dict[str, BlockConfig]:
     return dict(layer_blocks(model))
 
 
-def wiring_obstacles(model: ModelConfig, label: str) -> list[Obstacle]:
-    """Of what stands between embedding, blocks and head."""
+def wiring_obstacles(model: ModelConfig, label: str, has: tuple[str, ...] = ()) -> list[Obstacle]:
+    """Of what stands between embedding, blocks and head. has: the keys that the class has a place for."""
     found = []
     for key, off in (
         ("logit_softcap", None),
@@ -82,11 +82,14 @@ def wiring_obstacles(model: ModelConfig, label: str) -> list[Obstacle]:
         ("smear", False),
         ("x0_mixing", False),
         ("unet_skips", False),
+        ("embedding_norm", False),
+        ("norm_gain", True),
     ):
         value = getattr(model, key)
-        if value != off:
+        if value != off and key not in has:
             value = value.model_dump() if hasattr(value, "model_dump") else value
-            found.append(Obstacle(f"model.{key}", value, f"{label} has none; set {json.dumps(off)}"))
+            what = "it" if off is True else "none"
+            found.append(Obstacle(f"model.{key}", value, f"{label} has {what}; set {json.dumps(off)}"))
     return found
 
 

@@ -1,4 +1,4 @@
-"""Families of recurrent layers and layers of softmax attention, all with swiglu."""
+"""Families of recurrent layers and layers of softmax attention, all with swiglu: what they share, and Qwen3.5."""
 
 from abc import abstractmethod
 from typing import Any
@@ -20,8 +20,7 @@ from fusedlm.export.families.rope import read_rope, rope_keys
 from fusedlm.export.families.softmax import SoftmaxFamily, attention_shape, hidden_width, rope_fraction, swiglu_rule
 from fusedlm.export.weights import Rule, rows, same
 
-_FULL, _LINEAR = "full_attention", "linear_attention"
-_UNLIMITED = ([0.0, float("inf")], [0.0, {"__float__": "Infinity"}])  # as JSON of Python has it, and as Transformers
+FULL, LINEAR = "full_attention", "linear_attention"
 
 
 class HybridFamily(Family):
@@ -29,11 +28,13 @@ class HybridFamily(Family):
 
     Attributes:
         recurrent: type of the recurrent mixer. attention: what its attention has.
+        needs_attention: whether some layers must have it.
         final_norm, ffn_norm, ffn: what the class calls the last norm, and in a layer the second norm and feed-forward.
     """
 
     recurrent: str
     attention: SoftmaxFamily
+    needs_attention = True
     final_norm: str
     ffn_norm: str
     ffn: str
@@ -49,7 +50,7 @@ class HybridFamily(Family):
             shapes = {name: shape(model, block) for name, block in used.items() if block.mixer.type == kind}
             if shapes:
                 found += differing(model, self.label, shapes)
-            else:
+            elif kind != "attention" or self.needs_attention:
                 found.append(Obstacle("model.pattern", model.pattern, f"{self.label} has layers of {kind} too"))
         hidden = {name: {"ffn.hidden": hidden_width(model, block)} for name, block in used.items()}
         found += differing(model, self.label, hidden)
@@ -78,17 +79,17 @@ class HybridFamily(Family):
 
     def config(self, model, embedding_scale):
         blocks = {block.mixer.type: block for _, block in layer_blocks(model)}
-        attention, recurrent = blocks["attention"], blocks[self.recurrent]
-        shape = attention_shape(model, attention)
+        recurrent = blocks[self.recurrent]
+        shape = attention_shape(model, blocks["attention"]) if "attention" in blocks else _no_attention(model)
         fraction = rope_fraction(shape["mixer.rope_dim"], shape["mixer.head_dim"])
-        types = [_FULL if block.mixer.type == "attention" else _LINEAR for _, block in layer_blocks(model)]
+        types = [FULL if block.mixer.type == "attention" else LINEAR for _, block in layer_blocks(model)]
         return {
             "hidden_size": model.dim,
             "num_hidden_layers": model.n_layers,
             "num_attention_heads": shape["mixer.n_heads"],
             "num_key_value_heads": shape["mixer.n_kv_heads"],
             "head_dim": shape["mixer.head_dim"],
-            "intermediate_size": hidden_width(model, attention),
+            "intermediate_size": hidden_width(model, recurrent),
             "hidden_act": "silu",
             "rms_norm_eps": model.norm_eps,
             "tie_word_embeddings": model.tie_embeddings,
@@ -102,8 +103,8 @@ class HybridFamily(Family):
     def read_layers(self, config: ConfigJSON, n_layers: int) -> list[str]:
         """The types of the layers."""
         types = config.texts("layer_types")
-        if types is None or len(types) != n_layers or set(types) != {_FULL, _LINEAR}:
-            raise config.refusal("layer_types", f"must be {_FULL} and {_LINEAR}, of {n_layers} layers")
+        if types is None or len(types) != n_layers or set(types) != {FULL, LINEAR}:
+            raise config.refusal("layer_types", f"must be {FULL} and {LINEAR}, of {n_layers} layers")
         return types
 
     @abstractmethod
@@ -130,14 +131,15 @@ class HybridFamily(Family):
             "rope_base": base,
             "qk_norm": self.attention.qk_norm,
             "qk_gain": "dim" if self.attention.qk_norm else "head",
+            "output_gate": self.attention.output_gate,
         }
         ffn = {"type": "swiglu", "hidden": config.integer("intermediate_size")}
-        mixers = {"a": attention, "r": self.read_recurrent(config)}
+        mixers = {FULL: attention, LINEAR: self.read_recurrent(config)}
         return {
             "dim": config.integer("hidden_size"),
             "n_layers": n_layers,
-            "pattern": "".join("a" if kind == _FULL else "r" for kind in types),
-            "blocks": {name: {"mixer": mixer, "ffn": ffn} for name, mixer in mixers.items()},
+            "pattern": "".join(_LETTERS[kind] for kind in types),
+            "blocks": {_LETTERS[kind]: {"mixer": mixers[kind], "ffn": ffn} for kind in sorted(set(types))},
             "tie_embeddings": config.flag("tie_word_embeddings", False),
             "norm_eps": config.number("rms_norm_eps", 1e-6),
             "embedding_rms": None,
@@ -147,6 +149,10 @@ class HybridFamily(Family):
     def gain_rule(ours: str, theirs: str) -> Rule:
         """Of the gain of a norm."""
         return same(ours, theirs)
+
+    def ffn_rules(self, ours: str, theirs: str, hidden: int) -> list[Rule]:
+        """Of the feed-forward `ours` of a layer, `theirs`."""
+        return [swiglu_rule(ours, theirs, hidden), same(f"{ours}.down.weight", f"{theirs}.down_proj.weight")]
 
     @abstractmethod
     def attention_rules(self, ours: str, theirs: str, model: ModelConfig, block: BlockConfig) -> list[Rule]:
@@ -168,14 +174,22 @@ class HybridFamily(Family):
             rules += [
                 self.gain_rule(f"{ours}.mixer_norm.weight", f"{theirs}.input_layernorm.weight"),
                 self.gain_rule(f"{ours}.ffn_norm.weight", f"{theirs}.{self.ffn_norm}.weight"),
-                swiglu_rule(f"{ours}.ffn", f"{theirs}.{self.ffn}", hidden_width(model, block)),
-                same(f"{ours}.ffn.down.weight", f"{theirs}.{self.ffn}.down_proj.weight"),
+                *self.ffn_rules(f"{ours}.ffn", f"{theirs}.{self.ffn}", hidden_width(model, block)),
             ]
             if block.mixer.type == "attention":
                 rules += self.attention_rules(f"{ours}.mixer", theirs, model, block)
             else:
                 rules += self.recurrent_rules(f"{ours}.mixer", theirs, block)
         return rules
+
+
+_LETTERS = {FULL: "a", LINEAR: "r"}
+
+
+def _no_attention(model: ModelConfig) -> dict[str, Any]:
+    """What config.json says of attention that no layer has: one head."""
+    ones = {"mixer.n_heads": 1, "mixer.n_kv_heads": 1, "mixer.rope_base": 10_000.0}
+    return ones | {"mixer.head_dim": model.dim, "mixer.rope_dim": model.dim}
 
 
 def taps_rule(ours: str, theirs: str) -> Rule:
@@ -189,14 +203,14 @@ def taps_rule(ours: str, theirs: str) -> Rule:
 
 
 class Qwen35(HybridFamily):
-    """Gated delta nets, and attention with norms of queries and keys. Its attention has an output gate, which is one
-    half where its rows are zero; so that `o_proj` is doubled. Its norms store the gain less one."""
+    """Gated delta nets, and attention with norms of queries and keys. Its attention has an output gate; that of ours
+    without one has rows of zero, so that it is one half, and `o_proj` is doubled. Its norms store the gain less one."""
 
     name, label = "qwen3_5", "Qwen3.5"
     model_type, architecture = "qwen3_5_text", "Qwen3_5ForCausalLM"
     recurrent = "gdn"
     final_norm, ffn_norm, ffn = "norm", "post_attention_layernorm", "mlp"
-    attention = SoftmaxFamily(name, label, model_type, architecture, qk_norm=True, partial_rope=True)
+    attention = SoftmaxFamily(name, label, model_type, architecture, qk_norm=True, rope="part", output_gate=True)
 
     def recurrent_shape(self, model, block):
         mixer = block.mixer
@@ -234,7 +248,8 @@ class Qwen35(HybridFamily):
         return _less_one(ours, theirs)
 
     def attention_rules(self, ours, theirs, model, block):
-        return _gated_attention(ours, f"{theirs}.self_attn", attention_shape(model, block))
+        names = ours, f"{theirs}.self_attn"
+        return _gated_attention(*names, attention_shape(model, block), block.mixer.output_gate)
 
     def recurrent_rules(self, ours, theirs, block):
         return _delta_net(ours, f"{theirs}.linear_attn", block.mixer.n_heads)
@@ -244,25 +259,28 @@ def _less_one(ours: str, theirs: str) -> Rule:
     return Rule(ours, (theirs,), lambda gain: [gain - 1], lambda tensors: tensors[0] + 1)
 
 
-def _gated_attention(ours: str, theirs: str, shape: dict[str, Any]) -> list[Rule]:
+def _gated_attention(ours: str, theirs: str, shape: dict[str, Any], has_gate: bool) -> list[Rule]:
+    """has_gate: whether ours has an output gate."""
     n_heads, n_kv, width = (shape[f"mixer.{key}"] for key in ("n_heads", "n_kv_heads", "head_dim"))
     names = tuple(f"{theirs}.{name}_proj.weight" for name in "qkv")
 
     def write(qkv: torch.Tensor) -> list[torch.Tensor]:
-        q, k, v = qkv.split([n_heads * width, n_kv * width, n_kv * width])
-        q = q.unflatten(0, (n_heads, width))
-        return [torch.cat([q, torch.zeros_like(q)], dim=1).flatten(0, 1), k, v]
+        q, k, v, *gate = qkv.split([n * width for n in (n_heads, n_kv, n_kv, *[n_heads] * has_gate)])
+        gate = gate[0] if has_gate else torch.zeros_like(q)
+        return [torch.cat([x.unflatten(0, (n_heads, width)) for x in (q, gate)], dim=1).flatten(0, 1), k, v]
 
     def read(tensors) -> torch.Tensor:
-        q, gate = tensors[0].unflatten(0, (n_heads, 2, width)).unbind(1)
-        if gate.any():
-            raise ValueError(f"tensor {names[0]!r} has an output gate, which our attention has not")
-        return torch.cat([q.flatten(0, 1), *tensors[1:]])
+        q, gate = (x.flatten(0, 1) for x in tensors[0].unflatten(0, (n_heads, 2, width)).unbind(1))
+        if not has_gate and gate.any():
+            raise ValueError(f"tensor {names[0]!r} has an output gate, and the recipe has not")
+        return torch.cat([q, *tensors[1:], *[gate] * has_gate])
 
+    out = f"{ours}.out.weight", f"{theirs}.o_proj.weight"
+    doubled = Rule(out[0], (out[1],), lambda weight: [weight * 2], lambda tensors: tensors[0] / 2)
     return [
         Rule(f"{ours}.qkv.weight", names, write, read),
         *(_less_one(f"{ours}.{name}_gain", f"{theirs}.{name}_norm.weight") for name in "qk"),
-        Rule(f"{ours}.out.weight", (f"{theirs}.o_proj.weight",), lambda out: [out * 2], lambda tensors: tensors[0] / 2),
+        same(*out) if has_gate else doubled,
     ]
 
 
@@ -276,90 +294,4 @@ def _delta_net(ours: str, theirs: str, n_heads: int) -> list[Rule]:
         same(f"{ours}.out.weight", f"{theirs}.out_proj.weight"),
         same(f"{ours}.log_rate", f"{theirs}.A_log"),
         same(f"{ours}.dt_bias", f"{theirs}.dt_bias"),
-    ]
-
-
-class Bamba(HybridFamily):
-    """Mamba 2, and attention without norms of queries and keys."""
-
-    name, label = "bamba", "Bamba"
-    model_type, architecture = "bamba", "BambaForCausalLM"
-    recurrent = "mamba2"
-    final_norm, ffn_norm, ffn = "final_layernorm", "pre_ff_layernorm", "feed_forward"
-    attention = SoftmaxFamily(name, label, model_type, architecture, partial_rope=True, free_head_dim=False)
-
-    def recurrent_shape(self, model, block):
-        mixer = block.mixer
-        head_dim = mixer.head_dim or 2 * model.dim // mixer.n_heads
-        keys = ("n_heads", "state_dim", "n_groups", "conv_size")
-        return {f"mixer.{key}": getattr(mixer, key) for key in keys} | {"mixer.head_dim": head_dim}
-
-    def recurrent_obstacles(self, where, model, block):
-        shape = self.recurrent_shape(model, block)
-        inner = shape["mixer.n_heads"] * shape["mixer.head_dim"]
-        if inner % model.dim == 0:
-            return []
-        reason = f"of {self.label} n_heads * head_dim is a multiple of dim={model.dim}, not {inner}"
-        return [Obstacle(f"{where}.mixer.head_dim", shape["mixer.head_dim"], reason)]
-
-    def layer_keys(self, types):
-        return {"attn_layer_indices": [index for index, kind in enumerate(types) if kind == _FULL]}
-
-    def config(self, model, embedding_scale):
-        keys = super().config(model, embedding_scale)
-        expand = keys["mamba_n_heads"] * keys["mamba_d_head"] // model.dim
-        rope_dim = int(keys["head_dim"] * keys["partial_rotary_factor"])
-        return keys | {"mamba_expand": expand, "attn_rotary_emb": rope_dim}
-
-    def recurrent_config(self, shape, block):
-        return {
-            "mamba_n_heads": shape["mixer.n_heads"],
-            "mamba_d_head": shape["mixer.head_dim"],
-            "mamba_n_groups": shape["mixer.n_groups"],
-            "mamba_d_state": shape["mixer.state_dim"],
-            "mamba_d_conv": shape["mixer.conv_size"],
-            "mamba_chunk_size": block.mixer.chunk_size,
-            "mamba_conv_bias": False,
-            "mamba_proj_bias": False,
-            "mlp_bias": False,
-        }
-
-    def read_layers(self, config, n_layers):
-        full = set(config.integers("attn_layer_indices") or ())
-        if not 0 < len(full) < n_layers or not full <= set(range(n_layers)):
-            raise config.refusal("attn_layer_indices", f"must be some of {n_layers} layers, and not all")
-        return [_FULL if index in full else _LINEAR for index in range(n_layers)]
-
-    def read_recurrent(self, config):
-        config.must_be("mamba_conv_bias", False, "there are no biases here", default=True)
-        for key in ("mamba_proj_bias", "mlp_bias"):
-            config.must_be(key, False, "there are no biases here", default=False)
-        if config.has("time_step_limit") and config.tree["time_step_limit"] not in _UNLIMITED:
-            raise config.refusal("time_step_limit", "steps are not limited here")
-        return {
-            "type": "mamba2",
-            "n_heads": config.integer("mamba_n_heads"),
-            "head_dim": config.integer("mamba_d_head"),
-            "state_dim": config.integer("mamba_d_state"),
-            "n_groups": config.integer("mamba_n_groups", 1),
-            "conv_size": config.integer("mamba_d_conv", 4),
-            "chunk_size": config.integer("mamba_chunk_size", 256),
-        }
-
-    def attention_rules(self, ours, theirs, model, block):
-        return self.attention.attention_rules(ours, f"{theirs}.self_attn", attention_shape(model, block))
-
-    def recurrent_rules(self, ours, theirs, block):
-        return _mamba2(ours, f"{theirs}.mamba")
-
-
-def _mamba2(ours: str, theirs: str) -> list[Rule]:
-    return [
-        same(f"{ours}.project.weight", f"{theirs}.in_proj.weight"),
-        taps_rule(f"{ours}.conv.weight", f"{theirs}.conv1d.weight"),
-        same(f"{ours}.norm.weight", f"{theirs}.norm.weight"),
-        same(f"{ours}.out.weight", f"{theirs}.out_proj.weight"),
-        same(f"{ours}.log_rate", f"{theirs}.A_log"),
-        same(f"{ours}.dt_bias", f"{theirs}.dt_bias"),
-        same(f"{ours}.skip", f"{theirs}.D"),
     ]

@@ -17,10 +17,26 @@ from fusedlm.export.families.base import (
     used_blocks,
     wiring_obstacles,
 )
+from fusedlm.export.families.experts import (
+    expert_keys,
+    expert_obstacles,
+    expert_rules,
+    expert_shape,
+    read_experts,
+)
 from fusedlm.export.families.rope import read_rope, rope_keys
 from fusedlm.export.families.softmax import hidden_width, swiglu_rule
 from fusedlm.export.weights import Rule, reordered, rows, same
 
+_DEFAULTS = {
+    "num_experts_per_tok": 8,
+    "n_routed_experts": 256,
+    "moe_intermediate_size": 2048,
+    "n_shared_experts": 1,
+    "n_group": 8,
+    "topk_group": 4,
+    "routed_scaling_factor": 2.5,
+}
 _LATENT_EPS = 1e-6  # of the norms of latents, which the class does not read from its configuration
 
 
@@ -40,7 +56,7 @@ class DeepseekV3(Family):
             )
         used = used_blocks(model)
         found += differing(model, self.label, {name: _shape(model, block) for name, block in used.items()})
-        for shape, of_kind in ((_dense_shape, False), (_expert_shape, True)):
+        for shape, of_kind in ((_dense_shape, False), (expert_shape, True)):
             shapes = {name: shape(model, block) for name, block in used.items() if _has_experts(block) == of_kind}
             if shapes:
                 found += differing(model, self.label, shapes)
@@ -51,19 +67,7 @@ class DeepseekV3(Family):
         for name, block in used.items():
             found += self._mixer_obstacles(f"model.blocks.{name}.mixer", block)
             if _has_experts(block):
-                found += self._expert_obstacles(f"model.blocks.{name}.ffn", block)
-        return found
-
-    def _expert_obstacles(self, where: str, block: BlockConfig) -> list[Obstacle]:
-        ffn, label = block.ffn, self.label
-        found = []
-        if ffn.activation != "swiglu":
-            found.append(Obstacle(f"{where}.activation", ffn.activation, f"the experts of {label} are swiglu"))
-        if ffn.n_shared == 0:
-            found.append(Obstacle(f"{where}.n_shared", 0, f"{label} has shared experts; set 1 or more"))
-        if ffn.n_experts < 2 * ffn.n_groups:
-            reason = f"a group of {label} has two experts or more, and there are {ffn.n_groups}"
-            found.append(Obstacle(f"{where}.n_experts", ffn.n_experts, reason))
+                found += expert_obstacles(self.label, f"model.blocks.{name}.ffn", block, "swiglu")
         return found
 
     def _mixer_obstacles(self, where: str, block: BlockConfig) -> list[Obstacle]:
@@ -133,7 +137,9 @@ class DeepseekV3(Family):
         ffn = {"type": "swiglu", "hidden": config.integer("intermediate_size")}
         blocks = {"m": {"mixer": mixer, "ffn": ffn}} if n_dense else {}
         if n_dense < n_layers:
-            blocks["e"] = {"mixer": mixer, "ffn": _read_experts(config)}
+            config.must_be("scoring_func", "sigmoid", "scores are sigmoids here", default="sigmoid")
+            config.must_be("moe_layer_freq", 1, "all later layers have experts here", default=1)
+            blocks["e"] = {"mixer": mixer, "ffn": read_experts(config, _DEFAULTS, "swiglu")}
         return {
             "dim": config.integer("hidden_size"),
             "n_layers": n_layers,
@@ -152,7 +158,7 @@ class DeepseekV3(Family):
             rules += norm_rules(layer)
             rules += _attention_rules(f"{ours}.mixer", f"{theirs}.self_attn", model, block)
             if _has_experts(block):
-                rules += _expert_rules(f"{ours}.ffn", f"{theirs}.mlp", block)
+                rules += expert_rules(f"{ours}.ffn", f"{theirs}.mlp", block)
             else:
                 rules += _swiglu_rules(f"{ours}.ffn", f"{theirs}.mlp", hidden_width(model, block))
         return rules
@@ -174,25 +180,8 @@ def _dense_shape(model: ModelConfig, block: BlockConfig) -> dict[str, Any]:
     return {"ffn.hidden": hidden_width(model, block)}
 
 
-def _expert_shape(model: ModelConfig, block: BlockConfig) -> dict[str, Any]:
-    keys = ("n_experts", "top_k", "hidden", "n_shared", "n_groups", "routed_scaling")
-    limit = block.ffn.n_limited_groups or block.ffn.n_groups
-    return {f"ffn.{key}": getattr(block.ffn, key) for key in keys} | {"ffn.n_limited_groups": limit}
-
-
 def _expert_keys(ffn) -> dict[str, Any]:
-    return {
-        "moe_intermediate_size": ffn.hidden,
-        "n_routed_experts": ffn.n_experts,
-        "n_shared_experts": ffn.n_shared,
-        "num_experts_per_tok": ffn.top_k,
-        "n_group": ffn.n_groups,
-        "topk_group": ffn.n_limited_groups or ffn.n_groups,
-        "norm_topk_prob": ffn.top_k > 1,  # of one expert the score itself is the weight
-        "routed_scaling_factor": ffn.routed_scaling,
-        "scoring_func": "sigmoid",
-        "topk_method": "noaux_tc",
-    }
+    return expert_keys(ffn) | {"scoring_func": "sigmoid", "topk_method": "noaux_tc"}
 
 
 def _no_experts(hidden: int) -> dict[str, Any]:
@@ -201,48 +190,8 @@ def _no_experts(hidden: int) -> dict[str, Any]:
     return {"moe_intermediate_size": hidden} | dict.fromkeys(ones, 1)
 
 
-def _read_experts(config: ConfigJSON) -> dict[str, Any]:
-    top_k = config.integer("num_experts_per_tok", 8)
-    config.must_be("norm_topk_prob", top_k > 1, f"must be {str(top_k > 1).lower()} of {top_k} experts", default=True)
-    config.must_be("scoring_func", "sigmoid", "scores are sigmoids here", default="sigmoid")
-    config.must_be("moe_layer_freq", 1, "all later layers have experts here", default=1)
-    return {
-        "type": "moe",
-        "n_experts": config.integer("n_routed_experts", 256),
-        "top_k": top_k,
-        "hidden": config.integer("moe_intermediate_size", 2048),
-        "n_shared": config.integer("n_shared_experts", 1),
-        "n_groups": config.integer("n_group", 8),
-        "n_limited_groups": config.integer("topk_group", 4),
-        "routed_scaling": config.number("routed_scaling_factor", 2.5),
-    }
-
-
 def _swiglu_rules(ours: str, theirs: str, hidden: int) -> list[Rule]:
     return [swiglu_rule(ours, theirs, hidden), same(f"{ours}.down.weight", f"{theirs}.down_proj.weight")]
-
-
-def _expert_rules(ours: str, theirs: str, block: BlockConfig) -> list[Rule]:
-    ffn = block.ffn
-    experts = [f"{theirs}.experts.{i}" for i in range(ffn.n_experts)]
-    names = tuple(f"{expert}.{name}_proj.weight" for expert in experts for name in ("gate", "up"))
-    return [
-        *_swiglu_rules(f"{ours}.shared", f"{theirs}.shared_experts", ffn.hidden * ffn.n_shared),
-        same(f"{ours}.router.project.weight", f"{theirs}.gate.weight"),
-        same(f"{ours}.router.bias", f"{theirs}.gate.e_score_correction_bias"),
-        Rule(
-            f"{ours}.experts.up",
-            names,
-            lambda up: [part for expert in up for part in expert.chunk(2)],
-            lambda parts: torch.cat(list(parts)).unflatten(0, (ffn.n_experts, -1)),
-        ),
-        Rule(
-            f"{ours}.experts.down",
-            tuple(f"{expert}.down_proj.weight" for expert in experts),
-            lambda down: list(down.unbind()),
-            torch.stack,
-        ),
-    ]
 
 
 def _attention_rules(ours: str, theirs: str, model: ModelConfig, block: BlockConfig) -> list[Rule]:

@@ -46,9 +46,10 @@ class SoftmaxFamily(Family):
     """Attention and one type of feed-forward.
 
     ffn: type of the feed-forward.
-    qk_norm: whether queries and keys have norms, with a gain per dimension.
+    qk_norm: whether queries and keys have norms. qk_gain: the gains of these.
     window: whether it has a sliding window. mixed_windows: whether some layers can have it and others not.
-    partial_rope: whether the leading part of a head can be rotated alone. yarn: whether it has YaRN.
+    rope: what of a head is rotated: all, part (at least one pair), none, or "all or none".
+    yarn: whether it has YaRN. output_gate: whether it has an output gate.
     fused: q, k and v are one tensor, and gate and up.
     free_head_dim: whether a head can be wider or narrower than dim / n_heads.
     keeps_embedding_scale: as of `Family`; it then has factors of residual branches, scores and logits too.
@@ -60,16 +61,18 @@ class SoftmaxFamily(Family):
     architecture: str
     ffn: str = "swiglu"
     qk_norm: bool = False
+    qk_gain: str = "dim"
     window: bool = False
     mixed_windows: bool = False
-    partial_rope: bool = False
+    rope: str = "all"
     yarn: bool = True
+    output_gate: bool = False
     fused: bool = False
     free_head_dim: bool = True
     keeps_embedding_scale: bool = False
 
     def obstacles(self, model):
-        found = wiring_obstacles(model, self.label)
+        found = self.wiring_obstacles(model)
         if types := type_obstacles(model, self.label, ("attention",), (self.ffn,)):
             return found + types
         if model.yarn is not None and not self.yarn:
@@ -82,6 +85,10 @@ class SoftmaxFamily(Family):
             found += self.mixer_obstacles(f"model.blocks.{name}", model, block)
         return found
 
+    def wiring_obstacles(self, model: ModelConfig) -> list[Obstacle]:
+        """Of what stands between embedding, blocks and head."""
+        return wiring_obstacles(model, self.label)
+
     def _shape(self, model: ModelConfig, block: BlockConfig) -> dict[str, Any]:
         return attention_shape(model, block) | {"ffn.hidden": hidden_width(model, block)}
 
@@ -89,15 +96,15 @@ class SoftmaxFamily(Family):
         """Of a block of attention by itself; where: its key."""
         mixer, label = block.mixer, self.label
         found = [
-            Obstacle(f"{where}.mixer.{key}", getattr(mixer, key), f"{label} has none; set {off}")
-            for key, off in (("xsa", "false"), ("value_residual", "false"))
-            if getattr(mixer, key)
+            Obstacle(f"{where}.mixer.{key}", True, f"{label} has none; set false")
+            for key in ("xsa", "value_residual", "output_gate")
+            if getattr(mixer, key) and not (key == "output_gate" and self.output_gate)
         ]
         if mixer.qk_norm != self.qk_norm:
             reason = f"{label} has it; set true" if self.qk_norm else f"{label} has none; set false"
             found.append(Obstacle(f"{where}.mixer.qk_norm", mixer.qk_norm, reason))
-        elif self.qk_norm and mixer.qk_gain != "dim":
-            reason = f"{label} has gains per dimension; set dim"
+        elif self.qk_norm and mixer.qk_gain != self.qk_gain:
+            reason = f"{label} has {_GAINS[self.qk_gain]}; set {self.qk_gain}"
             found.append(Obstacle(f"{where}.mixer.qk_gain", mixer.qk_gain, reason))
         if (width := mixer.value_embedding) is not None:
             found.append(Obstacle(f"{where}.mixer.value_embedding", width, f"{label} has none; set null"))
@@ -105,8 +112,9 @@ class SoftmaxFamily(Family):
             found.append(Obstacle(f"{where}.mixer.window", mixer.window, f"{label} attends to all; set null"))
         shape = attention_shape(model, block)
         head_dim, rope_dim = shape["mixer.head_dim"], shape["mixer.rope_dim"]
-        if rope_dim != head_dim and not (self.partial_rope and rope_dim):
-            found.append(Obstacle(f"{where}.mixer.rope_dim", rope_dim, f"{label} rotates all of a head; set null"))
+        fits, reason = _ROPE[self.rope]
+        if not fits(rope_dim, head_dim):
+            found.append(Obstacle(f"{where}.mixer.rope_dim", rope_dim, f"{label} {reason}"))
         if model.dim % mixer.n_heads:
             found.append(Obstacle(f"{where}.mixer.n_heads", mixer.n_heads, f"of {label} it divides dim={model.dim}"))
         elif not self.free_head_dim and head_dim != model.dim // mixer.n_heads:
@@ -120,7 +128,7 @@ class SoftmaxFamily(Family):
         block = layer_blocks(model)[0][1]
         shape = attention_shape(model, block)
         head_dim = shape["mixer.head_dim"]
-        fraction = rope_fraction(shape["mixer.rope_dim"], head_dim) if self.partial_rope else None
+        fraction = rope_fraction(shape["mixer.rope_dim"], head_dim) if self.rope == "part" else None
         keys = {
             "hidden_size": model.dim,
             "num_hidden_layers": model.n_layers,
@@ -140,8 +148,7 @@ class SoftmaxFamily(Family):
         elif self.window:
             keys["sliding_window"] = shape["mixer.window"]
         if self.keeps_embedding_scale:
-            keys |= {"embedding_multiplier": embedding_scale, "attention_multiplier": head_dim**-0.5}
-            keys |= {"residual_multiplier": 1.0, "logits_scaling": 1.0}
+            keys |= factor_keys(embedding_scale, head_dim)
         return keys
 
     def model(self, config: ConfigJSON) -> dict:
@@ -159,10 +166,10 @@ class SoftmaxFamily(Family):
             "n_heads": n_heads,
             "n_kv_heads": config.integer("num_key_value_heads", n_heads),
             "head_dim": head_dim,
-            "rope_dim": int(head_dim * fraction) if self.partial_rope else None,
+            "rope_dim": int(head_dim * fraction) if self.rope == "part" else None,
             "rope_base": base,
             "qk_norm": self.qk_norm,
-            "qk_gain": "dim" if self.qk_norm else "head",
+            "qk_gain": self.qk_gain if self.qk_norm else "head",
             "window": config.integer("sliding_window", None) if self.window and not self.mixed_windows else None,
         }
         ffn = {"type": self.ffn, "hidden": config.integer("intermediate_size")}
@@ -179,17 +186,8 @@ class SoftmaxFamily(Family):
         if self.mixed_windows:
             _read_windows(config, tree)
         if self.keeps_embedding_scale:
-            self._read_factors(config, head_dim, tree)
+            read_factors(config, head_dim, tree)
         return tree
-
-    @staticmethod
-    def _read_factors(config: ConfigJSON, head_dim: int, tree: dict) -> None:
-        for key in ("residual_multiplier", "logits_scaling"):
-            config.must_be(key, 1, "it is 1 here", default=1)
-        config.must_be("attention_multiplier", head_dim**-0.5, f"it is {head_dim**-0.5} here", default=1)
-        scale = config.number("embedding_multiplier", 1.0)
-        if scale != 1.0:
-            tree["embedding_std"], tree["embedding_rms"] = 1.0, scale  # whose quotient is the factor
 
     def rules(self, model):
         rules = outer_rules(model)
@@ -212,7 +210,8 @@ class SoftmaxFamily(Family):
             return [same(f"{ours}.qkv.weight", f"{theirs}.qkv_proj.weight"), out]
         heads = {"q": shape["mixer.n_heads"], "k": shape["mixer.n_kv_heads"], "v": shape["mixer.n_kv_heads"]}
         parts = {f"{theirs}.{name}_proj.weight": n * shape["mixer.head_dim"] for name, n in heads.items()}
-        norms = [same(f"{ours}.{name}_gain", f"{theirs}.{name}_norm.weight") for name in "qk" if self.qk_norm]
+        has_gains = self.qk_norm and self.qk_gain == "dim"
+        norms = [same(f"{ours}.{name}_gain", f"{theirs}.{name}_norm.weight") for name in "qk" if has_gains]
         return [rows(f"{ours}.qkv.weight", parts), *norms, out]
 
     def _ffn_rules(self, ours: str, theirs: str, hidden: int) -> list[Rule]:
@@ -222,6 +221,30 @@ class SoftmaxFamily(Family):
         if self.fused:
             return [same(f"{ours}.gate_up.weight", f"{theirs}.gate_up_proj.weight"), down]
         return [swiglu_rule(ours, theirs, hidden), down]
+
+
+def factor_keys(embedding_scale: float, head_dim: int) -> dict:
+    """Granite's factors."""
+    return {
+        "embedding_multiplier": embedding_scale,
+        "attention_multiplier": head_dim**-0.5,
+        "residual_multiplier": 1.0,
+        "logits_scaling": 1.0,
+    }
+
+
+def read_factors(config: ConfigJSON, head_dim: int, tree: dict) -> None:
+    """Set what the factors of Granite are in a model section.
+
+    Raises:
+        ValueError: one is none that our decoder has.
+    """
+    for key in ("residual_multiplier", "logits_scaling"):
+        config.must_be(key, 1, "it is 1 here", default=1)
+    config.must_be("attention_multiplier", head_dim**-0.5, f"it is {head_dim**-0.5} here", default=1)
+    scale = config.number("embedding_multiplier", 1.0)
+    if scale != 1.0:
+        tree["embedding_std"], tree["embedding_rms"] = 1.0, scale  # whose quotient is the factor
 
 
 def swiglu_rule(ours: str, theirs: str, hidden: int) -> Rule:
@@ -280,6 +303,15 @@ def _read_windows(config: ConfigJSON, tree: dict) -> None:
         tree["pattern"] = "".join("w" if kind == _SLIDING else "a" for kind in types)
 
 
+_GAINS = {"dim": "gains per dimension", "none": "no gains"}
+# By what a class rotates of a head: whether so many of so many dimensions fit, and what it does.
+_ROPE = {
+    "all": (lambda rope_dim, head_dim: rope_dim == head_dim, "rotates all of a head; set null"),
+    "part": (lambda rope_dim, head_dim: rope_dim > 0, "has rotary embedding; set null, or a part of the head"),
+    "none": (lambda rope_dim, head_dim: rope_dim == 0, "has no rotary embedding; set 0"),
+    "all or none": (lambda rope_dim, head_dim: rope_dim in (0, head_dim), "rotates all of a head or none; set null"),
+}
+
 LLAMA = SoftmaxFamily("llama", "Llama", "llama", "LlamaForCausalLM")
 MISTRAL = SoftmaxFamily("mistral", "Mistral", "mistral", "MistralForCausalLM", window=True)
 QWEN3 = SoftmaxFamily(
@@ -293,7 +325,7 @@ PHI3 = SoftmaxFamily(
     "phi3",
     "Phi3ForCausalLM",
     window=True,
-    partial_rope=True,
+    rope="part",
     yarn=False,
     fused=True,
     free_head_dim=False,

@@ -44,11 +44,19 @@ def obstacles(family: Family, model: ModelConfig) -> list[Obstacle]:
             found.append(Obstacle(f"model.blocks.{name}.mixer.window", window, reason))
     if family.name == "qwen3_5":
         found += _interval_obstacles(model)
+    mixers = {block.mixer.type for block in used_blocks(model).values()}
+    if family.name in ("nemotron_h", "granitemoehybrid") and (missing := {"mamba2", "attention"} - mixers):
+        reason = f"llama.cpp's {ARCHITECTURES[family.name].name} has layers of {missing.pop()} too"
+        found.append(Obstacle("model.pattern", model.pattern, reason))
     for name, block in used_blocks(model).items():
         mixer, where = block.mixer, f"model.blocks.{name}.mixer"
+        if family.name == "nemotron_h" and block.ffn.type == "moe":
+            reason = "experts are not written as llama.cpp's nemotron_h_moe; set relu2"
+            found.append(Obstacle(f"model.blocks.{name}.ffn.type", "moe", reason))
         if mixer.type == "mla" and mixer.q_rank is None:
             found.append(Obstacle(f"{where}.q_rank", None, "llama.cpp's deepseek2 has a latent of queries; set it"))
-        if mixer.type == "mamba2" and mixer.head_dim not in (None, 2 * model.dim / mixer.n_heads):
+        is_granite = ARCHITECTURES[family.name].name == "granitehybrid"
+        if is_granite and mixer.type == "mamba2" and mixer.head_dim not in (None, 2 * model.dim / mixer.n_heads):
             reason = f"in llama.cpp's granitehybrid n_heads * head_dim is 2 * dim = {2 * model.dim}"
             found.append(Obstacle(f"{where}.head_dim", mixer.head_dim, reason))
     return found
@@ -101,7 +109,12 @@ def _basic(config: dict) -> dict[str, Any]:
 
 
 def _granite(config: dict) -> dict[str, Any]:
-    return _basic(config) | {
+    return _basic(config) | _factors(config)
+
+
+def _factors(config: dict) -> dict[str, Any]:
+    """Of Granite."""
+    return {
         "attention.scale": config["attention_multiplier"],
         "embedding_scale": config["embedding_multiplier"],
         "residual_scale": config["residual_multiplier"],
@@ -166,19 +179,72 @@ def _qwen35(config: dict) -> dict[str, Any]:
     }
 
 
-def _granite_hybrid(config: dict) -> dict[str, Any]:
-    attention = set(config["attn_layer_indices"])
-    kv_heads = [config["num_key_value_heads"] if i in attention else 0 for i in range(config["num_hidden_layers"])]
+def _bamba(config: dict) -> dict[str, Any]:
+    attention = [i in config["attn_layer_indices"] for i in range(config["num_hidden_layers"])]
+    return _granite_hybrid_keys(config, attention, config["attn_rotary_emb"])
+
+
+def _granite_moe_hybrid(config: dict) -> dict[str, Any]:
+    attention = [kind == "attention" for kind in config["layer_types"]]
+    rope_dim = config["head_dim"] if config["position_embedding_type"] == "rope" else 0
+    return _granite_hybrid_keys(config, attention, rope_dim) | _factors(config)
+
+
+def _granite_hybrid_keys(config: dict, attention: list[bool], rope_dim: int) -> dict[str, Any]:
+    """attention: which layers have it. rope_dim: dimensions of a head that are rotated."""
     heads, width = config["mamba_n_heads"], config["mamba_d_head"]
-    return _basic(config) | {
-        "attention.head_count_kv": kv_heads,
+    keys = _basic(config)
+    return keys | {
+        "attention.head_count_kv": [config["num_key_value_heads"] if of_layer else 0 for of_layer in attention],
         "ssm.conv_kernel": config["mamba_d_conv"],
         "ssm.state_size": config["mamba_d_state"],
         "ssm.group_count": config["mamba_n_groups"],
         "ssm.time_step_rank": heads,
         "ssm.inner_size": heads * width,
-        "rope.scaling.finetuned": True,  # here: whether there is rotary embedding
-        "rope.dimension_count": config["attn_rotary_emb"],
+        "rope.scaling.finetuned": rope_dim > 0,  # here: whether there is rotary embedding
+        "rope.dimension_count": rope_dim or keys["rope.dimension_count"],
+    }
+
+
+def _mamba2(config: dict) -> dict[str, Any]:
+    return {
+        "context_length": config["max_position_embeddings"],
+        "embedding_length": config["hidden_size"],
+        "block_count": config["num_hidden_layers"],
+        "feed_forward_length": 0,
+        "attention.head_count": 0,
+        "attention.layer_norm_rms_epsilon": float(config["layer_norm_epsilon"]),
+        "ssm.conv_kernel": config["conv_kernel"],
+        "ssm.state_size": config["state_size"],
+        "ssm.group_count": config["n_groups"],
+        "ssm.time_step_rank": config["num_heads"],
+        "ssm.inner_size": config["num_heads"] * config["head_dim"],
+        "vocab_size": config["vocab_size"],
+    }
+
+
+def _nemotron_h(config: dict) -> dict[str, Any]:
+    layers, head_dim = config["hybrid_override_pattern"], config["head_dim"]
+    return {
+        "context_length": config["max_position_embeddings"],
+        "embedding_length": config["hidden_size"],
+        "block_count": len(layers),
+        # What a layer is, by these two: neither is of Mamba 2.
+        "feed_forward_length": [config["intermediate_size"] if kind == "-" else 0 for kind in layers],
+        "attention.head_count_kv": [config["num_key_value_heads"] if kind == "*" else 0 for kind in layers],
+        "attention.head_count": config["num_attention_heads"],
+        "attention.key_length": head_dim,
+        "attention.value_length": head_dim,
+        "attention.layer_norm_rms_epsilon": float(config["layer_norm_epsilon"]),
+        # Asked for, and not used.
+        "attention.layer_norm_epsilon": float(config["layer_norm_epsilon"]),
+        "rope.dimension_count": head_dim,
+        "ssm.conv_kernel": config["conv_kernel"],
+        "ssm.state_size": config["ssm_state_size"],
+        "ssm.group_count": config["n_groups"],
+        "ssm.time_step_rank": config["mamba_num_heads"],
+        "ssm.inner_size": config["mamba_num_heads"] * config["mamba_head_dim"],
+        "vocab_size": config["vocab_size"],
     }
 
 
@@ -262,17 +328,53 @@ def _qwen35_layer(config: dict, layer: Tensors) -> Tensors:
     return _renamed(_NORMS | _ATTENTION | _MLP | names, _of_recurrent("linear_attn", layer))
 
 
-def _granite_hybrid_layer(config: dict, layer: Tensors) -> Tensors:
+def _bamba_layer(config: dict, layer: Tensors) -> Tensors:
+    names = {"pre_ff_layernorm.weight": "ffn_norm.weight"}
+    names |= {f"feed_forward.{name}_proj.weight": f"ffn_{name}.weight" for name in ("gate", "up", "down")}
+    return _granite_hybrid_layer(config, layer, names, config["attn_rotary_emb"])
+
+
+def _granite_moe_hybrid_layer(config: dict, layer: Tensors) -> Tensors:
+    layer["gate"], layer["up"] = layer.pop("shared_mlp.input_linear.weight").chunk(2)
+    names = {"gate": "ffn_gate.weight", "up": "ffn_up.weight", "shared_mlp.output_linear.weight": "ffn_down.weight"}
+    rope_dim = config["head_dim"] if config["position_embedding_type"] == "rope" else 0
+    return _granite_hybrid_layer(config, layer, names, rope_dim)
+
+
+def _granite_hybrid_layer(config: dict, layer: Tensors, names: dict[str, str], rope_dim: int) -> Tensors:
+    """names: of the feed-forward."""
     for name, heads in (("q", "num_attention_heads"), ("k", "num_key_value_heads")):
         key = f"self_attn.{name}_proj.weight"
         if key in layer:
-            layer[key] = _adjacent(layer[key], config[heads], config["attn_rotary_emb"])
-    names = {"pre_ff_layernorm.weight": "ffn_norm.weight", "mamba.in_proj.weight": "ssm_in.weight", "mamba.D": "ssm_d"}
-    names |= {f"feed_forward.{name}_proj.weight": f"ffn_{name}.weight" for name in ("gate", "up", "down")}
-    found = _renamed(_NORMS | _ATTENTION | names | _recurrent("mamba"), _of_recurrent("mamba", layer))
+            layer[key] = _adjacent(layer[key], config[heads], rope_dim)
+    names = names | _mamba2_names("mamba")
+    return _of_mamba2(_renamed(_NORMS | _ATTENTION | names, _of_recurrent("mamba", layer)), config["mamba_n_groups"])
+
+
+def _mamba2_layer(config: dict, layer: Tensors) -> Tensors:
+    names = {"norm.weight": "attn_norm.weight"} | _mamba2_names("mixer")
+    return _of_mamba2(_renamed(names, _of_recurrent("mixer", layer)), config["n_groups"])
+
+
+def _nemotron_h_layer(config: dict, layer: Tensors) -> Tensors:
+    names = {"norm.weight": "attn_norm.weight"}
+    names |= {name.replace("self_attn", "mixer"): theirs for name, theirs in _ATTENTION.items()}
+    names |= {f"mixer.{name}_proj.weight": f"ffn_{name}.weight" for name in ("up", "down")}
+    if "mixer.A_log" not in layer:
+        return _renamed(names, layer)
+    names |= _mamba2_names("mixer")
+    return _of_mamba2(_renamed(names, _of_recurrent("mixer", layer)), config["n_groups"])
+
+
+def _mamba2_names(part: str) -> dict[str, str]:
+    return _recurrent(part) | {f"{part}.in_proj.weight": "ssm_in.weight", f"{part}.D": "ssm_d"}
+
+
+def _of_mamba2(found: Tensors, n_groups: int) -> Tensors:
+    """A layer whose tensors have the shapes of llama.cpp, if it is of Mamba 2."""
     if "ssm_a" in found:
         found["ssm_conv1d.bias"] = torch.zeros(len(found["ssm_conv1d.weight"]))  # which llama.cpp asks for
-        found["ssm_norm.weight"] = found["ssm_norm.weight"].unflatten(0, (config["mamba_n_groups"], -1))
+        found["ssm_norm.weight"] = found["ssm_norm.weight"].unflatten(0, (n_groups, -1))
         found["ssm_a"], found["ssm_d"] = found["ssm_a"][:, None], found["ssm_d"][:, None]
     return found
 
@@ -302,7 +404,10 @@ ARCHITECTURES = {
     "phi3": Architecture("phi3", False, _phi3, _phi3_layer),
     "deepseek_v3": Architecture("deepseek2", True, _deepseek2, _deepseek2_layer),
     "qwen3_5": Architecture("qwen35", False, _qwen35, _qwen35_layer),
-    "bamba": Architecture("granitehybrid", True, _granite_hybrid, _granite_hybrid_layer),
+    "bamba": Architecture("granitehybrid", True, _bamba, _bamba_layer),
+    "granitemoehybrid": Architecture("granitehybrid", True, _granite_moe_hybrid, _granite_moe_hybrid_layer),
+    "mamba2": Architecture("mamba2", False, _mamba2, _mamba2_layer),
+    "nemotron_h": Architecture("nemotron_h", False, _nemotron_h, _nemotron_h_layer),
 }
 
 
@@ -316,6 +421,7 @@ def gguf_tensors(family: Family, config: dict, tensors: Tensors) -> Tensors:
     architecture = ARCHITECTURES[family.name]
     outer = {"model.embed_tokens.weight": "token_embd.weight", "lm_head.weight": "output.weight"}
     outer |= {f"model.{name}.weight": "output_norm.weight" for name in ("norm", "final_layernorm")}
+    outer |= {"backbone.embeddings.weight": "token_embd.weight", "backbone.norm_f.weight": "output_norm.weight"}
     found, layers = {}, [{} for _ in range(config["num_hidden_layers"])]
     for name, tensor in tensors.items():
         if name in outer:

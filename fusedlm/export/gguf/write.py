@@ -23,12 +23,13 @@ from fusedlm.runs.load import Weights, load_checkpoint
 
 @dataclass(frozen=True)
 class ExportedGGUF:
-    """What was written. tensors: the number of each type by its name."""
+    """What was written. tensors: the number of each type by its name. step: of the weights."""
 
     file: Path
     architecture: str
     parameters: int
     tensors: dict[str, int]
+    step: int
 
 
 def export_gguf(
@@ -74,7 +75,7 @@ def export_gguf(
     metadata |= {f"tokenizer.ggml.{key}": value for key, value in tokens.items()}
     _write(file, architecture, metadata, data, kinds)
     found = {kind: list(kinds.values()).count(kind) for kind in sorted(set(kinds.values()))}
-    return ExportedGGUF(file, architecture, sum(tensor.numel() for tensor in tensors.values()), found)
+    return ExportedGGUF(file, architecture, sum(tensor.numel() for tensor in tensors.values()), found, loaded.step)
 
 
 def gguf_model(family: Family, model: Decoder, recipe: Recipe) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:

@@ -91,7 +91,7 @@ class Linker:
             node = clone(node)
             pairs = zip(node.value.keys, node.value.values, strict=True)
             kept = [(key, value) for key, value in pairs if key.value in self.facts.tables[symbol.name]]
-            node.value.keys, node.value.values = (list(column) for column in zip(*kept, strict=True))
+            node.value.keys, node.value.values = [key for key, _ in kept], [value for _, value in kept]
             return node
         return clone(node)
 

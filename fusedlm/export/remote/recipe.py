@@ -92,7 +92,8 @@ def _choose(facts: Facts, arguments: dict) -> None:
     for table, part in _TABLES.items():
         groups: dict[str, list[dict]] = {}
         for block in arguments["blocks"].values():
-            groups.setdefault(block[part]["type"], []).append(block[part])
+            if block[part]["type"] != "none":
+                groups.setdefault(block[part]["type"], []).append(block[part])
         facts.tables[table] = set(groups)
         for kind, all_ in groups.items():
             symbol = _class_of(table, kind)

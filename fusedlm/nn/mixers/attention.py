@@ -18,7 +18,10 @@ Q_GAIN = 1.5  # initial learnt gain on normalised queries: unit vectors alone ca
 
 
 class Attention(Module):
-    """Multi-head attention, its keys and values shared by groups of query heads."""
+    """Multi-head attention, its keys and values shared by groups of query heads.
+
+    With output_gate the output of the heads is multiplied by sigmoid(W_g x), element by element, before the last
+    projection (arXiv 2505.06708)."""
 
     branch_end = "out"
 
@@ -34,6 +37,7 @@ class Attention(Module):
         qk_norm: bool = True,
         qk_gain: str = "head",
         window: int | None = None,
+        output_gate: bool = False,
         xsa: bool = False,
         value_residual: bool = False,
         value_embedding: int | None = None,
@@ -45,17 +49,23 @@ class Attention(Module):
         self.n_heads, self.n_kv_heads = n_heads, n_kv_heads or n_heads
         self.head_dim = head_dim or dim // n_heads
         self.rope = (self.head_dim if rope_dim is None else rope_dim, rope_base)
-        self.window, self.xsa, self.eps = window, xsa, norm_eps
+        self.window, self.xsa = window, xsa
+        self.qk_eps = norm_eps if qk_norm else None
         self.scale = self.head_dim**-0.5
         self.heads = [self.n_heads, self.n_kv_heads, self.n_kv_heads]  # of q, k and v
         widths = [heads * self.head_dim for heads in self.heads]
-        self.qkv = Linear(dim, sum(widths), splits=dict(zip("qkv", widths, strict=True)))
+        splits = dict(zip("qkv", widths, strict=True))
+        if output_gate:
+            self.heads.append(self.n_heads)
+            splits["gate"] = widths[0]
+        self.output_gate = output_gate
+        self.qkv = Linear(dim, sum(splits.values()), splits=splits)
         self.out = Linear(self.n_heads * self.head_dim, dim, zero=True)
         by_dim = qk_norm and qk_gain == "dim"
         if by_dim:
             self.add_parameter("q_gain", (self.head_dim,), Role("gain"), Constant(Q_GAIN))
             self.add_parameter("k_gain", (self.head_dim,), Role("gain"), Constant(1.0))
-        elif qk_norm:
+        elif qk_norm and qk_gain == "head":
             self.add_parameter("q_gain", (self.n_heads,), Role("per_head"), Constant(Q_GAIN))
         else:
             self.q_gain = None
@@ -77,7 +87,7 @@ class Attention(Module):
 
     def forward(self, x_BTD, context: Context, state: list | None = None) -> torch.Tensor:
         qkv = self.qkv(x_BTD).unflatten(-1, (-1, self.head_dim))
-        q, k, v = qkv.split(self.heads, dim=2)
+        q, k, v, *gate = qkv.split(self.heads, dim=2)
         if self.value_embedding is not None:
             v = self.value_embedding(v.flatten(-2), context).view_as(v)
         if self.value_residual is not None:
@@ -108,22 +118,24 @@ class Attention(Module):
             )
         if self.xsa:
             y = exclude_own_value(y, own, backend=self.backend("exclude_own_value"))
+        if self.output_gate:
+            y = y * gate[0].sigmoid()
         return self.out(y.flatten(-2))
 
     def _rotated(self, qkv, q, k, context: Context) -> tuple[torch.Tensor, torch.Tensor]:
         """Queries and keys with norm, gain and rotary embedding."""
         table, backend = context.rope[self.rope], self.backend("rmsnorm_rope")
         if self.k_gain is not None:
-            q, k = rms_norm(q, self.eps, self.q_gain), rms_norm(k, self.eps, self.k_gain)
+            q, k = rms_norm(q, self.qk_eps, self.q_gain), rms_norm(k, self.qk_eps, self.k_gain)
             return apply_rope(q, table), apply_rope(k, table)
         if not torch.is_grad_enabled() and runs_fused("rmsnorm_rope", backend, qkv):
-            eps = None if self.q_gain is None else self.eps
             qk = qkv[:, :, : self.n_heads + self.n_kv_heads]
-            rotated = rmsnorm_rope(qk, *table, eps=eps, gain_H=self.q_gain, backend=backend)
+            rotated = rmsnorm_rope(qk, *table, eps=self.qk_eps, gain_H=self.q_gain, backend=backend)
             return rotated.split(self.heads[:2], dim=2)
+        if self.qk_eps is not None:
+            q, k = rms_norm(q, self.qk_eps), rms_norm(k, self.qk_eps)
         if self.q_gain is not None:
-            q = (rms_norm(q, self.eps) * self.q_gain[:, None]).to(qkv.dtype)
-            k = rms_norm(k, self.eps)
+            q = (q * self.q_gain[:, None]).to(qkv.dtype)
         return apply_rope(q, table), apply_rope(k, table)
 
     def _appended(self, q, k, v, context: Context, state: list) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -137,7 +149,7 @@ class Attention(Module):
             values.flatten(2),
             context.starts_B,
             *context.rope[self.rope],
-            eps=None if self.q_gain is None else self.eps,
+            eps=self.qk_eps,
             gain_H=self.q_gain,
             backend=self.backend("rope_append"),
         )
@@ -157,8 +169,8 @@ class Attention(Module):
         return self.qkv.flops(n_tokens) + embedded + attend + self.out.flops(n_tokens)
 
     def saved_elements(self) -> float:
-        """Queries and keys after norm and rotary embedding."""
-        return (self.n_heads + self.n_kv_heads) * self.head_dim
+        """Queries and keys after norm and rotary embedding, and the output before a gate."""
+        return (self.n_heads * (1 + self.output_gate) + self.n_kv_heads) * self.head_dim
 
     def rope_specs(self) -> set[tuple[int, float]]:
         return {self.rope}

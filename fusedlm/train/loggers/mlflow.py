@@ -12,6 +12,7 @@ from fusedlm.files import write_atomic
 from fusedlm.train.loggers.tags import tagged
 
 _EXPERIMENT = "fusedlm"
+_ID = "mlflow-id.txt"
 _LONGEST_PARAM = 500  # characters, of all servers the lowest limit
 
 
@@ -22,17 +23,9 @@ class MLflowLogger:
     """
 
     def __init__(self, recipe: Recipe, run_dir: Path, start_step: int):
-        from mlflow.tracking import MlflowClient
-
-        # Setting up the store is no news, and of a failure `Loggers` says one line.
-        logging.getLogger("mlflow").setLevel(logging.CRITICAL)
-        server = os.environ.get("MLFLOW_TRACKING_URI")
-        if not server and importlib.util.find_spec("sqlalchemy") is None:
-            raise ValueError("mlflow-skinny needs sqlalchemy and alembic; pip install sqlalchemy alembic")
-        uri = server or f"sqlite:///{run_dir.absolute()}/mlflow.db"
-        self._client = MlflowClient(uri)
+        self._client = _client(run_dir)
         self._logged: dict[str, set[int]] | None = None  # steps by tag; None: a new run, none is logged yet
-        id_file = run_dir / "mlflow-id.txt"
+        id_file = run_dir / _ID
         if id_file.exists():
             self._id = id_file.read_text(encoding="utf-8").strip()
             self._client.update_run(self._id, status="RUNNING")
@@ -54,6 +47,21 @@ class MLflowLogger:
     def close(self) -> None:
         self._client.set_terminated(self._id)
 
+    @staticmethod
+    def add_export(run_dir: Path, name: str, figures: dict[str, float | int | str], card: str | None) -> None:
+        """See `track_export`. Numbers become metrics export/NAME/KEY, text tags of that name; the card, and all figures
+        as JSON, artifacts in exports/NAME."""
+        client, run_id = _client(run_dir), (run_dir / _ID).read_text(encoding="utf-8").strip()
+        step = figures.get("step", 0)
+        for key, value in figures.items():
+            if isinstance(value, str):
+                client.set_tag(run_id, f"export/{name}/{key}", value)
+            else:
+                client.log_metric(run_id, f"export/{name}/{key}", float(value), step=step)
+        client.log_dict(run_id, figures, f"exports/{name}/figures.json")
+        if card is not None:
+            client.log_text(run_id, card, f"exports/{name}/README.md")
+
     def _steps(self, key: str) -> set[int]:
         """Steps at which a tag was logged before this start."""
         if key not in self._logged:
@@ -74,6 +82,18 @@ class MLflowLogger:
         params = [Param(key, str(value)[:_LONGEST_PARAM]) for key, value in _leaves(recipe.model_dump(mode="json"))]
         for start in range(0, len(params), 100):  # the most of one call
             self._client.log_batch(self._id, params=params[start : start + 100])
+
+
+def _client(run_dir: Path):
+    """Of the server that the environment names, or of the file in the folder of the run."""
+    from mlflow.tracking import MlflowClient
+
+    # Setting up the store is no news, and of a failure `Loggers` says one line.
+    logging.getLogger("mlflow").setLevel(logging.CRITICAL)
+    server = os.environ.get("MLFLOW_TRACKING_URI")
+    if not server and importlib.util.find_spec("sqlalchemy") is None:
+        raise ValueError("mlflow-skinny needs sqlalchemy and alembic; pip install sqlalchemy alembic")
+    return MlflowClient(server or f"sqlite:///{run_dir.absolute()}/mlflow.db")
 
 
 def _leaves(tree: dict, prefix: str = "") -> Iterator[tuple[str, object]]:

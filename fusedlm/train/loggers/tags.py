@@ -2,7 +2,8 @@
 
 import math
 
-_SYSTEM = {"tokens_per_second", "step_seconds", "loader_wait_seconds", "mfu", "peak_memory_bytes"}
+_TIMES = {"tokens_per_second", "step_seconds", "loader_wait_seconds", "checkpoint_seconds"}
+_SYSTEM = _TIMES | {"mfu", "peak_memory_bytes"}
 _VALIDATION = "val_"
 
 

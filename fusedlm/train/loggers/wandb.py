@@ -10,6 +10,7 @@ from fusedlm.runs.folder import METRICS
 from fusedlm.runs.metrics import read_metrics
 from fusedlm.train.loggers.tags import tagged
 
+_ID = "wandb-id.txt"
 _STEP, _VALIDATION = "loss", "val_bpb"  # a key of each kind of record
 _FINISH_SECONDS = 300  # without a network, the upload at the end would be tried for ever
 
@@ -21,22 +22,10 @@ class WandbLogger:
     """
 
     def __init__(self, recipe: Recipe, run_dir: Path, start_step: int):
-        import wandb
-
-        id_file = run_dir / "wandb-id.txt"
+        id_file = run_dir / _ID
         known = id_file.read_text(encoding="utf-8").strip() if id_file.exists() else ""
         run_id = known or uuid.uuid4().hex
-        known_settings = getattr(wandb.Settings, "model_fields", ())  # earlier releases have no limit
-        limit = {"finish_timeout": _FINISH_SECONDS} if "finish_timeout" in known_settings else {}
-        self._run = wandb.init(
-            project=os.environ.get("WANDB_PROJECT", "fusedlm"),
-            name=recipe.name,
-            id=run_id,
-            resume="allow",
-            dir=str(run_dir),
-            config=recipe.model_dump(mode="json"),
-            settings=wandb.Settings(**limit),
-        )
+        self._run = _started(run_dir, run_id, name=recipe.name, config=recipe.model_dump(mode="json"))
         if not known:
             write_atomic(id_file, run_id)
         self._offline, self._free_row = self._run.offline, self._run.starting_step
@@ -55,6 +44,38 @@ class WandbLogger:
 
     def close(self) -> None:
         self._run.finish()
+
+    @staticmethod
+    def add_export(run_dir: Path, name: str, figures: dict[str, float | int | str], card: str | None) -> None:
+        """See `track_export`. Figures go to the summary under export/NAME/, and with the card into an artifact."""
+        import wandb
+
+        run = _started(run_dir, (run_dir / _ID).read_text(encoding="utf-8").strip())
+        try:
+            run.summary.update({f"export/{name}/{key}": value for key, value in figures.items()})
+            artifact = wandb.Artifact(f"export-{name}", type="exported-model", metadata=figures)
+            if card is not None:
+                with artifact.new_file("README.md", encoding="utf-8") as file:
+                    file.write(card)
+            run.log_artifact(artifact)
+        finally:
+            run.finish()
+
+
+def _started(run_dir: Path, run_id: str, **options):
+    """A run of W&B, new or resumed."""
+    import wandb
+
+    known_settings = getattr(wandb.Settings, "model_fields", ())  # earlier releases have no limit
+    limit = {"finish_timeout": _FINISH_SECONDS} if "finish_timeout" in known_settings else {}
+    return wandb.init(
+        project=os.environ.get("WANDB_PROJECT", "fusedlm"),
+        id=run_id,
+        resume="allow",
+        dir=str(run_dir),
+        settings=wandb.Settings(**limit),
+        **options,
+    )
 
 
 def _kind(record: dict) -> str:
