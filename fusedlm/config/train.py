@@ -318,7 +318,7 @@ class TrainConfig(Config):
     checkpoint_every: Annotated[CountOrZero, NEUTRAL] = 100
     """Steps between checkpoints; 0: only at the end."""
     checkpoint_async: Annotated[bool, NEUTRAL] = True
-    """Whether training goes on while a checkpoint is written, from a copy of the state in host memory."""
+    """Asynchronous checkpoints: training continues while a copy of the state in host memory is written."""
     keep_checkpoints: Annotated[Count, NEUTRAL] = 2
     """Number of newest checkpoints to keep, in addition to the best by validation."""
     loggers: Annotated[list[Literal["tensorboard", "wandb", "mlflow", "csv"]], Field(max_length=10), NEUTRAL] = []

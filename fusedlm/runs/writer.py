@@ -46,9 +46,10 @@ class _Writing:
 class CheckpointWriter:
     """Writes the checkpoints of a run, one at a time. All processes make one and call it alike.
 
-    `begin` copies the tensors, and a thread of each process writes the copies while training goes on. `is_written` says
-    when the thread of this process is done; once all are, `finish` makes the checkpoint: only then the main process
-    writes its manifest and gives it its name. As a context, it ends what is being written when an error leaves it.
+    `begin` copies the tensors, and a thread of each process writes the copies while training continues. `is_written`
+    says when the thread of this process is done; once all are, `finish` makes the checkpoint: only then the main
+    process writes its manifest and gives it its name. As a context, it ends what is being written when an error leaves
+    it.
 
     Args:
         keep: as of `Checkpoints.prune`, which follows each checkpoint.

@@ -65,7 +65,7 @@ class Piece:
 
     text: what can be released: complete characters, and nothing that a stop string may still claim.
     tokens: those whose text was released up to here, with `Choosing.logprobs`; all of them by the last piece.
-    finish: "stop" (end of text or a stop string), "length", "error" or "shutdown" in the last piece; None: it goes on.
+    finish: "stop" (end of text or a stop string), "length", "error" or "shutdown" in the last piece; None: not yet.
     error: one line, with finish "error".
     """
 

@@ -1,4 +1,4 @@
-"""Requests that are not right: always a status of 4xx and one line, and the server goes on."""
+"""Requests that are not right: always a status of 4xx and one line, and the server continues."""
 
 import json
 import random
