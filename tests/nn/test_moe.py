@@ -13,7 +13,7 @@ from fusedlm.model.accounting import count_parameters, training_flops_per_token
 from fusedlm.model.cast_weights import CastWeights
 from fusedlm.nn.context import Context
 from fusedlm.nn.ffn.moe import MoE
-from fusedlm.nn.ffn.router import router_z_loss, sequence_balance_loss
+from fusedlm.nn.ffn.router import is_highest, router_z_loss, sequence_balance_loss
 from fusedlm.nn.module import init_weights, roles
 from fusedlm.optim.stacks import stacks_of
 from fusedlm.testing import FFN_CASES, assert_close, part_model, randomise_
@@ -159,6 +159,27 @@ def test_groups_are_chosen_by_their_two_best():
     below_zero = biased - 20  # an excluded group is not 0, which would be above these
     layer.router.n_limited_groups = 1
     assert layer.router.select(below_zero).sort(-1).values[0].tolist() == [3, 4]
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("tied", [False, True])
+def test_selection_under_compile(case, tied):
+    """torch.compile runs another form of it: the same experts, and different ones of equal scores."""
+    torch._dynamo.reset()
+    layer = moe(case)
+    scores = torch.rand(40, layer.n_experts, generator=torch.Generator().manual_seed(0))
+    scores = scores.round() if tied else scores
+    eager = layer.router.select(scores)
+    compiled = torch.compile(layer.router.select, fullgraph=True, backend="eager")(scores)
+    assert compiled.dtype == eager.dtype and compiled.shape == eager.shape
+    if tied:
+        assert all(len(set(row)) == layer.top_k for row in compiled.tolist())
+        assert torch.equal(scores.gather(-1, compiled).sum(-1), scores.gather(-1, eager).sum(-1))
+    else:
+        assert torch.equal(compiled, eager)
+    counted = torch.compile(is_highest, fullgraph=True, backend="eager")(scores, layer.top_k)
+    assert (counted.sum(-1) == layer.top_k).all()
+    assert tied or torch.equal(counted, is_highest(scores, layer.top_k))
 
 
 def test_scores_are_float32_under_autocast():
