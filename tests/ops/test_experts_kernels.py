@@ -60,6 +60,15 @@ def test_kernels_of_a_call_have_the_same_row_tiles():
         assert tiles.BLOCK_M >= order_kernels._LEAST_BLOCK_M
 
 
+@pytest.mark.parametrize("width", [24, 37, 1500])
+def test_rows_of_slots(width, poisoned):
+    """Each row of x in the place of every slot of its token."""
+    (x, *_), indices, _ = inputs((33, width, 40, 5, 2, "skewed"))
+    schedule = order_kernels.schedule_tiles(indices, 5, 32)
+    found = products.spread(x, schedule, 2)
+    assert torch.equal(found, x[schedule.slots.long() // 2])
+
+
 def test_tma_is_used_where_rows_are_aligned(monkeypatch):
     used, can_use_tma = [], products.can_use_tma
     monkeypatch.setattr(products, "can_use_tma", lambda *x: used.append(can_use_tma(*x)) or used[-1])

@@ -279,3 +279,17 @@ def combine_kernel(
             value *= tl.load(weights + slot).to(tl.float32)
         total += value
     tl.store(out + token.to(tl.int64) * WIDTH + column, total.to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def spread_kernel(x, rows, out, WIDTH, TOP_K: tl.constexpr, BLOCK: tl.constexpr):
+    """out (N k, WIDTH): row n of x (N, WIDTH) in the k sorted rows of its slots. x is read once."""
+    token = tl.program_id(0)
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = column < WIDTH
+    value = tl.load(x + token.to(tl.int64) * WIDTH + column, mask=inside)
+    for j in tl.static_range(TOP_K):
+        row = tl.load(rows + token.to(tl.int64) * TOP_K + j).to(tl.int64)
+        # As in the schedule, an index that is no expert writes nowhere.
+        is_row = (row >= 0) & (row < tl.num_programs(0).to(tl.int64) * TOP_K)
+        tl.store(out + row * WIDTH + column, value, mask=inside & is_row)

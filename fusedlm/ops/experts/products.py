@@ -134,8 +134,9 @@ class Products:
         M, N = left.shape[1], right.shape[1]
         gather_left = which == "down_gradient"
         if which in _LIBRARY and dtype == left.dtype and _runs_library(left, right):
-            tokens = schedule.slots // top_k
-            left, right = (left[tokens], right) if gather_left else (left, right[tokens])
+            left, right = (
+                (spread(left, schedule, top_k), right) if gather_left else (left, spread(right, schedule, top_k))
+            )
             return F.grouped_mm(left.t(), right, offs=schedule.starts[1:])
         out = torch.empty(self.n_experts, M, N, dtype=dtype, device=left.device)
         use_tma = can_use_tma(right if gather_left else left)
@@ -166,6 +167,16 @@ def combine(sorted_rows: torch.Tensor, schedule: TileSchedule, weights: torch.Te
     block = min(1024, triton.next_power_of_2(out.shape[1]))
     kernels.combine_kernel[(n_tokens, triton.cdiv(out.shape[1], block))](
         sorted_rows, schedule.rows, weights, out, out.shape[1], TOP_K=top_k, WEIGHTED=weighted, BLOCK=block, num_warps=4
+    )
+    return out
+
+
+def spread(x: torch.Tensor, schedule: TileSchedule, top_k: int) -> torch.Tensor:
+    """(N k, D): the rows of x (N, D) of the slots, sorted by expert."""
+    out = _empty(x, len(x) * top_k, x.shape[1])
+    block = min(1024, triton.next_power_of_2(out.shape[1]))
+    kernels.spread_kernel[(len(x), triton.cdiv(out.shape[1], block))](
+        x, schedule.rows, out, out.shape[1], TOP_K=top_k, BLOCK=block, num_warps=4
     )
     return out
 
