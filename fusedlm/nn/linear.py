@@ -7,6 +7,7 @@ import torch.nn.functional as F
 
 from fusedlm.nn.module import Constant, Init, Module, Normal, OpUse, Orthogonal, Role
 from fusedlm.nn.pending import PendingActivation, PendingInput, PendingNorm, PendingProduct, fuses_token
+from fusedlm.ops import float32_linear
 from fusedlm.ops.common import runs_fused
 
 
@@ -77,6 +78,8 @@ class Linear(Module, torch.nn.Linear):
         weight = self.weight_of(part)
         if ends_token(self, x):
             return PendingProduct(x, weight, None, self.backend("token_linear"))
+        if dtype == torch.float32 and groups is None and then is None and not transposed and x.ndim > 1:
+            return float32_linear(x, weight, backend=self.backend("float32_linear"))
         if dtype is not None:
             x, weight = x.to(dtype), weight.to(dtype)
         if then is not None:

@@ -14,6 +14,7 @@ from fusedlm.ops.distillation.op import linear_distillation
 from fusedlm.ops.draw.op import draw_token
 from fusedlm.ops.experts.op import routed_experts
 from fusedlm.ops.experts.order import count_tokens
+from fusedlm.ops.float32.op import float32_linear
 from fusedlm.ops.gated_norm.op import gated_rmsnorm
 from fusedlm.ops.latent.op import latent_decode
 from fusedlm.ops.latent.reference import quantise_latent
@@ -52,6 +53,7 @@ __all__ = [
     "draw_token",
     "exclude_own_value",
     "explain",
+    "float32_linear",
     "gated_delta_rule",
     "gated_rmsnorm",
     "gated_scan",

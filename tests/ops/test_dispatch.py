@@ -77,6 +77,7 @@ CALLS = {
         **options,
     ),
     "differential_combine": lambda run, **options: run(_heads(), _heads(), torch.ones(2), **options),
+    "float32_linear": lambda run, **options: run(torch.ones(2, 4), torch.ones(3, 4), **options),
     "draw_token": lambda run, **options: run(torch.ones(2, 3), temperature=0, **options),
     "exclude_own_value": lambda run, **options: run(_heads(), _heads(), **options),
     "low_precision_linear": lambda run, **options: run(

@@ -147,7 +147,7 @@ class MoE(Module):
         return OPS["routed_experts"].select(self.backend("routed_experts"), call).backend == "reference"
 
     def ops(self, device: torch.device) -> list[OpUse]:
-        parts = (self.experts, self.shared)
+        parts = (self.router, self.experts, self.shared)
         return [use for part in parts if part is not None for use in part.ops(device)]
 
 

@@ -5,7 +5,7 @@ from typing import NamedTuple
 import torch
 
 from fusedlm.nn.linear import Linear
-from fusedlm.nn.module import Module
+from fusedlm.nn.module import Module, OpUse
 
 
 class Routing(NamedTuple):
@@ -106,6 +106,9 @@ class Router(Module):
         # In integers: a load that is the mean has a sign of exactly 0.
         direction_E = (loads_E.sum() - self.n_experts * loads_E).sign().to(self.bias.dtype)
         self.bias += self.bias_rate * taken * (direction_E - direction_E.mean())
+
+    def ops(self, device: torch.device) -> list[OpUse]:
+        return [OpUse("float32_linear", "float32_linear", {})]
 
     def flops(self, n_tokens: int) -> int:
         return self.project.flops(n_tokens)
