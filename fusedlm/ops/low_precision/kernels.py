@@ -103,7 +103,7 @@ def statistics_kernel(
 @triton.jit
 def cast_kernel(
     x, gain, inverse_rms, amax, fold, amax_t, codes, scales, codes_t, scales_t,
-    n_rows, n_padded, x_row, n_columns, columns_per_program, parameter,
+    n_rows, n_padded, x_row, n_columns, columns_per_program, parameter, one,
     PRODUCER: tl.constexpr, AMAX: tl.constexpr, TRANSPOSE: tl.constexpr,
     LARGEST: tl.constexpr, MANTISSA: tl.constexpr, EMIN: tl.constexpr, NATIVE: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr,
@@ -113,6 +113,8 @@ def cast_kernel(
     AMAX: computed: the program, which has all columns, finds that of its rows first; row: of each row; tensor: one.
     TRANSPOSE: same: the same bits; tensor, row: row n of x times fold[n], rounded with one scale, or one for each row
     of the transpose, from amax_t.
+    one: 1.0, which the compiler does not know: it must round again for the transpose. Bytes that one conversion to
+    float8 gives and two layouts store come out wrong from ptxas 12.9, which Triton uses (triton-lang/triton#11111).
     """
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     row_inside = row < n_rows
@@ -143,7 +145,8 @@ def cast_kernel(
         column_inside = column < n_columns
         inside = row_inside[:, None] & column_inside[None, :]
         value = produce(x, gain, inverse, row, column, inside, x_row, n_columns, parameter, PRODUCER)
-        code = encode(value * to_codes[:, None], LARGEST, MANTISSA, EMIN, NATIVE)
+        scaled = value * to_codes[:, None]
+        code = encode(scaled, LARGEST, MANTISSA, EMIN, NATIVE)
         tl.store(codes + row[:, None] * n_columns + column[None, :], code, mask=inside)
         if TRANSPOSE != "same":
             if TRANSPOSE == "row":
@@ -154,10 +157,11 @@ def cast_kernel(
             if tl.program_id(0) == 0:
                 is_stored = column_inside if TRANSPOSE == "row" else column == 0
                 tl.store(scales_t + column, scale_t, mask=is_stored)
-            to_codes_t = tl.div_rn(1.0, scale_t)
-            code = encode(value * factor[:, None] * to_codes_t[None, :], LARGEST, MANTISSA, EMIN, NATIVE)
+            scaled = value * factor[:, None] * tl.div_rn(1.0, scale_t)[None, :]
+        else:
+            scaled *= one
         # After the last row: zeros, though the scale may be NaN.
-        code = tl.where(row_inside[:, None], code, 0)
+        code = encode(tl.where(row_inside[:, None], scaled, 0.0), LARGEST, MANTISSA, EMIN, NATIVE)
         at = column.to(tl.int64)[:, None] * n_padded + row[None, :]
         tl.store(codes_t + at, tl.trans(code), mask=column_inside[:, None] & (row < n_padded)[None, :])
 

@@ -48,7 +48,7 @@ def _launch(x, gain, inverse_rms, amax, fold, amax_t, out: Cast, grid: Grid, kin
     none = out.scales  # in place of what is not read
     tensors = [none if tensor is None else tensor.contiguous() for tensor in (gain, inverse_rms, amax, fold, amax_t)]
     cast_kernel[launch](
-        x, *tensors, *out, n_rows, out.codes_t.shape[1], x.stride(0), n_columns, per_program, value,
+        x, *tensors, *out, n_rows, out.codes_t.shape[1], x.stride(0), n_columns, per_program, value, 1.0,
         PRODUCER=producer, AMAX=kind, TRANSPOSE=transpose, **_encoding(x, grid), **config,
     )  # fmt: skip
 
