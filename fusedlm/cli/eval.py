@@ -1,11 +1,11 @@
 """fusedlm eval: bits per byte of a trained model on validation text, probes, and benchmark tasks."""
 
-import json
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from fusedlm import strict_json
 from fusedlm.cli.adapt_options import (
     AdaptChunkOption,
     AdaptLearningRateOption,
@@ -186,7 +186,7 @@ def evaluate(
     if adapted is not None:
         result["adapt"] = adapted.record(method)
     if as_json:
-        print(json.dumps(result))
+        print(strict_json.dumps(result))
         return
     context = f"window {window}, stride {stride}" if window else "full documents"
     context += f", matrices in int{loaded.recipe.train.qat.bits}" if qat else ""

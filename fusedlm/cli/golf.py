@@ -1,12 +1,12 @@
 """fusedlm golf: the best model in so many bytes, from a recipe to a scored file."""
 
-import json
 import shlex
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from fusedlm import strict_json
 from fusedlm.cli.common import OverridesArgument, RecipeArgument, WeightsOption, integer, progress_bars
 from fusedlm.cli.golf_run import MODEL, RECORD, REPORT, RUN, Options, golfed, report_lines
 from fusedlm.cli.interrupts import exit_code
@@ -74,7 +74,7 @@ def golf(
     write_atomic(folder / REPORT, "\n".join([f"# {config.name}", "", *lines, "", "```text", table, "```"]) + "\n")
     page = write_report(folder / RUN)
     if as_json:
-        print(json.dumps(record))
+        print(strict_json.dumps(record))
         return
     print("\n".join(lines))
     print(f"by tensor: {folder / REPORT}; record: {folder / RECORD}; training: {page}")

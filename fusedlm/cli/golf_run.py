@@ -1,11 +1,11 @@
 """What fusedlm golf does with a trained run: score, quantise, pack, and score the file."""
 
-import json
 import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from fusedlm import strict_json
 from fusedlm.cli.common import LoadedRun, ReportProgress, load_run
 from fusedlm.cli.quantize_run import calibration_of
 from fusedlm.cli.text import documents_of
@@ -88,7 +88,7 @@ def golfed(out: Path, options: Options, progress: ReportProgress) -> dict:
         },
         "environment": environment(loaded.device, loaded.dtype),
     }
-    write_atomic(out / RECORD, json.dumps(record, indent=1) + "\n")
+    write_atomic(out / RECORD, strict_json.dumps(record, indent=1) + "\n")
     return record
 
 

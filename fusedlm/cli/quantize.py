@@ -1,12 +1,12 @@
 """fusedlm quantize: a trained run with its weights in few bits."""
 
-import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from fusedlm import strict_json
 from fusedlm.cli.common import (
     CheckpointOption,
     DeviceOption,
@@ -197,7 +197,7 @@ def quantize(
         "checkpoint": loaded.step,
         "weights": weights,
     }
-    print(json.dumps(result) if as_json else described(result, out))
+    print(strict_json.dumps(result) if as_json else described(result, out))
 
 
 def _with_data(recipe, data: Path):

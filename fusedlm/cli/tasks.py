@@ -1,11 +1,11 @@
 """fusedlm eval --tasks: benchmark tasks of lm-eval."""
 
-import json
 import sys
 from typing import Annotated
 
 import typer
 
+from fusedlm import strict_json
 from fusedlm.cli.common import LoadedRun, integer
 
 TasksOption = Annotated[
@@ -98,7 +98,7 @@ def run_tasks(
         add_tasks(loaded.run, entries)
         _update_report(loaded)
     if as_json:
-        print(json.dumps(entries))
+        print(strict_json.dumps(entries))
         return
     for entry in entries:
         metrics = entry["metrics"]

@@ -1,10 +1,9 @@
 """OUT/report.html, results.json, results.csv, trials.csv of a tuned experiment, and plots/*.png."""
 
-import json
 from html import escape
 from pathlib import Path
 
-from fusedlm import __version__
+from fusedlm import __version__, strict_json
 from fusedlm.compare.matching import Variant
 from fusedlm.compare.plots import draw_plots
 from fusedlm.compare.results import Results
@@ -49,7 +48,7 @@ def write_report(results: Results, out: Path) -> Path:
     folder.mkdir(exist_ok=True)
     for plot in plots:
         write_atomic(folder / f"{plot.name}.png", plot.png)
-    write_atomic(out / "results.json", json.dumps(results.as_json(), indent=1) + "\n")
+    write_atomic(out / "results.json", strict_json.dumps(results.as_json(), indent=1) + "\n")
     write_atomic(out / "results.csv", results.as_csv())
     if results.tunings:
         write_atomic(out / "trials.csv", trials_csv(results.tunings))

@@ -7,11 +7,11 @@ or removed shows, and the last check stands for all lines up to it.
 import contextlib
 import hashlib
 import json
-import math
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from fusedlm import strict_json
 from fusedlm.files import write_atomic
 
 _CHECK = "check"
@@ -127,7 +127,7 @@ class MetricsFile:
 
     def write(self, record: dict) -> None:
         """Append a record. Raises OSError with the name of the file when the disk is full."""
-        clean = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
+        clean = strict_json.finite_or_none(record)
         check = _digest(self.check, clean)
         try:
             self._file.write(json.dumps(clean | {_CHECK: check}, allow_nan=False) + "\n")

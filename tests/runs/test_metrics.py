@@ -22,6 +22,15 @@ def test_numbers_that_are_not_finite_are_written_as_null(tmp_path):
     assert line.startswith('{"step": 1, "loss": null, "grad_norm": null, "mfu": null, "check": "')
 
 
+def test_nor_are_those_in_lists(tmp_path):
+    """As of heads and layers in a step that was skipped."""
+    metrics = MetricsFile(tmp_path / "metrics.jsonl", after_step=0)
+    metrics.write({"step": 1, "loss": 2.0, "mtp_loss": [float("nan"), 1.5], "layers": [[float("-inf")], (0.5, 2)]})
+    metrics.close()
+    ((record,), damaged) = read_metrics(tmp_path / "metrics.jsonl")
+    assert not damaged and record["mtp_loss"] == [None, 1.5] and record["layers"] == [[None], [0.5, 2]]
+
+
 def test_opening_removes_records_after_the_step(tmp_path):
     path = tmp_path / "metrics.jsonl"
     lines = [

@@ -13,6 +13,7 @@ from rich.console import Console
 
 from fusedlm.config import load_recipe
 from fusedlm.model.accounting import training_flops_per_token
+from fusedlm.report import write_report
 from fusedlm.runs import load
 from fusedlm.runs.checkpoint import Checkpoints
 from fusedlm.runs.metrics import MetricsFile, read_metrics
@@ -148,6 +149,31 @@ def test_steps_that_are_not_finite_are_skipped_and_counted(tmp_path, monkeypatch
     assert "step 6: loss or gradient norm is not finite; step skipped" in output.getvalue()
     state = Checkpoints(tmp_path / "run" / "checkpoints").read_json(12, "state.json")
     assert (state["skipped"], state["skipped_in_row"], state["ema_updates"]) == (3, 0, 9)
+
+
+def test_a_loss_that_is_not_finite_is_recorded_and_reported(tmp_path, monkeypatch):
+    """Of all heads and layers: none of their figures is a number that JSON has."""
+    train_step = trainer.train_step
+
+    def broken_step(model, optimizer, batch, **options):
+        if batch.next_sample != 8:
+            return train_step(model, optimizer, batch, **options)
+        gain = model.blocks[0].mixer_norm.weight
+        saved = gain.detach().clone()
+        gain.data.fill_(float("nan"))
+        result = train_step(model, optimizer, batch, **options)
+        gain.data.copy_(saved)
+        return result
+
+    monkeypatch.setattr(trainer, "train_step", broken_step)
+    ffn = "model.blocks.m.ffn={type: moe, n_experts: 4, top_k: 2, hidden: 16, sequence_loss: 0.1}"
+    run = tmp_path / "run"
+    train(tiny_recipe(tmp_path, ffn, "model.mtp={depth: 2}"), run)
+    found = [record for record in records(run) if "loss" in record]
+    assert [record["step"] for record in found if record.get("skipped")] == [2]
+    assert found[1]["loss"] is None and found[1]["mtp_loss"] == [None, None]
+    assert all(loss is not None for loss in found[2]["mtp_loss"])
+    assert "NaN" not in write_report(run).read_text()
 
 
 def test_too_many_skipped_steps_in_a_row_name_the_last_checkpoint(tmp_path, monkeypatch):
