@@ -51,11 +51,11 @@ def test_three_parts_are_needed():
     assert errors[0] > 1e-3 and 1e-6 < errors[1] < 1e-4 and errors[2] < 3e-7
 
 
-def test_parts_are_the_value_to_its_last_bits():
-    x = torch.randn(10000, generator=torch.Generator().manual_seed(0)).exp()
+def test_parts_are_the_value_to_its_last_bit():
+    x = torch.randn(10000, generator=torch.Generator().manual_seed(0)) * torch.logspace(-20, 20, 10000)
     parts = split.parts_of(x, 3)
     assert all(part.dtype == torch.bfloat16 for part in parts)
-    assert ((sum(part.double() for part in parts) - x.double()).abs() <= x.double() * 2.0**-24).all()
+    assert torch.equal(sum(part.double() for part in parts), x.double())
 
 
 def test_leading_dimensions_and_few_rows():
@@ -84,11 +84,14 @@ def test_gradients_that_are_not_needed():
 
 
 def test_under_compile():
+    """Compilers may leave out that a value is rounded and converted back, and then the other parts are zero."""
     torch._dynamo.reset()
     inputs = _inputs(*SHAPES[0])
-    compiled = torch.compile(split.float32_linear, fullgraph=True, backend="aot_eager")
-    for a, e in zip(_run(compiled, *inputs), _run(split.float32_linear, *inputs), strict=True):
-        assert torch.equal(a, e)
+    found = _run(torch.compile(split.float32_linear, fullgraph=True), *inputs)
+    exact = _exact(*inputs)
+    assert_close(found[0], exact[0], 3e-7, "y")
+    assert_close(found[1], exact[1], 1.01 * error_ratio(exact[1].bfloat16(), exact[1]), "x")
+    assert_close(found[2], exact[2], 3e-7, "weight")
 
 
 @pytest.mark.parametrize("shapes", [((4, 3), (5, 4)), ((4,), (5, 4)), ((2, 4), (4,))])

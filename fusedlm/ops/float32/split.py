@@ -1,9 +1,8 @@
 """The projection on tensor cores of 16 bits: float32 values as sums of bfloat16 ones (arXiv 1904.06376).
 
-A float32 value is the sum of three bfloat16 values to its last bit, or nearly: w1 = bf16(w), w2 = bf16(w - w1), w3 =
-bf16(w - w1 - w2). Their products with bfloat16 x are exact in float32, in which they are summed: the result is that of
-float32 arithmetic, of another order of the sum. The parts are rows of one product. The gradient of x is rounded to
-bfloat16, for which two parts of either factor are enough.
+The 24 bits of a float32 value are those of three bfloat16 values, whose sum it is. Their products with bfloat16 x are
+exact in float32, in which they are summed: the result is that of float32 arithmetic, of another order of the sum. The
+parts are rows of one product. The gradient of x is rounded to bfloat16, for which two parts of each are enough.
 """
 
 import torch
@@ -28,11 +27,13 @@ def _(a, b, dtype):
 
 
 def parts_of(x: torch.Tensor, n: int) -> list[torch.Tensor]:
-    """n bfloat16 tensors, each what the ones before it leave of float32 x."""
+    """n bfloat16 tensors, each the leading bits of what the ones before it leave of float32 x."""
     found = []
     for _ in range(n):
-        found.append(x.bfloat16())
-        x = x - found[-1].float()
+        # By its bits: a compiler may leave out the rounding of x.bfloat16().float(), and the rest would be 0.
+        leading = (x.view(torch.int32) & -(2**16)).view(torch.float32)
+        found.append(leading.bfloat16())
+        x = x - leading
     return found
 
 
