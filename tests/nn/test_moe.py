@@ -204,22 +204,46 @@ def test_the_selection_is_counted():
 
 
 def test_losses_by_definition():
-    scores = torch.rand(3, 7, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).requires_grad_()
-    expected = 0.0
+    logits = torch.randn(3, 7, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    scores, expected = logits.sigmoid(), 0.0
     for sequence in scores:
         for e in range(5):
             share = sum(token[e] / token.sum() for token in sequence) / 7
             often = sum(e in sorted(range(5), key=lambda i: -token[i])[:2] for token in sequence)
             expected = expected + 5 / (2 * 7) * often * share / 3
-    found = sequence_balance_loss(scores, top_k=2)
+    found = sequence_balance_loss(logits, top_k=2)
     assert_close(found, expected, 1e-12)
-    assert_close(*(torch.autograd.grad(loss, scores)[0] for loss in (found, expected)), 1e-12)
+    assert_close(*(torch.autograd.grad(loss, logits)[0] for loss in (found, expected)), 1e-12)
     even = torch.eye(4, dtype=torch.float64)[None] + 0.1
     assert sequence_balance_loss(even, top_k=1).item() == pytest.approx(1.0)
-    one_sided = torch.tensor([1.0, 0, 0, 0]).double().expand(1, 8, 4)
+    one_sided = torch.tensor([40.0, -40, -40, -40]).double().expand(1, 8, 4)
     assert sequence_balance_loss(one_sided, top_k=1).item() == pytest.approx(4.0)
     logits = torch.tensor([[0.0, 0.0], [math.log(3), 0.0]], dtype=torch.float64)
     assert router_z_loss(logits).item() == pytest.approx((math.log(2) ** 2 + math.log(4) ** 2) / 2)
+
+
+@pytest.mark.parametrize("logit", [-30.0, -90.0, -104.0, -1000.0, 30.0, 1000.0])
+def test_extreme_logits(logit):
+    """Scores of 0 and of 1: the weights are their quotients, and no gradient is infinite or NaN."""
+    layer = moe("{type: moe, n_experts: 4, top_k: 2, hidden: 16, sequence_loss: 0.5}").float()
+    layer.router.bias.zero_()
+    offsets = torch.tensor([0.0, 1.0, 2.0, -1.0])
+    with torch.no_grad():  # logits are the first element of a token times the weight
+        layer.router.project.weight.zero_()
+        layer.router.project.weight[:, 0] = logit + offsets
+    x = torch.zeros(1, 3, 32)
+    x[..., 0] = 1.0
+    y, report = layer.train()(x.requires_grad_())
+    weights = layer.router(x.flatten(0, 1)).weights_NK
+    chosen = layer.router.select(torch.full((3, 4), logit).add(offsets).sigmoid())
+    scores = (logit + offsets.double()).sigmoid()
+    if logit < -700:  # in float64 too scores are 0: their quotient is that of their logarithms
+        scores = offsets.double().exp()
+    expected = scores[chosen] / scores[chosen].sum(-1, keepdim=True)
+    assert_close(weights, expected, 1e-5)
+    (y.sum() + report.losses["moe_sequence"].value).backward()
+    for name, parameter in [("x", x), *layer.named_parameters()]:
+        assert parameter.grad is None or parameter.grad.isfinite().all(), name
 
 
 def test_losses_are_those_of_training():
@@ -227,7 +251,7 @@ def test_losses_are_those_of_training():
     routing = layer.router(x.flatten(0, 1))
     losses = layer.train()(x)[1].losses
     assert {name: loss.per for name, loss in losses.items()} == {"moe_sequence": "batch", "moe_z": "batch"}
-    expected = 0.5 * sequence_balance_loss(routing.scores_NE.view(3, 9, 8), 2)
+    expected = 0.5 * sequence_balance_loss(routing.logits_NE.view(3, 9, 8), 2)
     assert_close(losses["moe_sequence"].value, expected, 1e-14)
     assert_close(losses["moe_z"].value, 0.25 * router_z_loss(routing.logits_NE), 1e-14)
     assert layer.eval()(x)[1].losses == {} and moe(CASES[1]).train()(x)[1].losses == {}

@@ -83,8 +83,8 @@ class MoE(Module):
     def _losses(self, routing: Routing, shape: torch.Size) -> dict[str, Loss]:
         losses = {}
         if self.training and self.sequence_loss:
-            scores_BTE = routing.scores_NE.view(*shape[:-1], self.n_experts)
-            loss = sequence_balance_loss(scores_BTE, self.top_k)
+            logits_BTE = routing.logits_NE.view(*shape[:-1], self.n_experts)
+            loss = sequence_balance_loss(logits_BTE, self.top_k)
             losses["moe_sequence"] = Loss(self.sequence_loss * loss, "batch")
         if self.training and self.z_loss:
             # Sequences of a step have the same length: the mean over tokens is that over sequences.

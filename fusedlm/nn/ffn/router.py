@@ -3,6 +3,7 @@
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 
 from fusedlm.nn.linear import Linear
 from fusedlm.nn.module import Module, OpUse
@@ -77,10 +78,9 @@ class Router(Module):
             logits_NE = self.project(x_ND, dtype=torch.promote_types(x_ND.dtype, torch.float32))
             scores_NE = logits_NE.sigmoid()
             indices_NK = self.select(scores_NE.detach() + self.bias)
-            weights_NK = scores_NE.gather(-1, indices_NK)
-            if self.top_k > 1:  # the only weight would always be 1, and the router would not learn
-                total_N1 = weights_NK.sum(-1, keepdim=True)
-                weights_NK = weights_NK / total_N1.clamp(min=torch.finfo(total_N1.dtype).tiny)
+            chosen_NK = logits_NE.gather(-1, indices_NK)
+            # The only weight would always be 1, and the router would not learn.
+            weights_NK = normalised_scores(chosen_NK) if self.top_k > 1 else chosen_NK.sigmoid()
             return Routing(logits_NE, scores_NE, indices_NK, weights_NK * self.scaling)
 
     def select(self, biased_NE: torch.Tensor) -> torch.Tensor:
@@ -114,16 +114,21 @@ class Router(Module):
         return self.project.flops(n_tokens)
 
 
-def sequence_balance_loss(scores_BTE: torch.Tensor, top_k: int) -> torch.Tensor:
+def normalised_scores(logits: torch.Tensor) -> torch.Tensor:
+    """sigmoid(logits) over their sum, of the last dimension. As a softmax of logarithms: scores of very negative logits
+    are 0, and the gradient of their quotient is not finite."""
+    return F.logsigmoid(logits).softmax(-1)
+
+
+def sequence_balance_loss(logits_BTE: torch.Tensor, top_k: int) -> torch.Tensor:
     """() sum over the experts of f P, mean over the sequences (arXiv 2412.19437, eq. 17 to 20); 1 where all is even.
 
     f is the fraction of a sequence's tokens that have the expert among the top_k of their scores, without bias and
     groups, times E / top_k; P the mean of its score as a fraction of all scores of the token. f has no gradient.
     """
-    _, n_tokens, n_experts = scores_BTE.shape
-    counts_BE = is_highest(scores_BTE.detach(), top_k).sum(1, dtype=scores_BTE.dtype)
-    total_BT1 = scores_BTE.sum(-1, keepdim=True).clamp(min=torch.finfo(scores_BTE.dtype).tiny)
-    share_BE = (scores_BTE / total_BT1).mean(1)
+    _, n_tokens, n_experts = logits_BTE.shape
+    counts_BE = is_highest(logits_BTE.detach(), top_k).sum(1, dtype=logits_BTE.dtype)
+    share_BE = normalised_scores(logits_BTE).mean(1)
     return (counts_BE * share_BE).sum(-1).mean() * (n_experts / (top_k * n_tokens))
 
 
