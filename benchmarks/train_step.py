@@ -11,6 +11,7 @@ where the time of a step goes.
 import argparse
 import contextlib
 import json
+import shlex
 import statistics
 import sys
 import time
@@ -30,7 +31,7 @@ from fusedlm.model.low_precision import cast_weights, precision_table  # noqa: E
 from fusedlm.model.precision import autocast, resolve_device, resolve_dtype  # noqa: E402
 from fusedlm.optim import build_optimizer  # noqa: E402
 from fusedlm.runs.backends import use_backends  # noqa: E402
-from fusedlm.runs.hardware import numerics, peak_flops  # noqa: E402
+from fusedlm.runs.hardware import environment, numerics, peak_flops  # noqa: E402
 from fusedlm.runs.precision import use_precision  # noqa: E402
 from fusedlm.train.cuda_graph import CapturedBackward  # noqa: E402
 from fusedlm.train.micro_batch import forward_backward  # noqa: E402
@@ -55,11 +56,13 @@ def main() -> None:
             mean_document=arguments.documents,
             repeats=arguments.repeats,
             profiled=arguments.profile,
-        ) | {"overrides": arguments.overrides}
+        )
     except ValueError as error:
         parser.error(str(error))
+    result |= {"overrides": arguments.overrides}
+    result["command"] = shlex.join(["python", "benchmarks/train_step.py", *sys.argv[1:]])
     for key, value in result.items():
-        if key != "profile":
+        if key not in ("profile", "environment", "command"):
             print(f"{key:28} {value:,.4g}" if isinstance(value, float) else f"{key:28} {value}")
     if arguments.json:
         with open(arguments.json, "w") as file:
@@ -161,6 +164,7 @@ def _measure(recipe: Recipe, device, dtype, vocab_size: int, mean_document, repe
         "documents": mean_document,
         "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
         "torch": torch.__version__,
+        "environment": environment(device, dtype),
         "parameters": count_parameters(model).total,
         "precision": recipe.runtime.precision,
         "low_precision_layers": sum(layer.reason is None for layer in precision),

@@ -15,15 +15,21 @@ sys.path.insert(0, str(REPOSITORY))
 from scripts.decoding_section import DECODING, decoding_section, draw_decoding  # noqa: E402
 from scripts.golf_section import CORRECTIONS, GOLF, golf_section  # noqa: E402
 from scripts.lengths_section import LENGTHS, draw_lengths, lengths_section, read_lengths  # noqa: E402
+from scripts.low_precision_section import QUANTISED_LINEAR, low_precision_section  # noqa: E402
 from scripts.nanogpt_section import NANOGPT, nanogpt_section  # noqa: E402
 from scripts.ops_section import IMAGES, OPS, STEPS, draw_ops, ops_section  # noqa: E402
 from scripts.optimizer_section import OPTIMIZER_STEP, optimizer_section  # noqa: E402
+from scripts.speculation_section import SPECULATION, speculation_section  # noqa: E402
 from scripts.switches_section import switches_section  # noqa: E402
+from scripts.training_section import TRAINING_STEPS, training_section  # noqa: E402
 
 RUNS, EXPERIMENTS = "benchmarks/results", "benchmarks/results/experiments"
 EXTENSION = "benchmarks/results/probes/extend.json"  # as `fusedlm eval RUN --probe extend` wrote it
 RECALL = "benchmarks/results/recall.json"  # as benchmarks/recall.py wrote it, plots beside it
-OTHERS = (EXTENSION, RECALL, DECODING, *OPS, STEPS, OPTIMIZER_STEP, NANOGPT, GOLF, CORRECTIONS)
+OTHERS = (
+    EXTENSION, RECALL, DECODING, *OPS, STEPS, OPTIMIZER_STEP, NANOGPT, GOLF, CORRECTIONS, TRAINING_STEPS, SPECULATION,
+    QUANTISED_LINEAR,
+)  # fmt: skip
 BEGIN, END = "<!-- results -->\n", "<!-- end of results -->\n"
 # Rows of the README's table: recipe, measurement, and a function that reads it from a record.
 HEADLINES = [
@@ -113,7 +119,8 @@ def results_page(
     page += experiments_section(experiments) + nanogpt_section(others[NANOGPT], records, experiments)
     page += golf_section(others[GOLF], others[CORRECTIONS])
     page += recall_section(others[RECALL]) + extension_section(others[EXTENSION])
-    page += decoding_section(others[DECODING])
+    page += training_section(others[TRAINING_STEPS]) + low_precision_section(others[QUANTISED_LINEAR])
+    page += decoding_section(others[DECODING]) + speculation_section(others[SPECULATION])
     page += ops_section(ops_records(others), others[STEPS])
     return page + optimizer_section(others[OPTIMIZER_STEP])
 

@@ -8,13 +8,19 @@ import torch
 
 from benchmarks import quantised_linear
 from fusedlm.ops.low_precision import reference
+from scripts.low_precision_section import low_precision_section
 
 
 def _run(tmp_path, monkeypatch, *arguments):
     out = tmp_path / "record.json"
     monkeypatch.setattr(sys, "argv", ["script", "--quick", "--device", "cpu", "--out", str(out), *arguments])
     quantised_linear.main()
-    (case,) = json.loads(out.read_text())["cases"]
+    record = json.loads(out.read_text())
+    record["environment"]["git_commit"] = "0123456789"
+    (case,) = record["cases"]
+    page = low_precision_section(record)
+    for one in case["contenders"]:  # what has no time is left out
+        assert (f"| {one['name']} | " in page) == (one["milliseconds"] is not None)
     return {one["name"]: one for one in case["contenders"]}, case["casts"]
 
 

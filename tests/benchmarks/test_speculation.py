@@ -9,6 +9,7 @@ import pytest
 
 from benchmarks.speculation import agreement, passages
 from fusedlm.train import train
+from scripts.speculation_section import speculation_section
 from tests.train.runs import tiny_recipe
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -44,6 +45,11 @@ def test_a_row_for_each_number_of_drafts(trained, tmp_path):
         if row["temperature"] == 0:
             assert row["same"] == 1.0, "float32: the texts are those of plain decoding"
     assert len(done.stdout.splitlines()) == len(record["rows"])
+    record["environment"]["git_commit"] = "0123456789"
+    table = [line for line in speculation_section(record).splitlines() if line.startswith("| ")]
+    assert len(table) == 1 + len(record["rows"])
+    assert table[1].startswith("| 1 | 0 | 0 | ") and table[1].endswith(" | 1.00× | 1.00 | – |")
+    assert table[3].count("%") == 2, "of two drafts"
 
 
 def test_passages_are_the_starts_of_documents(trained):
