@@ -4,7 +4,8 @@ import torch
 
 from benchmarks.cases.peers import available
 from benchmarks.harness import Op, Problem
-from fusedlm.ops.float32 import reference, split
+from fusedlm.ops import float32_linear
+from fusedlm.ops.float32 import reference
 
 
 def problems(shape: tuple[int, int, int], device: torch.device, dtype: torch.dtype) -> list[Problem]:
@@ -27,7 +28,7 @@ def problems(shape: tuple[int, int, int], device: torch.device, dtype: torch.dty
         "contenders": available(
             eager=reference.float32_linear,
             torch_compile=torch.compile(reference.float32_linear, dynamic=False),
-            fusedlm=torch.compile(split.float32_linear, dynamic=False),
+            fusedlm=torch.compile(float32_linear, dynamic=False),
         ),
         "sample": lambda found: found,
     }

@@ -10,7 +10,7 @@ from fusedlm.ops.experts import reference, triton
 from fusedlm.ops.swiglu import reference as dense_reference
 from fusedlm.ops.swiglu import triton as dense
 
-_SAMPLED_ROWS = 16  # of the gradient of each expert's matrices
+SAMPLED_ROWS = 16  # of the gradient of each expert's matrices
 
 
 def _eager(x, w_up, w_down, weights, indices):
@@ -20,7 +20,7 @@ def _eager(x, w_up, w_down, weights, indices):
 _eager.waits_for_device = True  # for the sizes of the groups
 
 
-def _grouped(x, w_up, w_down, weights, indices):
+def grouped(x, w_up, w_down, weights, indices):
     """Sorted rows between torch's grouped products, as torchtitan has them."""
     experts, order = torch.sort(indices.flatten(), stable=True)
     ends = torch.searchsorted(experts, torch.arange(len(w_up), device=x.device), right=True, out_int32=True)
@@ -59,7 +59,7 @@ def problems(shape: tuple, device, dtype) -> list[Problem]:
         return sample([out.detach(), *torch.autograd.grad(out, wide, upstream.double())])
 
     def sample(found):
-        return [a[: feed_forward.SAMPLED] if a.ndim == 2 else a[:, :_SAMPLED_ROWS] for a in found]
+        return [a[: feed_forward.SAMPLED] if a.ndim == 2 else a[:, :SAMPLED_ROWS] for a in found]
 
     has_grouped = dtype == torch.bfloat16 and device.type == "cuda"
     common = {
@@ -69,8 +69,8 @@ def problems(shape: tuple, device, dtype) -> list[Problem]:
         "leaves": leaves,
         "contenders": available(
             eager=_eager,
-            grouped_mm=_grouped if has_grouped else None,
-            grouped_mm_torch_compile=torch.compile(_grouped, dynamic=False) if has_grouped else None,
+            grouped_mm=grouped if has_grouped else None,
+            grouped_mm_torch_compile=torch.compile(grouped, dynamic=False) if has_grouped else None,
             fusedlm=_fused,
         ),
         "sample": sample,
