@@ -22,7 +22,7 @@ LAYERS = [
     ["runs", "evaluate", "generation"],
     ["data", "model", "optim"],
     ["nn"],
-    ["files", "distributed", "terminal", "ops"],
+    ["files", "strict_json", "distributed", "terminal", "ops"],
 ]
 READ_BY_ALL = "config"
 PLAIN = ("model", "nn", "ops", "distributed", "files", "terminal")  # take plain arguments: a model needs no recipe

@@ -5,7 +5,6 @@ from typing import Annotated
 
 import typer
 
-from fusedlm import strict_json
 from fusedlm.cli.adapt_options import (
     AdaptChunkOption,
     AdaptLearningRateOption,
@@ -45,6 +44,7 @@ from fusedlm.cli.probe_options import (
 from fusedlm.cli.probes import Target, run_probe
 from fusedlm.cli.tasks import LimitOption, ShotsOption, TasksOption, check_task_options, run_tasks
 from fusedlm.cli.text import documents_of
+from fusedlm.strict_json import dumps
 
 TextOption = Annotated[
     Path | None,
@@ -186,7 +186,7 @@ def evaluate(
     if adapted is not None:
         result["adapt"] = adapted.record(method)
     if as_json:
-        print(strict_json.dumps(result))
+        print(dumps(result))
         return
     context = f"window {window}, stride {stride}" if window else "full documents"
     context += f", matrices in int{loaded.recipe.train.qat.bits}" if qat else ""

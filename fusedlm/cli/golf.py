@@ -6,11 +6,11 @@ from typing import Annotated
 
 import typer
 
-from fusedlm import strict_json
 from fusedlm.cli.common import OverridesArgument, RecipeArgument, WeightsOption, integer, progress_bars
 from fusedlm.cli.golf_run import MODEL, RECORD, REPORT, RUN, Options, golfed, report_lines
 from fusedlm.cli.interrupts import exit_code
 from fusedlm.cli.pack import described
+from fusedlm.strict_json import dumps
 from fusedlm.terminal import make_console, outlast_output
 
 
@@ -74,7 +74,7 @@ def golf(
     write_atomic(folder / REPORT, "\n".join([f"# {config.name}", "", *lines, "", "```text", table, "```"]) + "\n")
     page = write_report(folder / RUN)
     if as_json:
-        print(strict_json.dumps(record))
+        print(dumps(record))
         return
     print("\n".join(lines))
     print(f"by tensor: {folder / REPORT}; record: {folder / RECORD}; training: {page}")

@@ -5,10 +5,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fusedlm import strict_json
 from fusedlm.cli.common import LoadedRun, ReportProgress, load_run
 from fusedlm.cli.quantize_run import calibration_of
 from fusedlm.cli.text import documents_of
+from fusedlm.strict_json import dumps
 
 if TYPE_CHECKING:
     from fusedlm.quant.artifact.write import Packed
@@ -88,7 +88,7 @@ def golfed(out: Path, options: Options, progress: ReportProgress) -> dict:
         },
         "environment": environment(loaded.device, loaded.dtype),
     }
-    write_atomic(out / RECORD, strict_json.dumps(record, indent=1) + "\n")
+    write_atomic(out / RECORD, dumps(record, indent=1) + "\n")
     return record
 
 

@@ -5,8 +5,8 @@ from typing import Annotated
 
 import typer
 
-from fusedlm import strict_json
 from fusedlm.cli.common import CheckpointOption, WeightsOption, integer, load_run, number, progress_bars
+from fusedlm.strict_json import dumps
 
 FLOATS = ("float32", "float16", "bfloat16")
 
@@ -117,7 +117,7 @@ def pack(
     archive = b"" if code is None else code_archive(packed.content)
     result = breakdown.record() | {"budget": n_bytes, "code_bytes": len(archive) if code else None, "notes": notes}
     over = len(packed.content) + len(archive) > n_bytes
-    print(strict_json.dumps(result) if as_json else described(result))
+    print(dumps(result) if as_json else described(result))
     if over:
         raise OverBudget(breakdown, n_bytes, len(archive))
     write_atomic(out, packed.content)
@@ -153,7 +153,7 @@ def _inspect(path: Path, as_json: bool) -> None:
     ]
     result = breakdown.record() | origin | {"sections": offsets, "recipe": header.recipe}
     if as_json:
-        print(strict_json.dumps(result))
+        print(dumps(result))
         return
     print(described(result))
     print(f"format {VERSION}, step {header.step}, {header.weights} weights; all checksums agree")

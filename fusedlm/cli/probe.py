@@ -6,9 +6,9 @@ from typing import Annotated
 
 import typer
 
-from fusedlm import strict_json
 from fusedlm.cli.common import DeviceOption, OverridesArgument, RecipeArgument, integer, number, progress_bars
 from fusedlm.cli.probes import table
+from fusedlm.strict_json import dumps
 from fusedlm.terminal import make_console
 
 probe = typer.Typer(help="Experiments on a recipe that need no trained model.")
@@ -94,10 +94,10 @@ def coordinates(
             progress=progress,
         )
     record = {"probe": "coordinates", "recipe": loaded.name, **result, "environment": environment(where, dtype)}
-    write_atomic(out / "coordinates.json", strict_json.dumps(record, indent=1) + "\n")
+    write_atomic(out / "coordinates.json", dumps(record, indent=1) + "\n")
     write_atomic(out / "coordinates.png", coordinates_plot(result))
     if as_json:
-        print(strict_json.dumps(record))
+        print(dumps(record))
         return
     first, last = result["widths"][0], result["widths"][-1]
     rows = [

@@ -5,10 +5,10 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
-from fusedlm import strict_json
 from fusedlm.cli.common import load_run, progress_bars, stretch
 from fusedlm.cli.packaged import find_recipe
 from fusedlm.cli.text import documents_of, prepared_text
+from fusedlm.strict_json import dumps
 from fusedlm.terminal import make_console
 
 
@@ -54,10 +54,10 @@ def run_probe(probe: str, target: Target, options: dict, *, as_json: bool) -> No
         out = target.run / "probes"
     out.mkdir(parents=True, exist_ok=True)  # before the computation: an unwritable folder fails at once
     record, plot, tables = {"mqar": _mqar, "needle": _needle, "extend": _extend}[probe](target, options)
-    write_atomic(out / f"{probe}.json", strict_json.dumps(record, indent=1) + "\n")
+    write_atomic(out / f"{probe}.json", dumps(record, indent=1) + "\n")
     write_atomic(out / f"{probe}.png", plot)
     if as_json:
-        print(strict_json.dumps(record))
+        print(dumps(record))
         return
     console = make_console()
     for shown in tables:

@@ -6,7 +6,6 @@ from typing import Annotated
 
 import typer
 
-from fusedlm import strict_json
 from fusedlm.cli.common import (
     CheckpointOption,
     DeviceOption,
@@ -20,6 +19,7 @@ from fusedlm.cli.common import (
 from fusedlm.cli.eval import DataOption, StrideOption, TextOption, WindowOption
 from fusedlm.cli.quantize_run import described, quantized, request_of, row_of
 from fusedlm.cli.text import documents_of
+from fusedlm.strict_json import dumps
 
 
 def quantize(
@@ -197,7 +197,7 @@ def quantize(
         "checkpoint": loaded.step,
         "weights": weights,
     }
-    print(strict_json.dumps(result) if as_json else described(result, out))
+    print(dumps(result) if as_json else described(result, out))
 
 
 def _with_data(recipe, data: Path):

@@ -5,8 +5,8 @@ from typing import Annotated
 
 import typer
 
-from fusedlm import strict_json
 from fusedlm.cli.common import LoadedRun, integer
+from fusedlm.strict_json import dumps
 
 TasksOption = Annotated[
     str | None,
@@ -98,7 +98,7 @@ def run_tasks(
         add_tasks(loaded.run, entries)
         _update_report(loaded)
     if as_json:
-        print(strict_json.dumps(entries))
+        print(dumps(entries))
         return
     for entry in entries:
         metrics = entry["metrics"]

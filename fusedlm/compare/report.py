@@ -3,7 +3,7 @@
 from html import escape
 from pathlib import Path
 
-from fusedlm import __version__, strict_json
+from fusedlm import __version__
 from fusedlm.compare.matching import Variant
 from fusedlm.compare.plots import draw_plots
 from fusedlm.compare.results import Results
@@ -23,6 +23,7 @@ from fusedlm.report.page import (
     text_table,
 )
 from fusedlm.report.units import count
+from fusedlm.strict_json import dumps
 
 _MATCHED = {
     "none": "Nothing is matched beyond what the changes below keep",
@@ -48,7 +49,7 @@ def write_report(results: Results, out: Path) -> Path:
     folder.mkdir(exist_ok=True)
     for plot in plots:
         write_atomic(folder / f"{plot.name}.png", plot.png)
-    write_atomic(out / "results.json", strict_json.dumps(results.as_json(), indent=1) + "\n")
+    write_atomic(out / "results.json", dumps(results.as_json(), indent=1) + "\n")
     write_atomic(out / "results.csv", results.as_csv())
     if results.tunings:
         write_atomic(out / "trials.csv", trials_csv(results.tunings))

@@ -11,8 +11,8 @@ import os
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from fusedlm import strict_json
 from fusedlm.files import write_atomic
+from fusedlm.strict_json import finite_or_none
 
 _CHECK = "check"
 
@@ -127,7 +127,7 @@ class MetricsFile:
 
     def write(self, record: dict) -> None:
         """Append a record. Raises OSError with the name of the file when the disk is full."""
-        clean = strict_json.finite_or_none(record)
+        clean = finite_or_none(record)
         check = _digest(self.check, clean)
         try:
             self._file.write(json.dumps(clean | {_CHECK: check}, allow_nan=False) + "\n")
