@@ -99,8 +99,7 @@ def _measure(recipe: Recipe, device, dtype, vocab_size: int, mean_document, repe
     for line in precision_table(precision):
         print(line)
     optimizer = build_optimizer(model, train.optimizer, device)
-    if runtime.recompute == "mixer":
-        model.recompute_mixers()
+    model.recompute(runtime.recompute)
     if runtime.compile:
         model.compile_blocks()
     model.train()

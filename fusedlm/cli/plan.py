@@ -3,7 +3,7 @@
 import json
 import math
 from functools import partial
-from typing import Annotated
+from typing import Annotated, get_args
 
 import typer
 
@@ -91,6 +91,7 @@ def make_plan(
         weight_copy_bytes,
     )
     from fusedlm.model.precision import resolve_dtype
+    from fusedlm.nn.block import Recompute
     from fusedlm.ops.common import check_backends
     from fusedlm.ops.quantized.reference import WEIGHT_FORMATS
     from fusedlm.optim import optimizer_bytes
@@ -120,11 +121,11 @@ def make_plan(
         "average_bytes": 4 * parameters.total * sum(kept is not None for kept in (train.ema, train.swa)),
         "weight_copy_bytes": weight_copy_bytes(model, dtype),
     }
-    recompute = recipe.runtime.recompute == "mixer"
+    recompute = recipe.runtime.recompute
 
     parallel = recipe.runtime.parallel
 
-    def activations(micro_batch: int, recompute: bool = recompute, divided: bool = parallel.experts > 1) -> int:
+    def activations(micro_batch: int, recompute: str = recompute, divided: bool = parallel.experts > 1) -> int:
         return activation_bytes(model, micro_batch * train.seq_len, dtype, recompute, divided)
 
     shards = (parallel.shard or 1) * parallel.experts
@@ -163,8 +164,7 @@ def make_plan(
         "seq_len": train.seq_len,
         "recompute": recipe.runtime.recompute,
         "activation_bytes": activations(micro_batch),
-        "activation_bytes_without_recompute": activations(micro_batch, False),
-        "activation_bytes_with_recompute": activations(micro_batch, True),
+        "activation_bytes_by_recompute": {what: activations(micro_batch, what) for what in get_args(Recompute)},
         "memory_bytes": memory,
         "compile": recipe.runtime.compile,
         "state_dtype": str(dtype).removeprefix("torch."),

@@ -72,7 +72,7 @@ def _of_one(estimate: dict) -> str:
 
 def _memory(estimate: dict):
     micro = f"{estimate['micro_batch_size']} × {estimate['seq_len']:,} tokens"
-    other = "without" if estimate["recompute"] == "mixer" else "with"
+    others = {what: n for what, n in estimate["activation_bytes_by_recompute"].items() if what != estimate["recompute"]}
     rows = [
         ("weights", estimate["weight_bytes"], "float32"),
         ("gradients", estimate["gradient_bytes"], "float32"),
@@ -80,7 +80,7 @@ def _memory(estimate: dict):
         ("average", estimate["average_bytes"], "train.ema, train.swa"),
         ("weight copies", estimate["weight_copy_bytes"], estimate["state_dtype"]),
         ("activations", estimate["activation_bytes"], f"estimate, {micro}"),
-        (f"  {other} recompute", estimate[f"activation_bytes_{other}_recompute"], "runtime.recompute"),
+        *((f"  recompute: {what}", n, "runtime.recompute") for what, n in others.items()),
         ("total", estimate["memory_bytes"], _of_one(estimate)),
     ]
     return "memory to train on a GPU", [(label, _size_of(n), note) for label, n, note in rows if n]

@@ -60,8 +60,9 @@ class RuntimeConfig(Config):
     """torch.compile, one full graph per block; changes rounding."""
     cuda_graph: bool = False
     """One launch per micro-batch, for models whose kernels take less time than their launches."""
-    recompute: Annotated[Literal["none", "mixer"], NEUTRAL] = "none"
-    """What the backward pass recomputes; mixer: save only its input and the output of attention for backward."""
+    recompute: Annotated[Literal["none", "mixer", "block"], NEUTRAL] = "none"
+    """What the backward pass recomputes. mixer: save only its input and the output of attention for backward; block:
+    save only the input of each block."""
     deterministic: bool = False
     """Operations whose result can differ between runs are errors."""
     parallel: Annotated[ParallelConfig, NEUTRAL] = ParallelConfig()

@@ -12,7 +12,7 @@ from fusedlm.model.multi_token import multi_token_loss, prediction_modules
 from fusedlm.model.output import Output
 from fusedlm.model.state import State
 from fusedlm.nn.bigram import BigramHash
-from fusedlm.nn.block import Block
+from fusedlm.nn.block import Block, Recompute
 from fusedlm.nn.context import Context, document_positions, row_boundaries
 from fusedlm.nn.embedding import Embedding
 from fusedlm.nn.ffn.divided_experts import DividedExperts
@@ -359,10 +359,11 @@ class Decoder(Module):
         of them by name. Waits for the device if the metrics are on one."""
         return summarise(self, metrics)
 
-    def recompute_mixers(self, recompute: bool = True) -> None:
-        """Save only the input and the attention output of each mixer for backward, and recompute the rest."""
+    def recompute(self, what: Recompute) -> None:
+        """What the backward pass recomputes. mixer: only the input and the attention output of each mixer are saved for
+        backward; block: only the input of each block."""
         for block in self.all_blocks():
-            block.recompute_mixer(recompute)
+            block.recompute(what)
 
     def compile_blocks(self, backend: str = "inductor", dynamic: bool | None = None) -> None:
         """torch.compile each block and the head for training, one full graph each, or several around divided

@@ -4,6 +4,7 @@ import torch
 
 from fusedlm.model.decoder import Decoder
 from fusedlm.model.sharding import SHARDED_KINDS
+from fusedlm.nn.block import Recompute
 from fusedlm.nn.ffn.moe import MoE
 from fusedlm.nn.ffn.relu2 import ReLU2
 from fusedlm.nn.linear import Linear
@@ -14,7 +15,11 @@ _LOGITS = 298 * 2**20  # most bytes of logits at a time, of the chunked cross en
 
 
 def activation_bytes(
-    model: Decoder, n_tokens: int, dtype: torch.dtype, recompute: bool = False, divided: bool = False
+    model: Decoder,
+    n_tokens: int,
+    dtype: torch.dtype,
+    recompute: Recompute = "none",
+    divided: bool = False,
 ) -> int:
     """Bytes saved for backward in a forward pass over n_tokens, an estimate for compiled training with fused kernels.
 
@@ -25,23 +30,30 @@ def activation_bytes(
     Args:
         n_tokens: of a micro-batch.
         dtype: of activations.
-        recompute: as `runtime.recompute: mixer` does, which saves only the input of each mixer and the output of its
-            attention.
+        recompute: as `runtime.recompute`: mixer saves only the input of each mixer and the output of its attention,
+            block only the input of each block, and in the backward pass what one block at a time saves.
         divided: whether experts are divided over processes, which then save the rows that they receive; a process
             whose experts have more than the mean load saves more.
     """
-    per_token = 0.0
-    for block in model.all_blocks():
-        mixer = _recomputed_mixer(block.mixer, dtype) if recompute else _mixer(block.mixer, model.dim, dtype)
-        per_token += mixer + (0 if block.ffn is None else _feed_forward(block.ffn, model.dim, dtype))
-        per_token += len(block.parts()) * model.dim * (model.dropout.p > 0)  # masks, one byte per element
-        if divided and isinstance(block.ffn, MoE) and block.ffn.n_experts:
-            per_token += block.ffn.top_k * model.dim * dtype.itemsize
+    blocks = [_block(block, model, dtype, recompute == "mixer", divided) for block in model.all_blocks()]
+    per_token = sum(blocks)
+    if recompute == "block":
+        per_token = len(blocks) * model.dim * dtype.itemsize + max(blocks)
     per_token += (2 * model.dim + _input_elements(model)) * dtype.itemsize  # embedding, and the input of the head
     # Embedding moved, concatenation of both norms, projection, and the input of the head.
     per_token += 5 * model.dim * len(model.mtp or ()) * dtype.itemsize
     logits = min(4 * n_tokens * model.embedding.weight.shape[0], _LOGITS)
     return round(n_tokens * per_token) + logits
+
+
+def _block(block, model: Decoder, dtype: torch.dtype, recomputes_mixer: bool, divided: bool) -> float:
+    """Bytes per token of a block."""
+    mixer = _recomputed_mixer(block.mixer, dtype) if recomputes_mixer else _mixer(block.mixer, model.dim, dtype)
+    n_bytes = mixer + (0 if block.ffn is None else _feed_forward(block.ffn, model.dim, dtype))
+    n_bytes += len(block.parts()) * model.dim * (model.dropout.p > 0)  # masks, one byte per element
+    if divided and isinstance(block.ffn, MoE) and block.ffn.n_experts:
+        n_bytes += block.ffn.top_k * model.dim * dtype.itemsize
+    return n_bytes
 
 
 def weight_copy_bytes(model: Decoder, dtype: torch.dtype) -> int:

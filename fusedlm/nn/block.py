@@ -1,6 +1,7 @@
 """The pre-norm residual block."""
 
 from functools import partial
+from typing import Literal
 
 import torch
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
@@ -15,6 +16,8 @@ from fusedlm.nn.pending import PendingMix, PendingNorm, PendingProduct
 from fusedlm.nn.quantized import quantized_layers
 from fusedlm.nn.report import Report, with_report
 from fusedlm.ops.common import runs_fused
+
+Recompute = Literal["none", "mixer", "block"]  # what the backward pass recomputes
 
 
 class Block(Module):
@@ -59,7 +62,7 @@ class Block(Module):
             self.ffn_norm = RMSNorm(dim, norm_eps, norm_scale, has_gain=norm_gain)
             self.ffn = FFNS[ffn["type"]](dim=dim, **_without_type(ffn))
         self.dropout = torch.nn.Dropout(dropout)
-        self.recomputes = False
+        self.recomputes_mixer = self.recomputes_block = False
         self.branch_scale = 1.0  # factor of both branches (`fusedlm.nn.mup`)
         for part in self.parts():
             if part.branch_end is not None:
@@ -73,10 +76,16 @@ class Block(Module):
         x0_BTD: torch.Tensor | None = None,
         skip_BTD: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, Report]:
+        if self.recomputes_block and state is None and torch.is_grad_enabled():
+            inputs = x_BTD, context, None, x0_BTD, skip_BTD
+            return checkpoint(self._compute, *inputs, use_reentrant=False, preserve_rng_state=self.dropout.p > 0)
+        return self._compute(x_BTD, context, state, x0_BTD, skip_BTD)
+
+    def _compute(self, x_BTD, context: Context, state, x0_BTD, skip_BTD) -> tuple[torch.Tensor, Report]:
         x_BTD, normed = self._input(x_BTD, x0_BTD, skip_BTD)
         is_normed = normed is not None
         mixer_input = normed if is_normed else x_BTD
-        if self.recomputes and state is None and torch.is_grad_enabled():
+        if self.recomputes_mixer and state is None and torch.is_grad_enabled():
             mixed = checkpoint(
                 lambda x: self._mix(x, is_normed, context, None),
                 mixer_input,
@@ -131,18 +140,18 @@ class Block(Module):
         """The mixer, and the feed-forward if there is one."""
         return [self.mixer] if self.ffn is None else [self.mixer, self.ffn]
 
-    def recompute_mixer(self, recompute: bool = True) -> None:
-        """See `Decoder.recompute_mixers`.
+    def recompute(self, what: Recompute) -> None:
+        """See `Decoder.recompute`.
 
         Raises:
             ValueError: the mixer has a value residual, which passes values to later layers outside of its output.
         """
-        if recompute and getattr(self.mixer, "value_residual", None) is not None:
-            raise ValueError("runtime.recompute=mixer does not go with value_residual; turn one of them off")
-        self.recomputes = recompute
+        if what != "none" and getattr(self.mixer, "value_residual", None) is not None:
+            raise ValueError(f"runtime.recompute={what} does not go with value_residual; turn one of them off")
+        self.recomputes_mixer, self.recomputes_block = what == "mixer", what == "block"
         if hasattr(self.mixer, "recomputes_output"):
             # All of the mixer is recomputed already.
-            self.mixer.recomputes_output = not recompute and type(self.mixer).recomputes_output
+            self.mixer.recomputes_output = what == "none" and type(self.mixer).recomputes_output
 
     def flops(self, n_tokens: int) -> int:
         return sum(part.flops(n_tokens) for part in self.parts())

@@ -132,8 +132,7 @@ class Trainer:
         self._signal: signal.Signals | None = None
         if start.state is not None:
             self._restore(start.state.step)
-        if self.runtime.recompute == "mixer":
-            self.model.recompute_mixers()
+        self.model.recompute(self.runtime.recompute)
         if self.runtime.compile:
             # Each shape has a static graph of its own, as in a run that begins or resumes with it.
             self.model.compile_blocks(dynamic=False if self.settings.ramps else None)
@@ -308,7 +307,7 @@ class Trainer:
             raise OneProcessFailed(
                 f"train.micro_batch_size={self.micro_batch_size}: the GPU is out of memory with "
                 f"{rows} x {batch.tokens.shape[1]} tokens; lower train.micro_batch_size "
-                "(the batch stays the same) or set runtime.recompute=mixer"
+                "(the batch stays the same) or set runtime.recompute=mixer or block"
             ) from None
         state = self.state
         state.step += 1

@@ -116,7 +116,7 @@ CASES = {
     "qat experts": (PREDICTED, SGDConfig(lr=0.1), 4, ROWS),
     "experts float32": (PREDICTED, NORMUON, 6, 2),
 }
-RECOMPUTED = ("muon", "experts normuon")
+RECOMPUTED = {"muon": "mixer", "normuon 2": "block", "experts normuon": "block"}
 # (copies, shards) or (copies, shards, parts of the experts) -> cases. Every case is run by 2, 3 or 4 processes, and the
 # long ones by several of these.
 LAYOUTS = {
@@ -189,8 +189,8 @@ def run_case(name: str, layout: tuple[int, ...] | None, world: World) -> dict:
     model_name, optimizer_config, steps, micro_batch_size = CASES[name]
     dtype = torch.float32 if name.endswith("float32") else torch.float64
     model = built(model_name, layout, dtype).train()
-    if layout is not None and name in RECOMPUTED:
-        model.recompute_mixers()
+    if layout is not None:
+        model.recompute(RECOMPUTED.get(name, "none"))
     optimizer = build_optimizer(model, optimizer_config, CPU)
     averages = Averages(model, TrainConfig(steps=steps, seq_len=LENGTH, batch_size=ROWS, ema=0.9))
     found = {"loss": [], "exact loss": [], "layer losses": [], "grad_norm": [], "metrics": []}

@@ -53,9 +53,8 @@ def test_recorded_peaks(name, overrides, vocab_size, per_parameter, file, peak):
     model = build_model(recipe.model, vocab_size=vocab_size, device="meta")
     n_parameters = sum(parameter.numel() for parameter in model.parameters())
     n_tokens = (recipe.train.micro_batch_size or recipe.train.batch_size) * recipe.train.seq_len
-    recompute = recipe.runtime.recompute == "mixer"
     estimate = per_parameter * n_parameters + weight_copy_bytes(model, torch.bfloat16)
-    estimate += activation_bytes(model, n_tokens, torch.bfloat16, recompute)
+    estimate += activation_bytes(model, n_tokens, torch.bfloat16, recipe.runtime.recompute)
     measured = peak(json.loads((RESULTS / file).read_text()))
     assert estimate / 2**30 == pytest.approx(measured, rel=0.11)
 
@@ -67,7 +66,7 @@ def test_recorded_peaks_of_every_mixer(file):
         mixer = [f"model.blocks.a.mixer={json.dumps(mixers(1024)[row['mixer']])}"] if row["mixer"] != "recipe" else []
         recipe = load_recipe(REPOSITORY / f"recipes/{record['name']}.yaml", mixer)
         model = build_model(recipe.model, vocab_size=50257, device="meta")
-        n_tokens, recompute = max(row["length"], record["tokens"]), row["recompute"] == "mixer"
+        n_tokens, recompute = max(row["length"], record["tokens"]), row["recompute"]
         estimate = MOMENTS * row["parameters"] + weight_copy_bytes(model, torch.bfloat16)
         estimate += activation_bytes(model, n_tokens, torch.bfloat16, recompute)
         assert estimate / 2**30 == pytest.approx(row["peak_memory_gib"], rel=0.11), row
@@ -99,8 +98,18 @@ def test_an_eager_pass_saves_at_least_half_and_at_most_four_times_the_estimate(m
     assert estimate / 2 < saved < 4 * estimate
 
 
-def test_recomputation_and_wider_dtypes():
+def test_recomputation():
+    model = build_model(load_recipe(REPOSITORY / "recipes/fusion-1b.yaml").model, vocab_size=8192, device="meta")
+    none, mixer, block = (activation_bytes(model, 1024, torch.bfloat16, what) for what in ("none", "mixer", "block"))
+    assert block < mixer < none
+    deeper = build_model(
+        load_recipe(REPOSITORY / "recipes/fusion-1b.yaml", ["model.n_layers=24"]).model, vocab_size=8192, device="meta"
+    )
+    # The inputs of six more blocks.
+    assert activation_bytes(deeper, 1024, torch.bfloat16, "block") - block == 6 * 1024 * model.dim * 2
+
+
+def test_wider_dtypes():
     model = part_model("{type: gdn, n_heads: 2}")
-    assert activation_bytes(model, 64, torch.float32, True) < activation_bytes(model, 64, torch.float32)
     assert activation_bytes(model, 64, torch.bfloat16) < activation_bytes(model, 64, torch.float32)
     assert weight_copy_bytes(model, torch.float32) == 0

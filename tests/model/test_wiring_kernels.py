@@ -55,7 +55,7 @@ def test_mixing_with_recomputed_mixers():
     expected = _gradients(model)
     for block in model.blocks:
         block.mixer_norm.register_forward_hook(lambda *_: fired.append(1))
-    model.recompute_mixers()
+    model.recompute("mixer")
     _assert_same(_gradients(model), expected)
     assert len(fired) == 8
     with backend_of("mix_inputs", mixing.mix_inputs):

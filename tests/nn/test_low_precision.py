@@ -159,7 +159,7 @@ def test_a_plain_layer_after_one_that_casts(fused):
 def test_recomputed_mixers_give_the_same_gradients(fused):
     _, lowered = _lowered()
     loss, gradients = _step(lowered)
-    lowered.recompute_mixers()
+    lowered.recompute("mixer")
     again, recomputed = _step(lowered)
     assert torch.equal(loss, again)
     assert all(torch.equal(gradients[name], recomputed[name]) for name in gradients)

@@ -48,12 +48,11 @@ def test_changes_the_losses(losses_of, tmp_path, base, change):
     assert short_losses(tmp_path, FAST, *base, change) != losses_of(*base)
 
 
-@pytest.mark.parametrize("wanted", ["none", "mixer"])
+@pytest.mark.parametrize("wanted", ["none", "mixer", "block"])
 def test_recompute_follows_the_recipe_and_changes_no_loss(tmp_path, monkeypatch, wanted):
-    called, recompute = [], Decoder.recompute_mixers
-    monkeypatch.setattr(Decoder, "recompute_mixers", lambda self: (called.append(self), recompute(self)))
+    called, recompute = [], Decoder.recompute
+    monkeypatch.setattr(Decoder, "recompute", lambda self, what: (called.append(what), recompute(self, what)))
     (tmp_path / "plain").mkdir()
     plain = short_losses(tmp_path / "plain")
-    assert called == []
     assert short_losses(tmp_path, f"runtime.recompute={wanted}") == plain
-    assert len(called) == (wanted == "mixer")
+    assert called == ["none", wanted]

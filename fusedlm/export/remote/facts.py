@@ -37,7 +37,8 @@ ATTRIBUTES = {
     "in_place": FALSE,
     "max_tokens": NONE,
     "packed": FALSE,
-    "recomputes": FALSE,
+    "recomputes_block": FALSE,
+    "recomputes_mixer": FALSE,
     "recomputes_output": FALSE,
     "reset_BT": NONE,
     "slots_B": NONE,
@@ -73,6 +74,7 @@ CHECKS = {
 # Of a pair that these return or are given the first alone is used: the second is for training.
 VOID = {"report", "reports", "normed"}
 FIRST_OF_PAIR = {
+    ("Block", "_compute"),
     ("Block", "_input"),
     ("Block", "forward"),
     ("Decoder", "_through_blocks"),
