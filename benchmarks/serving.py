@@ -1,6 +1,6 @@
 """Serving: times to tokens, throughput and the prefix cache, over HTTP; and lm-eval's requests a second.
 
-    python benchmarks/serving.py [--recipe hybrid-350m] [--parts clients prefix harness] [--out FILE]
+    python benchmarks/serving.py [--recipe hybrid-350m [key=value ...]] [--parts clients prefix harness] [--out FILE]
 
 Weights are random. `clients`: so many clients at once, each with one streamed request after another, against the same
 requests one by one. `prefix`: requests that share a long beginning, one after another, with and without the prefix
@@ -222,7 +222,7 @@ def make_model(args):
     if args.recipe is None:
         config = ModelConfig.model_validate(yaml.safe_load(SMALL))
     else:
-        config = load_recipe(RECIPES / f"{args.recipe}.yaml").model
+        config = load_recipe(RECIPES / f"{args.recipe}.yaml", args.overrides).model
     # Weights as at the start, but for projections that start at zero.
     model = build_model(config, vocab_size=ByteTokenizer.vocab_size, device=args.device).eval()
     with torch.no_grad():
@@ -235,6 +235,7 @@ def make_model(args):
 def main_() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--recipe", help="of recipes/, whose model is served")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="of the recipe")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
     parser.add_argument("--device", default="auto")
     parser.add_argument("--clients", type=int, default=64)
@@ -251,7 +252,8 @@ def main_() -> int:
     args.device = resolve_device(args.device)
     args.dtype = resolve_dtype("auto", args.device)
     args.prefix = args.prefix or (1024 if args.device.type == "cpu" else 8192)
-    result = {"recipe": args.recipe, "dtype": str(args.dtype), "environment": environment(args.device, args.dtype)}
+    result = {"recipe": args.recipe, "overrides": args.overrides, "dtype": str(args.dtype)}
+    result["environment"] = environment(args.device, args.dtype)
     model = make_model(args) if {"clients", "prefix"} & set(args.parts) else None
     for part in args.parts:
         print(part)
