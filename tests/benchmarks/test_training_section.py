@@ -32,7 +32,8 @@ def test_a_table_of_what_was_measured(measured):
     tables = record_steps.recorded([{"title": "other", "rows": []}], "layers", files, "a remark")
     assert [table["title"] for table in tables] == ["other", "layers"]
     one, two = tables[1]["rows"]
-    assert "model.n_layers=2" in two["command"] and two["parameters"] > one["parameters"]
+    assert "--json" not in one["command"] and two["command"].endswith(" model.n_layers=2 --vocab-size 61 --repeats 1")
+    assert two["parameters"] > one["parameters"]
     page = training_section(tables[1:])
     first, second = (line for line in page.splitlines() if " layer" in line and line.startswith("| "))
     assert "| 1.00× |" in first and f"| {two['tokens_per_second'] / one['tokens_per_second']:.2f}× |" in second
