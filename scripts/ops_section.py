@@ -3,7 +3,8 @@
 import itertools
 from pathlib import Path
 
-OPS = tuple(f"benchmarks/results/{name}.json" for name in ("ops", "ops-linear-time", "ops-orthogonalize", "ops-wiring"))
+_RECORDS = ("ops", "ops-linear-time", "ops-orthogonalize", "ops-routed", "ops-wiring")
+OPS = tuple(f"benchmarks/results/{name}.json" for name in _RECORDS)
 STEPS = "benchmarks/results/steps.json"
 IMAGES = "docs/images"
 _OURS = "fusedlm"
