@@ -24,8 +24,10 @@ FLOAT32_LINEAR = Op(
 def float32_linear(x, weight_MK, *, backend: str = "auto") -> torch.Tensor:
     """x W^T in float32, as the scores of a router need it, of activations in 16 bits.
 
-    `split` computes it on tensor cores of 16 bits, with float32's accuracy, and rounds the gradient of x once, to the
-    dtype of x.
+    `split` computes it on tensor cores of 16 bits, from all 24 bits of the weight, and rounds the gradient of x once,
+    to the dtype of x. Tensor cores truncate their float32 sums, so that errors grow with the terms: on an H100 to 2e-6
+    of the output with 2,048 columns, and to 4e-6 of the weight's gradient with 4,096 tokens, ten times those of
+    products in float32.
 
     Args:
         x: (..., K), of any float dtype up to float32.

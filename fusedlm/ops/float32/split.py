@@ -1,8 +1,8 @@
 """The projection on tensor cores of 16 bits: float32 values as sums of bfloat16 ones (arXiv 1904.06376).
 
 The 24 bits of a float32 value are those of three bfloat16 values, whose sum it is. Their products with bfloat16 x are
-exact in float32, in which they are summed: the result is that of float32 arithmetic, of another order of the sum. The
-parts are rows of one product. The gradient of x is rounded to bfloat16, for which two parts of each are enough.
+exact in float32, in which they are summed: the result is that of float32 arithmetic, but for the sums. The parts are
+rows of one product. The gradient of x is rounded to bfloat16, for which two parts of each are enough.
 """
 
 import torch
