@@ -35,6 +35,13 @@ def from_local(part: torch.Tensor, like: DTensor, shape: tuple[int, ...]) -> DTe
     )
 
 
+def zeros_by_rows(like: torch.Tensor, n_dims: int) -> torch.Tensor:
+    """Zeros with the first dimensions of `like`, sharded as it is by one of them."""
+    part = local(like)
+    zeros = part.new_zeros(part.shape[:n_dims])
+    return from_local(zeros, like, like.shape[:n_dims]) if isinstance(like, DTensor) else zeros
+
+
 @dataclass(frozen=True)
 class Position:
     """Which part of a sharded tensor this process has.

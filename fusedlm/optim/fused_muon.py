@@ -3,6 +3,7 @@
 import torch
 import triton
 
+from fusedlm.distributed import local
 from fusedlm.ops.polar.op import runs_kernel
 from fusedlm.ops.polar.reference import start_scale
 from fusedlm.ops.polar.schemes import scheme_of
@@ -32,7 +33,7 @@ class FusedStack:
         """As `fusedlm.optim.muon._step_stack`; every parameter has a gradient and a state."""
         found_inf = getattr(optimizer, "found_inf", None)
         # Kept until the launch: the address of a copy must stay its own.
-        gradients = {part.parameter: part.parameter.grad for part in self.stack.parts}
+        gradients = {part.parameter: local(part.parameter.grad) for part in self.stack.parts}
         gradients = {parameter: gradient.contiguous() for parameter, gradient in gradients.items()}
         states = {parameter: optimizer.state[parameter] for parameter in gradients}
         momenta = self._addresses({p: state["momentum"] for p, state in states.items()}, self.stack.columns)
@@ -46,7 +47,7 @@ class FusedStack:
 
     def _addresses(self, tensors: dict[torch.Tensor, torch.Tensor], row_elements: int) -> list[int]:
         """Of the part's first row in the tensor of its parameter."""
-        first = {parameter: tensor.data_ptr() for parameter, tensor in tensors.items()}
+        first = {parameter: local(tensor).data_ptr() for parameter, tensor in tensors.items()}
         row_bytes = row_elements * torch.float32.itemsize
         return [first[part.parameter] + part.start * row_bytes for part in self.stack.parts]
 

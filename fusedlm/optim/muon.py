@@ -4,13 +4,15 @@ import torch
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
+from fusedlm.distributed import local
 from fusedlm.nn.module import Role
 from fusedlm.ops import orthogonalize
 from fusedlm.ops.common.device import can_run_triton
 from fusedlm.ops.polar.schemes import scheme_of
 from fusedlm.optim.cautious_adamw import adamw_step
 from fusedlm.optim.sharded_muon import ShardedMatrices
-from fusedlm.optim.stacks import NORM_EPS, SCALINGS, Stack, stacks_of
+from fusedlm.optim.shards import whole_parts
+from fusedlm.optim.stacks import NORM_EPS, SCALINGS, Part, Stack, initialise, parts_of, stacked
 
 UPDATE_DTYPE = torch.bfloat16  # of updates that are orthogonalised on a GPU
 
@@ -27,9 +29,10 @@ class MuonAdamW(torch.optim.Optimizer):
         W <- W - lr (scaling O + weight_decay W), with `cautious` decay only where O W >= 0
 
     (Keller Jordan, 2024; arXiv 2502.16982; NorMuon: arXiv 2510.05491.) Every split of a packed matrix and every expert
-    of a stack is a matrix of its own. Sharded parameters are orthogonalised as whole matrices all the same, each by one
-    of the processes (`fusedlm.optim.sharded_muon`). On CUDA devices a step does not wait for the device: it can be
-    captured in a CUDA graph, and reads `found_inf` as torch's fused optimizers do; but not with sharded parameters.
+    of a stack is a matrix of its own. Sharded parameters are orthogonalised as whole matrices all the same: those that
+    are whole in one process there, the others by one that is sent their rows (`fusedlm.optim.sharded_muon`). On CUDA
+    devices a step does not wait for the device: it can be captured in a CUDA graph, and reads `found_inf` as torch's
+    fused optimizers do; but not with sharded parameters.
 
     Args:
         groups: of hidden matrices: params, roles, lr, momentum, nesterov, weight_decay, cautious, scheme, scaling
@@ -52,17 +55,23 @@ class MuonAdamW(torch.optim.Optimizer):
                     known = ", ".join(SCALINGS)
                     raise ValueError(f"scaling={group['scaling']!r}: there is no such scaling; one of {known}")
                 self._add_matrices(index, list(zip(group["params"], group["roles"], strict=True)))
-        self._uses_kernels = all(can_run_triton(p) for group in self.param_groups for p in group["params"])
-        self._step_supports_amp_scaling = self._uses_kernels and not self._sharded
+        parameters = [parameter for group in self.param_groups for parameter in group["params"]]
+        self._uses_kernels = all(map(can_run_triton, parameters))
+        is_sharded = any(isinstance(parameter, DTensor) for parameter in parameters)
+        self._step_supports_amp_scaling = self._uses_kernels and not is_sharded
 
     def _add_matrices(self, index: int, matrices: list[tuple[torch.nn.Parameter, Role]]) -> None:
         """Those of the group with that index."""
-        whole = [(parameter, role) for parameter, role in matrices if not isinstance(parameter, DTensor)]
+        whole: list[Part] = []
         sharded: dict[DeviceMesh, list] = {}
         for parameter, role in matrices:
-            if isinstance(parameter, DTensor):
+            is_sharded = isinstance(parameter, DTensor)
+            parts = whole_parts(parameter, role) if is_sharded else parts_of(parameter, role.splits)
+            if parts is None:
                 sharded.setdefault(parameter.device_mesh, []).append((parameter, role))
-        self._stacks[index] = stacks_of(*map(list, zip(*whole, strict=True))) if whole else []
+            else:
+                whole += parts
+        self._stacks[index] = stacked(whole)
         if sharded:
             dtype = UPDATE_DTYPE if matrices[0][0].device.type == "cuda" else None
             lists = [map(list, zip(*members, strict=True)) for members in sharded.values()]
@@ -72,6 +81,9 @@ class MuonAdamW(torch.optim.Optimizer):
     def step(self, closure=None) -> None:
         for index, group in enumerate(self.param_groups):
             if index in self._stacks:
+                for parameter in group["params"]:
+                    if parameter.grad is not None:
+                        initialise(self.state[parameter], parameter, with_rows=group["beta2"] is not None)
                 self._step_matrices(group, self._stacks[index])
                 for matrices in self._sharded.get(index, []):
                     matrices.step(self, group)
@@ -79,9 +91,6 @@ class MuonAdamW(torch.optim.Optimizer):
                 adamw_step(self, group)
 
     def _step_matrices(self, group: dict, stacks: list[Stack]) -> None:
-        for parameter in {part.parameter: None for stack in stacks for part in stack.parts}:
-            if parameter.grad is not None:
-                _initialise(self.state[parameter], parameter, with_rows=group["beta2"] is not None)
         for index, stack in enumerate(stacks):
             parts = [part for part in stack.parts if part.parameter.grad is not None]
             if not parts:
@@ -103,13 +112,6 @@ class MuonAdamW(torch.optim.Optimizer):
         return found
 
 
-def _initialise(state: dict, parameter: torch.Tensor, *, with_rows: bool) -> None:
-    if not state:
-        state["momentum"] = torch.zeros_like(parameter, memory_format=torch.contiguous_format)
-        if with_rows:
-            state["row_square"] = parameter.new_zeros(parameter.shape[:-1])
-
-
 def scaling_of(group: dict, stack: Stack) -> float:
     """The factor of the orthogonal update of a stack's matrices."""
     return SCALINGS[group["scaling"]](stack.rows, stack.columns)
@@ -119,16 +121,18 @@ def _step_stack(optimizer: MuonAdamW, group: dict, stack: Stack) -> None:
     """One step in plain PyTorch, the reference of `fused_muon.step_stack`."""
     momentum, updates = group["momentum"], []
     for part in stack.parts:
-        m, g = part.of(optimizer.state[part.parameter]["momentum"]), part.of(part.parameter.grad.contiguous())
+        m = part.of(local(optimizer.state[part.parameter]["momentum"]))
+        g = part.of(local(part.parameter.grad).contiguous())
         m.lerp_(g, 1 - momentum)
         updates.append(torch.lerp(g, m, momentum) if group["nesterov"] else m)
     update = orthogonalize(torch.stack(updates), group["scheme"])
     if group["beta2"] is not None:
-        rows = [part.of_rows(optimizer.state[part.parameter]["row_square"].view(-1)) for part in stack.parts]
+        squares = [local(optimizer.state[part.parameter]["row_square"]).view(-1) for part in stack.parts]
+        rows = [part.of_rows(values) for part, values in zip(stack.parts, squares, strict=True)]
         update = _normalise_rows(update, rows, group["beta2"])
     update *= scaling_of(group, stack)
     for part, u in zip(stack.parts, update, strict=True):
-        w = part.of(part.parameter)
+        w = part.of(local(part.parameter))
         decay = torch.where(u * w >= 0, w, 0.0) if group["cautious"] else w
         w.sub_(group["lr"] * (u + group["weight_decay"] * decay))
 

@@ -1,4 +1,4 @@
-"""A step of Muon or NorMuon on matrices that are sharded over processes.
+"""A step of Muon or NorMuon on matrices whose rows are sharded over processes.
 
 Momentum and the mean squares of rows are sharded as the parameters are. Matrices are gathered while they are
 orthogonalised (`fusedlm.optim.exchange`), and the two norms that NorMuon's rescaling compares are summed over the
@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 
-from fusedlm.distributed import from_local, local
+from fusedlm.distributed import local
 from fusedlm.nn.module import Role
 from fusedlm.ops import orthogonalize
 from fusedlm.optim.exchange import MatrixExchange
@@ -35,13 +35,11 @@ class ShardedMatrices:
         self._rounds: list[MatrixExchange] = []
 
     def step(self, optimizer: torch.optim.Optimizer, group: dict) -> None:
-        """As `fusedlm.optim.muon._step_stack` on every matrix that has a gradient."""
+        """As `fusedlm.optim.muon._step_stack` on every matrix that has a gradient, and a state."""
         parameters = [parameter for parameter in self._roles if parameter.grad is not None]
         if not parameters:
             return
         self._plan(parameters)
-        for parameter in parameters:
-            _initialise(optimizer.state[parameter], parameter, with_rows=group["beta2"] is not None)
         momentum = group["momentum"]
         momenta = [local(optimizer.state[parameter]["momentum"]) for parameter in parameters]
         gradients = [local(parameter.grad).contiguous() for parameter in parameters]
@@ -74,14 +72,6 @@ class ShardedMatrices:
 
 def _pairs(exchange: MatrixExchange):
     return zip(exchange.parts, exchange.pieces, strict=True)
-
-
-def _initialise(state: dict, parameter: DTensor, *, with_rows: bool) -> None:
-    if not state:
-        part = local(parameter)
-        state["momentum"] = from_local(torch.zeros_like(part), parameter, parameter.shape)
-        if with_rows:
-            state["row_square"] = from_local(part.new_zeros(part.shape[:-1]), parameter, parameter.shape[:-1])
 
 
 def _apply(

@@ -51,6 +51,21 @@ def held_parts(parameter: DTensor, role: Role) -> list[Part]:
     return parts if parameter.dim() == 2 else [part for part in parts if part.start // per_expert in held]
 
 
+def whole_parts(parameter: DTensor, role: Role) -> list[Part] | None:
+    """The matrices of a parameter of which this process alone holds all rows, by their rows in its part of the
+    parameter; None: some matrix is cut, or other processes hold copies. So it is for stacks of experts that are sharded
+    between experts."""
+    place = Place.of(parameter)
+    if place.n_copies > 1:
+        return None
+    parts = held_parts(parameter, role)
+    for part in parts:
+        if all(piece_of(part, shard, place.n_shards).rows < part.rows for shard in range(place.n_shards)):
+            return None
+    pieces = [piece_of(part, place.shard, place.n_shards) for part in parts]
+    return [Part(parameter, piece.start, piece.rows) for piece in pieces if piece.rows]
+
+
 def piece_of(part: Part, shard: int, n_shards: int) -> Piece:
     """The rows of a matrix in one shard of its parameter (out, in) or (experts, out, in), which is sharded by its first
     dimension, or a stack by its second; of `held_parts`."""

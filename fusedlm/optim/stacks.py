@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from fusedlm.distributed.tensors import zeros_by_rows
 from fusedlm.nn.module import Role
 
 # Factors of an orthogonal update (out, in). shape: Keller Jordan's Muon; spectral: arXiv 2310.17813; rms:
@@ -21,7 +22,8 @@ NORM_EPS = 1e-8  # added to the root mean square of a row's updates
 
 @dataclass(frozen=True)
 class Part:
-    """One matrix of a parameter: rows `start` to `start + rows` of the parameter seen as (-1, columns)."""
+    """One matrix of a parameter: rows `start` to `start + rows` of the parameter, or of the process's part of a sharded
+    one, seen as (-1, columns)."""
 
     parameter: torch.nn.Parameter
     start: int
@@ -65,10 +67,24 @@ def parts_of(parameter: torch.nn.Parameter, splits: tuple[tuple[str, int], ...])
 
 
 def stacks_of(parameters: list[torch.nn.Parameter], roles: list[Role]) -> list[Stack]:
-    """All matrices of these parameters, those of one shape, device and dtype in one stack; largest stacks first."""
+    """All matrices of these parameters, as `stacked`."""
+    pairs = zip(parameters, roles, strict=True)
+    return stacked([part for parameter, role in pairs for part in parts_of(parameter, role.splits)])
+
+
+def stacked(parts: list[Part]) -> list[Stack]:
+    """Matrices of one shape, device and dtype in one stack; largest stacks first."""
     stacks: dict[tuple, Stack] = {}
-    for parameter, role in zip(parameters, roles, strict=True):
-        for part in parts_of(parameter, role.splits):
-            key = part.rows, parameter.shape[-1], parameter.device, parameter.dtype
-            stacks.setdefault(key, Stack(*key[:2])).parts.append(part)
+    for part in parts:
+        parameter = part.parameter
+        key = part.rows, parameter.shape[-1], parameter.device, parameter.dtype
+        stacks.setdefault(key, Stack(*key[:2])).parts.append(part)
     return sorted(stacks.values(), key=lambda stack: -len(stack.parts) * stack.rows * stack.columns)
+
+
+def initialise(state: dict, parameter: torch.Tensor, *, with_rows: bool) -> None:
+    """Momentum, and with rows their mean squares, of a parameter without a state."""
+    if not state:
+        state["momentum"] = zeros_by_rows(parameter, parameter.dim())
+        if with_rows:
+            state["row_square"] = zeros_by_rows(parameter, parameter.dim() - 1)

@@ -7,7 +7,7 @@ import torch
 
 from fusedlm.nn.module import Role
 from fusedlm.optim import shards
-from fusedlm.optim.shards import held_parts, owners, piece_of
+from fusedlm.optim.shards import held_parts, owners, piece_of, whole_parts
 from fusedlm.optim.stacks import Part, parts_of
 
 
@@ -49,6 +49,41 @@ def test_of_divided_experts_a_process_deals_with_the_matrices_of_its_own(monkeyp
             piece = piece_of(part, shard, 2)
             rows.append(piece.of(full[first : first + 2, 4 * shard : 4 * shard + 4].contiguous()))
         assert torch.equal(torch.cat(rows), part.of(full))
+
+
+@pytest.mark.parametrize("n_shards", [1, 2, 3, 4, 7])
+def test_whole_matrices_are_those_of_the_processes_own_experts(monkeypatch, n_shards):
+    """Five experts that are sharded by the first dimension; some processes have none."""
+    full = torch.arange(5 * 8 * 3.0).view(5, 8, 3)
+    role = Role("matrix", 3, 8, (("gate", 5), ("up", 3)))
+    parameter = torch.nn.Parameter(full)
+    chunks = list(full.chunk(n_shards)) + [full[:0]] * n_shards
+    found = []
+    for shard in range(n_shards):
+        _place(monkeypatch, dim=0, shard=shard, n_shards=n_shards)
+        found += [part.of(chunks[shard]) for part in whole_parts(parameter, role)]
+    expected = [part.of(full) for part in parts_of(parameter, role.splits)]
+    assert len(found) == len(expected) and all(map(torch.equal, found, expected))
+
+
+def test_matrices_that_are_cut_or_copied_are_exchanged(monkeypatch):
+    stack, matrix = (torch.nn.Parameter(torch.zeros(shape)) for shape in ((4, 6, 2), (6, 2)))
+    role = Role("matrix", 2, 6, ())
+    _place(monkeypatch, dim=1, n_shards=2)
+    assert whole_parts(stack, role) is None
+    _place(monkeypatch, dim=0, n_shards=2)
+    assert whole_parts(matrix, role) is None
+    # In three pieces q is cut, though k and v are whole in one process each.
+    _place(monkeypatch, dim=0, n_shards=3)
+    assert whole_parts(matrix, Role("matrix", 2, 6, (("q", 4), ("k", 1), ("v", 1)))) is None
+    _place(monkeypatch, dim=0, n_copies=2)
+    assert whole_parts(stack, role) is None
+
+
+def _place(monkeypatch, *, dim: int, shard: int = 0, n_shards: int = 1, n_copies: int = 1) -> None:
+    monkeypatch.setattr(shards.Place, "of", lambda _: shards.Place(0, n_copies, shard, n_shards, None, None))
+    monkeypatch.setattr(shards, "shard_group", lambda _: (None, dim))
+    monkeypatch.setattr(shards, "held_range", lambda parameter: range(len(parameter)))
 
 
 def test_owners_have_about_the_same_work():
