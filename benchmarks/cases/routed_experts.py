@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 
 from benchmarks.cases import feed_forward
-from benchmarks.cases.peers import available
+from benchmarks.cases.peers import available, peer
 from benchmarks.harness import Op, Problem
 from fusedlm.ops.experts import reference, triton
 from fusedlm.ops.swiglu import reference as dense_reference
@@ -29,6 +29,21 @@ def grouped(x, w_up, w_down, weights, indices):
     out = F.grouped_mm((F.silu(gate) * up).to(x.dtype), w_down.transpose(1, 2), offs=ends)
     weighted = (out * weights.flatten()[order][:, None]).to(x.dtype)
     return torch.zeros_like(x).index_add(0, tokens, weighted)
+
+
+def _sonic_moe(module):
+    """Scores of any routing, as it takes them: one per token and expert, tokens in order."""
+    from sonicmoe.enums import ActivationType
+
+    def call(x, w_up, w_down, weights, indices):
+        tokens = torch.arange(len(x), dtype=torch.int32, device=x.device).repeat_interleave(indices.shape[1])
+        routing = weights.flatten().float(), tokens, indices.flatten().int()
+        matrices = w_up.permute(1, 2, 0), None, w_down.permute(1, 2, 0), None  # experts last, without biases
+        stream = torch.cuda.current_stream().cuda_stream
+        options = {"activation_type": ActivationType.SWIGLU, "concat_layout": True}  # gate, then up
+        return module.moe_general_routing_inputs(x, *routing, *matrices, len(w_up), stream, **options)[0]
+
+    return call
 
 
 def _fused(x, w_up, w_down, weights, indices):
@@ -71,6 +86,7 @@ def problems(shape: tuple, device, dtype) -> list[Problem]:
             eager=_eager,
             grouped_mm=grouped if has_grouped else None,
             grouped_mm_torch_compile=torch.compile(grouped, dynamic=False) if has_grouped else None,
+            SonicMoE=peer("sonicmoe", _sonic_moe, waits_for_device=True) if has_grouped else None,
             fusedlm=_fused,
         ),
         "sample": sample,
