@@ -16,6 +16,7 @@ import argparse
 import json
 import math
 import os
+import shlex
 import statistics
 import sys
 import tempfile
@@ -40,9 +41,10 @@ from fusedlm.model.precision import autocast, resolve_dtype  # noqa: E402
 from fusedlm.model.sharding import build_sharded_model  # noqa: E402
 from fusedlm.optim import build_optimizer  # noqa: E402
 from fusedlm.runs.backends import use_backends  # noqa: E402
-from fusedlm.runs.hardware import device_name, numerics, peak_flops, peak_memory_bytes  # noqa: E402
+from fusedlm.runs.hardware import environment, numerics, peak_flops, peak_memory_bytes  # noqa: E402
 from fusedlm.train.parallel import build_mesh  # noqa: E402
 from fusedlm.train.step import train_step  # noqa: E402
+from scripts.many_gpus_section import compared  # noqa: E402
 
 _WARM_UPS = 3
 
@@ -69,11 +71,22 @@ def main() -> None:
         results = [measure(arguments, n) for n in counts]
     except ValueError as error:
         parser.error(str(error))
-    for result in results:
-        print(json.dumps({key: value for key, value in result.items() if key != "losses"}))
     print("\n".join(lines(results)))
     if arguments.json:
-        arguments.json.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+        record = record_of(arguments.recipe, results, sys.argv[1:])
+        arguments.json.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+
+
+def record_of(recipe: str, results: list[dict], command: list[str]) -> dict:
+    """What is written: one row for each number of processes."""
+    if "--json" in command:
+        at = command.index("--json")
+        command = command[:at] + command[at + 2 :]
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    loaded = load_recipe(recipe)
+    made = environment(device, resolve_dtype(loaded.runtime.dtype, device))
+    command = ["python", "benchmarks/many_gpus.py", *command]
+    return {"name": loaded.name, "command": shlex.join(command), "environment": made, "rows": results}
 
 
 def measure(arguments: argparse.Namespace, n: int) -> dict:
@@ -173,11 +186,8 @@ def _speed(recipe: Recipe, world: World, device, dtype, arguments: dict) -> dict
     changes = {"batch_size": train.batch_size * world.size, "micro_batch_size": rows}
     planned = recipe.model_copy(update={"train": train.model_copy(update=changes)})
     return {
-        "recipe": recipe.name,
         "processes": world.size,
         "parallel": recipe.runtime.parallel.model_dump(),
-        "device": device_name(device),
-        "torch": torch.__version__,
         "optimizer": train.optimizer.type,
         "step_seconds": seconds,
         "optimizer_seconds": statistics.median(updates),
@@ -226,19 +236,14 @@ def _timed(function, device, world: World, repeats: int) -> float:
 
 def lines(results: list[dict]) -> list[str]:
     """A table of results; the first one is that which others are compared with."""
-    first = results[0]
     found = ["GPUs  tokens/s/GPU  scaling    MFU  peak GiB  planned  optimizer  replicated  loss difference"]
-    for result in results:
-        others = result["step_seconds"] - result["optimizer_seconds"]
-        share = result["optimizer_seconds"] / result["step_seconds"]
-        replicated = first["optimizer_seconds"] / (others + first["optimizer_seconds"])
-        rate = result["tokens_per_second_per_gpu"]
-        differences = [abs(a - b) / abs(b) for a, b in zip(result["losses"], first["losses"], strict=True)]
-        mfu = "" if result["mfu"] is None else f"{result['mfu']:.1%}"
-        memory, planned = (result[f"{key}_memory_bytes"] / 2**30 for key in ("peak", "planned"))
+    for row in compared(results):
+        mfu = "" if row["mfu"] is None else f"{row['mfu']:.1%}"
+        memory, planned = (row[f"{key}_memory_bytes"] / 2**30 for key in ("peak", "planned"))
         found.append(
-            f"{result['processes']:>4}  {rate:>12,.0f}  {rate / first['tokens_per_second_per_gpu']:>7.1%}  {mfu:>5}  "
-            f"{memory:>8.2f}  {planned:>7.2f}  {share:>9.1%}  {replicated:>10.1%}  {max(differences, default=0.0):.1e}"
+            f"{row['processes']:>4}  {row['tokens_per_second_per_gpu']:>12,.0f}  {row['scaling']:>7.1%}  {mfu:>5}  "
+            f"{memory:>8.2f}  {planned:>7.2f}  {row['optimizer']:>9.1%}  {row['replicated']:>10.1%}  "
+            f"{row['loss_difference']:.1e}"
         )
     return found
 
