@@ -25,8 +25,8 @@ def many_gpus_section(records: list[dict]) -> str:
     if not records:
         return ""
     page = "\n# Several GPUs\n\nBy benchmarks/many_gpus.py, on GPUs of one host in one call: every GPU has the recipe's"
-    page += " batch. Planned: the memory that `fusedlm plan` gives. Replicated: the optimizer's part of a step if every "
-    page += "GPU updated all matrices. Losses: the largest relative difference from the first row's, of the recipe's "
+    page += " batch. Planned: the memory that `fusedlm plan` gives. Replicated: the optimizer's part of a step if every"
+    page += " GPU updated all matrices. Losses: the largest relative difference from the first row's, of the recipe's "
     page += "batch divided over the GPUs.\n"
     return page + "".join(map(_table, records))
 
