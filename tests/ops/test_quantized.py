@@ -113,7 +113,7 @@ def test_several_tokens(format, group, n_tokens, width, n_out, poisoned):
     _check(format, group, n_tokens, width, n_out, torch.float32, 1e-6)
 
 
-SEVERAL = {"ROWS": 64, "BYTES": 32}
+SEVERAL = {"ROWS": 64, "HALVES": 16, "TOKENS": 32}
 
 
 @pytest.mark.parametrize(("format", "group"), [("mxfp4", None), ("int4", 128), ("int8", None)])
@@ -130,6 +130,60 @@ def test_splits_are_summed_in_a_fixed_order():
     assert all(torch.equal(kernels.run(*arguments, config=SEVERAL | {"SPLITS": 5}), first) for _ in range(3))
 
 
+def _bfloat16(words):
+    """The two numbers in int64 words of 32 bits, float32 (..., 2)."""
+    halves = torch.stack([words & 0xFFFF, words >> 16], -1)
+    return (halves << 16).to(torch.uint32).view(torch.float32)
+
+
+def _ptx(program, words, scale):
+    """What the few instructions of `_asm` compute, on int64 words of 32 bits."""
+    values = {"$1": words, "$2": scale}
+    for line in program.replace("{", "").replace("}", "").split(";"):
+        operation, _, operands = line.strip().partition(" ")
+        if operation in ("", ".reg"):
+            continue
+        to, *names = operands.split(", ")
+        found = [torch.tensor(int(n, 0)) if n[0].isdigit() else values[n] for n in names]
+        if operation == "fma.rn.bf16x2":
+            a, b, c = (_bfloat16(v).double() for v in found)
+            bits = (a * b + c).to(torch.bfloat16).view(torch.int16).long() & 0xFFFF
+            values[to] = bits[..., 0] | bits[..., 1] << 16
+            continue
+        if operation == "lop3.b32":
+            assert names[3] == "0xEA"  # (a & b) | c
+        compute = {
+            "mov.b32": lambda a: a,
+            "shl.b32": lambda a, b: (a << b) & 0xFFFFFFFF,
+            "shr.b32": lambda a, b: a >> b,
+            "and.b32": lambda a, b: a & b,
+            "lop3.b32": lambda a, b, c, _: (a & b) | c,
+        }[operation]
+        values[to] = compute(*found)
+    return _bfloat16(values["$0"])
+
+
+@pytest.mark.parametrize("format", ["mxfp4", "int4", "fp8", "int8"])
+def test_two_codes_at_a_time_have_their_values(format):
+    """The PTX of the kernel, run here: every 16 bits of codes, beside others."""
+    low = torch.arange(65536)
+    words = low | low.flip(0) << 16
+    group = reference.group_of(format, None)
+    codes = torch.stack([low, low.flip(0)], -1).to(torch.uint16).view(torch.uint8).view(65536, 2, 2)
+    scales = torch.ones(65536 * 2, 1) if not group else torch.rand(65536 * 2, 1).bfloat16()
+    if format == "mxfp4":
+        scales = (torch.arange(65536 * 2)[:, None] % 255).to(torch.uint8)
+    rows = torch.nn.functional.pad(codes.reshape(-1, 2), (0, group // 2 - 2)) if group else codes.reshape(-1, 2)
+    n = 4 if group else 2
+    weight = reference.QuantizedWeight(rows, scales, n, format, group)
+    expected = dequantize_weight(weight, torch.float32).bfloat16().float().view(65536, 2, n)
+    value = reference.scale_values(scales, format).bfloat16().view(torch.int16).long().view(65536, 2) & 0xFFFF
+    for place in range(n):
+        found = _ptx(kernels._asm(format, place), words, value[:, 0] | value[:, 1] << 16)
+        same = (found == expected[..., place]) | expected[..., place].isnan()
+        assert same.all()
+
+
 @pytest.mark.gpu
 @ALL
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
@@ -142,8 +196,18 @@ def test_kernels_on_a_gpu(format, group, n_tokens, width, n_out, dtype):
 
 def test_small_weights_use_few_splits():
     device = torch.device("cpu")  # three multiprocessors
-    assert kernels.config_of(8, 64, 4096, device)["SPLITS"] == 6
-    assert kernels.config_of(8, 640, 4096, device)["SPLITS"] == 1
+    assert kernels.config_of(8, 64, 4096, torch.float32, device)["SPLITS"] == 6
+    assert kernels.config_of(8, 64, 1000, torch.float32, device)["SPLITS"] == 1
+    assert kernels.config_of(8, 640, 4096, torch.float32, device)["SPLITS"] == 1
+
+
+def test_one_token_of_many_rows_in_bfloat16_runs_on_tensor_cores():
+    device = torch.device("cpu")  # three multiprocessors
+    assert "UNITS" in kernels.config_of(1, 64, 4096, torch.bfloat16, device)
+    assert "UNITS" in kernels.config_of(1, 640, 4096, torch.float32, device)
+    assert "HALVES" in kernels.config_of(1, 640, 4096, torch.bfloat16, device)
+    assert kernels.config_of(9, 64, 4096, torch.bfloat16, device)["TOKENS"] == 16
+    assert kernels.config_of(17, 64, 4096, torch.bfloat16, device)["TOKENS"] == 32
 
 
 def test_more_tokens_and_gradients_run_the_reference():

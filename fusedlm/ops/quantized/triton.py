@@ -1,8 +1,9 @@
 """Products of 1 to 32 tokens with weights in few bits in Triton, bound by reading the codes once.
 
-Codes are decoded in registers. One token is multiplied on the CUDA cores in float32, in units of 16 bytes of codes,
-by programs of few rows and one warp; more tokens on the tensor cores, 64 or more rows of the weight by 32 tokens. Where
-a weight has too few rows for these, its columns are split, and a second kernel adds the parts in a fixed order.
+Codes are decoded in registers, two at a time where they can be. Products run on the tensor cores, which take one token
+as well as 32; one token of few rows, or in float32, on the CUDA cores, in units of 16 bytes of codes, by programs of
+few rows and one warp. Where a weight has too few rows for several tokens, its columns are split, and a second kernel
+adds the parts in a fixed order.
 """
 
 import torch
@@ -15,7 +16,7 @@ from fusedlm.ops.common.sums import column_sums
 from fusedlm.ops.mx.triton import scale_value
 from fusedlm.ops.quantized import reference
 
-TOKENS = 32  # of the kernel for several tokens, which fills them up
+TOKENS = 32  # at most
 _KINDS = {"mxfp4": 0, "int4": 1, "fp8": 2, "int8": 3}
 _MXFP4, _INT4, _FP8, _INT8 = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2), tl.constexpr(3)
 
@@ -39,10 +40,18 @@ def _decode(code, KIND: tl.constexpr):
 
 
 @triton.jit
-def _load_scale(at, inside, KIND: tl.constexpr):
-    """Scales of groups, float32."""
+def _load_scale(at, inside, KIND: tl.constexpr, BFLOAT16: tl.constexpr = False):
+    """Scales of groups, float32 or bfloat16. Of mxfp4 in bfloat16 by fewer operations: the code of NaN is infinity."""
     scale = tl.load(at, mask=inside, other=0)
-    return scale_value(scale.to(tl.int32)) if KIND == _MXFP4 else scale.to(tl.float32)
+    if KIND == _MXFP4:
+        if BFLOAT16:
+            bits = tl.maximum(scale.to(tl.int32) << 7, 64)  # 2^-127 is no normal number
+            value = bits.to(tl.int16).to(tl.bfloat16, bitcast=True)
+        else:
+            value = scale_value(scale.to(tl.int32))
+    else:
+        value = scale if BFLOAT16 else scale.to(tl.float32)
+    return value
 
 
 @triton.jit
@@ -101,7 +110,6 @@ def _multiply(word, x, column, width, PER_WORD: tl.constexpr, KIND: tl.constexpr
     times the products, exact while |x| is below 2^64. FOLD: of int4 the products with 24 more than the value, and the
     sums of these columns of x."""
     WORDS: tl.constexpr = word.shape[1]
-    BITS: tl.constexpr = PER_WORD // 2
     value = tl.load(x + column, mask=column < width, other=0.0)
     product = tl.zeros(word.shape, tl.float32)
     sums = tl.zeros((WORDS,), tl.float32)
@@ -195,59 +203,131 @@ def one_token_kernel(
     tl.store(out + row, y.to(out.dtype.element_ty), mask=row_inside)
 
 
+def _asm(kind: str, index: int) -> str:
+    """PTX: code `index` of every 16 bits of $1, as two bfloat16 numbers in $0; with a scale $2 where codes have one."""
+
+    def shifted(to: str, bits: int) -> str:
+        return f"sh{'l' if bits > 0 else 'r'}.b32 {to}, $1, {abs(bits)};"
+
+    place = 4 * index if kind in ("mxfp4", "int4") else 8 * index
+    if kind == "int4":  # 128 + code: the lowest bits of a mantissa
+        value = f"{shifted('a', -place)} lop3.b32 a, a, 0x000F000F, 0x43004300, 0xEA;"
+        value += "mov.b32 b, 0x3F803F80; mov.b32 c, 0xC308C308; fma.rn.bf16x2 a, a, b, c;"
+    elif kind == "int8":  # 128 + seven bits, less 128 or, by the sign, 256
+        value = f"{shifted('a', -place)} lop3.b32 b, a, 0x00800080, 0xC300C300, 0xEA;"
+        value += "lop3.b32 a, a, 0x007F007F, 0x43004300, 0xEA;"
+        value += "mov.b32 c, 0x3F803F80; fma.rn.bf16x2 $0, a, c, b;"
+    else:  # exponent and mantissa move to their place, and 2^126 or 2^120 corrects the bias
+        is_4 = kind == "mxfp4"
+        mask, bias = ("0x01C001C0", "0x7E807E80") if is_4 else ("0x07F007F0", "0x7B807B80")
+        value = f"{shifted('b', (12 if is_4 else 8) - place)} and.b32 b, b, 0x80008000;"
+        value += f"{shifted('a', (6 if is_4 else 4) - place)} lop3.b32 a, a, {mask}, b, 0xEA;"
+        value += f"mov.b32 b, {bias}; mov.b32 c, 0x80008000; fma.rn.bf16x2 {'a' if is_4 else '$0'}, a, b, c;"
+    if kind in ("mxfp4", "int4"):
+        value += "mov.b32 b, 0x80008000; fma.rn.bf16x2 $0, a, $2, b;"  # plus -0: a product, rounded once
+    return "{ .reg .b32 a, b, c; " + value + " }"
+
+
+_ASM = tl.constexpr([[_asm(kind, i) for i in range(4 if kind in ("mxfp4", "int4") else 2)] for kind in _KINDS])
+
+
+@triton.jit
+def _of_16_bits(code, scale, INDEX: tl.constexpr, KIND: tl.constexpr, ASM: tl.constexpr):
+    """Code INDEX of every 16 bits (ROWS, HALVES), times its scale where codes have groups, in the dtype of scale. ASM:
+    two at a time in bfloat16, which the compiler would take one by one; the same values, rounded once."""
+    GROUPED: tl.constexpr = (KIND == _MXFP4) | (KIND == _INT4)
+    if ASM:
+        if GROUPED:
+            value = tl.inline_asm_elementwise(_ASM[KIND][INDEX], "=r,r,r", [code, scale], tl.bfloat16, True, 2)
+        else:
+            value = tl.inline_asm_elementwise(_ASM[KIND][INDEX], "=r,r", [code], tl.bfloat16, True, 2)
+    elif GROUPED:
+        value = _decode((code.to(tl.int32) >> (4 * INDEX)) & 0xF, KIND) * scale.to(tl.float32)
+    else:
+        value = _decode((code.to(tl.int32) >> (8 * INDEX)) & 0xFF, KIND)
+    return value.to(scale.dtype)
+
+
 @triton.jit(do_not_specialize=["n_tokens"])
 def several_tokens_kernel(
-    x, codes, scales, out, n_tokens, n_out, width, row_bytes, n_groups, bytes_per_split,
-    KIND: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, BYTES: tl.constexpr, TOKENS: tl.constexpr,
-    GROUPS: tl.constexpr, PDL: tl.constexpr,
+    x, codes, scales, out, n_tokens, n_out, width, row_units, n_groups, tiles_per_split,
+    KIND: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, HALVES: tl.constexpr, TOKENS: tl.constexpr,
+    EVEN: tl.constexpr, ASM: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """out: (splits, tokens, N). Grid: (blocks of rows, splits). The weight is the left operand: narrow products with 64
-    rows of tokens would leave most of them empty."""
+    """codes: of 16 bits, 8 to a unit. out: (splits, tokens, N). Grid: (blocks of rows, splits). EVEN: HALVES divides
+    the codes of a row, and x has a column for each.
+
+    The weight is the left operand: narrow products with 64 rows of tokens would leave most of them empty. The codes at
+    one place of every 16 bits make a product with every fourth or second column of x: in another order of the columns,
+    codes need not move between threads."""
+    PER_HALF: tl.constexpr = 4 if GROUP > 0 else 2
+    COLUMNS: tl.constexpr = PER_HALF * HALVES
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     row_inside = row < n_out
+    row = tl.minimum(row, n_out - 1)
+    row_halves = row_units * 8
+    rows = codes + row.to(tl.int64)[:, None] * row_halves
+    half = tl.arange(0, HALVES)
     token = tl.arange(0, TOKENS)
-    PER_BYTE: tl.constexpr = 2 if GROUP > 0 else 1
-    COLUMNS: tl.constexpr = PER_BYTE * BYTES
+    tokens = x + token[:, None] * width
+    token_inside = (token < n_tokens)[:, None]
     if PDL:
         gdc_launch_dependents()
         gdc_wait()
     total = tl.zeros((ROWS, TOKENS), tl.float32)
-    first = tl.program_id(1) * bytes_per_split
-    last = tl.minimum(first + bytes_per_split, row_bytes)
-    for start in range(first, last, BYTES):
-        byte = start + tl.arange(0, BYTES)
-        at = codes + row.to(tl.int64)[:, None] * row_bytes + byte[None, :]
-        code = tl.load(at, mask=row_inside[:, None] & (byte < last)[None, :], other=0).to(tl.int32)
-        if GROUP > 0:
-            value = tl.join(_decode(code & 0xF, KIND), _decode(code >> 4, KIND))
-            group = start * 2 // GROUP + tl.arange(0, GROUPS)
-            at = scales + row.to(tl.int64)[:, None] * n_groups + group[None, :]
-            scale = _load_scale(at, row_inside[:, None] & (group < n_groups)[None, :], KIND)
-            value = tl.reshape(value, (ROWS, GROUPS, COLUMNS // GROUPS)) * scale[:, :, None]
-            value = tl.reshape(value, (ROWS, COLUMNS))
+    first = tl.program_id(1) * tiles_per_split * HALVES
+    for start in range(first, tl.minimum(first + tiles_per_split * HALVES, row_halves), HALVES):
+        at = start + half
+        column = start * PER_HALF + tl.arange(0, COLUMNS)
+        if EVEN:
+            code = tl.load(rows + at[None, :])
+            z = tl.load(tokens + column[None, :], mask=token_inside, other=0.0)
         else:
-            value = _decode(code, KIND)
-        column = start * PER_BYTE + tl.arange(0, COLUMNS)
-        inside = (column < width) & (column < last * PER_BYTE)
-        at = x + token[:, None] * width + column[None, :]
-        tokens = tl.load(at, mask=(token < n_tokens)[:, None] & inside[None, :], other=0.0)
-        total = tl.dot(value.to(x.dtype.element_ty), tl.trans(tokens), total, input_precision="ieee")
+            code = tl.load(rows + at[None, :], mask=(at < row_halves)[None, :], other=0)
+            z = tl.load(tokens + column[None, :], mask=token_inside & (column < width)[None, :], other=0.0)
+        if GROUP > 0:
+            GROUPS: tl.constexpr = COLUMNS // GROUP if COLUMNS > GROUP else 1
+            group = start * PER_HALF // GROUP + tl.arange(0, GROUPS)
+            at = scales + row.to(tl.int64)[:, None] * n_groups + group[None, :]
+            scale = _load_scale(at, (group < n_groups)[None, :], KIND, ASM).to(x.dtype.element_ty)
+            scale = tl.broadcast_to(scale[:, :, None], (ROWS, GROUPS, HALVES // GROUPS))
+            scale = tl.reshape(scale, (ROWS, HALVES))
+            even, odd = tl.split(tl.reshape(z, (TOKENS, HALVES, 2, 2)))
+            z0, z2 = tl.split(even)
+            z1, z3 = tl.split(odd)
+            total = tl.dot(_of_16_bits(code, scale, 0, KIND, ASM), tl.trans(z0), total, input_precision="ieee")
+            total = tl.dot(_of_16_bits(code, scale, 1, KIND, ASM), tl.trans(z1), total, input_precision="ieee")
+            total = tl.dot(_of_16_bits(code, scale, 2, KIND, ASM), tl.trans(z2), total, input_precision="ieee")
+            total = tl.dot(_of_16_bits(code, scale, 3, KIND, ASM), tl.trans(z3), total, input_precision="ieee")
+        else:
+            z0, z1 = tl.split(tl.reshape(z, (TOKENS, HALVES, 2)))
+            total = tl.dot(_of_16_bits(code, z, 0, KIND, ASM), tl.trans(z0), total, input_precision="ieee")
+            total = tl.dot(_of_16_bits(code, z, 1, KIND, ASM), tl.trans(z1), total, input_precision="ieee")
     if GROUP == 0:
-        total *= tl.load(scales + row, mask=row_inside, other=0.0)[:, None]
+        total *= tl.load(scales + row)[:, None]
     part = tl.program_id(1).to(tl.int64) * n_tokens + token
     at = out + part[None, :] * n_out + row[:, None]
     tl.store(at, total.to(out.dtype.element_ty), mask=row_inside[:, None] & (token < n_tokens)[None, :])
 
 
-def config_of(n_tokens: int, n_out: int, row_bytes: int, device: torch.device) -> dict:
-    """Tile and launch options; of several tokens also the splits of the columns, which make about two waves of
+def config_of(n_tokens: int, n_out: int, row_bytes: int, dtype: torch.dtype, device: torch.device) -> dict:
+    """Tile and launch options, with UNITS of the kernel for one token. Splits of the columns make about two waves of
     programs, of 512 bytes of codes per row or more."""
-    if n_tokens == 1:
+    n_processors = n_multiprocessors(device)
+    fills_device = triton.cdiv(n_out, 64) >= n_processors
+    # Tensor cores need fewer instructions per code; programs of one warp fill the device with fewer rows.
+    if n_tokens == 1 and (dtype != torch.bfloat16 or not fills_device):
         units = min(32, triton.next_power_of_2(max(1, triton.cdiv(row_bytes, 16))))
         return {"ROWS": 4, "UNITS": units, "num_warps": 1}
-    config = {"ROWS": 64, "BYTES": 64, "num_warps": 4, "num_stages": 4}
+    if dtype == torch.bfloat16 and not fills_device:
+        config = {"ROWS": 32, "HALVES": 64, "TOKENS": 16 if n_tokens <= 16 else 32, "num_warps": 2, "num_stages": 4}
+        least = 1024  # the second kernel costs as much as reading this many bytes of a row
+    else:
+        halves = 64 if dtype == torch.bfloat16 else 32
+        config = {"ROWS": 64, "HALVES": halves, "TOKENS": 32, "num_warps": 4, "num_stages": 4}
+        least = 512
     blocks = triton.cdiv(n_out, config["ROWS"])
-    splits = min(2 * n_multiprocessors(device) // max(blocks, 1), row_bytes // 512)
+    splits = min(2 * n_processors // max(blocks, 1), row_bytes // least)
     return config | {"SPLITS": max(1, splits)}
 
 
@@ -255,25 +335,24 @@ def run(x, codes, scales, width: int, format: str, group: int, config: dict | No
     """Launch the kernels on x (..., K) of 1 to 32 tokens. config: instead of that of `config_of`."""
     n_out, row_bytes = codes.shape
     n_tokens = x.numel() // width
-    config = dict(config or config_of(n_tokens, n_out, row_bytes, x.device))
+    config = dict(config or config_of(n_tokens, n_out, row_bytes, x.dtype, x.device))
     splits = config.pop("SPLITS", 1)
     out = torch.empty(*x.shape[:-1], n_out, dtype=x.dtype, device=x.device)
     constants = {"KIND": _KINDS[format], "GROUP": group, **config, **pdl_options(x.device)}
     x, codes, scales = x.contiguous(), codes.contiguous(), scales.contiguous()
-    blocks = triton.cdiv(n_out, config["ROWS"])
-    if n_tokens == 1:
-        units = row_bytes // 16
+    blocks, units = triton.cdiv(n_out, config["ROWS"]), row_bytes // 16
+    if "UNITS" in config:
         one_token_kernel[(blocks,)](
             x, codes.view(torch.int32), scales, out, n_out, width, units, scales.shape[1],
             EVEN=units % config["UNITS"] == 0, **constants,
         )  # fmt: skip
         return out
     partial = out if splits == 1 else torch.empty(splits, n_tokens * n_out, dtype=torch.float32, device=x.device)
-    per_split = triton.cdiv(row_bytes, splits * config["BYTES"]) * config["BYTES"]
-    groups = max(1, 2 * config["BYTES"] // group) if group else 1  # of the columns that are read at a time
+    tiles = triton.cdiv(row_bytes, 2 * config["HALVES"])
+    is_even = tiles * 2 * config["HALVES"] == row_bytes and width * (4 if group else 8) == row_bytes * 8
     several_tokens_kernel[(blocks, splits)](
-        x, codes, scales, partial, n_tokens, n_out, width, row_bytes, scales.shape[1], per_split,
-        **constants, TOKENS=TOKENS, GROUPS=groups,
+        x, codes.view(torch.int16), scales, partial, n_tokens, n_out, width, units, scales.shape[1],
+        triton.cdiv(tiles, splits), EVEN=is_even, ASM=x.is_cuda and x.dtype == torch.bfloat16, **constants,
     )  # fmt: skip
     return out if splits == 1 else column_sums(partial, x.dtype).view(out.shape)
 
