@@ -157,6 +157,7 @@ def _ptx(program, words, scale):
             "shl.b32": lambda a, b: (a << b) & 0xFFFFFFFF,
             "shr.b32": lambda a, b: a >> b,
             "and.b32": lambda a, b: a & b,
+            "mul.lo.u32": lambda a, b: (a * b) & 0xFFFFFFFF,
             "lop3.b32": lambda a, b, c, _: (a & b) | c,
         }[operation]
         values[to] = compute(*found)

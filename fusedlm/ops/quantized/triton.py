@@ -207,24 +207,25 @@ def _asm(kind: str, index: int) -> str:
     """PTX: code `index` of every 16 bits of $1, as two bfloat16 numbers in $0; with a scale $2 where codes have one."""
 
     def shifted(to: str, bits: int) -> str:
-        return f"sh{'l' if bits > 0 else 'r'}.b32 {to}, $1, {abs(bits)};"
+        return f"sh{'l' if bits > 0 else 'r'}.b32 {to}, $1, {abs(bits)};" if bits else f"mov.b32 {to}, $1;"
 
-    place = 4 * index if kind in ("mxfp4", "int4") else 8 * index
-    if kind == "int4":  # 128 + code: the lowest bits of a mantissa
-        value = f"{shifted('a', -place)} lop3.b32 a, a, 0x000F000F, 0x43004300, 0xEA;"
-        value += "mov.b32 b, 0x3F803F80; mov.b32 c, 0xC308C308; fma.rn.bf16x2 a, a, b, c;"
-    elif kind == "int8":  # 128 + seven bits, less 128 or, by the sign, 256
-        value = f"{shifted('a', -place)} lop3.b32 b, a, 0x00800080, 0xC300C300, 0xEA;"
+    product = "mov.b32 b, 0x80008000; fma.rn.bf16x2 $0, a, $2, b;"  # plus -0: rounded once
+    if kind == "mxfp4":  # times 2^12 + 2^6: copies of the sign and of the magnitude in their places
+        mask, factor = ("0x000F000F", "0x1040") if index % 2 == 0 else ("0x00F000F0", "0x0104")
+        value = f"{shifted('a', -8 * (index // 2))} and.b32 a, a, {mask}; mul.lo.u32 a, a, {factor};"
+        value += "and.b32 a, a, 0x81C081C0; mov.b32 b, 0x7E807E80; mov.b32 c, 0x80008000;"
+        value += "fma.rn.bf16x2 a, a, b, c;" + product  # 2^126 corrects the bias
+    elif kind == "int4":  # 128 + code: the lowest bits of a mantissa
+        value = f"{shifted('a', -4 * index)} lop3.b32 a, a, 0x000F000F, 0x43004300, 0xEA;"
+        value += "mov.b32 b, 0x3F803F80; mov.b32 c, 0xC308C308; fma.rn.bf16x2 a, a, b, c;" + product
+    elif kind == "fp8":  # exponent and mantissa move to their place; 2^120 corrects the bias
+        value = f"{shifted('b', 8 - 8 * index)} and.b32 b, b, 0x80008000;"
+        value += f"{shifted('a', 4 - 8 * index)} lop3.b32 a, a, 0x07F007F0, b, 0xEA;"
+        value += "mov.b32 b, 0x7B807B80; mov.b32 c, 0x80008000; fma.rn.bf16x2 $0, a, b, c;"
+    else:  # 128 + seven bits, less 128 or, by the sign, 256
+        value = f"{shifted('a', -8 * index)} lop3.b32 b, a, 0x00800080, 0xC300C300, 0xEA;"
         value += "lop3.b32 a, a, 0x007F007F, 0x43004300, 0xEA;"
         value += "mov.b32 c, 0x3F803F80; fma.rn.bf16x2 $0, a, c, b;"
-    else:  # exponent and mantissa move to their place, and 2^126 or 2^120 corrects the bias
-        is_4 = kind == "mxfp4"
-        mask, bias = ("0x01C001C0", "0x7E807E80") if is_4 else ("0x07F007F0", "0x7B807B80")
-        value = f"{shifted('b', (12 if is_4 else 8) - place)} and.b32 b, b, 0x80008000;"
-        value += f"{shifted('a', (6 if is_4 else 4) - place)} lop3.b32 a, a, {mask}, b, 0xEA;"
-        value += f"mov.b32 b, {bias}; mov.b32 c, 0x80008000; fma.rn.bf16x2 {'a' if is_4 else '$0'}, a, b, c;"
-    if kind in ("mxfp4", "int4"):
-        value += "mov.b32 b, 0x80008000; fma.rn.bf16x2 $0, a, $2, b;"  # plus -0: a product, rounded once
     return "{ .reg .b32 a, b, c; " + value + " }"
 
 
