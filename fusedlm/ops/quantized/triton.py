@@ -40,9 +40,9 @@ def _decode(code, KIND: tl.constexpr):
 
 
 @triton.jit
-def _load_scale(at, inside, KIND: tl.constexpr, BFLOAT16: tl.constexpr = False):
-    """Scales of groups, float32 or bfloat16. Of mxfp4 in bfloat16 by fewer operations: the code of NaN is infinity."""
-    scale = tl.load(at, mask=inside, other=0)
+def _scale_values(scale, KIND: tl.constexpr, BFLOAT16: tl.constexpr):
+    """Of the scales of groups, float32 or bfloat16. Of mxfp4 in bfloat16 by few operations: the code of NaN is
+    infinity."""
     if KIND == _MXFP4:
         if BFLOAT16:
             bits = tl.maximum(scale.to(tl.int32) << 7, 64)  # 2^-127 is no normal number
@@ -175,16 +175,24 @@ def one_token_kernel(
     code = _load_words(rows, word, row_words, not EVEN)
     if GROUP > 0:
         groups = scales + row[:, None] * n_groups
+        group = unit // (GROUP // 32)
+        scale = tl.load(groups + group[None, :], mask=(group < n_groups)[None, :], other=0)
+    else:
+        scale = tl.load(scales + row)
     if PDL:
         gdc_launch_dependents()
         gdc_wait()
     total = tl.zeros((ROWS, UNITS), tl.float32)
     for start in range(0, row_units, UNITS):
         current = code ^ -0x7F7F7F80 if KIND == _INT8 else code  # the sign bits of four bytes
+        current_scale = scale
         # The next codes are on their way while these are multiplied.
         following = start + UNITS
         if following < row_units:
             code = _load_words(rows, following * 4 + word, row_words, not EVEN)
+            if GROUP > 0:
+                group = (following + unit) // (GROUP // 32)
+                scale = tl.load(groups + group[None, :], mask=(group < n_groups)[None, :], other=0)
         product, sums = _multiply(current, x, start * 4 * PER_WORD + column, width, PER_WORD, KIND, FOLD)
         product = tl.sum(tl.reshape(product, (ROWS, UNITS, 4)), 2)
         if FOLD:
@@ -192,14 +200,13 @@ def one_token_kernel(
         if KIND == _MXFP4:
             product *= 4611686018427387904.0  # 2^62
         if GROUP > 0:
-            group = (start + unit) // (GROUP // 32)
-            product *= _load_scale(groups + group[None, :], (group < n_groups)[None, :], KIND)
+            product *= _scale_values(current_scale, KIND, False)
         total += product
     y = tl.sum(total, 1)
     if KIND == _FP8:
         y *= 72057594037927936.0  # 2^56
     if GROUP == 0:
-        y *= tl.load(scales + row)
+        y *= scale
     tl.store(out + row, y.to(out.dtype.element_ty), mask=row_inside)
 
 
@@ -275,6 +282,8 @@ def several_tokens_kernel(
     if PDL:
         gdc_launch_dependents()
         gdc_wait()
+    if GROUP == 0:
+        row_scale = tl.load(scales + row)
     total = tl.zeros((ROWS, TOKENS), tl.float32)
     first = tl.program_id(1) * tiles_per_split * HALVES
     for start in range(first, tl.minimum(first + tiles_per_split * HALVES, row_halves), HALVES):
@@ -290,7 +299,8 @@ def several_tokens_kernel(
             GROUPS: tl.constexpr = COLUMNS // GROUP if COLUMNS > GROUP else 1
             group = start * PER_HALF // GROUP + tl.arange(0, GROUPS)
             at = scales + row.to(tl.int64)[:, None] * n_groups + group[None, :]
-            scale = _load_scale(at, (group < n_groups)[None, :], KIND, ASM).to(x.dtype.element_ty)
+            scale = tl.load(at, mask=(group < n_groups)[None, :], other=0)
+            scale = _scale_values(scale, KIND, ASM).to(x.dtype.element_ty)
             scale = tl.broadcast_to(scale[:, :, None], (ROWS, GROUPS, HALVES // GROUPS))
             scale = tl.reshape(scale, (ROWS, HALVES))
             even, odd = tl.split(tl.reshape(z, (TOKENS, HALVES, 2, 2)))
@@ -305,7 +315,7 @@ def several_tokens_kernel(
             total = tl.dot(_of_16_bits(code, z, 0, KIND, ASM), tl.trans(z0), total, input_precision="ieee")
             total = tl.dot(_of_16_bits(code, z, 1, KIND, ASM), tl.trans(z1), total, input_precision="ieee")
     if GROUP == 0:
-        total *= tl.load(scales + row)[:, None]
+        total *= row_scale[:, None]
     part = tl.program_id(1).to(tl.int64) * n_tokens + token
     at = out + part[None, :] * n_out + row[:, None]
     tl.store(at, total.to(out.dtype.element_ty), mask=row_inside[:, None] & (token < n_tokens)[None, :])
