@@ -97,11 +97,18 @@ def test_one_token_in_several_tiles(format, group, width, config, poisoned):
 
 
 @ALL
+@pytest.mark.parametrize(("width", "n_out"), [(1, 1), (200, 9), (1088, 6)])
+def test_one_token_in_bfloat16(format, group, width, n_out, poisoned):
+    """int4 subtracts its offset once per group there."""
+    _check(format, group, 1, width, n_out, torch.bfloat16, 1e-6, {"ROWS": 4, "UNITS": 8})
+
+
+@ALL
 @pytest.mark.parametrize("exponent", [-60, -20, 40, 60])
 def test_small_and_large_tokens(format, group, exponent, poisoned):
     """Exponents of codes are corrected in the tokens and in sums of products."""
     weight = quantize_weight(_weight(5, 200).to(DEVICE), format, group)
-    x = torch.randn(1, 200, device=DEVICE)
+    x = torch.randn(1, 200, generator=torch.Generator().manual_seed(1)).to(DEVICE)
     arguments = (weight.codes, weight.scales, 200, format, weight.group)
     expected = reference.quantized_linear(x.double(), *arguments) * 2.0**exponent
     assert_close(kernels.run(x * 2.0**exponent, *arguments).double(), expected, 1e-6)
