@@ -279,11 +279,11 @@ def several_tokens_kernel(
     token = tl.arange(0, TOKENS)
     tokens = x + token[:, None] * width
     token_inside = (token < n_tokens)[:, None]
+    if GROUP == 0:
+        row_scale = tl.load(scales + row)
     if PDL:
         gdc_launch_dependents()
         gdc_wait()
-    if GROUP == 0:
-        row_scale = tl.load(scales + row)
     total = tl.zeros((ROWS, TOKENS), tl.float32)
     first = tl.program_id(1) * tiles_per_split * HALVES
     for start in range(first, tl.minimum(first + tiles_per_split * HALVES, row_halves), HALVES):
