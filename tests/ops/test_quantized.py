@@ -204,18 +204,19 @@ def test_kernels_on_a_gpu(format, group, n_tokens, width, n_out, dtype):
 
 def test_small_weights_use_few_splits():
     device = torch.device("cpu")  # three multiprocessors
-    assert kernels.config_of(8, 64, 4096, torch.float32, device)["SPLITS"] == 6
-    assert kernels.config_of(8, 64, 1000, torch.float32, device)["SPLITS"] == 1
-    assert kernels.config_of(8, 640, 4096, torch.float32, device)["SPLITS"] == 1
+    for sizes, splits in (((8, 64, 4096), 6), ((8, 64, 1000), 1), ((8, 640, 4096), 1)):
+        assert kernels.config_of(*sizes, "fp8", torch.float32, device)["SPLITS"] == splits
+    assert kernels.config_of(8, 64, 4096, "fp8", torch.bfloat16, device)["SPLITS"] == 3, "of 32 rows"
 
 
-def test_one_token_of_many_rows_in_bfloat16_runs_on_tensor_cores():
-    device = torch.device("cpu")  # three multiprocessors
-    assert "UNITS" in kernels.config_of(1, 64, 4096, torch.bfloat16, device)
-    assert "UNITS" in kernels.config_of(1, 640, 4096, torch.float32, device)
-    assert "HALVES" in kernels.config_of(1, 640, 4096, torch.bfloat16, device)
-    assert kernels.config_of(9, 64, 4096, torch.bfloat16, device)["TOKENS"] == 16
-    assert kernels.config_of(17, 64, 4096, torch.bfloat16, device)["TOKENS"] == 32
+def test_tiles_follow_the_number_of_tokens_and_the_length_of_rows():
+    def config(n_tokens, row_bytes, format="mxfp4", dtype=torch.bfloat16):
+        return kernels.config_of(n_tokens, 64, row_bytes, format, dtype, torch.device("cpu"))
+
+    assert [config(1, row_bytes)["UNITS"] for row_bytes in (16, 512, 1024, 1376)] == [1, 32, 64, 128]
+    assert [config(1, 2048, format)["UNITS"] for format in ("mxfp4", "int4", "fp8")] == [64, 32, 128]
+    assert config(1, 2048, dtype=torch.float32)["UNITS"] == 32
+    assert [config(n, 2048)["TOKENS"] for n in (2, 16, 17, 32)] == [16, 16, 32, 32]
 
 
 def test_more_tokens_and_gradients_run_the_reference():

@@ -1,9 +1,9 @@
 """Products of 1 to 32 tokens with weights in few bits in Triton, bound by reading the codes once.
 
-Codes are decoded in registers, two at a time where they can be. Products run on the tensor cores, which take one token
-as well as 32; one token of few rows, or in float32, on the CUDA cores, in units of 16 bytes of codes, by programs of
-few rows and one warp. Where a weight has too few rows for several tokens, its columns are split, and a second kernel
-adds the parts in a fixed order.
+Codes are decoded in registers. One token is multiplied on the CUDA cores in float32, in units of 16 bytes of codes, of
+four rows at a time, so that each x is read once for four of them. Several tokens are multiplied on the tensor cores,
+for which two codes are decoded at a time. Where a weight has too few rows for these, its columns are split, and a
+second kernel adds the parts in a fixed order.
 """
 
 import torch
@@ -321,24 +321,28 @@ def several_tokens_kernel(
     tl.store(at, total.to(out.dtype.element_ty), mask=row_inside[:, None] & (token < n_tokens)[None, :])
 
 
-def config_of(n_tokens: int, n_out: int, row_bytes: int, dtype: torch.dtype, device: torch.device) -> dict:
-    """Tile and launch options, with UNITS of the kernel for one token. Splits of the columns make about two waves of
-    programs, of 512 bytes of codes per row or more."""
-    n_processors = n_multiprocessors(device)
-    fills_device = triton.cdiv(n_out, 64) >= n_processors
-    # Tensor cores need fewer instructions per code; programs of one warp fill the device with fewer rows.
-    if n_tokens == 1 and (dtype != torch.bfloat16 or not fills_device):
-        units = min(32, triton.next_power_of_2(max(1, triton.cdiv(row_bytes, 16))))
-        return {"ROWS": 4, "UNITS": units, "num_warps": 1}
-    if dtype == torch.bfloat16 and not fills_device:
-        config = {"ROWS": 32, "HALVES": 64, "TOKENS": 16 if n_tokens <= 16 else 32, "num_warps": 2, "num_stages": 4}
-        least = 1024  # the second kernel costs as much as reading this many bytes of a row
+def config_of(n_tokens: int, n_out: int, row_bytes: int, format: str, dtype: torch.dtype, device: torch.device) -> dict:
+    """Tile and launch options, with UNITS of the kernel for one token; measured on an H100.
+
+    One token: rows of up to 128 units are read at once, longer ones in pieces that keep enough of them on their way.
+    Several: 256 bytes of 32 rows at a time, and columns split into about two waves of programs, of 1 KiB of codes per
+    row or more, for the second kernel costs as much as reading these.
+    """
+    if n_tokens == 1:
+        n_units = triton.cdiv(row_bytes, 16)
+        units = triton.next_power_of_2(max(1, n_units))
+        if n_units >= 128:
+            units = {"mxfp4": 64, "int4": 32}.get(format, 128)
+        if dtype != torch.bfloat16:
+            units = min(units, 32)
+        return {"ROWS": 4, "UNITS": units, "num_warps": max(1, units // 32)}
+    if dtype == torch.bfloat16:
+        tokens = 16 if n_tokens <= 16 else 32
+        config, least = {"ROWS": 32, "HALVES": 128, "TOKENS": tokens, "num_warps": 2, "num_stages": 3}, 1024
     else:
-        halves = 64 if dtype == torch.bfloat16 else 32
-        config = {"ROWS": 64, "HALVES": halves, "TOKENS": 32, "num_warps": 4, "num_stages": 4}
-        least = 512
+        config, least = {"ROWS": 64, "HALVES": 32, "TOKENS": 32, "num_warps": 4, "num_stages": 4}, 512
     blocks = triton.cdiv(n_out, config["ROWS"])
-    splits = min(2 * n_processors // max(blocks, 1), row_bytes // least)
+    splits = min(2 * n_multiprocessors(device) // max(blocks, 1), row_bytes // least)
     return config | {"SPLITS": max(1, splits)}
 
 
@@ -346,7 +350,7 @@ def run(x, codes, scales, width: int, format: str, group: int, config: dict | No
     """Launch the kernels on x (..., K) of 1 to 32 tokens. config: instead of that of `config_of`."""
     n_out, row_bytes = codes.shape
     n_tokens = x.numel() // width
-    config = dict(config or config_of(n_tokens, n_out, row_bytes, x.dtype, x.device))
+    config = dict(config or config_of(n_tokens, n_out, row_bytes, format, x.dtype, x.device))
     splits = config.pop("SPLITS", 1)
     out = torch.empty(*x.shape[:-1], n_out, dtype=x.dtype, device=x.device)
     constants = {"KIND": _KINDS[format], "GROUP": group, **config, **pdl_options(x.device)}
