@@ -162,20 +162,39 @@ class Service:
 
 
 async def _until_all_end(job: Job, pieces: asyncio.Queue) -> AsyncIterator[tuple[Sequence, Piece]]:
-    """The pieces of a job, until every choice has ended.
+    """The pieces of a job, until every choice has ended. Those that came while the last one was sent are one: the
+    engine does not wait for the loop, and a loop that is behind has fewer events to send.
 
     Raises:
         RequestError: a choice ended for a reason that is not its own.
     """
     left = len(job.sequences)
     while left:
-        sequence, piece = await pieces.get()
-        if piece.finish == "error":
-            raise RequestError(piece.error, status=500, code="engine_error")
-        if piece.finish == "shutdown":
-            raise RequestError("the server shut down before the end", status=503, code="shutdown")
-        yield sequence, piece
-        left -= piece.finish is not None
+        for sequence, piece in _joined([await pieces.get(), *_there(pieces)]):
+            if piece.finish == "error":
+                raise RequestError(piece.error, status=500, code="engine_error")
+            if piece.finish == "shutdown":
+                raise RequestError("the server shut down before the end", status=503, code="shutdown")
+            yield sequence, piece
+            left -= piece.finish is not None
+
+
+def _there(pieces: asyncio.Queue) -> list[tuple[Sequence, Piece]]:
+    return [pieces.get_nowait() for _ in range(pieces.qsize())]
+
+
+def _joined(found: list[tuple[Sequence, Piece]]) -> list[tuple[Sequence, Piece]]:
+    """One piece per sequence, but for an end that is not its own, which has no text to add."""
+    joined: dict[int, tuple[Sequence, Piece]] = {}
+    ends = []
+    for sequence, piece in found:
+        if piece.finish in ("error", "shutdown"):
+            ends.append((sequence, piece))
+            continue
+        before = joined[sequence.number][1] if sequence.number in joined else Piece()
+        piece = Piece(before.text + piece.text, before.tokens + piece.tokens, piece.finish)
+        joined[sequence.number] = sequence, piece
+    return [*joined.values(), *ends]
 
 
 class _Counted:

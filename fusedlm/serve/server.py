@@ -2,10 +2,12 @@
 
 import asyncio
 import socket
+import sys
 
 import uvicorn
 
 _LAST_WORDS = 5  # seconds for streams to end after their sequences have
+_SWITCH_INTERVAL = 5e-4  # seconds for which the loop may keep the interpreter from the engine's thread; Python: 5e-3
 
 
 def bind(host: str, port: int) -> socket.socket:
@@ -47,6 +49,14 @@ class Server(uvicorn.Server):
         )
         super().__init__(config)
         self._service, self._grace = app.state.service, grace
+
+    def run(self, sockets: list[socket.socket] | None = None) -> None:
+        before = sys.getswitchinterval()
+        sys.setswitchinterval(_SWITCH_INTERVAL)
+        try:
+            super().run(sockets)
+        finally:
+            sys.setswitchinterval(before)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         self._service.draining = True

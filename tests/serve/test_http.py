@@ -1,14 +1,17 @@
 """The endpoints, over HTTP: their answers, streams, logprobs and limits."""
 
 import json
+import sys
 
 import pytest
 import torch
 
 from fusedlm.generation import generate
+from fusedlm.serve.app import _joined
 from fusedlm.serve.chat import ChatTemplate
 from fusedlm.serve.metrics import engine_lines
-from tests.serve.engines import TOKENIZER, assert_nothing_is_left, make_engine, make_model
+from fusedlm.serve.requests import Piece, ScoredToken
+from tests.serve.engines import TOKENIZER, assert_nothing_is_left, make_engine, make_model, make_sequence
 from tests.serve.served import TEMPLATE, serving
 
 COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
@@ -253,3 +256,23 @@ def test_an_engine_that_cannot_start_again_takes_no_requests(model, monkeypatch)
         assert served.send("POST", COMPLETIONS, {"prompt": "x", "ignore_eos": True})[0] == 500
         assert served.send("POST", COMPLETIONS, {"prompt": "x"})[0] == 503
         assert served.send("GET", "/health")[0] == 503
+
+
+def test_pieces_that_have_come_together_are_one_event():
+    """A loop that is behind sends what each choice has got meanwhile, and an error after it."""
+    first, second = (make_sequence("a") for _ in range(2))
+    token = ScoredToken(7, 0, -1.0)
+    error = Piece(finish="error", error="no memory")
+    came = [(first, Piece("a")), (second, Piece("x")), (first, Piece("b", (token,), "stop")), (second, error)]
+    assert _joined(came) == [(first, Piece("ab", (token,), "stop")), (second, Piece("x")), (second, error)]
+
+
+def test_the_engine_gets_the_interpreter_soon_while_the_server_runs(model):
+    others = sys.getswitchinterval()  # of a server that runs already
+    sys.setswitchinterval(0.005)
+    try:
+        with serving(make_engine(model)):
+            assert sys.getswitchinterval() < 0.001
+        assert sys.getswitchinterval() == 0.005
+    finally:
+        sys.setswitchinterval(others)
