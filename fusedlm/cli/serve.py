@@ -44,7 +44,15 @@ def serve(
     ] = None,
     sequences: Annotated[int, _integer_option("Sequences decoded together.")] = 16,
     waiting: Annotated[int, _integer_option("Sequences that may wait; further requests get status 429.")] = 256,
-    chunk: Annotated[int, _integer_option("Tokens of prompts read between two decoding steps.")] = 512,
+    chunk: Annotated[
+        int | None,
+        typer.Option(
+            parser=integer,
+            metavar="N",
+            help="Tokens of prompts read between two decoding steps (default: 512, on a GPU 2048).",
+            show_default=False,
+        ),
+    ] = None,
     cache_mib: Annotated[int, _integer_option("Memory of the prefix cache; 0: none.", "MIB")] = 256,
     block_size: Annotated[int, _integer_option("Tokens of a block of the prefix cache.")] = 64,
     chat_template: Annotated[
@@ -88,6 +96,7 @@ def serve(
     except ModuleNotFoundError as error:
         raise ValueError(f"fusedlm serve needs {error.name}: pip install 'fusedlm[serve]'") from None
     from fusedlm.serve import Engine, Limits
+    from fusedlm.serve.engine import default_chunk
 
     key = None if api_key_file is None else _read_key(api_key_file)
     listening = bind(host, port)
@@ -98,6 +107,8 @@ def serve(
         stretch(loaded.model, loaded.recipe, yarn)
         if context is None:
             context = int(loaded.recipe.train.seq_len * max(1.0, yarn or 1.0))
+        if chunk is None:
+            chunk = default_chunk(loaded.device)
         limits = Limits(context, sequences, waiting, chunk, cache_mib * _MIB, block_size)
         engine = Engine(
             loaded.model, loaded.tokenizer, limits, device=loaded.device, dtype=loaded.dtype, cuda_graph=cuda_graph

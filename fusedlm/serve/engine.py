@@ -42,6 +42,12 @@ class Limits:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 0")
 
 
+def default_chunk(device: torch.device) -> int:
+    """Tokens of prompts to read between two decoding steps: on a GPU so many that launching their kernels takes no
+    longer than running them."""
+    return 2048 if device.type == "cuda" else 512
+
+
 class Engine:
     """Generates many sequences at once.
 
@@ -80,9 +86,13 @@ class Engine:
 
     def _start_empty(self) -> None:
         self.queue = WaitingQueue(self.limits.waiting)
-        self.slots = Slots(self.model, self.limits.sequences, self.limits.context)
+        self.slots = Slots(self.model, self.limits.sequences, self.limits.context, self._free_bytes() // 2)
         self._running: list[RunningSequence] = []  # by slot
         self._prepare()
+
+    def _free_bytes(self) -> int:
+        """Of the GPU; 0 on the CPU, where rows are allocated as they are needed."""
+        return torch.cuda.mem_get_info(self._device)[0] if self._device.type == "cuda" else 0
 
     def _prepare(self) -> None:
         """What depends on the weights."""

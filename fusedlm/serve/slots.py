@@ -28,9 +28,10 @@ class Slots:
     lengths: tokens of the row of every sequence.
     """
 
-    def __init__(self, model, max_rows: int, max_tokens: int):
-        """max_tokens: most tokens of a row."""
-        self._model, self.max_rows, self._most = model, max_rows, max_tokens + 1
+    def __init__(self, model, max_rows: int, max_tokens: int, at_once: int = 0):
+        """max_tokens: most tokens of a row. at_once: bytes; where all rows with all their tokens take no more, they
+        are allocated with the first one, and CUDA graphs are captured once."""
+        self._model, self.max_rows, self._most, self._at_once = model, max_rows, max_tokens + 1, at_once
         self.state = None
         self.generation = 0
         self.lengths: list[int] = []
@@ -107,7 +108,18 @@ class Slots:
         if n_rows <= self.n_rows and n_tokens < self.capacity:
             return
         rows = max(self.n_rows, _power_of_two(n_rows, 1, self.max_rows))
-        self._resize(rows, max(self.capacity, _power_of_two(n_tokens + 1, _LEAST_CAPACITY, self._most + 1)), like)
+        capacity = max(self.capacity, _power_of_two(n_tokens + 1, _LEAST_CAPACITY, self._most + 1))
+        if self.state is None and self._all_fits(like):
+            rows, capacity = self.max_rows, self._most + 1
+        self._resize(rows, capacity, like)
+
+    def _all_fits(self, like: Row) -> bool:
+        if not self._at_once:
+            return False
+        # A row takes some bytes, and each of its tokens others.
+        small, large = (static_rows(self._model, like, 1, n * _LEAST_CAPACITY).nbytes() for n in (1, 2))
+        per_token = (large - small) / _LEAST_CAPACITY
+        return self.max_rows * (small + (self._most + 1 - _LEAST_CAPACITY) * per_token) <= self._at_once
 
     def _shrink(self) -> None:
         if not self._shrinks:
