@@ -13,12 +13,14 @@ On the CPU without --recipe: a hybrid of width 128, and a beginning of 1,024 ins
 import argparse
 import asyncio
 import json
+import multiprocessing
 import random
 import statistics
 import sys
 import tempfile
 import threading
 import time
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import torch
@@ -32,8 +34,10 @@ from fusedlm.data.tokenizer import ByteTokenizer  # noqa: E402
 from fusedlm.files import write_atomic  # noqa: E402
 from fusedlm.model.precision import resolve_device, resolve_dtype  # noqa: E402
 from fusedlm.runs.hardware import environment  # noqa: E402
-from fusedlm.serve import Engine, Limits  # noqa: E402
+from fusedlm.serve import Choosing, Engine, Limits  # noqa: E402
 from fusedlm.serve.app import AppOptions, make_app  # noqa: E402
+from fusedlm.serve.engine import default_chunk  # noqa: E402
+from fusedlm.serve.requests import Sequence  # noqa: E402
 from fusedlm.serve.server import Server, bind  # noqa: E402
 
 RECIPES = Path(__file__).resolve().parent.parent / "recipes"
@@ -49,12 +53,17 @@ blocks:
 """
 
 
-class Serving:
-    """A server in a thread, with one model."""
+def make_engine(model, args, context: int, cache_bytes: int) -> Engine:
+    limits = Limits(context, args.clients, waiting=10_000, chunk=args.chunk, cache_bytes=cache_bytes)
+    return Engine(model, ByteTokenizer(), limits, device=args.device, dtype=args.dtype)
 
-    def __init__(self, model, args, context: int, cache_bytes: int):
-        limits = Limits(context, args.clients, waiting=10_000, chunk=args.chunk, cache_bytes=cache_bytes)
-        self.engine = Engine(model, ByteTokenizer(), limits, device=args.device, dtype=args.dtype)
+
+class Serving:
+    """A server in a thread, with one model, and a process for the clients, which would hold up its threads."""
+
+    def __init__(self, engine: Engine):
+        self.engine = engine
+        self._clients = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"))
         self._listening = bind("127.0.0.1", 0)
         self.port = self._listening.getsockname()[1]
         self._server = Server(make_app(self.engine, AppOptions("bench")), grace=0)
@@ -66,7 +75,12 @@ class Serving:
             time.sleep(0.01)
         return self
 
+    def serve(self, requests: list[tuple[list[int], int]], n_clients: int) -> tuple[list, float]:
+        """As `closed_loop`."""
+        return self._clients.submit(_clients, self.port, requests, n_clients).result()
+
     def __exit__(self, *exception):
+        self._clients.shutdown()
         self._server.should_exit = True
         self._thread.join()
         self._listening.close()
@@ -105,6 +119,23 @@ async def closed_loop(port: int, requests: list[tuple[list[int], int]], n_client
     return found, time.perf_counter() - began
 
 
+def _clients(port: int, requests: list[tuple[list[int], int]], n_clients: int) -> tuple[list, float]:
+    return asyncio.run(closed_loop(port, requests, n_clients))
+
+
+def without_http(engine: Engine, requests: list[tuple[list[int], int]]) -> float:
+    """Tokens per second of the engine alone, with all requests queued at once."""
+    choosing = Choosing(logprobs=0)
+    sequences = [
+        Sequence(engine.tokenizer, ids, choosing, max_tokens=n, seed=0, ignore_eot=True) for ids, n in requests
+    ]
+    began = time.perf_counter()
+    engine.submit(sequences)
+    while not engine.is_idle:
+        engine.step()
+    return sum(n for _, n in requests) / (time.perf_counter() - began)
+
+
 def figures(times: list[list[float]], seconds: float) -> dict:
     first = [own[0] for own in times]
     between = [b - a for own in times for a, b in zip(own, own[1:], strict=False)]
@@ -125,13 +156,19 @@ def random_ids(generator: random.Random, n: int) -> list[int]:
 def clients_part(model, args) -> dict:
     generator, found = random.Random(0), {}
     lengths = [(generator.randrange(16, args.prompt * 2), args.tokens) for _ in range(args.clients * args.rounds)]
-    with Serving(model, args, args.prompt * 2 + args.tokens, 0) as serving:
+    context = args.prompt * 2 + args.tokens
+    with Serving(make_engine(model, args, context, 0)) as serving:
         for name, n_clients, n in (("together", args.clients, len(lengths)), ("one by one", 1, args.clients // 4)):
             requests = [(random_ids(generator, length), tokens) for length, tokens in lengths[:n]]
-            asyncio.run(closed_loop(serving.port, requests[: max(4, n // 8)], n_clients))  # warm-up
-            found[name] = figures(*asyncio.run(closed_loop(serving.port, requests, n_clients)))
+            serving.serve(requests[: max(4, n_clients)], n_clients)  # warm-up, with all sizes of a step
+            found[name] = figures(*serving.serve(requests, n_clients))
             show(name, found[name])
         found["graphed_steps"] = serving.engine.graphed_steps
+    engine = make_engine(model, args, context, 0)
+    requests = [(random_ids(generator, length), tokens) for length, tokens in lengths]
+    without_http(engine, requests[: args.clients])
+    found["engine_tokens_per_second"] = without_http(engine, requests)
+    print(f"  the engine without HTTP: {found['engine_tokens_per_second']:,.0f} tokens/s")
     found["speedup"] = found["together"]["tokens_per_second"] / found["one by one"]["tokens_per_second"]
     print(f"  {found['speedup']:.1f} times the throughput of one by one")
     return found
@@ -142,10 +179,10 @@ def prefix_part(model, args) -> dict:
     shared = random_ids(generator, args.prefix)
     requests = [(shared + generator.choices(range(256), k=32), 8) for _ in range(args.repeats)]
     for name, cache_bytes in (("without cache", 0), ("with cache", 2**34)):
-        with Serving(model, args, args.prefix + 64, cache_bytes) as serving:
+        with Serving(make_engine(model, args, args.prefix + 64, cache_bytes)) as serving:
             # The first two fill the cache: where their prompts part is known after the second.
-            asyncio.run(closed_loop(serving.port, requests[:2], 1))
-            found[name] = figures(*asyncio.run(closed_loop(serving.port, requests[2:], 1)))
+            serving.serve(requests[:2], 1)
+            found[name] = figures(*serving.serve(requests[2:], 1))
             found[name]["cached_tokens"] = serving.engine.metrics.cached_tokens
             show(name, found[name])
     before, after = (found[name]["first_token_seconds"]["p50"] for name in ("without cache", "with cache"))
@@ -242,7 +279,7 @@ def main_() -> int:
     parser.add_argument("--rounds", type=int, default=2, help="requests of each client")
     parser.add_argument("--prompt", type=int, default=128, help="mean tokens of a prompt")
     parser.add_argument("--tokens", type=int, default=64, help="generated per request")
-    parser.add_argument("--chunk", type=int, default=512)
+    parser.add_argument("--chunk", type=int, help="tokens of prompts between two steps; default: that of fusedlm serve")
     parser.add_argument("--prefix", type=int, help="tokens of the shared beginning (default: 8192, on the CPU 1024)")
     parser.add_argument("--repeats", type=int, default=10, help="requests with it")
     parser.add_argument("--context", type=int, default=1024, help="tokens of the contexts of lm-eval, about")
@@ -251,6 +288,7 @@ def main_() -> int:
     args = parser.parse_args()
     args.device = resolve_device(args.device)
     args.dtype = resolve_dtype("auto", args.device)
+    args.chunk = args.chunk or default_chunk(args.device)
     args.prefix = args.prefix or (1024 if args.device.type == "cpu" else 8192)
     result = {"recipe": args.recipe, "overrides": args.overrides, "dtype": str(args.dtype)}
     result["environment"] = environment(args.device, args.dtype)
