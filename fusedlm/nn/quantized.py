@@ -13,8 +13,8 @@ class QuantizedLinear(Linear):
     """In place of a `Linear`: the same products with the values of a `QuantizedWeight`, whose codes and scales are
     buffers. It has no parameter, and gives gradients to its input alone.
 
-    The product with all rows or those of a split is `quantized_linear`. Grouped and transposed products decode the
-    weight first, at every call.
+    The product with all rows or those of a split is `quantized_linear`. Grouped and transposed products, by which
+    latent attention absorbs a projection in decoding, need the values; these are decoded once and kept.
     """
 
     fuses = False  # the ops that fuse a norm or an activation read weights of floats
@@ -27,16 +27,29 @@ class QuantizedLinear(Linear):
         self.in_features, self.out_features, self.splits = layer.in_features, layer.out_features, layer.splits
         self.backends, self.training = layer.backends, layer.training
         self.format, self.group = weight.format, weight.group
+        # By split and dtype: the codes that were decoded, and their values.
+        self._decoded: dict[tuple[str | None, torch.dtype], tuple[tuple, torch.Tensor]] = {}
         self.register_buffer("codes", weight.codes)
         self.register_buffer("scales", weight.scales)
         self.register_parameter("bias", None)
 
     def forward(self, x, *, part=None, groups=None, transposed=False, dtype=None):
         """As `Linear.forward`, of a layer that takes and returns nothing that is pending."""
-        x, weight = x.to(dtype or product_dtype(x)), self.quantized_weight(part)
+        x = x.to(dtype or product_dtype(x))
         if groups is not None or transposed:
-            return product(x, dequantize_weight(weight, x.dtype), groups, transposed)
-        return quantized_linear(x, weight, backend=self.backend("quantized_linear"))
+            return product(x, self._values(part, x.dtype), groups, transposed)
+        return quantized_linear(x, self.quantized_weight(part), backend=self.backend("quantized_linear"))
+
+    def _values(self, part: str | None, dtype: torch.dtype) -> torch.Tensor:
+        weight = self.quantized_weight(part)
+        if torch.compiler.is_compiling():  # where nothing can be kept between two calls
+            return dequantize_weight(weight, dtype)
+        codes = tuple((x.data_ptr(), x._version) for x in (self.codes, self.scales))
+        known, values = self._decoded.get((part, dtype), (None, None))
+        if known != codes:
+            values = dequantize_weight(weight, dtype)
+            self._decoded[part, dtype] = codes, values
+        return values
 
     def quantized_weight(self, part: str | None = None) -> QuantizedWeight:
         """The rows of a split, or all."""
@@ -53,6 +66,7 @@ class QuantizedLinear(Linear):
 
     def _apply(self, fn, recurse=True):
         """Codes and scales move with the module and keep their dtypes, which are the format's."""
+        self._decoded.clear()
         for name in ("codes", "scales"):
             tensor, moved = self._buffers[name], fn(self._buffers[name])
             self._buffers[name] = moved if moved.dtype == tensor.dtype else tensor.to(moved.device)

@@ -10,6 +10,7 @@ from fusedlm.config.train import AdamWConfig
 from fusedlm.model.accounting import forward_flops
 from fusedlm.model.cast_weights import CastWeights
 from fusedlm.model.memory import quantized_bytes
+from fusedlm.nn import quantized as quantized_module
 from fusedlm.nn.linear import Linear
 from fusedlm.nn.module import roles
 from fusedlm.nn.quantized import QuantizedLinear, empty_weight, hidden_matrices, quantized_layers, replace_layers
@@ -187,3 +188,24 @@ def test_the_planned_size_is_that_of_the_tensors(format):
     replace_layers(model, round_weights(model, format))
     live = {id(tensor): tensor.nbytes for tensor in (*model.parameters(), *model.buffers())}
     assert planned == sum(live.values())
+
+
+def test_absorbed_products_decode_their_weight_once(monkeypatch):
+    """And again when the codes have changed, or have moved."""
+    quantised, _ = _pair(MIXER_CASES["mla"][0])
+    layer = next(m for name, m in quantized_layers(quantised).items() if name.endswith("kv_up"))
+    x = torch.randn(3, layer.out_features, dtype=torch.float64)
+    calls = []
+    decode = quantized_module.dequantize_weight
+    monkeypatch.setattr(quantized_module, "dequantize_weight", lambda *a: calls.append(a) or decode(*a))
+    first, second = (layer(x, transposed=True) for _ in range(2))
+    assert len(calls) == 1 and torch.equal(first, second)
+    layer(x.float(), transposed=True)
+    assert len(calls) == 2, "of another dtype"
+    layer.codes[0] ^= 1
+    expected = x @ decode(layer.quantized_weight(), torch.float64)
+    assert_close(layer(x, transposed=True), expected, 1e-12)
+    assert not torch.equal(layer(x, transposed=True), first)
+    layer.scales = layer.scales.clone()
+    layer(x, transposed=True)
+    assert len(calls) == 4
