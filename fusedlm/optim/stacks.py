@@ -18,6 +18,7 @@ SCALINGS: dict[str, Callable[[int, int], float]] = {
 
 
 NORM_EPS = 1e-8  # added to the root mean square of a row's updates
+_LARGEST = 2**29  # elements of a stack: a step needs about four copies of it in 16 bits
 
 
 @dataclass(frozen=True)
@@ -73,13 +74,18 @@ def stacks_of(parameters: list[torch.nn.Parameter], roles: list[Role]) -> list[S
 
 
 def stacked(parts: list[Part]) -> list[Stack]:
-    """Matrices of one shape, device and dtype in one stack; largest stacks first."""
-    stacks: dict[tuple, Stack] = {}
+    """Matrices of one shape, device and dtype in one stack, or in several of at most 2^29 elements; largest stacks
+    first."""
+    stacks: dict[tuple, list[Stack]] = {}
     for part in parts:
         parameter = part.parameter
         key = part.rows, parameter.shape[-1], parameter.device, parameter.dtype
-        stacks.setdefault(key, Stack(*key[:2])).parts.append(part)
-    return sorted(stacks.values(), key=lambda stack: -len(stack.parts) * stack.rows * stack.columns)
+        own = stacks.setdefault(key, [])
+        if not own or (len(own[-1].parts) + 1) * part.rows * parameter.shape[-1] > _LARGEST:
+            own.append(Stack(*key[:2]))
+        own[-1].parts.append(part)
+    found = [stack for own in stacks.values() for stack in own]
+    return sorted(found, key=lambda stack: -len(stack.parts) * stack.rows * stack.columns)
 
 
 def initialise(state: dict, parameter: torch.Tensor, *, with_rows: bool) -> None:

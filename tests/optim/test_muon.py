@@ -13,8 +13,8 @@ from fusedlm.config.train import (
 )
 from fusedlm.nn.module import Constant, Module, Normal, Role, init_weights
 from fusedlm.ops.polar.schemes import SCHEMES
-from fusedlm.optim import build_optimizer, optimizer_split, optimizer_tensors, set_learning_rates, step_if
-from fusedlm.optim.stacks import parts_of
+from fusedlm.optim import build_optimizer, optimizer_split, optimizer_tensors, set_learning_rates, stacks, step_if
+from fusedlm.optim.stacks import parts_of, stacked
 
 CPU = torch.device("cpu")
 DIM, STEPS = 6, 20
@@ -261,3 +261,15 @@ def test_skipped_steps_leave_no_trace():
     }  # fmt: skip
     assert all(torch.equal(found[name], expected[name]) for name in expected)
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), plain.parameters(), strict=True))
+
+
+def test_stacks_are_cut_where_they_become_too_large(monkeypatch):
+    parameters = [torch.nn.Parameter(torch.zeros(shape)) for shape in ((5, 4, 3), (4, 3), (2, 3))]
+    parts = [part for parameter in parameters for part in parts_of(parameter, ())]
+    assert [len(stack.parts) for stack in stacked(parts)] == [6, 1]
+    monkeypatch.setattr(stacks, "_LARGEST", 2 * 4 * 3 + 1)
+    found = stacked(parts)
+    assert [len(stack.parts) for stack in found] == [2, 2, 2, 1]
+    assert [part for stack in found for part in stack.parts] == parts
+    monkeypatch.setattr(stacks, "_LARGEST", 1)
+    assert [len(stack.parts) for stack in stacked(parts)] == [1] * 7, "a matrix is not cut"
