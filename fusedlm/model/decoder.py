@@ -431,7 +431,7 @@ class Decoder(Module):
                 positions = state.next_position_B[:, None] + positions
         one_row = not packed and starts_B is None
         context = Context(positions[:1] if one_row else positions.expand(batch, -1), packed, past, starts_B)
-        context.select = select
+        context.select, context.prompts = select, state is not None
         context.slots_B = None if state is None else state.slots(n_tokens)
         if isinstance(n_new, torch.Tensor):
             context.lengths_B = n_new

@@ -18,6 +18,7 @@ class Context:
     slots_B: (B,) int64, the places of these tokens in the caches of a static state (`State.slots`), (B, T) of several
         tokens per row; None: not static.
     lengths_B: (B,) int64, how many of the T tokens each row has, the rest being padding; None: all.
+    prompts: whether these are the tokens of prompts, which have other numbers at every call.
     select: (n,) int64, which of the B * T tokens the head computes and metrics count; None: all.
     boundaries: cumulative document lengths (N + 1,) int32 over the B * T tokens, and the longest; for the
         variable-length kernels on the GPU, None elsewhere.
@@ -33,6 +34,7 @@ class Context:
     starts_B: torch.Tensor | None = None
     slots_B: torch.Tensor | None = None
     lengths_B: torch.Tensor | None = None
+    prompts: bool = False
     select: torch.Tensor | None = None
     boundaries: tuple[torch.Tensor, int] | None = None
     rope: dict[tuple[int, float], RopeTable] = field(default_factory=dict)

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from fusedlm.nn.context import Context
+from fusedlm.nn.mixers import softmax
 from fusedlm.testing import assert_close, part_model, randomise_
 from tests.nn.gradients import output_and_gradients
 
@@ -84,3 +85,17 @@ def test_equals_the_definition(case, sizes):
 def test_normalised_queries_start_with_a_gain_of_one_and_a_half():
     mixer = part_model(CASES[0]).blocks[0].mixer
     assert mixer.q_gain.tolist() == [1.5] * 4
+
+
+@pytest.mark.parametrize("case", [CASES[0], "{type: mla, n_heads: 2, kv_rank: 8, rope_dim: 4}"])
+def test_prompts_are_attended_as_sequences_of_varying_lengths(case, monkeypatch):
+    """Those that fill a state; sequences of training and evaluation have one length."""
+    model, calls = part_model(case).eval(), []
+    attend = softmax.causal_attention
+    monkeypatch.setattr(softmax, "causal_attention", lambda *a, **k: calls.append(k["varying"]) or attend(*a, **k))
+    tokens = torch.arange(9)[None]
+    model(tokens)
+    assert set(calls) == {False}
+    calls.clear()
+    model(tokens, state=model.init_state(1))
+    assert set(calls) == {True}

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from fusedlm.ops import causal_attention, explain, packed_attention
-from fusedlm.ops.attention import reference
+from fusedlm.ops.attention import op, reference, sdpa
 from fusedlm.testing import assert_close
 
 
@@ -32,6 +32,25 @@ def test_causal(groups, n):
         lambda q, k, v: reference.causal(q, k, v, 0.4),
         _qkv(n=n, groups=groups),
     )
+
+
+def test_calls_of_varying_lengths_need_no_plans_of_cudnn(monkeypatch):
+    """flash takes their place, with keys and values of one width."""
+    calls = []
+
+    def attend(q, k, v, *, is_causal, scale, **options):
+        calls.append((q.shape[-1], k.shape[-1], v.shape[-1]))
+        assert is_causal
+        return reference.causal(*(x.transpose(1, 2) for x in (q, k, v)), scale).transpose(1, 2)
+
+    q, k, v = _qkv()
+    expected = reference.causal(q, k, v, 0.4)
+    monkeypatch.setattr(op, "resolve", lambda *args, **sizes: sdpa.cudnn_causal)
+    monkeypatch.setattr(sdpa.F, "scaled_dot_product_attention", attend)
+    assert_close(causal_attention(q, k, v, scale=0.4, varying=True), expected, 1e-12)
+    assert calls == [(10, 10, 10)]
+    assert_close(causal_attention(q, k, v, scale=0.4), expected, 1e-12)
+    assert calls == [(10, 10, 10), (6, 6, 10)]
 
 
 def test_reference_is_the_definition():

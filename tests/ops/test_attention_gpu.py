@@ -40,9 +40,9 @@ def _check(function, expected_function, qkv):
         assert_close(a, e, max(2 * error_ratio(s, e), 1e-3), name)
 
 
-@pytest.mark.parametrize("backend", ["cudnn", "flash", "sdpa"])
+@pytest.mark.parametrize(("backend", "varying"), [("cudnn", False), ("cudnn", True), ("flash", False), ("sdpa", False)])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_causal(backend, shape):
+def test_causal(backend, varying, shape):
     qkv, scale = _qkv(shape), shape[4] ** -0.5
     found = explain(causal_attention, qkv[0].device, torch.bfloat16, head_dim=shape[4], value_dim=shape[5])
     if backend in found.unsupported:
@@ -50,7 +50,7 @@ def test_causal(backend, shape):
             causal_attention(*qkv, scale=scale, backend=backend)
         return
     _check(
-        lambda q, k, v: causal_attention(q, k, v, scale=scale, backend=backend),
+        lambda q, k, v: causal_attention(q, k, v, scale=scale, varying=varying, backend=backend),
         lambda q, k, v: reference.causal(q, k, v, scale),
         qkv,
     )

@@ -21,7 +21,8 @@ class SoftmaxAttention(Module):
     def forward(self, q_BTHD, k_BTGD, v_BTGE, scale: float, context: Context) -> torch.Tensor:
         windowed = self.window is not None and q_BTHD.shape[1] > self.window
         if not context.packed and not windowed:
-            return causal_attention(q_BTHD, k_BTGD, v_BTGE, scale=scale, backend=self.backend("attention"))
+            how = {"varying": context.prompts, "backend": self.backend("attention")}
+            return causal_attention(q_BTHD, k_BTGD, v_BTGE, scale=scale, **how)
         return packed_attention(
             q_BTHD,
             k_BTGD,

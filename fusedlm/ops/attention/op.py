@@ -64,7 +64,9 @@ PACKED = Op(
 )
 
 
-def causal_attention(q_BTHD, k_BTGD, v_BTGE, *, scale: float, backend: str = "auto") -> torch.Tensor:
+def causal_attention(
+    q_BTHD, k_BTGD, v_BTGE, *, scale: float, varying: bool = False, backend: str = "auto"
+) -> torch.Tensor:
     """Causal softmax attention over full sequences.
 
     Args:
@@ -72,6 +74,8 @@ def causal_attention(q_BTHD, k_BTGD, v_BTGE, *, scale: float, backend: str = "au
         k_BTGD: (B, T, G, D) keys, G dividing H; query head h reads key head h // (H / G).
         v_BTGE: (B, T, G, E) values.
         scale: scores are multiplied by it.
+        varying: whether other calls have other B and T, as prompts have. cuDNN makes a plan for each, which takes tens
+            of milliseconds; such calls run flash in its place.
         backend: auto, cudnn, flash, sdpa or reference.
 
     Returns:
@@ -81,6 +85,8 @@ def causal_attention(q_BTHD, k_BTGD, v_BTGE, *, scale: float, backend: str = "au
         ValueError: the backend cannot run this call; the message says why.
     """
     run = resolve("attention", backend, q_BTHD, head_dim=q_BTHD.shape[-1], value_dim=v_BTGE.shape[-1])
+    if varying and run is sdpa.cudnn_causal:
+        run = sdpa.flash_causal
     return run(q_BTHD, k_BTGD, v_BTGE, scale)
 
 

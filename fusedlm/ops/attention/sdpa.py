@@ -54,8 +54,10 @@ def cudnn_causal(q_BTHD, k_BTGD, v_BTGE, scale: float) -> torch.Tensor:
 
 
 def flash_causal(q_BTHD, k_BTGD, v_BTGE, scale: float) -> torch.Tensor:
+    value_dim = v_BTGE.shape[-1]
+    q_BTHD, k_BTGD, v_BTGE = one_width(q_BTHD, k_BTGD, v_BTGE)
     with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
-        return _sdpa(q_BTHD, k_BTGD, v_BTGE, scale, is_causal=True)
+        return _sdpa(q_BTHD, k_BTGD, v_BTGE, scale, is_causal=True)[..., :value_dim]
 
 
 def flash_packed(q_BTHD, k_BTGD, v_BTGE, scale: float, positions_BT, window, boundaries) -> torch.Tensor:
