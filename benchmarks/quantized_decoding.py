@@ -25,6 +25,7 @@ from fusedlm.files import write_atomic  # noqa: E402
 from fusedlm.generation.steps import Predictor  # noqa: E402
 from fusedlm.model.precision import resolve_device, resolve_dtype  # noqa: E402
 from fusedlm.nn.quantized import quantized_layers  # noqa: E402
+from fusedlm.runs.folder import require_run  # noqa: E402
 from fusedlm.runs.hardware import environment  # noqa: E402
 from fusedlm.runs.load import load_checkpoint  # noqa: E402
 from fusedlm.runs.text import open_text  # noqa: E402
@@ -47,6 +48,11 @@ def main() -> None:
     record |= {"prompt_tokens": arguments.prompt, "tokens": arguments.tokens, "environment": environment(device, dtype)}
     record["rows"] = []
     documents = prompts = None
+    try:
+        for run in arguments.runs:
+            require_run(run)
+    except ValueError as error:
+        parser.error(str(error))
     for run in arguments.runs:
         try:
             loaded = load_checkpoint(run, device=device)
