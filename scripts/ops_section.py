@@ -11,6 +11,7 @@ _OURS = "fusedlm"
 _LESS_EXACT = "†"
 _OUR_COLOUR, _PEER_COLOUR = "#b03060", "#90a8d8"
 _COLUMNS = 2  # of panels
+_TITLE = 62  # characters that fit over one
 
 
 def ops_section(records: list[dict], steps: dict | None) -> str:
@@ -127,7 +128,7 @@ def draw_ops(record: dict, folder: Path) -> None:
     for op in dict.fromkeys(case["op"] for case in record["cases"]):
         cases = [case for case in record["cases"] if case["op"] == op]
         rows = [cases[i : i + _COLUMNS] for i in range(0, len(cases), _COLUMNS)]
-        heights = [0.75 + 0.2 * max(len(_timed(case)) for case in row) for row in rows]
+        heights = [_height(row) for row in rows]
         figure, panels = pyplot.subplots(
             len(rows),
             _COLUMNS,
@@ -143,6 +144,11 @@ def draw_ops(record: dict, folder: Path) -> None:
         figure.suptitle(f"{op} on {_hardware(record)}\n{how}", fontsize=9)
         figure.savefig(folder / f"ops-{op}.png", dpi=110, metadata={"Software": None})
         pyplot.close(figure)
+
+
+def _height(row: list[dict]) -> float:
+    """Inches of a row of panels."""
+    return 0.75 + 0.2 * max(len(_timed(case)) for case in row) + 0.12 * any("\n" in _title(case) for case in row)
 
 
 def _draw_case(axes, case: dict) -> None:
@@ -162,7 +168,13 @@ def _draw_case(axes, case: dict) -> None:
     axes.tick_params(axis="x", labelsize=7)
     axes.tick_params(axis="y", length=0)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.set_title(f"{case['shape']}, {case['dtype']}, {case['direction']}", fontsize=8, loc="left")
+    axes.set_title(_title(case), fontsize=8, loc="left")
+
+
+def _title(case: dict) -> str:
+    """In two lines where one is wider than a panel."""
+    shape, how = case["shape"], f"{case['dtype']}, {case['direction']}"
+    return f"{shape}, {how}" if len(shape) + len(how) < _TITLE else f"{shape}\n{how}"
 
 
 def _timed(case: dict) -> list[dict]:
