@@ -24,6 +24,7 @@ NAMES = {
     "targets_N": NONE,
     "token_scale": NONE,
     "token_weight": NONE,
+    "varying": FALSE,
 }
 # Attributes of any object.
 ATTRIBUTES = {

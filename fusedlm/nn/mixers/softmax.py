@@ -21,8 +21,9 @@ class SoftmaxAttention(Module):
     def forward(self, q_BTHD, k_BTGD, v_BTGE, scale: float, context: Context) -> torch.Tensor:
         windowed = self.window is not None and q_BTHD.shape[1] > self.window
         if not context.packed and not windowed:
-            how = {"varying": context.prompts, "backend": self.backend("attention")}
-            return causal_attention(q_BTHD, k_BTGD, v_BTGE, scale=scale, **how)
+            return causal_attention(
+                q_BTHD, k_BTGD, v_BTGE, scale=scale, varying=context.prompts, backend=self.backend("attention")
+            )
         return packed_attention(
             q_BTHD,
             k_BTGD,
