@@ -170,7 +170,7 @@ async def _until_all_end(job: Job, pieces: asyncio.Queue) -> AsyncIterator[tuple
     """
     left = len(job.sequences)
     while left:
-        for sequence, piece in _joined([await pieces.get(), *_there(pieces)]):
+        for sequence, piece in _joined([await pieces.get(), *_waiting(pieces)]):
             if piece.finish == "error":
                 raise RequestError(piece.error, status=500, code="engine_error")
             if piece.finish == "shutdown":
@@ -179,7 +179,7 @@ async def _until_all_end(job: Job, pieces: asyncio.Queue) -> AsyncIterator[tuple
             left -= piece.finish is not None
 
 
-def _there(pieces: asyncio.Queue) -> list[tuple[Sequence, Piece]]:
+def _waiting(pieces: asyncio.Queue) -> list[tuple[Sequence, Piece]]:
     return [pieces.get_nowait() for _ in range(pieces.qsize())]
 
 

@@ -43,8 +43,8 @@ class Limits:
 
 
 def default_chunk(device: torch.device) -> int:
-    """Tokens of prompts to read between two decoding steps: on a GPU so many that launching their kernels takes no
-    longer than running them."""
+    """Tokens of prompts to read between two decoding steps: more on a GPU, where launching the kernels of a chunk takes
+    as long whatever its size."""
     return 2048 if device.type == "cuda" else 512
 
 
@@ -86,13 +86,14 @@ class Engine:
 
     def _start_empty(self) -> None:
         self.queue = WaitingQueue(self.limits.waiting)
-        self.slots = Slots(self.model, self.limits.sequences, self.limits.context, self._free_bytes() // 2)
+        # On the CPU rows are allocated as they are needed.
+        at_once = self._half_of_free_bytes if self._device.type == "cuda" else None
+        self.slots = Slots(self.model, self.limits.sequences, self.limits.context, at_once)
         self._running: list[RunningSequence] = []  # by slot
         self._prepare()
 
-    def _free_bytes(self) -> int:
-        """Of the GPU; 0 on the CPU, where rows are allocated as they are needed."""
-        return torch.cuda.mem_get_info(self._device)[0] if self._device.type == "cuda" else 0
+    def _half_of_free_bytes(self) -> int:
+        return torch.cuda.mem_get_info(self._device)[0] // 2
 
     def _prepare(self) -> None:
         """What depends on the weights."""

@@ -1,5 +1,7 @@
 """The states of the sequences that are decoded together: rows of one static state, which has room as it is needed."""
 
+from collections.abc import Callable
+
 import torch
 
 from fusedlm.model.rows import (
@@ -28,9 +30,9 @@ class Slots:
     lengths: tokens of the row of every sequence.
     """
 
-    def __init__(self, model, max_rows: int, max_tokens: int, at_once: int = 0):
-        """max_tokens: most tokens of a row. at_once: bytes; where all rows with all their tokens take no more, they
-        are allocated with the first one, and CUDA graphs are captured once."""
+    def __init__(self, model, max_rows: int, max_tokens: int, at_once: Callable[[], int] | None = None):
+        """max_tokens: most tokens of a row. at_once: asked for bytes before the first allocation; where all rows with
+        all their tokens take no more, they are allocated then, and CUDA graphs are captured once."""
         self._model, self.max_rows, self._most, self._at_once = model, max_rows, max_tokens + 1, at_once
         self.state = None
         self.generation = 0
@@ -114,12 +116,12 @@ class Slots:
         self._resize(rows, capacity, like)
 
     def _all_fits(self, like: Row) -> bool:
-        if not self._at_once:
+        if self._at_once is None:
             return False
         # A row takes some bytes, and each of its tokens others.
         small, large = (static_rows(self._model, like, 1, n * _LEAST_CAPACITY).nbytes() for n in (1, 2))
         per_token = (large - small) / _LEAST_CAPACITY
-        return self.max_rows * (small + (self._most + 1 - _LEAST_CAPACITY) * per_token) <= self._at_once
+        return self.max_rows * (small + (self._most + 1 - _LEAST_CAPACITY) * per_token) <= self._at_once()
 
     def _shrink(self) -> None:
         if not self._shrinks:
