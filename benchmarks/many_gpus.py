@@ -31,13 +31,14 @@ import torch.multiprocessing
 REPOSITORY = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REPOSITORY))
 
+from benchmarks.commands import without_json  # noqa: E402
 from fusedlm import build_model, load_recipe  # noqa: E402
 from fusedlm.cli.plan import make_plan  # noqa: E402
 from fusedlm.config import Recipe  # noqa: E402
 from fusedlm.data import Batch  # noqa: E402
 from fusedlm.distributed import World, processes  # noqa: E402
 from fusedlm.model.accounting import training_flops_per_token  # noqa: E402
-from fusedlm.model.precision import autocast, resolve_dtype  # noqa: E402
+from fusedlm.model.precision import autocast, resolve_device, resolve_dtype  # noqa: E402
 from fusedlm.model.sharding import build_sharded_model  # noqa: E402
 from fusedlm.optim import build_optimizer  # noqa: E402
 from fusedlm.runs.backends import use_backends  # noqa: E402
@@ -73,20 +74,16 @@ def main() -> None:
         parser.error(str(error))
     print("\n".join(lines(results)))
     if arguments.json:
-        record = record_of(arguments.recipe, results, sys.argv[1:])
+        record = record_of(load_recipe(arguments.recipe, arguments.overrides), results)
         arguments.json.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
 
 
-def record_of(recipe: str, results: list[dict], command: list[str]) -> dict:
+def record_of(recipe: Recipe, results: list[dict]) -> dict:
     """What is written: one row for each number of processes."""
-    if "--json" in command:
-        at = command.index("--json")
-        command = command[:at] + command[at + 2 :]
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    loaded = load_recipe(recipe)
-    made = environment(device, resolve_dtype(loaded.runtime.dtype, device))
-    command = ["python", "benchmarks/many_gpus.py", *command]
-    return {"name": loaded.name, "command": shlex.join(command), "environment": made, "rows": results}
+    device = resolve_device(recipe.runtime.device)
+    made = environment(device, resolve_dtype(recipe.runtime.dtype, device))
+    command = without_json(shlex.join(["python", "benchmarks/many_gpus.py", *sys.argv[1:]]))
+    return {"name": recipe.name, "command": command, "environment": made, "rows": results}
 
 
 def measure(arguments: argparse.Namespace, n: int) -> dict:

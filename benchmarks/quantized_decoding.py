@@ -18,8 +18,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks.speculation import measure  # noqa: E402
-from benchmarks.speculation import passages as passages_of  # noqa: E402
+from benchmarks.speculation import measure, passages  # noqa: E402
 from fusedlm.evaluate import first_tokens, score_documents  # noqa: E402
 from fusedlm.files import write_atomic  # noqa: E402
 from fusedlm.generation.steps import Predictor  # noqa: E402
@@ -61,7 +60,7 @@ def main() -> None:
                 remedy = "give the run with its prepared text"
                 text = open_text(loaded.recipe, loaded.text, run, remedy=remedy).validation
                 documents = list(first_tokens(text.documents(), arguments.eval_tokens, loaded.tokenizer))
-                prompts = passages_of(loaded.recipe, max(arguments.batches), arguments.prompt)
+                prompts = passages(loaded.recipe, max(arguments.batches), arguments.prompt)
         except ValueError as error:
             parser.error(str(error))
         row = {"run": run.name, "format": _format(loaded.model), "weight_bytes": _weight_bytes(loaded.model, dtype)}

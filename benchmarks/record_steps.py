@@ -7,12 +7,12 @@ The first row is what the others are compared with. A table of the same title is
 
 import argparse
 import json
-import re
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from benchmarks.commands import without_json  # noqa: E402
 from fusedlm.files import write_atomic  # noqa: E402
 from scripts.training_section import TRAINING_STEPS  # noqa: E402
 
@@ -20,8 +20,6 @@ _KEPT = (
     "recipe", "overrides", "command", "environment", "parameters", "training_flops_per_token", "micro_batch_seconds",
     "optimizer_seconds", "tokens_per_second", "mfu", "peak_memory_gib",
 )  # fmt: skip
-
-_JSON = re.compile(r" --json[ =]\S+")  # of a command: where the file that is recorded was
 
 
 def recorded(tables: list[dict], title: str, files: dict[str, Path], note: str | None) -> list[dict]:
@@ -36,7 +34,7 @@ def recorded(tables: list[dict], title: str, files: dict[str, Path], note: str |
         missing = [key for key in _KEPT if key not in result]
         if missing:
             raise ValueError(f"{path} has no {missing[0]}: name a file that benchmarks/train_step.py --json wrote")
-        result["command"] = _JSON.sub("", result["command"])
+        result["command"] = without_json(result["command"])
         rows.append({"label": label} | {key: result[key] for key in _KEPT})
     table = {"title": title, "rows": rows} | ({"note": note} if note else {})
     if title not in [other["title"] for other in tables]:
