@@ -32,7 +32,7 @@ from fusedlm.model.precision import resolve_device, resolve_dtype  # noqa: E402
 from fusedlm.ops.polar.schemes import SCHEMES, product_flops, segments  # noqa: E402
 from fusedlm.optim import build_optimizer  # noqa: E402
 from fusedlm.optim.optimizer import matrix_roles, optimizer_bytes  # noqa: E402
-from fusedlm.optim.stacks import stacks_of  # noqa: E402
+from fusedlm.optim.stacks import parts_of, stacked  # noqa: E402
 from fusedlm.runs.hardware import environment  # noqa: E402
 
 RECIPE = Path(__file__).resolve().parent.parent / "recipes/gpt-350m.yaml"
@@ -145,7 +145,7 @@ def _flops(name: str, model) -> int:
     matrix = CONFIGS.get(name, CONFIGS["muon_adamw"]).matrix
     n_steps = len(SCHEMES[matrix.scheme].coefficients)
     total = 0
-    for stack in stacks_of([by_name[key] for key in hidden], list(hidden.values())):
+    for stack in stacked([part for key, role in hidden.items() for part in parts_of(by_name[key], role.splits)]):
         small, large = sorted((stack.rows, stack.columns))
         parts = segments(n_steps, small, large)
         total += len(stack.parts) * product_flops(n_steps, small, large, parts, symmetric=True)

@@ -6,7 +6,6 @@ from dataclasses import dataclass, field
 import torch
 
 from fusedlm.distributed.tensors import zeros_by_rows
-from fusedlm.nn.module import Role
 
 # Factors of an orthogonal update (out, in). shape: Keller Jordan's Muon; spectral: arXiv 2310.17813; rms:
 # arXiv 2502.16982, the root mean square of AdamW's updates.
@@ -65,12 +64,6 @@ def parts_of(parameter: torch.nn.Parameter, splits: tuple[tuple[str, int], ...])
         parts.append(Part(parameter, start, n_rows))
         start += n_rows
     return parts
-
-
-def stacks_of(parameters: list[torch.nn.Parameter], roles: list[Role]) -> list[Stack]:
-    """All matrices of these parameters, as `stacked`."""
-    pairs = zip(parameters, roles, strict=True)
-    return stacked([part for parameter, role in pairs for part in parts_of(parameter, role.splits)])
 
 
 def stacked(parts: list[Part]) -> list[Stack]:

@@ -15,7 +15,7 @@ from fusedlm.nn.context import Context
 from fusedlm.nn.ffn.moe import MoE
 from fusedlm.nn.ffn.router import is_highest, router_z_loss, sequence_balance_loss
 from fusedlm.nn.module import init_weights, roles
-from fusedlm.optim.stacks import stacks_of
+from fusedlm.optim.stacks import parts_of, stacked
 from fusedlm.testing import FFN_CASES, assert_close, part_model, randomise_
 
 ATTENTION = "{type: attention, n_heads: 4}"
@@ -313,11 +313,9 @@ def test_metrics_of_layers_with_different_numbers_of_experts():
 def test_every_expert_is_a_matrix_of_its_own_to_muon():
     layer = moe().float()
     found = roles(layer)
-    parts = {
-        (stack.rows, stack.columns): len(stack.parts)
-        for stack in stacks_of([layer.experts.up, layer.experts.down], [found["experts.up"], found["experts.down"]])
-    }
-    assert parts == {(16, 32): 2 * 8, (32, 16): 8}
+    parts = parts_of(layer.experts.up, found["experts.up"].splits)
+    parts += parts_of(layer.experts.down, found["experts.down"].splits)
+    assert {(stack.rows, stack.columns): len(stack.parts) for stack in stacked(parts)} == {(16, 32): 2 * 8, (32, 16): 8}
 
 
 def test_orthogonal_start_of_every_expert():
