@@ -27,8 +27,8 @@ class QuantizedLinear(Linear):
         self.in_features, self.out_features, self.splits = layer.in_features, layer.out_features, layer.splits
         self.backends, self.training = layer.backends, layer.training
         self.format, self.group = weight.format, weight.group
-        # By split and dtype: the codes that were decoded, and their values.
-        self._decoded: dict[tuple[str | None, torch.dtype], tuple[tuple, torch.Tensor]] = {}
+        # By split and dtype: which codes and scales were decoded, these, and their values.
+        self._decoded: dict[tuple[str | None, torch.dtype], tuple] = {}
         self.register_buffer("codes", weight.codes)
         self.register_buffer("scales", weight.scales)
         self.register_parameter("bias", None)
@@ -44,12 +44,14 @@ class QuantizedLinear(Linear):
         weight = self.quantized_weight(part)
         if torch.compiler.is_compiling():  # where nothing can be kept between two calls
             return dequantize_weight(weight, dtype)
-        codes = tuple((x.data_ptr(), x._version) for x in (self.codes, self.scales))
-        known, values = self._decoded.get((part, dtype), (None, None))
-        if known != codes:
-            values = dequantize_weight(weight, dtype)
-            self._decoded[part, dtype] = codes, values
-        return values
+        versions = self.codes._version, self.scales._version
+        known = self._decoded.get((part, dtype))
+        # These are kept, so that no others can have their ids.
+        if known is None or known[:3] != (id(self.codes), id(self.scales), versions):
+            kept = self.codes, self.scales
+            known = (*map(id, kept), versions, kept, dequantize_weight(weight, dtype))
+            self._decoded[part, dtype] = known
+        return known[-1]
 
     def quantized_weight(self, part: str | None = None) -> QuantizedWeight:
         """The rows of a split, or all."""
