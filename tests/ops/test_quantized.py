@@ -206,7 +206,8 @@ def test_small_weights_use_few_splits():
     device = torch.device("cpu")  # three multiprocessors
     for sizes, splits in (((8, 64, 4096), 6), ((8, 64, 1000), 1), ((8, 640, 4096), 1)):
         assert kernels.config_of(*sizes, "fp8", torch.float32, device)["SPLITS"] == splits
-    assert kernels.config_of(8, 64, 4096, "fp8", torch.bfloat16, device)["SPLITS"] == 3, "of 32 rows"
+    for row_bytes, splits in ((8192, 3), (4096, 2), (2752, 1)):  # of 32 rows
+        assert kernels.config_of(8, 64, row_bytes, "fp8", torch.bfloat16, device)["SPLITS"] == splits
 
 
 def test_tiles_follow_the_number_of_tokens_and_the_length_of_rows():
@@ -217,6 +218,11 @@ def test_tiles_follow_the_number_of_tokens_and_the_length_of_rows():
     assert [config(1, 2048, format)["UNITS"] for format in ("mxfp4", "int4", "fp8")] == [64, 32, 128]
     assert config(1, 2048, dtype=torch.float32)["UNITS"] == 32
     assert [config(n, 2048)["TOKENS"] for n in (2, 16, 17, 32)] == [16, 16, 32, 32]
+    assert [config(n, 2048)["ROWS"] for n in (16, 17)] == [32, 64]
+    assert [config(16, 1376, format)["HALVES"] for format in ("mxfp4", "int4", "fp8")] == [64, 128, 128]
+    options = torch.bfloat16, torch.device("cpu")
+    rows = [kernels.config_of(32, 14336, 2048, format, *options)["ROWS"] for format in ("mxfp4", "int4", "fp8", "int8")]
+    assert rows == [128, 128, 64, 64]
 
 
 def test_more_tokens_and_gradients_run_the_reference():

@@ -325,8 +325,9 @@ def config_of(n_tokens: int, n_out: int, row_bytes: int, format: str, dtype: tor
     """Tile and launch options, with UNITS of the kernel for one token; measured on an H100.
 
     One token: rows of up to 128 units are read at once, longer ones in pieces that keep enough of them on their way.
-    Several: 256 bytes of 32 rows at a time, and columns split into about two waves of programs, of 1 KiB of codes per
-    row or more, for the second kernel costs as much as reading these.
+    Several: 128 or 256 bytes of 32 rows at a time, of 64 or 128 for more than 16 tokens, which every block of rows
+    reads anew. Columns are split into about two waves of programs, of 2 KiB of codes per row or more, for the second
+    kernel costs as much as reading these.
     """
     if n_tokens == 1:
         n_units = triton.cdiv(row_bytes, 16)
@@ -337,8 +338,15 @@ def config_of(n_tokens: int, n_out: int, row_bytes: int, format: str, dtype: tor
             units = min(units, 32)
         return {"ROWS": 4, "UNITS": units, "num_warps": max(1, units // 32)}
     if dtype == torch.bfloat16:
-        tokens = 16 if n_tokens <= 16 else 32
-        config, least = {"ROWS": 32, "HALVES": 128, "TOKENS": tokens, "num_warps": 2, "num_stages": 3}, 1024
+        if n_tokens <= 16:
+            halves, stages = (64, 4) if format == "mxfp4" and row_bytes < 2048 else (128, 3)
+            rows, tokens, warps = 32, 16, 2
+        elif format in ("mxfp4", "int4") and n_out >= 64 * n_multiprocessors(device):
+            rows, halves, tokens, warps, stages = 128, 64, 32, 8, 4
+        else:
+            rows, halves, tokens, warps, stages = 64, 128, 32, 4, 3
+        config = {"ROWS": rows, "HALVES": halves, "TOKENS": tokens, "num_warps": warps, "num_stages": stages}
+        least = 2048
     else:
         config, least = {"ROWS": 64, "HALVES": 32, "TOKENS": 32, "num_warps": 4, "num_stages": 4}, 512
     blocks = triton.cdiv(n_out, config["ROWS"])
