@@ -164,6 +164,7 @@ def clients_part(model, args) -> dict:
             found[name] = figures(*serving.serve(requests, n_clients))
             show(name, found[name])
         found["graphed_steps"] = serving.engine.graphed_steps
+        found["graphed_prompts"] = serving.engine.graphed_prompts
     engine = make_engine(model, args, context, 0)
     requests = [(random_ids(generator, length), tokens) for length, tokens in lengths]
     without_http(engine, requests[: args.clients])
@@ -184,6 +185,7 @@ def prefix_part(model, args) -> dict:
             serving.serve(requests[:2], 1)
             found[name] = figures(*serving.serve(requests[2:], 1))
             found[name]["cached_tokens"] = serving.engine.metrics.cached_tokens
+            found[name]["graphed_prompts"] = serving.engine.graphed_prompts
             show(name, found[name])
     before, after = (found[name]["first_token_seconds"]["p50"] for name in ("without cache", "with cache"))
     found["speedup"] = before / after

@@ -91,6 +91,11 @@ def join_rows(model, rows: Sequence[Row], max_tokens: int | None = None) -> Stat
 
 def put_row(state: State, index: int, row: Row) -> None:
     """Replace a row of a static state by another; `State.set_lengths` counts its tokens."""
+    if row.length == 0:
+        for part in state.parts():
+            for tensor in part.tensors():
+                tensor[index] = 0
+        return
     for cache, tokens in zip(_caches(state), row.tokens, strict=True):
         cache.rows[index, : row.length] = tokens
         # Attention multiplies what follows by 0, and the row before may have had infinities.
@@ -106,7 +111,7 @@ def move_row(state: State, source: int, target: int) -> None:
             tensor[target] = tensor[source]
 
 
-def static_rows(model, like: Row, n_rows: int, capacity: int) -> State:
+def static_rows(model, like: Row, n_rows: int, capacity: int, spare: int = 0) -> State:
     """A static state of so many rows, whose contents are meaningless; like: any row that has seen a token."""
     shortened = [
         (tensors[0][-1:],) if isinstance(part, WindowCache) else tensors
@@ -114,7 +119,7 @@ def static_rows(model, like: Row, n_rows: int, capacity: int) -> State:
     ]
     tiny = Row(1, [tokens[:1] for tokens in like.tokens], shortened)
     state = join_rows(model, [tiny] * n_rows)
-    state.make_static(capacity)
+    state.make_static(capacity, spare)
     return state
 
 

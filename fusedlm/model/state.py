@@ -212,8 +212,8 @@ class State:
         """
         if self.capacity is None or len(lengths) != len(self.lengths):
             raise ValueError(f"lengths={list(lengths)} are for a static state of {len(lengths)} rows")
-        if not all(0 < length < self.capacity for length in lengths):
-            raise ValueError(f"lengths={list(lengths)} must be above 0 and below capacity={self.capacity}")
+        if not all(0 <= length < self.capacity for length in lengths):
+            raise ValueError(f"lengths={list(lengths)} must be at least 0 and below capacity={self.capacity}")
         self.lengths = list(lengths)
         self.lengths_B.copy_(torch.tensor(self.lengths))
         self.next_position_B.copy_(self.lengths_B)

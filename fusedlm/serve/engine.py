@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
@@ -12,12 +13,14 @@ from fusedlm.model.rows import Snapshot, needs_snapshot
 from fusedlm.serve.metrics import EngineMetrics
 from fusedlm.serve.prefill import Prefill, Read
 from fusedlm.serve.prefix_cache import PrefixCache
+from fusedlm.serve.prompt_steps import PromptSteps
 from fusedlm.serve.queue import WaitingQueue
 from fusedlm.serve.requests import Piece, Sequence
 from fusedlm.serve.running import RunningSequence
 from fusedlm.serve.sampling import choose, score_rows
 from fusedlm.serve.slots import Slots
 from fusedlm.serve.steps import DecodeSteps
+from fusedlm.serve.weights_version import WeightsVersion
 
 
 @dataclass(frozen=True)
@@ -59,7 +62,7 @@ class Engine:
     Args:
         model: a decoder in eval mode.
         dtype: of autocast.
-        cuda_graph: whether decoding steps are CUDA graphs; None: where possible.
+        cuda_graph: whether decoding steps and short pieces of prompts are CUDA graphs; None: where possible.
         clock: seconds, for the metrics.
 
     Raises:
@@ -80,26 +83,28 @@ class Engine:
         self.model, self.tokenizer, self.limits = model, tokenizer, limits
         self._device, self._dtype, self._cuda_graph, self._clock = device, dtype, cuda_graph, clock
         snapshots = needs_snapshot(model)
-        self.cache = PrefixCache(limits.cache_bytes, limits.block_size, snapshots, lambda: weights_version(model))
+        self._weights_version = WeightsVersion(model)
+        self.cache = PrefixCache(limits.cache_bytes, limits.block_size, snapshots, self._weights_version)
         self.metrics = EngineMetrics()
         self._start_empty()
 
     def _start_empty(self) -> None:
         self.queue = WaitingQueue(self.limits.waiting)
         # On the CPU rows are allocated as they are needed.
-        at_once = self._half_of_free_bytes if self._device.type == "cuda" else None
+        at_once = partial(self._free_bytes, 2) if self._device.type == "cuda" else None
         self.slots = Slots(self.model, self.limits.sequences, self.limits.context, at_once)
         self._running: list[RunningSequence] = []  # by slot
         self._prepare()
 
-    def _half_of_free_bytes(self) -> int:
-        return torch.cuda.mem_get_info(self._device)[0] // 2
+    def _free_bytes(self, divisor: int) -> int:
+        return torch.cuda.mem_get_info(self._device)[0] // divisor
 
     def _prepare(self) -> None:
         """What depends on the weights."""
-        self._version = weights_version(self.model)
+        self._version = self._weights_version.refresh()
         predictor = Predictor(self.model, self.tokenizer, self._device, self._dtype)
-        self._prefill = Prefill(predictor, self.cache, self.limits.chunk)
+        self._short = PromptSteps(predictor, self.limits.context, partial(self._free_bytes, 8), self._cuda_graph)
+        self._prefill = Prefill(predictor, self.cache, self.limits.chunk, self._short)
         self._steps = DecodeSteps(predictor, self.slots, self._cuda_graph)
 
     @property
@@ -116,6 +121,11 @@ class Engine:
         """Decoding steps that were replays of a CUDA graph."""
         return self._steps.graphed
 
+    @property
+    def graphed_prompts(self) -> int:
+        """Pieces of prompts, of one or several sequences, that were replays of a CUDA graph."""
+        return self._short.graphed
+
     def submit(self, sequences: list[Sequence]) -> None:
         """Queue all of them.
 
@@ -129,7 +139,7 @@ class Engine:
                     f"a prompt of {len(sequence.ids)} tokens and max_tokens={sequence.max_tokens} do not fit into the "
                     f"context of {self.limits.context} tokens"
                 )
-        if self.is_idle and self._version != weights_version(self.model):
+        if self.is_idle and self._version != self._weights_version.refresh():
             self._prepare()
         self.queue.add(sequences, self.limits.sequences - self.n_running)
         for sequence in sequences:
@@ -285,10 +295,3 @@ class Engine:
 
     def _finished(self, sequence: Sequence, reason: str) -> None:
         self.metrics.finish(sequence, reason, self._clock())
-
-
-def weights_version(model) -> int:
-    """Changes when a parameter is written to or replaced, or the rotary embedding is stretched."""
-    return hash((model.yarn, *((parameter.data_ptr(), parameter._version) for parameter in model.parameters())))
-
-

@@ -73,6 +73,7 @@ def engine_lines(engine) -> list[str]:
     add("generated_tokens_total", "counter", "Tokens generated.", ("", own.generated_tokens))
     add("steps_total", "counter", "Decoding steps.", ("", own.steps))
     add("graphed_steps_total", "counter", "Decoding steps that were CUDA graphs.", ("", engine.graphed_steps))
+    add("graphed_prompts_total", "counter", "Pieces of prompts that were CUDA graphs.", ("", engine.graphed_prompts))
     finished = [(f'{{reason="{reason}"}}', n) for reason, n in own.finished.items()]
     add("finished_sequences_total", "counter", "Sequences that ended, by reason.", *finished)
     add("cancelled_sequences_total", "counter", "Sequences cancelled by their client.", ("", own.cancelled))

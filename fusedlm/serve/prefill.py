@@ -9,6 +9,7 @@ import torch
 from fusedlm.generation.steps import Predictor
 from fusedlm.model.rows import Row, empty_row, join_rows, take_row, take_snapshot, take_tokens
 from fusedlm.serve.prefix_cache import PrefixCache
+from fusedlm.serve.prompt_steps import PromptSteps
 from fusedlm.serve.requests import Sequence
 from fusedlm.serve.sampling import scores
 
@@ -52,15 +53,17 @@ class Prefill:
     """Reads prompts, one chunk per call.
 
     A chunk has at most `chunk` tokens: of one long prompt, or of several short ones together, in the order in which
-    they came. Prompts whose beginning is in the prefix cache start after it. Blocks go into the cache when the prompt
-    has been read; of models with snapshots where another prompt may leave this one: at the last boundary of blocks
-    before its end, where it leaves what the cache knows, and every chunk.
+    they came. Short pieces are read by `short`, where it can. Prompts whose beginning is in the prefix cache start
+    after it. Blocks go into the cache when the prompt has been read; of models with snapshots where another prompt may
+    leave this one: at the last boundary of blocks before its end, where it leaves what the cache knows, and every
+    chunk.
     """
 
-    def __init__(self, predictor: Predictor, cache: PrefixCache, chunk: int):
-        self._predictor, self._cache = predictor, cache
+    def __init__(self, predictor: Predictor, cache: PrefixCache, chunk: int, short: PromptSteps):
+        self._predictor, self._cache, self._short = predictor, cache, short
         self.chunk = max(chunk, cache.block_size) // cache.block_size * cache.block_size
         self._readings: list[Reading] = []
+        self._like: Row | None = None  # any row with a token, for the shapes of its parts
         self.n_tokens = 0  # read so far, those of the cache not counted
 
     def __len__(self) -> int:
@@ -93,9 +96,19 @@ class Prefill:
 
     def step(self) -> list[Read]:
         """Read a chunk; returns the sequences whose prompts have been read."""
+        done, left = [], self.chunk
+        while group := self._short_group(left):
+            found, n_read = self._read_short(group)
+            if not n_read:
+                break
+            done += found
+            left -= n_read
+        return done if left < self.chunk or not self._readings else self._read_chunk()
+
+    def _read_chunk(self) -> list[Read]:
         group = self._next_group()
         stops = [reading.next_stop(self.chunk) for reading in group]
-        new = [reading.sequence.ids[reading.position : stop] for reading, stop in zip(group, stops, strict=True)]
+        new = self._new(group, stops)
         state = self._join(group, new)
         wants = [reading.sequence.score_prompt for reading in group]
         if any(wants):
@@ -106,19 +119,60 @@ class Prefill:
             last_BV = torch.stack([logits[b, len(ids) - 1] for b, ids in enumerate(new)])
         else:
             last_BV = self._predictor.last_logits(dict(enumerate(new)), state)
-        self.n_tokens += sum(map(len, new))
+        if self._like is None:
+            self._like = take_row(state, 0, 1)
         done = []
         for b, (reading, stop) in enumerate(zip(group, stops, strict=True)):
-            reading.position = stop
-            self._keep(reading, state, b)
-            if stop == len(reading.sequence.ids):
-                self._readings.remove(reading)
+            if self._advance(reading, stop, state, b):
                 done.append(Read(reading.sequence, partial(take_row, state, b), last_BV[b]))
             elif len(group) == 1:
                 reading.state, reading.row = state, None
             else:
                 reading.state, reading.row = None, take_row(state, b)
         return done
+
+    def _read_short(self, group: list[Reading]) -> tuple[list[Read], int]:
+        """What has been read, and the number of tokens: 0 where nothing can be read like this."""
+        stops = [reading.next_stop(self.chunk) for reading in group]
+        new = self._new(group, stops)
+        logits_BV = self._short.read([reading.take_row() for reading in group], new, self._like)
+        if logits_BV is None:
+            return [], 0
+        done, last_BV = [], logits_BV.clone()  # the next read writes to the logits and to the rows
+        for b, (reading, stop) in enumerate(zip(group, stops, strict=True)):
+            is_done = self._advance(reading, stop, self._short.state, b)
+            row = take_row(self._short.state, b, stop)
+            if is_done:
+                done.append(Read(reading.sequence, lambda row=row: row, last_BV[b]))
+            else:
+                reading.row = row
+        return done, sum(map(len, new))
+
+    @staticmethod
+    def _new(group: list[Reading], stops: list[int]) -> list[list[int]]:
+        return [reading.sequence.ids[reading.position : stop] for reading, stop in zip(group, stops, strict=True)]
+
+    def _advance(self, reading: Reading, stop: int, state, b: int) -> bool:
+        """Note that row b of the state has been read up to `stop`. Whether that is the end of the prompt."""
+        self.n_tokens += stop - reading.position
+        reading.position = stop
+        self._keep(reading, state, b)
+        is_done = stop == len(reading.sequence.ids)
+        if is_done:
+            self._readings.remove(reading)
+        return is_done
+
+    def _short_group(self, left: int) -> list[Reading]:
+        """The first readings whose next pieces can be read together by `short`, of at most `left` tokens; empty: the
+        first one is long, or wants all its logits."""
+        group, width = [], 0
+        for reading in self._readings if self._like is not None else ():
+            width = max(width, reading.next_stop(self.chunk) - reading.position)
+            n = len(group) + 1
+            if reading.sequence.score_prompt or n * width > left or not self._short.fits(n, width):
+                break
+            group.append(reading)
+        return group
 
     def _next_group(self) -> list[Reading]:
         """The first reading, and those after it that fit into the chunk with it."""

@@ -71,6 +71,9 @@ class PrefixCache:
 
     def find(self, ids: Sequence[int], most: int) -> Found:
         """The longest state of at most `most` first tokens of ids."""
+        if self.max_bytes <= 0:
+            self.misses += 1
+            return Found(None, 0)
         self._check_version()
         path = self._path(ids, most)
         n_known = len(path) * self.block_size
@@ -104,9 +107,9 @@ class PrefixCache:
         """
         if len(ids) % self.block_size:
             raise ValueError(f"{len(ids)} tokens are not a multiple of block_size={self.block_size}")
-        self._check_version()
         if self.max_bytes <= 0 or not ids:
             return
+        self._check_version()
         path = self._path(ids, len(ids))
         missing = range(len(path) * self.block_size, len(ids), self.block_size)
         if missing:

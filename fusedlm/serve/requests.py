@@ -9,6 +9,7 @@ from fusedlm.generation.sampling import Sampling, check_sampling
 from fusedlm.serve.text import SequenceText
 
 _numbers = itertools.count()
+_DRAWS = 64  # random numbers drawn at a time
 
 
 class QueueFull(Exception):
@@ -106,13 +107,21 @@ class Sequence:
         self.ids, self.choosing, self.max_tokens = ids, choosing, max_tokens
         self.score_prompt, self.ignore_eot, self.group = score_prompt, ignore_eot, group
         self.text = SequenceText(tokenizer, ids, stop)
-        self.generator = torch.Generator().manual_seed(seed % 2**64)
+        self._generator = torch.Generator().manual_seed(seed % 2**64)
+        self._uniform: list[float] = []  # drawn and not used yet, the next one last
         self.generated: list[int] = []
         self.counts: dict[int, int] = {}
         self.prompt_scores: list[ScoredToken] = []
         self.cached_tokens = 0
         self.arrived = 0.0
         self.last_token_at: float | None = None
+
+    def next_uniform(self) -> float:
+        """The next number from 0 to 1 of its generator."""
+        if not self._uniform:
+            drawn = torch.rand(_DRAWS, generator=self._generator, dtype=torch.float64)
+            self._uniform = drawn.flip(0).tolist()
+        return self._uniform.pop()
 
     def count(self, token: int) -> None:
         self.generated.append(token)

@@ -33,8 +33,8 @@ def choose(logits_BV: torch.Tensor, sequences: Rows[Sequence]) -> list[int]:
 def _draw(logits_BV, sequences, sampling) -> torch.Tensor:
     uniform_B = None
     if sampling.temperature > 0:
-        uniform = [torch.rand((), generator=sequence.generator, dtype=torch.float64) for sequence in sequences]
-        uniform_B = torch.stack(uniform).to(logits_BV.device)
+        uniform = [sequence.next_uniform() for sequence in sequences]
+        uniform_B = torch.tensor(uniform, dtype=torch.float64, device=logits_BV.device)
     return draw(logits_BV, uniform_B, sampling)
 
 
