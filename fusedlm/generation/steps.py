@@ -109,12 +109,15 @@ def graph_obstacle(model: torch.nn.Module, device: torch.device, dtype: torch.dt
     return None
 
 
-def capture(device: torch.device, run: Callable) -> tuple[torch.cuda.CUDAGraph | None, object, str | None]:
-    """A CUDA graph of run() and what it returned; without a graph, why the capture failed."""
+def capture(
+    device: torch.device, run: Callable, pool: tuple[int, int] | None = None
+) -> tuple[torch.cuda.CUDAGraph | None, object, str | None]:
+    """A CUDA graph of run() and what it returned; without a graph, why the capture failed. pool: memory that it shares
+    with other graphs (`torch.cuda.graph_pool_handle`), each of which may overwrite what another one returned."""
     graph = torch.cuda.CUDAGraph()
     try:
         # Other threads may use the device during the capture.
-        with torch.cuda.device(device), torch.cuda.graph(graph, capture_error_mode="thread_local"):
+        with torch.cuda.device(device), torch.cuda.graph(graph, pool, capture_error_mode="thread_local"):
             returned = run()
     except RuntimeError as error:
         return None, None, str(error).splitlines()[0]

@@ -20,7 +20,7 @@ from fusedlm.serve.running import RunningSequence
 from fusedlm.serve.sampling import choose, score_rows
 from fusedlm.serve.slots import Slots
 from fusedlm.serve.steps import DecodeSteps
-from fusedlm.serve.weights_version import WeightsVersion
+from fusedlm.serve.weights import WeightsVersion
 
 
 @dataclass(frozen=True)
@@ -101,7 +101,7 @@ class Engine:
 
     def _prepare(self) -> None:
         """What depends on the weights."""
-        self._version = self._weights_version.refresh()
+        self._version = self._weights_version()
         predictor = Predictor(self.model, self.tokenizer, self._device, self._dtype)
         self._short = PromptSteps(predictor, self.limits.context, partial(self._free_bytes, 8), self._cuda_graph)
         self._prefill = Prefill(predictor, self.cache, self.limits.chunk, self._short)
@@ -139,7 +139,7 @@ class Engine:
                     f"a prompt of {len(sequence.ids)} tokens and max_tokens={sequence.max_tokens} do not fit into the "
                     f"context of {self.limits.context} tokens"
                 )
-        if self.is_idle and self._version != self._weights_version.refresh():
+        if self.is_idle and self._version != self._weights_version():
             self._prepare()
         self.queue.add(sequences, self.limits.sequences - self.n_running)
         for sequence in sequences:

@@ -43,6 +43,7 @@ class PromptSteps:
         self.state = None
         self._sizes: list[int] = []  # numbers of rows
         self._graphs: dict[tuple[int, int], tuple[torch.cuda.CUDAGraph, torch.Tensor]] = {}
+        self._pool: tuple[int, int] | None = None  # memory that all graphs share: logits are used before the next one
         self._warm: dict[tuple[int, int], int] = {}
         self.graphed = 0
 
@@ -123,7 +124,9 @@ class PromptSteps:
         return logits
 
     def _capture(self, n: int, width: int) -> None:
-        graph, logits, reason = capture(self._predictor.device, lambda: self._run(n, width))
+        if self._pool is None:
+            self._pool = torch.cuda.graph_pool_handle()
+        graph, logits, reason = capture(self._predictor.device, lambda: self._run(n, width), self._pool)
         if graph is None:
             self._captures, self.reason = False, reason  # the pieces after this one are read as long ones are
             _log.warning("prompts are read without a CUDA graph: %s", reason)

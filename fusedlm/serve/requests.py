@@ -2,6 +2,7 @@
 
 import itertools
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 
@@ -43,7 +44,7 @@ class Choosing:
     def changes_logits(self) -> bool:
         return bool(self.presence_penalty or self.frequency_penalty or self.logit_bias)
 
-    @property
+    @cached_property
     def sampling(self) -> Sampling:
         top_p = None if self.top_p == 1 else self.top_p
         return Sampling(0, self.temperature, self.top_k, top_p)
