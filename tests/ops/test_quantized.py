@@ -221,6 +221,7 @@ def test_tiles_follow_the_number_of_tokens_and_the_length_of_rows():
     assert [config(n, 2048)["ROWS"] for n in (16, 17)] == [32, 64]
     assert [config(16, 1376, format)["HALVES"] for format in ("mxfp4", "int4", "fp8")] == [64, 128, 128]
     options = torch.bfloat16, torch.device("cpu")
+    assert [kernels.config_of(16, n_out, 512, "mxfp4", *options)["HALVES"] for n_out in (1280, 3072)] == [64, 128]
     rows = [kernels.config_of(32, 14336, 2048, format, *options)["ROWS"] for format in ("mxfp4", "int4", "fp8", "int8")]
     assert rows == [128, 128, 64, 64]
 

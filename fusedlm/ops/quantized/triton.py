@@ -339,7 +339,7 @@ def config_of(n_tokens: int, n_out: int, row_bytes: int, format: str, dtype: tor
         return {"ROWS": 4, "UNITS": units, "num_warps": max(1, units // 32)}
     if dtype == torch.bfloat16:
         if n_tokens <= 16:
-            halves, stages = (64, 4) if format == "mxfp4" and row_bytes < 2048 else (128, 3)
+            halves, stages = (64, 4) if format == "mxfp4" and row_bytes < 2048 and n_out < 2048 else (128, 3)
             rows, tokens, warps = 32, 16, 2
         elif format in ("mxfp4", "int4") and n_out >= 64 * n_multiprocessors(device):
             rows, halves, tokens, warps, stages = 128, 64, 32, 8, 4
