@@ -69,14 +69,16 @@ def main() -> None:
         parser.error(f"--experts {arguments.experts}: must be at least 1")
     if n_gpus and max(counts) > n_gpus:
         parser.error(f"--processes {max(counts)}: this machine has {n_gpus} GPUs")
+    results = []
     try:
-        results = [measure(arguments, n) for n in counts]
+        for n in counts:
+            results.append(measure(arguments, n))
+            if arguments.json:  # after each, for runs that are stopped
+                record = record_of(load_recipe(arguments.recipe, arguments.overrides), results)
+                arguments.json.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     except ValueError as error:
         parser.error(str(error))
     print("\n".join(lines(results)))
-    if arguments.json:
-        record = record_of(load_recipe(arguments.recipe, arguments.overrides), results)
-        arguments.json.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
 
 
 def record_of(recipe: Recipe, results: list[dict]) -> dict:
