@@ -37,7 +37,6 @@ from fusedlm.cli.plan import make_plan  # noqa: E402
 from fusedlm.config import Recipe  # noqa: E402
 from fusedlm.data import Batch  # noqa: E402
 from fusedlm.distributed import World, processes  # noqa: E402
-from fusedlm.distributed.nccl import limit_blocks  # noqa: E402
 from fusedlm.model.accounting import training_flops_per_token  # noqa: E402
 from fusedlm.model.precision import autocast, resolve_device, resolve_dtype  # noqa: E402
 from fusedlm.model.sharding import build_sharded_model  # noqa: E402
@@ -111,8 +110,6 @@ def _process(rank: int, n: int, arguments: dict, overrides: list[str], folder: s
     else:
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // n))
     if n > 1:
-        if has_gpus:
-            limit_blocks()
         backend = "cpu:gloo,cuda:nccl" if has_gpus else "gloo"
         dist.init_process_group(backend, init_method=f"file://{folder}/rendezvous", rank=rank, world_size=n)
     dtype = resolve_dtype(recipe.runtime.dtype, device)

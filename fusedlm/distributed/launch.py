@@ -11,7 +11,6 @@ import torch
 import torch.distributed as dist
 from torch.distributed.rendezvous import rendezvous
 
-from fusedlm.distributed.nccl import limit_blocks
 from fusedlm.distributed.world import OneProcessFailed, World
 
 _VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")  # which torchrun sets
@@ -47,8 +46,6 @@ def processes(device: torch.device) -> Iterator[tuple[World, torch.device]]:
         device = _own_gpu() if own else torch.device("cuda", torch.cuda.current_device())
         torch.cuda.set_device(device)
     if own:
-        if device.type == "cuda":
-            limit_blocks()
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         store = next(rendezvous("env://"))[0]
         store = dist.PrefixStore(meet(store, world), store)

@@ -16,13 +16,11 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Shard
 
 from fusedlm.distributed import World, local
-from fusedlm.distributed.nccl import n_blocks
 from fusedlm.model.build import build_model, check_memory
 from fusedlm.model.decoder import Decoder
 from fusedlm.nn.ffn.divided_experts import DividedExperts
 from fusedlm.nn.ffn.experts import Experts
 from fusedlm.nn.module import init_weights, parameters_by_kind
-from fusedlm.ops.common.device import reserve_multiprocessors
 
 SHARDED_KINDS = ("matrix", "embedding", "head")  # of roles
 
@@ -39,8 +37,6 @@ def shard_model(model: Decoder, mesh: DeviceMesh, dtype: torch.dtype) -> None:
             are sharded over the second. It must divide their number, and the second their rows.
         dtype: of activations. bfloat16 on a GPU: shards are gathered in it, and gradients are summed in float32.
     """
-    if mesh.device_type == "cuda":
-        reserve_multiprocessors(n_blocks())
     experts, copies = [], mesh
     if mesh.ndim == 3:
         experts = _divide_experts(model, mesh["experts"])

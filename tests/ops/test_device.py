@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from fusedlm.ops.common.device import n_multiprocessors, pdl_options, reserve_multiprocessors, supports_pdl
+from fusedlm.ops.common.device import pdl_options, supports_pdl
 
 cross_entropy = pytest.importorskip("fusedlm.ops.cross_entropy.triton")
 differential = pytest.importorskip("fusedlm.ops.differential.triton")
@@ -21,19 +21,6 @@ def test_hopper_and_later_support_pdl(capability, hip, supported, monkeypatch):
     assert supports_pdl(CUDA) == supported and not supports_pdl(CPU)
     assert pdl_options(CUDA) == {"PDL": supported} | ({"launch_pdl": True} if supported else {})
     assert pdl_options(CPU) == {"PDL": False}
-
-
-def test_multiprocessors_are_left_to_other_kernels(monkeypatch):
-    properties = type("Properties", (), {"multi_processor_count": 132})
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
-    try:
-        reserve_multiprocessors(8)
-        assert n_multiprocessors(CUDA) == 124 and n_multiprocessors(CPU) == 1
-        assert torch._C._get_sm_carveout_experimental() == 8
-    finally:
-        reserve_multiprocessors(0)
-    assert n_multiprocessors(CUDA) == 132 and n_multiprocessors(CPU) == 3
-    assert torch._C._get_sm_carveout_experimental() is None
 
 
 class _Launches:

@@ -5,23 +5,12 @@ import importlib.util
 import torch
 
 _INTERPRETED_MULTIPROCESSORS = 3  # without a GPU; few, so that a program of a persistent kernel gets several tiles
-_reserved = 0
 
 
 def n_multiprocessors(device: torch.device) -> int:
-    """Those that our kernels may fill."""
     if device.type != "cuda":
-        return max(1, _INTERPRETED_MULTIPROCESSORS - _reserved)
-    return max(1, torch.cuda.get_device_properties(device).multi_processor_count - _reserved)
-
-
-def reserve_multiprocessors(n: int) -> None:
-    """Leave so many multiprocessors of every GPU to kernels that run beside ours, as NCCL's: of a persistent kernel's
-    programs, one on each, those that find theirs taken would start when the others end, and double its time. torch's
-    grouped products and 8-bit products leave them too."""
-    global _reserved
-    _reserved = n
-    torch._C._set_sm_carveout_experimental(n or None)
+        return _INTERPRETED_MULTIPROCESSORS
+    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def supports_pdl(device: torch.device) -> bool:
