@@ -9,7 +9,7 @@ import torch
 
 from fusedlm.generation.sampling import NOT_FINITE
 from fusedlm.generation.steps import Predictor
-from fusedlm.model.rows import Snapshot, needs_snapshot
+from fusedlm.model.rows import Snapshot, needs_snapshot, take_row
 from fusedlm.serve.metrics import EngineMetrics
 from fusedlm.serve.prefill import Prefill, Read
 from fusedlm.serve.prefix_cache import PrefixCache
@@ -102,10 +102,22 @@ class Engine:
     def _prepare(self) -> None:
         """What depends on the weights."""
         self._version = self._weights_version()
-        predictor = Predictor(self.model, self.tokenizer, self._device, self._dtype)
+        self._predictor = predictor = Predictor(self.model, self.tokenizer, self._device, self._dtype)
         self._short = PromptSteps(predictor, self.limits.context, partial(self._free_bytes, 8), self._cuda_graph)
         self._prefill = Prefill(predictor, self.cache, self.limits.chunk, self._short)
         self._steps = DecodeSteps(predictor, self.slots, self._cuda_graph)
+
+    def warm_up(self) -> None:
+        """Capture the CUDA graphs now, while the engine is idle, and not when the first sequences need them. Where a
+        device has none, this does nothing."""
+        if not self.is_idle or (self._short.reason is not None and self._steps.reason is not None):
+            return
+        state = self.model.init_state(1)
+        self._predictor.last_logits({0: [max(0, self.tokenizer.eot_id)]}, state)
+        row = take_row(state, 0)
+        self._prefill.like = row
+        self._short.warm_up(row)
+        self._steps.warm_up(row)
 
     @property
     def n_running(self) -> int:

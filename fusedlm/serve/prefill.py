@@ -63,7 +63,7 @@ class Prefill:
         self._predictor, self._cache, self._short = predictor, cache, short
         self.chunk = max(chunk, cache.block_size) // cache.block_size * cache.block_size
         self._readings: list[Reading] = []
-        self._like: Row | None = None  # any row with a token, for the shapes of its parts
+        self.like: Row | None = None  # any row with a token, for the shapes of its parts
         self.n_tokens = 0  # read so far, those of the cache not counted
 
     def __len__(self) -> int:
@@ -119,8 +119,8 @@ class Prefill:
             last_BV = torch.stack([logits[b, len(ids) - 1] for b, ids in enumerate(new)])
         else:
             last_BV = self._predictor.last_logits(dict(enumerate(new)), state)
-        if self._like is None:
-            self._like = take_row(state, 0, 1)
+        if self.like is None:
+            self.like = take_row(state, 0, 1)
         done = []
         for b, (reading, stop) in enumerate(zip(group, stops, strict=True)):
             if self._advance(reading, stop, state, b):
@@ -135,7 +135,7 @@ class Prefill:
         """What has been read, and the number of tokens: 0 where nothing can be read like this."""
         stops = [reading.next_stop(self.chunk) for reading in group]
         new = self._new(group, stops)
-        logits_BV = self._short.read([reading.take_row() for reading in group], new, self._like)
+        logits_BV = self._short.read([reading.take_row() for reading in group], new, self.like)
         if logits_BV is None:
             return [], 0
         done, last_BV = [], logits_BV.clone()  # the next read writes to the logits and to the rows
@@ -166,7 +166,7 @@ class Prefill:
         """The first readings whose next pieces can be read together by `short`, of at most `left` tokens; empty: the
         first one is long, or wants all its logits."""
         group, width = [], 0
-        for reading in self._readings if self._like is not None else ():
+        for reading in self._readings if self.like is not None else ():
             width = max(width, reading.next_stop(self.chunk) - reading.position)
             n = len(group) + 1
             if reading.sequence.score_prompt or n * width > left or not self._short.fits(n, width):

@@ -6,12 +6,12 @@ from collections.abc import Callable, Sequence
 import torch
 
 from fusedlm.generation.steps import Predictor, capture, graph_obstacle
-from fusedlm.model.rows import Row, put_row, static_rows
+from fusedlm.model.rows import Row, empty_row, put_row, static_rows
 
 _log = logging.getLogger("fusedlm.serve")
 
-_WIDTHS = (16, 32, 64, 128, 256)
-_ROWS = (1, 2, 4, 8, 16)
+_WIDTHS = (32, 64, 128, 256)
+_ROWS = (1, 4, 16)
 _SCORES = 2**22  # of a head at most: attention to a static state computes those of all the tokens that it has room for
 _WARM_UPS = 2  # passes before a capture, which compile and allocate
 
@@ -85,6 +85,14 @@ class PromptSteps:
         self._n_new_B[:n].copy_(torch.tensor(counts))
         self._last_B[:n].copy_(torch.tensor([b * width + max(0, count - 1) for b, count in enumerate(counts)]))
         return self._logits(n, width)[: len(rows)]
+
+    def warm_up(self, like: Row) -> None:
+        """Capture all graphs now. like: as for `read`."""
+        for n in _ROWS:
+            for width in _WIDTHS:
+                for _ in range(_WARM_UPS + 1):
+                    if self.fits(n, width):
+                        self.read([empty_row()] * n, [[0] * width] * n, like)
 
     def _allocate(self, like: Row) -> bool:
         small, large = (static_rows(self._predictor.model, like, 1, length).nbytes() for length in (64, 128))

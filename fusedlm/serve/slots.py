@@ -34,6 +34,7 @@ class Slots:
         """max_tokens: most tokens of a row. at_once: asked for bytes before the first allocation; where all rows with
         all their tokens take no more, they are allocated then, and CUDA graphs are captured once."""
         self._model, self.max_rows, self._most, self._at_once = model, max_rows, max_tokens + 1, at_once
+        self.most_tokens = max_tokens
         self.state = None
         self.generation = 0
         self.lengths: list[int] = []

@@ -5,6 +5,7 @@ import logging
 import torch
 
 from fusedlm.generation.steps import Predictor, capture, graph_obstacle
+from fusedlm.model.rows import Row
 from fusedlm.serve.slots import Slots
 
 _log = logging.getLogger("fusedlm.serve")
@@ -37,6 +38,19 @@ class DecodeSteps:
         self._warm: dict[int, int] = {}
         self._generation = -1
         self.graphed = 0
+
+    def warm_up(self, like: Row) -> None:
+        """Capture all graphs now, while no sequence has a slot. like: a row that has seen a token."""
+        n_steps = len(self._sizes) * (_WARM_UPS + 1)
+        if self.reason is not None or like.length + n_steps > self._slots.most_tokens:
+            return
+        for size in self._sizes:
+            while len(self._slots) < size:
+                self._slots.append(like)
+            for _ in range(_WARM_UPS + 1):
+                self.step([0] * size)
+        while len(self._slots):
+            self._slots.remove(len(self._slots) - 1)
 
     @torch.no_grad()
     def step(self, tokens: list[int]) -> torch.Tensor:

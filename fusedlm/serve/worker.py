@@ -101,6 +101,12 @@ class Worker:
             self._thread.join()
 
     def _run(self) -> None:
+        try:
+            self._engine.warm_up()
+        except Exception:  # what fails here fails, or does not, when a sequence needs it
+            _log.exception("CUDA graphs could not be captured before the first request")
+            if not self._recover():
+                return
         while True:
             if not self._obey(wait=self._engine.is_idle):
                 return

@@ -5,6 +5,7 @@ import torch
 
 from fusedlm.serve import Choosing, Engine, Limits
 from fusedlm.serve.prompt_steps import PromptSteps
+from fusedlm.serve.worker import Worker
 from tests.serve.engines import GREEDY, TOKENIZER, make_engine, make_model, make_sequence, run
 
 MIXERS = {
@@ -71,7 +72,7 @@ def test_sizes_that_fit():
     assert steps.fits(1, 256) and steps.fits(16, 256) and not steps.fits(17, 1) and not steps.fits(1, 257)
     long = PromptSteps(steps._predictor, 2**16, lambda: 2**40)
     long.reason = None
-    assert long.fits(1, 32) and long.fits(2, 16) and not long.fits(1, 64), "all the room is attended to"
+    assert long.fits(1, 32) and not long.fits(2, 32) and not long.fits(1, 64), "all the room is attended to"
     off = PromptSteps(steps._predictor, 100, lambda: 2**40, cuda_graph=False)
     assert off.reason == "switched off"
 
@@ -89,9 +90,9 @@ def test_few_rows_where_memory_is_scarce():
     engine, plain = _engine(model, True), _engine(model, False)
     row = _engine(model, True)
     _results(row)
-    engine._short._free_bytes = lambda: row._short.state.nbytes() // 5
+    engine._short._free_bytes = lambda: row._short.state.nbytes() // 3
     assert [r.text for r in _results(engine)] == [r.text for r in _results(plain)]
-    assert engine._short._sizes == [1, 2] and {n for n, _ in engine._short._warm} == {1, 2}
+    assert engine._short._sizes == [1, 4] and {n for n, _ in engine._short._warm} == {1, 4}
 
 
 def test_other_weights_are_used_at_once():
@@ -103,6 +104,46 @@ def test_other_weights_are_used_at_once():
     engine.submit([])
     engine._short.reason, engine._short._free_bytes = None, lambda: 2**40
     assert [r.text for r in _results(engine)] == [r.text for r in _results(_engine(model, False))]
+
+
+def test_all_sizes_are_warmed_up_and_nothing_is_left():
+    model = make_model()
+    engine, plain = _engine(model, True), _engine(model, False)
+    engine.warm_up()
+    sizes = {(n, width) for n in (1, 4, 16) for width in (32, 64, 128, 256)}
+    assert set(engine._short._warm) == {size for size in sizes if engine._short.fits(*size)}
+    assert set(engine._short._warm.values()) == {3} and engine.is_idle
+    assert [r.text for r in _results(engine)] == [r.text for r in _results(plain)]
+    plain.warm_up()
+    assert not plain._short._warm and plain.slots.state is None
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_the_worker_warms_up_first(fails):
+    engine, calls = make_engine(make_model()), []
+
+    def warm_up():
+        calls.append(1)
+        if fails:
+            raise RuntimeError("no memory")
+
+    engine.warm_up = warm_up
+    worker = Worker(engine)
+    worker.start()
+    assert worker.call(lambda engine: engine.is_idle).result(timeout=20) and calls == [1]
+    worker.stop()
+
+
+@pytest.mark.gpu
+def test_graphs_are_captured_before_the_first_request():
+    model = make_model().cuda()
+    limits = Limits(context=256, sequences=8, chunk=64, cache_bytes=2**24, block_size=8)
+    engine = Engine(model, TOKENIZER, limits, device=torch.device("cuda"), dtype=torch.float32)
+    engine.warm_up()
+    prompts, steps = engine.graphed_prompts, engine.graphed_steps
+    assert prompts and steps and engine.is_idle and not len(engine.slots)
+    (found,) = run(engine, [make_sequence(SHARED)])
+    assert engine.graphed_prompts > prompts and engine.graphed_steps == steps + len(found.pieces) - 1
 
 
 @pytest.mark.gpu
