@@ -2,6 +2,8 @@
 
 MANY_GPUS = tuple(f"benchmarks/results/many-gpus-{name}.json" for name in ("gpt-350m", "fusion-1b"))
 
+FUSION_7B = "benchmarks/results/fusion-7b.json"
+
 
 def compared(rows: list[dict]) -> list[dict]:
     """Each row with what it has of the first one's rate, the fractions of a step that its optimizer takes and would
@@ -47,3 +49,17 @@ def _table(record: dict) -> str:
         cells.append(f"{row['loss_difference']:.1e}")
         page += f"| {' | '.join(cells)} |\n"
     return page + (f"\n{record['note']}\n" if "note" in record else "")
+
+
+def large_model_section(record: dict | None) -> str:
+    """A model that no single GPU can train."""
+    if record is None:
+        return ""
+    made, steps = record["environment"], record["steps"]
+    speed = sorted(step["tokens_per_second"] for step in steps)[len(steps) // 2]
+    page = f"\n## {record['name']} on {record['processes']} GPUs\n\n    {record['command']}\n\n{made['date'][:10]}; "
+    page += f"{made['device_name']}, {made['dtype']}, torch {made['torch']}, commit {made['git_commit'][:7]}. "
+    page += f"{record['parameters'] / 1e9:.1f} billion parameters; {record['tokens_per_step']:,} tokens a step, "
+    page += f"{speed:,} tokens/s of all GPUs (median), {record['device_memory_bytes'] / 2**30:.1f} GiB taken on a GPU, "
+    page += "what CUDA and NCCL take included. Stopped by the clock.\n\n| step | loss | tokens/s |\n|---|---|---|\n"
+    return page + "".join(f"| {s['step']} | {s['loss']:.3f} | {s['tokens_per_second']:,} |\n" for s in steps)

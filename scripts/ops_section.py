@@ -3,7 +3,9 @@
 import itertools
 from pathlib import Path
 
-_RECORDS = ("ops", "ops-linear-time", "ops-orthogonalize", "ops-routed", "ops-wiring")
+_RECORDS = (
+    "ops", "ops-linear-time", "ops-orthogonalize", "ops-routed", "ops-sonic-moe", "ops-quantized-linear", "ops-wiring",
+)  # fmt: skip
 OPS = tuple(f"benchmarks/results/{name}.json" for name in _RECORDS)
 STEPS = "benchmarks/results/steps.json"
 IMAGES = "docs/images"
@@ -43,8 +45,13 @@ def _ops(record: dict, is_first: bool) -> str:
         for case in record["cases"]:
             if case["op"] == op:
                 page += "".join(_row(case, one, i == 0) for i, one in enumerate(case["contenders"]))
-        page += f"\n![Milliseconds of each contender](images/ops-{op}.png)\n"
+        page += f"\n![Milliseconds of each contender](images/{_picture(record, op)})\n"
     return page + _note(record)
+
+
+def _picture(record: dict, op: str) -> str:
+    """The file name. An op that several records have has a picture of each."""
+    return f"ops-{op}{record.get('picture', '')}.png"
 
 
 def _bound(record: dict) -> str:
@@ -142,7 +149,7 @@ def draw_ops(record: dict, folder: Path) -> None:
         less_exact = any(_is_less_exact(one) for case in cases for one in _timed(case))
         how = f"milliseconds; dashed: the floor of this device{'; hatched: less exact' if less_exact else ''}"
         figure.suptitle(f"{op} on {_hardware(record)}\n{how}", fontsize=9)
-        figure.savefig(folder / f"ops-{op}.png", dpi=110, metadata={"Software": None})
+        figure.savefig(folder / _picture(record, op), dpi=110, metadata={"Software": None})
         pyplot.close(figure)
 
 
