@@ -205,15 +205,17 @@ class State:
         return view
 
     def set_lengths(self, lengths: Sequence[int]) -> None:
-        """Set the tokens seen of every row of a static state, whose positions are those of one document.
+        """Set the tokens seen of every row of a static state, whose positions are those of one document. Rows without
+        tokens need spare ones: a mark, after which the first tokens come together.
 
         Raises:
             ValueError: the state is not static, or a length does not fit it.
         """
         if self.capacity is None or len(lengths) != len(self.lengths):
             raise ValueError(f"lengths={list(lengths)} are for a static state of {len(lengths)} rows")
-        if not all(0 <= length < self.capacity for length in lengths):
-            raise ValueError(f"lengths={list(lengths)} must be at least 0 and below capacity={self.capacity}")
+        least = 0 if self.spare else 1
+        if not all(least <= length < self.capacity for length in lengths):
+            raise ValueError(f"lengths={list(lengths)} must be at least {least} and below capacity={self.capacity}")
         self.lengths = list(lengths)
         self.lengths_B.copy_(torch.tensor(self.lengths))
         self.next_position_B.copy_(self.lengths_B)

@@ -111,3 +111,5 @@ def test_views_and_lengths_of_other_states_are_refused():
         state.first_rows(3)
     with pytest.raises(ValueError, match="below capacity=8"):
         state.set_lengths([8, 1])
+    with pytest.raises(ValueError, match="at least 1 and"):
+        state.set_lengths([1, 0])
