@@ -59,7 +59,8 @@ def large_model_section(record: dict | None) -> str:
     speed = sorted(step["tokens_per_second"] for step in steps)[len(steps) // 2]
     page = f"\n## {record['name']} on {record['processes']} GPUs\n\n    {record['command']}\n\n{made['date'][:10]}; "
     page += f"{made['device_name']}, {made['dtype']}, torch {made['torch']}, commit {made['git_commit'][:7]}. "
-    page += f"{record['parameters'] / 1e9:.1f} billion parameters; {record['tokens_per_step']:,} tokens a step, "
-    page += f"{speed:,} tokens/s of all GPUs (median), {record['device_memory_bytes'] / 2**30:.1f} GiB taken on a GPU, "
-    page += "what CUDA and NCCL take included. Stopped by the clock.\n\n| step | loss | tokens/s |\n|---|---|---|\n"
+    page += f"{record['parameters'] / 1e9:.1f} billion parameters, {record['tokens_per_step']:,} tokens per step, "
+    page += f"{speed:,} tokens/s in total (median), {record['device_memory_bytes'] / 2**30:.1f} GiB of memory on each "
+    page += "GPU, the CUDA context and NCCL's buffers included. Stopped at the time limit.\n\n"
+    page += "| step | loss | tokens/s |\n|---|---|---|\n"
     return page + "".join(f"| {s['step']} | {s['loss']:.3f} | {s['tokens_per_second']:,} |\n" for s in steps)
