@@ -7,7 +7,8 @@ from fusedlm.ops.quantized import reference
 from fusedlm.ops.quantized.reference import QuantizedWeight
 
 
-def _needs_bfloat16(call: Call, **sizes: int) -> str | None:
+def needs_bfloat16(call: Call, **sizes: int) -> str | None:
+    """`supports` of kernels that decode weights in registers."""
     if reason := needs_triton(call):
         return reason
     if call.dtype == torch.float16:
@@ -18,7 +19,7 @@ def _needs_bfloat16(call: Call, **sizes: int) -> str | None:
 QUANTIZED_LINEAR = Op(
     "quantized_linear",
     [
-        Backend("triton", "fusedlm.ops.quantized.triton:quantized_linear", _needs_bfloat16),
+        Backend("triton", "fusedlm.ops.quantized.triton:quantized_linear", needs_bfloat16),
         Backend("reference", reference.quantized_linear, fused=False),
     ],
 )
