@@ -30,6 +30,7 @@ from fusedlm.ops.one_token.op import token_linear
 from fusedlm.ops.polar.op import orthogonalize
 from fusedlm.ops.quantized.op import dequantize_weight, quantize_weight, quantized_linear
 from fusedlm.ops.quantized.reference import QuantizedWeight
+from fusedlm.ops.quantized_moe.op import quantized_experts
 from fusedlm.ops.relu2.op import relu2_mlp
 from fusedlm.ops.rotary.op import rmsnorm_rope, rope_append
 from fusedlm.ops.scan.op import gated_scan
@@ -70,6 +71,7 @@ __all__ = [
     "relu2_mlp",
     "quantize_mx",
     "quantize_weight",
+    "quantized_experts",
     "quantized_linear",
     "rmsnorm_linear",
     "rmsnorm_rope",

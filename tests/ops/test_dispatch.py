@@ -104,6 +104,14 @@ CALLS = {
     "dequantize_mx": lambda run, **options: run(
         MXTensor(torch.ones(2, 16).byte(), torch.ones(2, 1).byte(), (2, 30), FORMATS["mxfp4"]), **options
     ),
+    "quantized_experts": lambda run, **options: run(
+        torch.ones(3, 8),
+        QuantizedWeight(torch.ones(64, 16).byte(), torch.ones(64, 1), 8, "int8", 0),
+        QuantizedWeight(torch.ones(32, 16).byte(), torch.ones(32, 1), 8, "int8", 0),
+        torch.tensor([[0, 1], [3, 0], [1, 3]]),
+        torch.ones(3, 2),
+        **options,
+    ),
     "quantized_linear": lambda run, **options: run(
         torch.ones(3, 8), QuantizedWeight(torch.ones(2, 8).byte(), torch.ones(2, 1), 8, "int8", 0), **options
     ),

@@ -15,7 +15,7 @@ ROUTED_EXPERTS = Op(
         Backend("reference", reference.routed_experts, fused=False),
     ],
 )
-_ROWS = {"swiglu": 2, "relu2": 1}  # rows of w_up per hidden element
+ROWS = {"swiglu": 2, "relu2": 1}  # rows of w_up per hidden element
 
 
 def routed_experts(
@@ -48,15 +48,24 @@ def routed_experts(
     Raises:
         ValueError: shapes, dtypes, the activation or the slope do not fit, or the backend cannot run this call.
     """
-    if activation not in _ROWS:
-        raise ValueError(f"activation={activation!r} is unknown; one of {', '.join(_ROWS)}")
+    if activation not in ROWS:
+        raise ValueError(f"activation={activation!r} is unknown; one of {', '.join(ROWS)}")
     shapes = f"x {tuple(x_ND.shape)}, w_up {tuple(w_up_EHD.shape)} and w_down {tuple(w_down_EDH.shape)}"
     expected = f"(N, D), (E, {'2 H' if activation == 'swiglu' else 'H'}, D) and (E, D, H)"
     if x_ND.ndim != 2 or w_up_EHD.ndim != 3 or w_down_EDH.ndim != 3:
         raise ValueError(f"{shapes} must be {expected}")
     n_experts, dim, hidden = w_down_EDH.shape
-    if n_experts < 1 or x_ND.shape[1] != dim or w_up_EHD.shape != (n_experts, _ROWS[activation] * hidden, dim):
+    if n_experts < 1 or x_ND.shape[1] != dim or w_up_EHD.shape != (n_experts, ROWS[activation] * hidden, dim):
         raise ValueError(f"{shapes} must be {expected}")
+    check_slots(x_ND, indices_NK, weights_NK, n_experts)
+    if not -math.inf < slope < math.inf:  # isfinite does not compile for a symbolic slope
+        raise ValueError(f"slope={slope} must be finite")
+    run = resolve("routed_experts", backend, x_ND)
+    return run(x_ND, w_up_EHD, w_down_EDH, indices_NK, weights_NK, activation, float(slope))
+
+
+def check_slots(x_ND: torch.Tensor, indices_NK: torch.Tensor, weights_NK: torch.Tensor, n_experts: int) -> None:
+    """Raises ValueError unless indices and weights are those of the tokens x."""
     slots = f"indices {tuple(indices_NK.shape)} {indices_NK.dtype}, weights {tuple(weights_NK.shape)}"
     slots = f"{slots} {weights_NK.dtype}"
     if indices_NK.ndim != 2 or indices_NK.shape[0] != x_ND.shape[0] or weights_NK.shape != indices_NK.shape:
@@ -65,7 +74,3 @@ def routed_experts(
         raise ValueError(f"{slots} must be (N, k) with k from 1 to {n_experts}, the number of experts")
     if indices_NK.dtype != torch.int64 or not weights_NK.is_floating_point():
         raise ValueError(f"{slots} must be int64 and of a float dtype")
-    if not -math.inf < slope < math.inf:  # isfinite does not compile for a symbolic slope
-        raise ValueError(f"slope={slope} must be finite")
-    run = resolve("routed_experts", backend, x_ND)
-    return run(x_ND, w_up_EHD, w_down_EDH, indices_NK, weights_NK, activation, float(slope))
