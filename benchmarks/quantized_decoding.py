@@ -23,7 +23,7 @@ from fusedlm.evaluate import first_tokens, score_documents  # noqa: E402
 from fusedlm.files import write_atomic  # noqa: E402
 from fusedlm.generation.steps import Predictor  # noqa: E402
 from fusedlm.model.precision import resolve_device, resolve_dtype  # noqa: E402
-from fusedlm.nn.quantized import quantized_layers  # noqa: E402
+from fusedlm.nn.quantized import quantized_weights  # noqa: E402
 from fusedlm.runs.folder import require_run  # noqa: E402
 from fusedlm.runs.hardware import environment  # noqa: E402
 from fusedlm.runs.load import load_checkpoint  # noqa: E402
@@ -82,12 +82,12 @@ def main() -> None:
 
 
 def _format(model: torch.nn.Module) -> str | None:
-    return next((layer.format for layer in quantized_layers(model).values()), None)
+    return next((weight.format for weight in quantized_weights(model).values()), None)
 
 
 def _weight_bytes(model: torch.nn.Module, dtype: torch.dtype) -> int:
     """Of codes with their scales, and of the parameters in the dtype of the steps."""
-    codes = sum(buffer.nbytes for layer in quantized_layers(model).values() for buffer in layer.buffers())
+    codes = sum(weight.nbytes for weight in quantized_weights(model).values())
     return codes + sum(parameter.numel() for parameter in model.parameters()) * dtype.itemsize
 
 

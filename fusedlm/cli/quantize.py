@@ -33,8 +33,8 @@ def quantize(
         str | None,
         typer.Option(
             metavar="packed|integers",
-            help="packed: layers compute with codes; integers: experts, embeddings and head too, decoded when loaded "
-            "(default: packed for mxfp4, int4, fp8 and int8).",
+            help="packed: layers and experts compute with codes; integers: embeddings and head too, decoded when "
+            "loaded (default: packed for mxfp4, int4, fp8 and int8).",
             show_default=False,
         ),
     ] = None,
@@ -127,10 +127,10 @@ def quantize(
 ) -> None:
     """Round the matrices of RUN to few bits and write them as a run that eval and generate read. Norms, routers,
     convolutions and vectors stay as they are."""
-    from fusedlm.nn.module import parameters_by_kind
     from fusedlm.nn.quantized import replace_layers
     from fusedlm.quant.request import other_bytes
     from fusedlm.quant.run import check_out, write_quantized
+    from fusedlm.quant.targets import named
     from fusedlm.quant.unfinished import remove_unfinished
     from fusedlm.runs.checkpoint import Checkpoints
     from fusedlm.runs.folder import CHECKPOINTS
@@ -161,6 +161,7 @@ def quantize(
         before = scored and scored.run("before")
         outcomes = quantized(request, reader, out, identity, progress)
         left_bytes = other_bytes(loaded.model, outcomes)
+        experts = [name.removesuffix(".weight") for name, target in named(loaded.model).items() if target.is_expert]
         if request.is_packed:
             layers = {name.removesuffix(".weight"): outcome.matrix for name, outcome in outcomes.items()}
             replace_layers(loaded.model, layers)
@@ -185,9 +186,8 @@ def quantize(
         "layers": len(rows),
         "quantized_weights": elements,
         "bits_per_weight": 8 * n_bytes / max(elements, 1),
-        "matrices_left": sum(
-            p.numel() for name, kind, p in parameters_by_kind(loaded.model) if kind == "matrix" and name not in outcomes
-        ),
+        "expert_weights": sum(row["elements"] for row in rows if row["name"] in experts),
+        "expert_bytes": sum(row["bytes"] for row in rows if row["name"] in experts),
         "tensor_bytes": n_bytes + left_bytes,
         "budget": budget,
         "bytes_before": sum(file["bytes"] for file in source),

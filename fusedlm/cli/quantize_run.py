@@ -135,8 +135,11 @@ def described(result: dict, out: Path) -> str:
         f"{count(result['quantized_weights'])} weights: {result['format']}{group}, "
         f"{result['bits_per_weight']:.3g} bits per weight"
     )
-    if result["matrices_left"]:
-        lines.append(f"{count(result['matrices_left'])} weights of experts stay in float32")
+    if result["expert_weights"]:
+        lines.append(
+            f"of these, experts: {count(result['expert_weights'])} weights in {size(result['expert_bytes'])} of codes "
+            f"and scales, {size(4 * result['expert_weights'])} in float32"
+        )
     if result["storage"] == "integers":
         budget = f" of {result['budget']:,}" if result["budget"] else ""
         how = "at their entropy" if result["format"] == "coded" else "without gaps"

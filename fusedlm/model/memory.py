@@ -9,7 +9,7 @@ from fusedlm.nn.ffn.moe import MoE
 from fusedlm.nn.ffn.relu2 import ReLU2
 from fusedlm.nn.linear import Linear
 from fusedlm.nn.module import parameters_by_kind
-from fusedlm.nn.quantized import empty_weight, hidden_matrices
+from fusedlm.nn.quantized import empty_weight, hidden_weights
 
 _LOGITS = 298 * 2**20  # most bytes of logits at a time, of the chunked cross entropy
 
@@ -96,11 +96,11 @@ def _of_experts(ffn) -> int:
 
 
 def quantized_bytes(model: Decoder, format: str) -> int:
-    """Bytes of the parameters with hidden matrices in a format of `quantize_weight`, in its default groups, and the
-    others in float32."""
-    layers = hidden_matrices(model).values()
-    others = sum(parameter.numel() for parameter in model.parameters()) - sum(x.weight.numel() for x in layers)
-    return 4 * others + sum(empty_weight(layer, format, None).nbytes for layer in layers)
+    """Bytes of the parameters with hidden matrices and experts in a format of `quantize_weight`, in its default groups,
+    and the others in float32."""
+    weights = hidden_weights(model).values()
+    others = sum(parameter.numel() for parameter in model.parameters()) - sum(weight.numel() for weight in weights)
+    return 4 * others + sum(empty_weight(weight, format, None).nbytes for weight in weights)
 
 
 def _input_elements(model: Decoder) -> int:

@@ -11,7 +11,7 @@ from fusedlm.data import Batch
 from fusedlm.data.meter import ReportProgress, silent
 from fusedlm.model import Decoder
 from fusedlm.model.precision import autocast
-from fusedlm.nn.quantized import quantized_layers
+from fusedlm.nn.quantized import quantized_weights
 from fusedlm.optim import build_optimizer, schedule_scale
 from fusedlm.train.step import train_step
 
@@ -44,7 +44,7 @@ def fit(
     Raises:
         ValueError: the model has quantised weights, or loss or gradient was not finite in eight consecutive steps.
     """
-    if quantized_layers(model):
+    if quantized_weights(model):
         raise ValueError("the model has quantised weights, which are not trained; probe the run that they are from")
     torch_optimizer = build_optimizer(model, optimizer, device)
     losses, bad = [], 0

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from fusedlm.nn.module import parameters_by_kind
-from fusedlm.nn.quantized import quantized_layers
+from fusedlm.nn.quantized import quantized_weights
 from fusedlm.ops.quantized.integer import integer_codes, integer_scales
 from fusedlm.quant.integer import IntegerMatrix
 
@@ -68,9 +68,9 @@ def round_model(
         kept: matrices that have codes already.
 
     Raises:
-        ValueError: names a weight that is not finite, or the model has quantised layers.
+        ValueError: names a weight that is not finite, or the model is quantised.
     """
-    if quantized_layers(model):
+    if quantized_weights(model):
         raise ValueError("the model is quantised already; pack the run that it is from")
     found = dict(kept or {})
     for name, kind, parameter in parameters_by_kind(model):

@@ -33,9 +33,9 @@ class Request:
     """
     format: of hidden matrices: one of FORMATS; mixed: a width of integers for each matrix, by the budget; coded: for
         each matrix the step between values, by a budget of entropy-coded bytes.
-    storage: packed: `QuantizedWeight`s of linear layers, which are computed with; integers: `IntegerMatrix` of linear
-        layers, experts, embeddings and head, decoded when they are loaded. None: packed where the format is one of
-        WEIGHT_FORMATS.
+    storage: packed: `QuantizedWeight`s of linear layers and experts, which are computed with; integers: `IntegerMatrix`
+        of linear layers, experts, embeddings and head, decoded when they are loaded. None: packed where the format is
+        one of WEIGHT_FORMATS.
     group: columns that share a scale; None: the row, of packed int4 64.
     embedding: format of embeddings and head, int2 to int8; "none": they stay. Of integers, None: int8.
     calibrate, clip, ordered, damping: as `Method` has them; clip None: search where calibration is read, else max.
@@ -188,7 +188,7 @@ class Request:
 
     def _covers(self, target: Target) -> bool:
         if self.is_packed:
-            return type(target.module) is Linear
+            return type(target.module) is Linear or target.is_expert
         return not (_is_embedding(target) and self.embedding == "none")
 
     def _candidates(self, target: Target, widths: Sequence[int]) -> list[Choice]:

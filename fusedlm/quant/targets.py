@@ -33,6 +33,11 @@ class Target:
         return getattr(self.module, self.attribute)
 
     @property
+    def is_expert(self) -> bool:
+        """Whether it is a stack of routed experts."""
+        return type(self.module) is Experts
+
+    @property
     def shape(self) -> tuple[int, int]:
         """(N, K), of all matrices of a stack together."""
         width = self.parameter.shape[-1]

@@ -1,8 +1,8 @@
 """quantization.json of a checkpoint: the layers and parameters that have codes and scales instead of a weight.
 
-Layers are computed with their codes. Integer matrices are decoded to parameters when they are loaded: NAME.codes (N, K)
-int8 and NAME.scales (N, groups) stand for the parameter NAME, with NAME.left (N, R) and NAME.right (R, K) the product
-that is added to it.
+Linear layers and stacks of experts, `layers`, are computed with their codes. Integer matrices are decoded to parameters
+when they are loaded: NAME.codes (N, K) int8 and NAME.scales (N, groups) stand for the parameter NAME, with NAME.left
+(N, R) and NAME.right (R, K) the product that is added to it.
 """
 
 import json
@@ -11,13 +11,14 @@ from pathlib import Path
 
 import torch
 
-from fusedlm.nn.quantized import empty_weight, hidden_matrices, quantized_layers, replace_layers
+from fusedlm.nn.quantized import empty_weight, hidden_weights, quantized_layers, quantized_weights, replace_layers
 from fusedlm.ops.quantized.integer import BITS, integer_values, largest_code
 from fusedlm.runs.checkpoint import Checkpoints, DamagedCheckpoint
 from fusedlm.runs.state import QUANTIZATION, model_tensors
 
 _VERSION = 1
 _WITH_MATRICES = 2  # earlier readers know no integer matrices, and must refuse
+_WITH_EXPERTS = 3  # nor stacks of experts among the layers
 _SCALES = (torch.float16, torch.bfloat16, torch.float32)
 
 
@@ -27,15 +28,17 @@ def is_quantized(checkpoints: Checkpoints, step: int) -> bool:
 
 
 def describe(model: torch.nn.Module, matrices: Mapping[str, dict] | None = None) -> str:
-    """The text of quantization.json of a model with quantised layers.
+    """The text of quantization.json of a model with quantised layers or experts.
 
     Args:
         matrices: bits, group and rank (0: nothing is added) of integer matrices, by the name of the parameter.
     """
-    layers = {name: {"format": layer.format, "group": layer.group} for name, layer in quantized_layers(model).items()}
-    record = {"version": _VERSION, "layers": layers}
+    weights = quantized_weights(model)
+    layers = {name: {"format": weight.format, "group": weight.group} for name, weight in weights.items()}
+    version = _VERSION if weights.keys() == quantized_layers(model).keys() else _WITH_EXPERTS
+    record = {"version": version, "layers": layers}
     if matrices:
-        record |= {"version": _WITH_MATRICES, "matrices": dict(matrices)}
+        record |= {"version": max(version, _WITH_MATRICES), "matrices": dict(matrices)}
     return json.dumps(record, indent=1) + "\n"
 
 
@@ -45,7 +48,7 @@ def read_quantization(checkpoints: Checkpoints, step: int) -> dict | None:
 
 
 def allocate_layers(model: torch.nn.Module, record: dict, source: Path) -> None:
-    """Replace the layers of a model that a record names; loading fills them.
+    """Replace the layers and experts of a model that a record names; loading fills them.
 
     Args:
         source: names the record in errors.
@@ -53,12 +56,12 @@ def allocate_layers(model: torch.nn.Module, record: dict, source: Path) -> None:
     Raises:
         DamagedCheckpoint: a layer or format is not one of this model.
     """
-    if record.get("version") not in (_VERSION, _WITH_MATRICES):
+    if record.get("version") not in (_VERSION, _WITH_MATRICES, _WITH_EXPERTS):
         raise ValueError(
-            f"{source}: version {record.get('version')!r}, this one reads {_VERSION} and {_WITH_MATRICES}; "
+            f"{source}: version {record.get('version')!r}, this one reads {_VERSION} to {_WITH_EXPERTS}; "
             "quantise the run again"
         )
-    known, weights = hidden_matrices(model), {}
+    known, weights = hidden_weights(model), {}
     try:
         for name, kept in dict(record["layers"]).items():
             if name not in known:
@@ -67,11 +70,11 @@ def allocate_layers(model: torch.nn.Module, record: dict, source: Path) -> None:
             weights[name] = empty_weight(known[name], format, group if format == "int4" else None)
             if weights[name].group != group:
                 raise ValueError(f"layer {name!r}: {format} has no groups of {group!r}")
+        replace_layers(model, weights)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise DamagedCheckpoint(
             f"{source}: {error if isinstance(error, ValueError) else 'not what was written'}"
         ) from None
-    replace_layers(model, weights)
 
 
 def decode_matrices(

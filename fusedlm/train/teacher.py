@@ -12,7 +12,7 @@ from fusedlm.data.tokenizer import Tokenizer
 from fusedlm.export import load_folder
 from fusedlm.model import Decoder
 from fusedlm.model.accounting import count_parameters
-from fusedlm.nn.quantized import quantized_layers, replace_layers
+from fusedlm.nn.quantized import quantized_weights, replace_layers
 from fusedlm.nn.soft_targets import SoftTargets
 from fusedlm.quant.rounding import round_weights
 from fusedlm.runs import load
@@ -35,8 +35,8 @@ class Teacher:
         self._parameters = count_parameters(model).total
 
     def quantize(self, format: str) -> None:
-        """Round the hidden matrices. Raises ValueError if they are rounded already or do not fit the format."""
-        if quantized_layers(self._model):
+        """Round hidden matrices and experts. Raises ValueError if they are rounded already or do not fit the format."""
+        if quantized_weights(self._model):
             raise ValueError("its weights are quantised already; leave format out")
         replace_layers(self._model, round_weights(self._model, format))
 

@@ -6,9 +6,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from fusedlm import load
-from fusedlm.nn.quantized import hidden_matrices, quantized_layers
+from fusedlm.nn.quantized import hidden_matrices, hidden_weights, quantized_layers, quantized_weights
 from fusedlm.ops import dequantize_weight, quantize_weight
 from fusedlm.testing import assert_close
 
@@ -110,7 +111,7 @@ def _forge(small: Path, change) -> None:
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (lambda r: r.update(version=3), "version 3, this one reads 1 and 2; quantise the run again"),
+        (lambda r: r.update(version=4), "version 4, this one reads 1 to 3; quantise the run again"),
         (lambda r: r.pop("layers"), "not what was written"),
         (lambda r: r.update(layers=[1]), "not what was written"),
         (lambda r: r["layers"].update({"head": {"format": "int8", "group": 0}}), "layer 'head' is no hidden matrix"),
@@ -155,8 +156,6 @@ def test_refusals_are_one_line(fusedlm, small, arguments, words):
 
 
 def test_weights_that_are_not_finite_are_named(fusedlm, workspace):
-    from safetensors.torch import load_file, save_file
-
     from fusedlm.runs.checkpoint import Checkpoints
 
     folder = Path(RUN, "checkpoints/step-00000002")
@@ -178,10 +177,98 @@ def test_a_quantised_run_is_not_trained(fusedlm, small):
     assert "no validated checkpoint yet" in fusedlm("eval", small, "--checkpoint", "best").err
 
 
-def test_experts_stay_and_are_counted(fusedlm, workspace):
+@pytest.fixture
+def mixture(fusedlm, workspace) -> Path:
     experts = "model.blocks.g.ffn={type: moe, n_experts: 4, top_k: 2, hidden: 8}"
     assert fusedlm("train", "small.yaml", experts, "--out", "moe").code == 0
-    outcome = fusedlm("quantize", "moe", "--format", "int8", "--out", "small", "--no-score")
-    left = sum(p.numel() for name, p in load("small")[0].named_parameters() if p.ndim == 3)
-    assert left == 1536 and outcome.out.splitlines()[-3] == "1.54 k weights of experts stay in float32"
-    assert fusedlm("eval", "small").code == 0
+    return Path("moe")
+
+
+def _stacks(model) -> dict[str, torch.nn.Parameter]:
+    return {name: parameter for name, parameter in hidden_weights(model).items() if parameter.ndim == 3}
+
+
+@pytest.mark.parametrize(("format", "options"), FORMATS)
+def test_experts_are_loaded_as_codes(fusedlm, mixture, format, options):
+    outcome = fusedlm("quantize", mixture, "--format", format, *options, "--out", "small", "--no-score", "--json")
+    assert (outcome.code, outcome.err) == (0, "")
+    expected, model = _stacks(load(mixture)[0]), load("small")[0]
+    found = quantized_weights(model)
+    assert not hidden_weights(model) and expected and not any(p.ndim == 3 for p in model.parameters())
+    for name, weight in expected.items():
+        own = quantize_weight(weight.flatten(0, 1), format, 32 if format == "int4" else None)
+        assert torch.equal(found[name].codes, own.codes) and torch.equal(found[name].scales, own.scales)
+    result = json.loads(outcome.out)
+    assert result["expert_weights"] == sum(weight.numel() for weight in expected.values()) == 1536
+    assert result["expert_bytes"] == sum(found[name].nbytes for name in expected)
+    record = json.loads(next(Path("small").rglob("quantization.json")).read_text())
+    assert record["version"] == 3 and record["layers"].keys() == found.keys()
+
+
+def test_calibrated_experts_compute_with_the_codes_that_were_written(fusedlm, mixture):
+    """After GPTQ the run scores as it did in memory; its stored values are those that the layers multiply with."""
+    options = ["--calibrate", "gptq", "--tokens", "64"]
+    outcome = fusedlm("quantize", mixture, "--format", "int4", *options, "--out", "small", "--json")
+    assert (outcome.code, outcome.err) == (0, "")
+    assert json.loads(fusedlm("eval", "small", "--json").out)["bpb"] == json.loads(outcome.out)["bpb_after"]
+    source, model = load(mixture)[0], load("small")[0]
+    plain = {name: quantize_weight(p.flatten(0, 1), "int4") for name, p in _stacks(source).items()}
+    stored = quantized_weights(model)
+    assert any(not torch.equal(stored[name].codes, weight.codes) for name, weight in plain.items())
+    for name, parameter in hidden_weights(source).items():
+        parameter.data = dequantize_weight(stored[name]).view_as(parameter)
+    tokens = torch.arange(12)[None] % 7
+    with torch.no_grad():
+        assert_close(model(tokens).logits, source(tokens).logits, 1e-6)
+    generated = fusedlm("generate", "small", "--prompt", "Doc", "--max-tokens", 5)
+    assert (generated.code, generated.err) == (0, "") and generated.out
+
+
+def test_what_experts_take_is_shown(fusedlm, mixture):
+    outcome = fusedlm("quantize", mixture, "--format", "int8", "--out", "small", "--no-score")
+    shown = "of these, experts: 1.54 k weights in 2.5 KiB of codes and scales, 6 KiB in float32"
+    assert outcome.out.splitlines()[-3] == shown
+    refused = fusedlm("pack", "small", "--bytes", 100000, "--out", "small.flm")
+    assert refused.code == 2 and refused.err.count("\n") == 1 and "is in int8; quantise the run" in refused.err
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda layers, name: layers.pop(name), "experts: only down is quantised; the experts need both up and down"),
+        (lambda layers, name: layers[name].update(group=9), "int8 has no groups of 9"),
+        (lambda layers, name: layers.update({name + "s": layers.pop(name)}), "experts.ups' is no hidden matrix"),
+    ],
+)
+def test_a_forged_record_of_experts_is_refused(fusedlm, mixture, change, words):
+    assert fusedlm("quantize", mixture, "--format", "int8", "--out", "small", "--no-score").code == 0
+    folder = Path("small")
+    record = json.loads(next(folder.rglob("quantization.json")).read_text())
+    name = next(name for name in record["layers"] if name.endswith("experts.up"))
+    _forge(folder, lambda record: change(record["layers"], name))
+    outcome = fusedlm("eval", folder, "--text", "text.txt")
+    assert outcome.code == 2 and outcome.err.count("\n") == 1 and words in outcome.err
+
+
+def test_a_run_whose_experts_are_floats_is_still_read(fusedlm, mixture):
+    """As runs were written before experts had codes."""
+    source = load(mixture)[0]
+    assert fusedlm("quantize", mixture, "--format", "int8", "--out", "small", "--no-score").code == 0
+    model = load("small")[0]
+    stacks = quantized_weights(model).keys() & _stacks(source).keys()
+    path = next(Path("small").rglob("model.safetensors"))
+    tensors = load_file(path)
+    for name in stacks:
+        del tensors[f"{name}.codes"], tensors[f"{name}.scales"]
+        tensors[name] = _stacks(source)[name].detach()
+    save_file(tensors, path)
+
+    def earlier(record):
+        record["version"] = 1
+        for name in stacks:
+            del record["layers"][name]
+
+    _forge(Path("small"), earlier)
+    found = load("small")[0]
+    for name, weight in _stacks(source).items():
+        assert torch.equal(_stacks(found)[name], weight)

@@ -13,7 +13,14 @@ from fusedlm.model.memory import quantized_bytes
 from fusedlm.nn import quantized as quantized_module
 from fusedlm.nn.linear import Linear
 from fusedlm.nn.module import roles
-from fusedlm.nn.quantized import QuantizedLinear, empty_weight, hidden_matrices, quantized_layers, replace_layers
+from fusedlm.nn.quantized import (
+    QuantizedLinear,
+    empty_weight,
+    hidden_weights,
+    quantized_layers,
+    quantized_weights,
+    replace_layers,
+)
 from fusedlm.ops import OPS, dequantize_weight
 from fusedlm.ops.common.dispatch import recorded
 from fusedlm.ops.quantized.reference import WEIGHT_FORMATS
@@ -32,8 +39,8 @@ def _pair(mixer=ATTENTION, ffn="{type: relu2}", format="int8", extra=""):
     quantised, weights = copy.deepcopy(model), round_weights(model, format)
     replace_layers(quantised, weights)
     quantised, model = quantised.double(), model.double()
-    for name, weight in weights.items():
-        model.get_submodule(name).weight.data = dequantize_weight(weight, torch.float64)
+    for name, parameter in hidden_weights(model).items():
+        parameter.data = dequantize_weight(weights[name], torch.float64).view_as(parameter)
     return quantised, model
 
 
@@ -55,7 +62,7 @@ def _decoded(model, n=9):
 @pytest.mark.parametrize("format", ["int4", "mxfp4"])
 def test_a_quantised_model_computes_with_the_values_of_its_codes(mixer, ffn, format):
     quantised, model = _pair(mixer, ffn, format)
-    assert quantized_layers(quantised).keys() == hidden_matrices(model).keys() and not hidden_matrices(quantised)
+    assert quantized_weights(quantised).keys() == hidden_weights(model).keys() and not hidden_weights(quantised)
     expected = model(_tokens()).logits
     assert_close(quantised(_tokens()).logits, expected, 1e-12)
     assert_close(_decoded(quantised), _decoded(model), 1e-12)
@@ -106,7 +113,7 @@ def test_codes_and_scales_keep_their_dtypes():
 def test_a_model_is_allocated_and_loaded_bit_for_bit():
     quantised, _ = _pair(format="fp8")
     meta = part_model(ATTENTION, "{type: relu2}").double().to("meta")
-    replace_layers(meta, {name: empty_weight(layer, "fp8", None) for name, layer in hidden_matrices(meta).items()})
+    replace_layers(meta, {name: empty_weight(weight, "fp8", None) for name, weight in hidden_weights(meta).items()})
     meta.to_empty(device="cpu").load_state_dict(quantised.state_dict())
     assert torch.equal(meta(_tokens()).logits, quantised(_tokens()).logits)
 
@@ -175,7 +182,7 @@ def test_refusals():
     with pytest.raises(ValueError, match="quantised weights, which are not trained"):
         options = {"optimizer": AdamWConfig(lr=1e-3), "device": torch.device("cpu"), "dtype": torch.float64}
         fit(quantised, iter(()), steps=1, **options)
-    weight = empty_weight(Linear(8, 4), "int8", None)
+    weight = empty_weight(Linear(8, 4).weight, "int8", None)
     with pytest.raises(ValueError, match=r"weight of shape \(4, 8\) does not fit a layer of \(5, 8\)"):
         QuantizedLinear(Linear(8, 5), weight)
 

@@ -167,7 +167,7 @@ def test_tiles_follow_the_number_of_tokens_and_the_length_of_rows():
     assert [kernels.one_token_config(n)["UNITS"] for n in (16, 320, 512, 4096)] == [1, 32, 32, 64]
     several = kernels.several_tokens_config
     assert [several(n, 512, torch.bfloat16)["TOKENS"] for n in (2, 16, 17, 32)] == [16, 16, 32, 32]
-    assert [several(8, n, torch.bfloat16)["HALVES"] for n in (512, 640, 320, 336)] == [128, 64, 32, 64]
+    assert [several(8, n, torch.bfloat16)["HALVES"] for n in (512, 640, 320, 336)] == [64, 64, 32, 64]
     assert several(2, 512, torch.float32)["TOKENS"] == 32
 
 

@@ -17,7 +17,7 @@ from fusedlm.export.gguf.vocabulary import vocabulary
 from fusedlm.export.to_hf import exported_tensors, max_length
 from fusedlm.files import sync
 from fusedlm.model import Decoder
-from fusedlm.nn.quantized import quantized_layers
+from fusedlm.nn.quantized import decode_layers, quantized_weights
 from fusedlm.runs.load import Weights, load_checkpoint
 
 
@@ -61,7 +61,8 @@ def export_gguf(
         raise ValueError(f"{file}: exists already; name a file that does not")
     require_gguf("--to gguf")
     loaded = load_checkpoint(run_dir, checkpoint=checkpoint, weights=weights, device="cpu")
-    model = _without_codes(loaded.model, loaded.recipe, dtype, run_dir)
+    model = loaded.model
+    _decode(model, dtype, run_dir)
     chosen = _choose(loaded.recipe, family)
     keys, tensors = gguf_model(chosen, model, loaded.recipe)
     tokens = vocabulary(loaded.tokenizer, model.vocab_size)
@@ -104,24 +105,13 @@ def _choose(recipe: Recipe, wanted: str | None) -> Family:
     raise ValueError(f"{start}{nearest}: {'; '.join(map(str, reasons[nearest]))}")
 
 
-def _without_codes(model: Decoder, recipe: Recipe, dtype: str, run_dir: Path) -> Decoder:
-    """A model with the values of its quantised layers as weights."""
-    layers = quantized_layers(model)
-    if not layers:
-        return model
-    formats = {layer.format for layer in layers.values()}
-    if formats != {"mxfp4"} or dtype != "mxfp4":
+def _decode(model: Decoder, dtype: str, run_dir: Path) -> None:
+    """Give a model the values of its quantised weights."""
+    formats = {weight.format for weight in quantized_weights(model).values()}
+    if formats and (formats != {"mxfp4"} or dtype != "mxfp4"):
         shown = ", ".join(sorted(formats))
         raise ValueError(f"{run_dir}: its layers are {shown}; export mxfp4 with --dtype mxfp4, others not quantised")
-    from fusedlm.nn.linear import Linear
-
-    for name, layer in layers.items():
-        parent, _, child = name.rpartition(".")
-        plain = Linear(layer.in_features, layer.out_features, splits=layer.splits)
-        with torch.no_grad():
-            plain.weight.copy_(layer.weight_of())
-        setattr(model.get_submodule(parent), child, plain)
-    return model
+    decode_layers(model)
 
 
 def require_gguf(what: str):

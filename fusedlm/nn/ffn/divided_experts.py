@@ -34,7 +34,12 @@ class DividedExperts(Experts):
         Args:
             experts: of which there must be a multiple of the mesh's size.
             mesh: one dimension, of the processes that divide the experts.
+
+        Raises:
+            ValueError: the experts are quantised.
         """
+        if type(experts) is not Experts:
+            raise ValueError("experts in few bits run on one device; divide those of the run that they are from")
         Module.__init__(self)
         self.activation, self.slope, self.mesh = experts.activation, experts.slope, mesh
         self.__dict__["_declared"] = experts.__dict__["_declared"]

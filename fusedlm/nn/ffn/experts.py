@@ -16,6 +16,8 @@ class Experts(Module):
     hidden), which starts at zero. Each expert is a hidden matrix of its own to optimizers.
     """
 
+    op = "routed_experts"
+
     def __init__(self, *, dim: int, hidden: int, n_experts: int, activation: str, slope: float):
         super().__init__()
         self.activation, self.slope = activation, slope
@@ -34,7 +36,7 @@ class Experts(Module):
             weights_NK,
             activation=self.activation,
             slope=self.slope,
-            backend=self.backend("routed_experts"),
+            backend=self.backend(self.op),
         )
 
     def init_orthogonal(self) -> None:
@@ -56,4 +58,4 @@ class Experts(Module):
         return self.up.shape[1]
 
     def ops(self, device: torch.device) -> list[OpUse]:
-        return [OpUse("routed_experts", "routed_experts", {})]
+        return [OpUse(self.op, self.op, {})]

@@ -144,7 +144,7 @@ class MoE(Module):
         if self.experts is None or device.type == "cpu":
             return False
         call = Call(device, dtype, torch.are_deterministic_algorithms_enabled())
-        return OPS["routed_experts"].select(self.backend("routed_experts"), call).backend == "reference"
+        return OPS[self.experts.op].select(self.backend(self.experts.op), call).backend == "reference"
 
     def ops(self, device: torch.device) -> list[OpUse]:
         parts = (self.router, self.experts, self.shared)

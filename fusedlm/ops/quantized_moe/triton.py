@@ -21,8 +21,9 @@ def one_token_config(row_bytes: int) -> dict:
 
 
 def several_tokens_config(n_tokens: int, row_bytes: int, dtype: torch.dtype) -> dict:
-    """Those of several tokens. The tile has room for all of them."""
-    halves = next((halves for halves in (128, 64, 32) if row_bytes % (2 * halves) == 0), 64)
+    """Those of several tokens, for all of which the tile has room. 64 or 128 bytes of each row at a time: rows of
+    experts are short, and with more a program of 16 tokens and four bits has too few registers."""
+    halves = 32 if row_bytes % 128 and row_bytes % 64 == 0 else 64
     if dtype != torch.bfloat16:
         return {"ROWS": 64, "HALVES": 32, "TOKENS": 32, "num_warps": 4, "num_stages": 4}
     if n_tokens <= 16:
