@@ -14,6 +14,7 @@ from benchmarks.cases import (
     mix_inputs,
     moe_layer,
     orthogonalize,
+    quantized_experts,
     quantized_linear,
     relu2_mlp,
     rmsnorm_linear,
@@ -44,6 +45,7 @@ _MODULES = (
     linear_attention,
     differential_linear,
     gated_scan,
+    quantized_experts,
     quantized_linear,
 )
 OPS: dict[str, Op] = {module.OP.name: module.OP for module in _MODULES}

@@ -23,6 +23,7 @@ from fusedlm.export.gguf.quantize import encoded, type_of
 from fusedlm.export.gguf.vocabulary import tokenizer_json, vocabulary
 from fusedlm.export.gguf.write import export_gguf, gguf_model
 from fusedlm.model import build_model
+from fusedlm.ops import dequantize_weight
 from fusedlm.ops.quantized.reference import dequantize, quantize
 from fusedlm.testing import randomise_
 from tests.export.cases import CASES, model_config
@@ -206,19 +207,25 @@ def test_blocks_of_any_values(kind):
     assert torch.equal(found, once) and np.array_equal(encoded("x", once, kind), data)
 
 
-def test_a_run_in_mxfp4_is_written_as_it_is(cases, tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(cases["llama"].run.parents[1])
+@pytest.mark.parametrize("name", ["llama", "deepseek_v3-moe"])
+def test_a_run_in_mxfp4_is_written_as_it_is(cases, name, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(cases[name].run.parents[1])
     run, file = str(tmp_path / "run"), tmp_path / "model.gguf"
-    assert main(["quantize", str(cases["llama"].run), "--format", "mxfp4", "--out", run]) == 0
+    assert main(["quantize", str(cases[name].run), "--format", "mxfp4", "--out", run]) == 0
     capsys.readouterr()
     assert main(["export", run, str(file), "--to", "gguf"]) == 2
     assert "its layers are mxfp4; export mxfp4 with --dtype mxfp4" in capsys.readouterr().err
     export_gguf(run, file, dtype="mxfp4")
     model, _, _ = fusedlm.load(run, device="cpu")
     tensors = {tensor.name: tensor for tensor in gguf.GGUFReader(file).tensors}
-    up = tensors["blk.0.ffn_up.weight"]
+    if name == "llama":
+        up, expected = tensors["blk.0.ffn_up.weight"], model.blocks[0].ffn.gate_up.weight_of("up")
+    else:
+        ffn = model.blocks[1].ffn
+        values = dequantize_weight(ffn.experts.up.quantized_weight()).unflatten(0, (ffn.n_experts, 2, -1))
+        up, expected = tensors["blk.1.ffn_up_exps.weight"], values[:, 1]
     found = torch.from_numpy(gguf.quants.dequantize(up.data, up.tensor_type).copy())
-    assert up.tensor_type.name == "MXFP4" and torch.equal(found, model.blocks[0].ffn.gate_up.weight_of("up"))
+    assert up.tensor_type.name == "MXFP4" and torch.equal(found, expected)
 
 
 def _texts(n: int) -> list[str]:
