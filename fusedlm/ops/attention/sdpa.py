@@ -29,7 +29,8 @@ def _sdpa_padded(q_BTHD, k_BSGD, v_BSGE, scale, **options):
 
 
 def _sdpa(q_BTHD, k_BSGD, v_BSGE, scale, mask=None, is_causal=False):
-    grouped = True if q_BTHD.shape[2] != k_BSGD.shape[2] else False  # noqa: SIM210: torch refuses a symbolic bool
+    # A branch, for in a graph with symbolic numbers of heads torch refuses the comparison itself.
+    grouped = {"enable_gqa": True} if q_BTHD.shape[2] != k_BSGD.shape[2] else {}
     out = F.scaled_dot_product_attention(
         q_BTHD.transpose(1, 2),
         k_BSGD.transpose(1, 2),
@@ -37,7 +38,7 @@ def _sdpa(q_BTHD, k_BSGD, v_BSGE, scale, mask=None, is_causal=False):
         attn_mask=mask,
         is_causal=is_causal,
         scale=scale,
-        enable_gqa=grouped,
+        **grouped,
     )
     return out.transpose(1, 2)
 
