@@ -131,7 +131,7 @@ def _built(recipe: Recipe, world: World, device: torch.device, dtype: torch.dtyp
     else:
         model = build_sharded_model(recipe.model, **options, mesh=mesh, dtype=dtype)
     use_backends(model, recipe.runtime, device, dtype, strict=True)
-    optimizer = build_optimizer(model, recipe.train.optimizer, device)
+    optimizer = build_optimizer(model, recipe.train.optimizer, device, dtype)
     model.recompute(recipe.runtime.recompute)
     if recipe.runtime.compile:
         model.compile_blocks()

@@ -98,7 +98,7 @@ def _measure(recipe: Recipe, device, dtype, vocab_size: int, mean_document, repe
     precision = use_precision(model, recipe, device, dtype)
     for line in precision_table(precision):
         print(line)
-    optimizer = build_optimizer(model, train.optimizer, device)
+    optimizer = build_optimizer(model, train.optimizer, device, dtype)
     model.recompute(runtime.recompute)
     if runtime.compile:
         model.compile_blocks()

@@ -92,8 +92,7 @@ class ByteTokenizer(Tokenizer):
         return [np.frombuffer(text.encode(), dtype=np.uint8).astype(np.int64) for text in texts]
 
     def decode_bytes(self, ids):
-        ids = np.asarray(_integers(ids), dtype=np.int64)
-        return ids[(ids >= 0) & (ids < 256)].astype(np.uint8).tobytes()
+        return bytes([i for i in _integers(ids) if 0 <= i < 256])
 
     def unused_ids(self, limit):
         return np.arange(self.vocab_size, limit)

@@ -370,10 +370,12 @@ class Decoder(Module):
         experts, which run uncompiled. dynamic: as torch.compile takes it.
 
         Raises the process's recompile limit: all kinds of block of all models are graphs of one function, and PyTorch's
-        limit of 8 would make the ninth fail.
+        limit of 8 would make the ninth fail. Makes integers constants of the process's graphs, as those of a module
+        are unless FSDP manages it: there the second kind of block would have a symbolic number of heads.
         """
         config = torch._dynamo.config
         config.recompile_limit = max(config.recompile_limit, config.accumulated_recompile_limit)
+        config.specialize_int = True
         for part in self._compiled_parts():
             divided = any(isinstance(module, DividedExperts) for module in part.modules())
             part.compile(fullgraph=not divided, backend=backend, dynamic=dynamic)

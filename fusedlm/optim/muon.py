@@ -14,8 +14,6 @@ from fusedlm.optim.sharded_muon import ShardedMatrices
 from fusedlm.optim.shards import whole_parts
 from fusedlm.optim.stacks import NORM_EPS, SCALINGS, Part, Stack, initialise, parts_of, stacked
 
-UPDATE_DTYPE = torch.bfloat16  # of updates that are orthogonalised on a GPU
-
 
 class MuonAdamW(torch.optim.Optimizer):
     """Muon, or with `beta2` in a group NorMuon, for groups with `roles`; AdamW for groups without.
@@ -37,14 +35,16 @@ class MuonAdamW(torch.optim.Optimizer):
     Args:
         groups: of hidden matrices: params, roles, lr, momentum, nesterov, weight_decay, cautious, scheme, scaling
             and beta2 (None: Muon). Of the rest: params, lr, betas, eps, weight_decay, cautious.
+        update_dtype: in which a GPU sends and orthogonalises updates. On a CPU it is that of the parameters.
 
     Raises:
         ValueError: a parameter of a group with roles has not two or three dimensions; the scheme or scaling is
             unknown.
     """
 
-    def __init__(self, groups: list[dict]):
+    def __init__(self, groups: list[dict], update_dtype: torch.dtype = torch.bfloat16):
         super().__init__(groups, {"lr": 1e-3, "weight_decay": 0.0, "cautious": False, "fused": True})
+        self._update_dtype = update_dtype
         self._stacks: dict[int, list[Stack]] = {}
         self._sharded: dict[int, list[ShardedMatrices]] = {}  # those of a mesh together
         self._launchers: dict[tuple, object] = {}
@@ -73,7 +73,7 @@ class MuonAdamW(torch.optim.Optimizer):
                 whole += parts
         self._stacks[index] = stacked(whole)
         if sharded:
-            dtype = UPDATE_DTYPE if matrices[0][0].device.type == "cuda" else None
+            dtype = self._update_dtype if matrices[0][0].device.type == "cuda" else None
             lists = [map(list, zip(*members, strict=True)) for members in sharded.values()]
             self._sharded[index] = [ShardedMatrices(*members, dtype) for members in lists]
 
@@ -108,7 +108,7 @@ class MuonAdamW(torch.optim.Optimizer):
         if found is None or found.stack is not stack:
             from fusedlm.optim.fused_muon import FusedStack
 
-            found = self._launchers[group, index] = FusedStack(stack, UPDATE_DTYPE)
+            found = self._launchers[group, index] = FusedStack(stack, self._update_dtype)
         return found
 
 

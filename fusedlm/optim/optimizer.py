@@ -53,13 +53,20 @@ def _group(label: str, weight_decay: float) -> dict:
     return {"label": label, "names": [], "params": [], "weight_decay": weight_decay}
 
 
-def build_optimizer(model: nn.Module, config: OptimizerConfig, device: torch.device) -> torch.optim.Optimizer:
+def build_optimizer(
+    model: nn.Module, config: OptimizerConfig, device: torch.device, dtype: torch.dtype = torch.bfloat16
+) -> torch.optim.Optimizer:
     """The optimizer of a recipe, with parameter groups by role, and under `model.mup` by their factors; each has a
     `label` and the `names` of its parameters.
+
+    Args:
+        dtype: of activations. Where it is float32, Muon's updates are orthogonalised in float32 on a GPU too.
 
     Raises:
         ValueError: a parameter has no role, or `model.mup` has no rule for this optimizer.
     """
+    if isinstance(config, MuonAdamWConfig | NorMuonAdamWConfig):
+        return _muon(model, config, torch.float32 if dtype == torch.float32 else torch.bfloat16)
     return _BUILDERS[config.type](model, config, device)
 
 
@@ -92,7 +99,9 @@ def _uniform(groups: list[dict]) -> list[dict]:
     return divided
 
 
-def _muon(model: nn.Module, config: MuonAdamWConfig | NorMuonAdamWConfig, device) -> torch.optim.Optimizer:
+def _muon(
+    model: nn.Module, config: MuonAdamWConfig | NorMuonAdamWConfig, update_dtype: torch.dtype
+) -> torch.optim.Optimizer:
     matrix, rest = config.matrix, config.rest
     hidden = _group("muon" if isinstance(config, MuonAdamWConfig) else "normuon", matrix.weight_decay)
     by_name = dict(model.named_parameters())
@@ -116,10 +125,10 @@ def _muon(model: nn.Module, config: MuonAdamWConfig | NorMuonAdamWConfig, device
     options = {"lr": rest.lr, "betas": (rest.beta1, rest.beta2), "eps": rest.eps, "cautious": rest.cautious}
     others = parameter_groups(model, rest.weight_decay, rest.head_lr, REST_KINDS)
     others = [options | group | {"label": f"adamw, {group['label']}"} for group in others]
-    return MuonAdamW([*matrices, *factored_groups(model, others, rest.lr)])
+    return MuonAdamW([*matrices, *factored_groups(model, others, rest.lr)], update_dtype)
 
 
-_BUILDERS = {"adamw": _adamw, "sgd": _sgd, "muon_adamw": _muon, "normuon_adamw": _muon}
+_BUILDERS = {"adamw": _adamw, "sgd": _sgd}
 
 
 def matrix_roles(model: nn.Module) -> dict[str, Role]:

@@ -133,7 +133,7 @@ def _batch(seed: int, vocab_size: int, batch_size: int, seq_len: int, device: to
 
 def _run(model: Decoder, optimizer, batch: Batch, steps: int, device, dtype) -> tuple[dict[str, list], list]:
     """Mean |x| by kind, and the loss, before each step and after the last."""
-    torch_optimizer = build_optimizer(model, optimizer, device)
+    torch_optimizer = build_optimizer(model, optimizer, device, dtype)
     means: dict[str, list] = {}
     losses = []
     for step in range(steps + 1):

@@ -46,7 +46,7 @@ def fit(
     """
     if quantized_weights(model):
         raise ValueError("the model has quantised weights, which are not trained; probe the run that they are from")
-    torch_optimizer = build_optimizer(model, optimizer, device)
+    torch_optimizer = build_optimizer(model, optimizer, device, dtype)
     losses, bad = [], 0
     model.train()
     try:

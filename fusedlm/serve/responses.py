@@ -103,7 +103,7 @@ class Writer:
 
     def _after_prompt(self, index: int, tokens: Iterable[ScoredToken]) -> list[ScoredToken]:
         n = self._lengths[index]
-        return [replace(token, start=token.start + n) for token in tokens]
+        return list(tokens) if n == 0 else [replace(token, start=token.start + n) for token in tokens]
 
     def _logprobs(self, index: int, tokens: list[ScoredToken]) -> dict | None:
         if not self._job.logprobs:

@@ -1,7 +1,5 @@
 """One running sequence: its tokens become pieces of text, until it ends."""
 
-from dataclasses import replace
-
 from fusedlm.model.rows import Snapshot
 from fusedlm.serve.requests import Piece, ScoredToken, Sequence
 
@@ -21,7 +19,7 @@ class RunningSequence:
         if token == self._eot_id and not sequence.ignore_eot:
             return self._piece(text.finish(), "stop")
         if scored is not None:
-            self._held.append(replace(scored, start=text.n_decoded))
+            self._held.append(ScoredToken(scored.id, text.n_decoded, scored.logprob, scored.top))
         sequence.count(token)
         piece = text.add(token)
         if text.stopped:

@@ -75,7 +75,7 @@ def score_rows(
         index = torch.tensor(rows, device=logits_BV.device)
         scored = scores(logits_BV[index], [max(0, tokens[row]) for row in rows], max(n_top))
         for row, token, n in zip(rows, scored, n_top, strict=True):
-            found[row] = replace(token, top=token.top[:n])
+            found[row] = token if len(token.top) <= n else replace(token, top=token.top[:n])
     return found
 
 

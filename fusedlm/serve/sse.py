@@ -11,6 +11,8 @@ HEADERS = [
     (b"x-accel-buffering", b"no"),  # a proxy must not collect them
 ]
 
+_encode = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
+
 
 class EventStream:
     """An ASGI application that sends each item of an iterator as an event, then [DONE].
@@ -44,7 +46,7 @@ class EventStream:
 
 
 def _line(event: dict) -> bytes:
-    return b"data: " + json.dumps(event, ensure_ascii=False, separators=(",", ":")).encode() + b"\n\n"
+    return b"data: " + _encode(event).encode() + b"\n\n"
 
 
 async def disconnected(receive: Callable[[], Awaitable[dict]]) -> None:

@@ -114,7 +114,7 @@ class Trainer:
         self.precision = use_precision(self.model, recipe, device, dtype)
         if self.precision:  # with the op of the layers that are now in place
             self.backends = self.model.explain(device, dtype, self.runtime.deterministic)
-        self.optimizer = build_optimizer(self.model, self.settings.optimizer, device)
+        self.optimizer = build_optimizer(self.model, self.settings.optimizer, device, dtype)
         self.averages = Averages(self.model, self.settings)
         self.qat = QuantizationAware(self.model, self.settings)
         self.identity = start.identity

@@ -92,14 +92,24 @@ blocks:
     mixer: {type: attention, n_heads: 2}
     ffn: {type: moe, n_experts: 4, top_k: 1, hidden: 20, activation: relu2, slope: 0.3, n_shared: 0, bias_rate: 0}
 """
+# Blocks that differ in numbers alone.
+_HEADS = """
+dim: 24
+n_layers: 2
+pattern: ab
+blocks:
+  a: {mixer: {type: attention, n_heads: 2}, ffn: {type: swiglu, hidden: 20}}
+  b: {mixer: {type: attention, n_heads: 4}, ffn: {type: swiglu, hidden: 20}}
+"""
 EXPERTS, PREDICTED, SKEWED = "experts", "experts, mtp", "experts, all tokens on the last one"
+HEADS = "attention, other heads"
 MODELS = {"attention, gdn, moe, mtp": _SOFTMAX_AND_DELTA, "mla, sdla, untied": _LATENT}
 _REST = RestConfig(lr=0.01, weight_decay=0.1)
 ADAMW = AdamWConfig(lr=0.01)
 NORMUON = NorMuonAdamWConfig(matrix=NorMuonConfig(lr=0.02, cautious=True), rest=_REST)
 LONG = 30
 _FIRST, _SECOND = MODELS
-MODELS |= {EXPERTS: _EXPERTS, PREDICTED: _EXPERTS + "mtp: {depth: 1, weight: 0.3}", SKEWED: _SKEWED}
+MODELS |= {HEADS: _HEADS, EXPERTS: _EXPERTS, PREDICTED: _EXPERTS + "mtp: {depth: 1, weight: 0.3}", SKEWED: _SKEWED}
 # name -> model, optimizer, steps, sequences per micro-batch
 CASES = {
     "adamw 1": (_FIRST, ADAMW, LONG, 2),
@@ -355,12 +365,14 @@ def failing_write(folder: Path, world: World) -> dict:
     return found
 
 
-def compiled(name: str, layout: tuple[int, ...], world: World, compiler) -> tuple[list[list[float]], int]:
-    """The losses of three steps of a model, not compiled and compiled, and the number of graphs."""
-    found, graphs = [], []
+def compiled(name: str, layout: tuple[int, ...], world: World, compiler) -> tuple[list[list[float]], int, int]:
+    """The losses of three steps of a model, not compiled and compiled, the number of graphs and that of their symbolic
+    integers."""
+    found, graphs, symbols = [], [], []
 
     def backend(module, inputs):
         graphs.append(module)
+        symbols.extend(x for x in inputs if isinstance(x, torch.SymInt))
         return compiler(module, inputs)
 
     for compiles in (False, True):
@@ -370,7 +382,7 @@ def compiled(name: str, layout: tuple[int, ...], world: World, compiler) -> tupl
         optimizer = build_optimizer(model, ADAMW, CPU)
         options = {"lr_scale": 1.0, "micro_batch_size": 3, "grad_clip": None, "autocast": contextlib.nullcontext}
         found.append([train_step(model, optimizer, batch_at(i, world), **options, world=world).loss for i in range(3)])
-    return found, len(graphs)
+    return found, len(graphs), len(symbols)
 
 
 def stopped_run(folder: Path, world: World) -> dict:
@@ -431,7 +443,7 @@ def phase(size: int, folder: Path) -> dict:
         found["skipped"] = skipped_step((1, 2), world)
         found["refused"] = refused(folder)
         found["dropped out"] = dropped_out(folder)
-        found["compiled"] = [compiled("mla, sdla, untied", (1, 2), world, aot_eager)]
+        found["compiled"] = [compiled(name, (1, 2), world, aot_eager) for name in ("mla, sdla, untied", HEADS)]
         found["compiled"].append(compiled(SKEWED, (1, 1, 2), world, lambda module, _: module))
         found["stopped"] = stopped_run(folder, world)
         found["failing"] = failing_write(folder, world)

@@ -72,7 +72,6 @@ def test_losses_are_those_of_one_gpu(folder, one_gpu, layout, compiles):
     parallel = f"runtime.parallel={{replicate: {copies}, shard: {shards}, experts: {experts}}}"
     options = [f"runtime.dtype={dtype}", parallel, f"runtime.compile={str(compiles).lower()}", NORMUON]
     found = run(folder, n, name, *options)
-    # Updates are orthogonalised in bfloat16 in either dtype of activations.
     rel = 1e-3 if dtype == "float32" else 1e-2
     assert losses(found) == pytest.approx(losses(expected), rel=rel)
     assert losses(found)[-1] < 0.9 * losses(found)[0]

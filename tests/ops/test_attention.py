@@ -34,6 +34,25 @@ def test_causal(groups, n):
     )
 
 
+@pytest.mark.parametrize("groups", [2, 4])
+@pytest.mark.parametrize("packed", [False, True])
+def test_graphs_of_any_number_of_heads(groups, packed):
+    """Of blocks that FSDP manages the compiler makes such ones."""
+    torch._dynamo.reset()
+    q, k, v = _qkv(groups=groups)
+    positions = torch.arange(29)[None] % 11
+
+    def attend(q, k, v, n_heads, n_groups):
+        q, k, v = q.unflatten(-1, (n_heads, -1)), k.unflatten(-1, (n_groups, -1)), v.unflatten(-1, (n_groups, -1))
+        if packed:
+            return packed_attention(q, k, v, scale=0.4, positions_BT=positions, backend="sdpa")
+        return causal_attention(q, k, v, scale=0.4, backend="sdpa")
+
+    flat = [x.flatten(-2) for x in (q, k, v)]
+    graph = torch.compile(attend, dynamic=True, fullgraph=True, backend="aot_eager")
+    assert_close(graph(*flat, 4, groups), attend(*flat, 4, groups), 1e-12)
+
+
 def test_calls_of_varying_lengths_need_no_plans_of_cudnn(monkeypatch):
     """flash takes their place, with keys and values of one width."""
     calls = []

@@ -104,7 +104,7 @@ def _gradients(function, leaves, noise):
 
 @pytest.mark.parametrize("programs", PROGRAMS)
 @pytest.mark.parametrize("config", [TMA, POINTERS], ids=["tma", "pointers"])
-@pytest.mark.parametrize("n_new", [1, 2, 8])
+@pytest.mark.parametrize("n_new", [1, 2, 8, 35])
 def test_kernel(n_new, config, programs, poisoned):
     _check(_arguments(*_inputs(n_new=n_new)), config, programs)
 
@@ -290,14 +290,14 @@ def test_full_graph():
     assert_close(compiled(q, state, starts), public(q, state, starts), 1e-6)
 
 
-@pytest.mark.parametrize("n_new, requires_grad", [(8, False), (9, False), (1, True)])
+@pytest.mark.parametrize("n_new, requires_grad", [(256, False), (257, False), (1, True)])
 def test_more_tokens_and_gradients_run_torch_attention(n_new, requires_grad, monkeypatch):
-    arguments = _arguments(*_inputs(n_new=n_new))
+    arguments = _arguments(*_inputs(n_new=n_new, n_keys=260))
     arguments[0].requires_grad_(requires_grad)
     operator = []
     monkeypatch.setattr(kernels, "_latent_decode", lambda *given: operator.append(given) or given[0])
     out = kernels.latent_decode(*arguments)
-    if n_new == 8:
+    if n_new == 256:
         assert out is arguments[0] and len(operator) == 1
         return
     assert not operator

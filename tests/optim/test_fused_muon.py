@@ -19,12 +19,11 @@ def kernels(monkeypatch):
 
     for module in (muon, cautious_adamw):
         monkeypatch.setattr(module, "can_run_triton", lambda tensor: tensor.dtype == torch.float32)
-    monkeypatch.setattr(muon, "UPDATE_DTYPE", torch.float32)
 
 
 def steps(model, config, found: tuple[float, ...], lr_in_memory: bool = False):
     """Train on gradients that are those of `gradients_at`, but NaN where a step is skipped."""
-    optimizer = build_optimizer(model, config, DEVICE)
+    optimizer = build_optimizer(model, config, DEVICE, torch.float32)
     if lr_in_memory:
         for group in optimizer.param_groups:
             group["lr"] = torch.tensor(group["lr"], device=DEVICE)
@@ -83,7 +82,7 @@ def test_several_tiles_and_padded_stacks(kernels, monkeypatch, poisoned):
 def test_gradients_of_any_strides(kernels):
     config, model, plain = NorMuonAdamWConfig(), Packed().float().to(DEVICE), Packed().float().to(DEVICE)
     for one in (model, plain):
-        optimizer = build_optimizer(one, config, DEVICE)
+        optimizer = build_optimizer(one, config, DEVICE, torch.float32)
         one.set_gradients({name: g.to(DEVICE, torch.float32) for name, g in gradients_at(1).items()})
         if one is model:
             for parameter in one.parameters():

@@ -29,6 +29,8 @@ def _sdpa_padded(q_BTHD, k_BSGD, v_BSGE, scale, **options):
 
 
 def _sdpa(q_BTHD, k_BSGD, v_BSGE, scale, mask=None, is_causal=False):
+    # A branch, for in a graph with symbolic numbers of heads torch refuses the comparison itself.
+    grouped = {"enable_gqa": True} if q_BTHD.shape[2] != k_BSGD.shape[2] else {}
     out = F.scaled_dot_product_attention(
         q_BTHD.transpose(1, 2),
         k_BSGD.transpose(1, 2),
@@ -36,7 +38,7 @@ def _sdpa(q_BTHD, k_BSGD, v_BSGE, scale, mask=None, is_causal=False):
         attn_mask=mask,
         is_causal=is_causal,
         scale=scale,
-        enable_gqa=q_BTHD.shape[2] != k_BSGD.shape[2],
+        **grouped,
     )
     return out.transpose(1, 2)
 

@@ -72,7 +72,7 @@ def latent_decode(
         rope_key: (B, S, R) or (N, P, R), the rotary keys of a float8 state, of the dtype of q.
         n_signal: heads of the output; None: H, without noise.
         noise_weight: () or (n_signal,) or (B, T, n_signal), the factor of the noise.
-        backend: auto, triton, sdpa or reference. The kernels of triton take at most 8 new tokens and have no backward
+        backend: auto, triton, sdpa or reference. The kernels of triton take at most 256 new tokens and have no backward
             pass; for more tokens and with gradients it runs torch's attention.
 
     Returns:

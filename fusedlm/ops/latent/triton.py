@@ -12,7 +12,7 @@ from fusedlm.ops.common.split_keys import Config, Workspace, can_use_tma, combin
 from fusedlm.ops.latent import sdpa
 from fusedlm.ops.latent.kernels import attend_kernel
 
-_MOST_NEW = 8  # tokens per row
+_MOST_NEW = 256  # tokens per row
 _ACCUMULATOR = {2: 32768, 4: 8192}  # elements of a program's accumulator at most, by bytes of an element of q
 _DOTS = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
 
