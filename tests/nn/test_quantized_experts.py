@@ -72,6 +72,7 @@ def test_codes_stay_when_the_model_is_cast_or_moved():
         assert found.keys() == expected.keys()
         for name, weight in expected.items():
             assert torch.equal(found[name].codes, weight.codes) and torch.equal(found[name].scales, weight.scales)
+            assert (found[name].codes.dtype, found[name].scales.dtype) == (torch.uint8, torch.bfloat16)
     assert quantised.to("meta").get_submodule(UP).codes.is_meta
 
 

@@ -11,6 +11,9 @@ from fusedlm.ops.quantized_moe import reference
 from fusedlm.testing import assert_close, error_ratio
 
 kernels = pytest.importorskip("fusedlm.ops.quantized_moe.triton")
+triton = pytest.importorskip("triton")
+tl = pytest.importorskip("triton.language")
+expert_slots = kernels.kernels.expert_slots
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 FORMATS = [("mxfp4", None), ("int4", 32), ("int4", 64), ("int4", 128), ("fp8", None), ("int8", None)]
 ALL = pytest.mark.parametrize(("format", "group"), FORMATS)
@@ -96,6 +99,27 @@ def test_several_tokens(format, group, n_tokens, dim, hidden, poisoned):
 def test_numbers_of_experts(n_tokens, n_experts, top_k, poisoned):
     """Programs of experts and, with 70 of them, of slots; experts without tokens."""
     _check([("int8", None), ("mxfp4", None)], n_tokens, 40, 32, n_experts, top_k, "relu2", torch.float32, 1e-6)
+
+
+@triton.jit
+def _slots_kernel(indices, experts, slots, n_tokens, TOP_K: tl.constexpr, BY_SLOT: tl.constexpr):
+    expert, slot = expert_slots(indices, n_tokens, TOP_K, 4, 16, BY_SLOT)
+    program = tl.program_id(1)
+    tl.store(experts + program, expert)
+    tl.store(slots + program * 16 + tl.arange(0, 16), slot)
+
+
+@pytest.mark.parametrize("by_slot", [False, True])
+def test_one_program_has_all_tokens_of_an_expert(by_slot):
+    """So that its codes are read once."""
+    indices, _ = _routing(9, 6, 3)
+    programs = 27 if by_slot else 6
+    experts, slots = (torch.full((programs, *n), -7, device=DEVICE) for n in ((), (16,)))
+    _slots_kernel[(1, programs)](indices, experts, slots, 9, TOP_K=3, BY_SLOT=by_slot)
+    assert (slots >= -1).all()
+    found = [(int(e), row[row >= 0].tolist()) for e, row in zip(experts, slots, strict=True) if (row >= 0).any()]
+    flat = indices.flatten().tolist()
+    assert sorted(found) == [(e, [i for i, f in enumerate(flat) if f == e]) for e in sorted(set(flat))]
 
 
 @pytest.mark.parametrize("n_experts", [4, 200])

@@ -72,7 +72,7 @@ def one_token_down_kernel(
 
 
 @triton.jit
-def _expert_slots(
+def expert_slots(
     indices, n_tokens, TOP_K: tl.constexpr, CHOICES: tl.constexpr, TOKENS: tl.constexpr, BY_SLOT: tl.constexpr
 ):
     """The expert of a program, and (TOKENS,) its slots by token; -1: a token that did not choose it.
@@ -107,7 +107,7 @@ def several_tokens_up_kernel(
     if PDL:
         gdc_launch_dependents()
         gdc_wait()
-    expert, slot = _expert_slots(indices, n_tokens, TOP_K, CHOICES, TOKENS, BY_SLOT)
+    expert, slot = expert_slots(indices, n_tokens, TOP_K, CHOICES, TOKENS, BY_SLOT)
     if tl.max(slot, 0) < 0:
         return
     first = tl.program_id(0) * COLUMNS
@@ -137,7 +137,7 @@ def several_tokens_down_kernel(
     if PDL:
         gdc_launch_dependents()
         gdc_wait()
-    expert, slot = _expert_slots(indices, n_tokens, TOP_K, CHOICES, TOKENS, BY_SLOT)
+    expert, slot = expert_slots(indices, n_tokens, TOP_K, CHOICES, TOKENS, BY_SLOT)
     if tl.max(slot, 0) < 0:
         return
     inside = slot >= 0
