@@ -78,14 +78,11 @@ def _apply(
     optimizer: torch.optim.Optimizer, group: dict, exchange: MatrixExchange, found: list[torch.Tensor]
 ) -> None:
     """Update the process's rows of each matrix by the orthogonalised ones, those of one shape at once."""
-    alike: dict[tuple, list[int]] = {}
-    for index, (part, piece) in enumerate(_pairs(exchange)):
-        if piece.rows:
-            alike.setdefault((part.rows, piece.rows, part.parameter.shape[-1]), []).append(index)
+    alike = exchange.alike
     dtype = local(exchange.parts[0].parameter).dtype
     updates = {key: torch.stack([found[i] for i in members]).to(dtype) for key, members in alike.items()}
     if group["beta2"] is not None:
-        _normalise(optimizer, exchange, group["beta2"], alike, updates)
+        _normalise(optimizer, exchange, group["beta2"], updates)
     for (rows, _, columns), members in alike.items():
         update = updates[rows, _, columns]
         update *= SCALINGS[group["scaling"]](rows, columns)
@@ -98,27 +95,25 @@ def _apply(
 
 
 def _normalise(
-    optimizer: torch.optim.Optimizer, exchange: MatrixExchange, beta2: float, alike: dict, updates: dict
+    optimizer: torch.optim.Optimizer, exchange: MatrixExchange, beta2: float, updates: dict
 ) -> None:
     """`fusedlm.optim.muon._normalise_rows` of whole matrices, of which the process has some rows; in place."""
     example = local(exchange.parts[0].parameter)
     sums = torch.zeros(len(exchange.parts), 2, dtype=example.dtype, device=example.device)
     inverses = {}
-    for key, members in alike.items():
+    for key, members in exchange.alike.items():
         mean_square = updates[key].square().mean(-1)  # (matrices, rows)
         rows = [_row_squares(optimizer, exchange, i) for i in members]
         v = torch.stack(rows).lerp_(mean_square, 1 - beta2)
         torch._foreach_copy_(rows, list(v))
         inverses[key] = inverse = (v.sqrt() + NORM_EPS).reciprocal()
-        index = torch.tensor(members, device=sums.device)
-        sums[index] = torch.stack([mean_square.sum(-1), (mean_square * inverse.square()).sum(-1)], -1)
+        sums[exchange.index_of(key)] = torch.stack([mean_square.sum(-1), (mean_square * inverse.square()).sum(-1)], -1)
     if exchange.place.shards is not None:
         dist.all_reduce(sums, group=exchange.place.shards)
     before, after = sums.sqrt().unbind(-1)
     ratio = before / after.clamp(min=torch.finfo(sums.dtype).tiny)  # a matrix of zeros stays zero
-    for key, members in alike.items():
-        index = torch.tensor(members, device=sums.device)
-        updates[key] *= (inverses[key] * ratio[index, None])[..., None]
+    for key in exchange.alike:
+        updates[key] *= (inverses[key] * ratio[exchange.index_of(key), None])[..., None]
 
 
 def _row_squares(optimizer: torch.optim.Optimizer, exchange: MatrixExchange, index: int) -> torch.Tensor:

@@ -34,6 +34,8 @@ class RunningSequence:
             tokens, self._held = self._held, []
             return Piece(text, tuple(tokens), finish)
         n_released = self.sequence.text.n_released
-        n = next((i for i, token in enumerate(self._held) if token.start >= n_released), len(self._held))
+        n = len(self._held)
+        while n and self._held[n - 1].start >= n_released:  # starts ascend
+            n -= 1
         tokens, self._held = self._held[:n], self._held[n:]
         return Piece(text, tuple(tokens), finish)

@@ -34,6 +34,9 @@ class SequenceText:
         return self._release(self._stream.finish(), at_end=True)
 
     def _release(self, piece: str, at_end: bool) -> str:
+        if not self._stop:
+            self.n_released += len(piece)
+            return piece
         if self.stopped:
             return ""
         text, self._held = self._held + piece, ""

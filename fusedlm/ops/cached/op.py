@@ -41,7 +41,7 @@ def cached_attention(
         scale: scores are multiplied by it.
         visible_before_BT: (B or 1, T) int, how many tokens before itself each query sees; None: all.
         starts_B: (B,) int, index among the S keys of each row's first query; None: S - T in every row.
-        backend: auto, triton, sdpa or reference. The kernels of triton take at most 8 new tokens and have no backward
+        backend: auto, triton, sdpa or reference. The kernels of triton take at most 64 new tokens and have no backward
             pass; for more tokens, with gradients, and where nothing is masked and torch's kernels are faster, it runs
             torch's attention.
 
