@@ -1,7 +1,7 @@
 """Train a recipe on 1, 2, 4 GPUs of this machine: speed, memory, time of the optimizer, and losses beside one GPU's.
 
     python benchmarks/many_gpus.py [RECIPE] [key=value ...] [--processes 1 2 4] [--replicate] [--experts N]
-        [--json FILE]
+        [--zero N] [--json FILE]
 
 Speed: every GPU has the recipe's batch, on random tokens; tokens per second and GPU, model-FLOPs utilisation, the
 median seconds of a step and of its optimizer, and peak memory beside the figure of `fusedlm plan`. "optimizer,
@@ -57,6 +57,7 @@ def main() -> None:
     parser.add_argument("--processes", type=int, nargs="+", help="default: 1, 2, 4 ... as many as there are GPUs")
     parser.add_argument("--replicate", action="store_true", help="copies instead of shards")
     parser.add_argument("--experts", type=int, default=1, help="processes over which experts are divided, if so many")
+    parser.add_argument("--zero", type=int, default=3, choices=(2, 3), help="stage: gather weights once a step, or more")
     parser.add_argument("--vocab-size", type=int, default=50257)
     parser.add_argument("--steps", type=int, default=10, help="timed steps")
     parser.add_argument("--loss-steps", type=int, default=30)
@@ -93,6 +94,7 @@ def measure(arguments: argparse.Namespace, n: int) -> dict:
     experts = math.gcd(arguments.experts, n)  # of one process 1, as that is what the others are compared with
     others = n // experts
     layout = {"replicate": others, "shard": 1} if arguments.replicate else {"replicate": 1, "shard": others}
+    layout["zero"] = arguments.zero
     overrides = [*arguments.overrides, f"runtime.parallel={json.dumps(layout | {'experts': experts})}"]
     overrides.append("runtime.cuda_graph=false")  # of one process alone; without it, all are alike
     load_recipe(arguments.recipe, overrides)  # refused here, not in every process
@@ -129,7 +131,7 @@ def _built(recipe: Recipe, world: World, device: torch.device, dtype: torch.dtyp
     if mesh is None:
         model = build_model(recipe.model, **options)
     else:
-        model = build_sharded_model(recipe.model, **options, mesh=mesh, dtype=dtype)
+        model = build_sharded_model(recipe.model, **options, mesh=mesh, dtype=dtype, zero=recipe.runtime.parallel.zero)
     use_backends(model, recipe.runtime, device, dtype, strict=True)
     optimizer = build_optimizer(model, recipe.train.optimizer, device, dtype)
     model.recompute(recipe.runtime.recompute)

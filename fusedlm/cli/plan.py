@@ -134,7 +134,7 @@ def make_plan(
     # A copy in one shard keeps its weights in the dtype of activations.
     if shards > 1:
         keeps_experts = shards == parallel.experts
-        held["weight_copy_bytes"] = gathered_bytes(model, dtype, parallel.experts, keeps_experts)
+        held["weight_copy_bytes"] = gathered_bytes(model, dtype, parallel.experts, keeps_experts, parallel.zero)
     micro_batch = min(train.micro_batch_size or train.batch_size, max(1, train.batch_size // processes))
     memory = sum(held.values()) + activations(micro_batch)
     fits = {

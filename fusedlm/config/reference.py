@@ -88,7 +88,7 @@ def type_text(annotation, metadata: Iterable = ()) -> str:
         return type_text(inner, [*own, *constraints])
     origin, arguments = get_origin(annotation), get_args(annotation)
     if origin is Literal:
-        return arguments[0] if len(arguments) == 1 else f"one of {', '.join(arguments)}"
+        return str(arguments[0]) if len(arguments) == 1 else f"one of {', '.join(map(str, arguments))}"
     if origin is list:
         return f"list, each {type_text(arguments[0])}"
     if origin is dict:

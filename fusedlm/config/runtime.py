@@ -42,6 +42,10 @@ class ParallelConfig(Config):
     experts: Processes = 1
     """Processes over which the experts of each layer are divided, a divisor of their number; tokens are sent to them.
     1: experts are sharded as other matrices are."""
+    zero: Literal[2, 3] = 3
+    """Stage of ZeRO (arXiv 1910.02054). 3: the weights of a block are gathered for its forward pass and again for its
+    backward pass, in every micro-batch. 2: once a step, and held until its end: less traffic, but memory for all
+    weights in the dtype of activations."""
 
 
 class RuntimeConfig(Config):

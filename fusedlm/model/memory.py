@@ -70,7 +70,9 @@ def held_fraction(model: Decoder, n_shards: int) -> float:
     return (total - sharded + sharded / n_shards) / total
 
 
-def gathered_bytes(model: Decoder, dtype: torch.dtype, experts: int = 1, keeps_experts: bool = False) -> int:
+def gathered_bytes(
+    model: Decoder, dtype: torch.dtype, experts: int = 1, keeps_experts: bool = False, zero: int = 3
+) -> int:
     """Bytes of what a process with sharded parameters gathers and reduces at a time: in the dtype of activations the
     parameters beside blocks, with their gradients, two blocks, since the next one is gathered ahead, and the gradients
     of one, twice in float32 while they are reduced.
@@ -78,6 +80,7 @@ def gathered_bytes(model: Decoder, dtype: torch.dtype, experts: int = 1, keeps_e
     Args:
         experts: processes over which the experts of a layer are divided; one gathers its own alone.
         keeps_experts: whether a process keeps its own in the dtype of activations, since it holds them in full.
+        zero: 2: all blocks are gathered, not two.
     """
     numbers = [sum(parameter.numel() for parameter in block.parameters()) for block in model.all_blocks()]
     rest = sum(parameter.numel() for parameter in model.parameters()) - sum(numbers)
@@ -87,6 +90,8 @@ def gathered_bytes(model: Decoder, dtype: torch.dtype, experts: int = 1, keeps_e
     gathered, kept = 2 * reduced, 0
     if keeps_experts:
         gathered, kept = 2 * max(n - all_experts for n, all_experts in zip(numbers, stacks, strict=True)), sum(own)
+    if zero == 2:
+        gathered, kept = sum(numbers) - sum(stacks), sum(own)
     return dtype.itemsize * (2 * rest + gathered + kept + reduced) + 2 * 4 * reduced
 
 

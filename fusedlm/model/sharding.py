@@ -25,7 +25,7 @@ from fusedlm.nn.module import init_weights, parameters_by_kind
 SHARDED_KINDS = ("matrix", "embedding", "head")  # of roles
 
 
-def shard_model(model: Decoder, mesh: DeviceMesh, dtype: torch.dtype) -> None:
+def shard_model(model: Decoder, mesh: DeviceMesh, dtype: torch.dtype, zero: int = 3) -> None:
     """Shard the parameters of a decoder in place, best on the meta device: `to_empty` then allocates the shards, and
     `init_weights` draws each parameter in full, one after another, and keeps the process's own shard.
 
@@ -36,6 +36,7 @@ def shard_model(model: Decoder, mesh: DeviceMesh, dtype: torch.dtype) -> None:
             the processes of the last two, but for experts, which are divided over the last one, so that rows of each
             are sharded over the second. It must divide their number, and the second their rows.
         dtype: of activations. bfloat16 on a GPU: shards are gathered in it, and gradients are summed in float32.
+        zero: 3: the weights of a block are gathered for each of its passes; 2: those of all, once a step.
     """
     experts, copies = [], mesh
     if mesh.ndim == 3:
@@ -53,25 +54,27 @@ def shard_model(model: Decoder, mesh: DeviceMesh, dtype: torch.dtype) -> None:
     for unit in experts:
         # By rows: the first dimension is that by which they are divided.
         by_rows = {"mesh": mesh["replicate", "shard"], "shard_placement_fn": lambda _: Shard(1)}
-        fully_shard(unit, reshard_after_forward=mesh.size(1) > 1, **by_rows, **shared)
+        fully_shard(unit, reshard_after_forward=mesh.size(1) > 1 and zero == 3, **by_rows, **shared)
     options = shared | {"mesh": copies, "shard_placement_fn": lambda parameter: _placement(parameter, n_shards)}
     for unit in (*model.blocks, *(model.mtp or ())):
         # With one shard nothing has to be gathered again.
-        fully_shard(unit, reshard_after_forward=n_shards > 1, **options)
+        fully_shard(unit, reshard_after_forward=n_shards > 1 and zero == 3, **options)
     # Its backward pass begins with the head: gathered parameters are kept.
     fully_shard(model, reshard_after_forward=False, **options)
     for unit in _units(model):
         unit.set_gradient_divide_factor(1.0)
         unit.set_force_sum_reduction_for_comms(True)  # gloo has no other, and NCCL's sum needs no factor
+    model.gathers_once = zero == 2
 
 
 def build_sharded_model(
-    config, *, vocab_size: int, device: torch.device, seed: int, mesh: DeviceMesh, dtype: torch.dtype
+    config, *, vocab_size: int, device: torch.device, seed: int, mesh: DeviceMesh, dtype: torch.dtype, zero: int = 3
 ) -> Decoder:
     """As `build_model`, sharded: the same weights whatever the mesh. A process holds its shards, and while it draws
-    them one parameter in full. Errors as there; mesh and dtype as for `shard_model`."""
+    them one parameter in full. Errors as there; mesh, dtype and zero as for
+    `shard_model`."""
     model = build_model(config, vocab_size=vocab_size, device="meta")
-    shard_model(model, mesh, dtype)
+    shard_model(model, mesh, dtype, zero)
     check_memory(model, device)
     model.to_empty(device=device)
     init_weights(model, seed)
@@ -102,9 +105,12 @@ def is_sharded(model: nn.Module) -> bool:
 
 
 def begin_backward(model: nn.Module, *, is_last: bool) -> None:
-    """Before the forward pass of a micro-batch: copies sum their gradients after the last one of a step alone."""
+    """Before the forward pass of a micro-batch: copies sum their gradients after the last one of a step alone, and
+    weights that are gathered once a step are held until then."""
     if is_sharded(model):
         model.set_requires_all_reduce(is_last)
+        if model.gathers_once:
+            model.set_reshard_after_backward(is_last)
 
 
 def sum_whole_gradients(model: nn.Module, world: World) -> None:

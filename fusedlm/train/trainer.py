@@ -109,7 +109,9 @@ class Trainer:
         if mesh is None:
             self.model = build_model(recipe.model, **options)
         else:
-            self.model = build_sharded_model(recipe.model, **options, mesh=mesh, dtype=dtype)
+            self.model = build_sharded_model(
+                recipe.model, **options, mesh=mesh, dtype=dtype, zero=self.runtime.parallel.zero
+            )
         self.backends = use_backends(self.model, self.runtime, device, dtype, strict=strict_backends)
         self.precision = use_precision(self.model, recipe, device, dtype)
         if self.precision:  # with the op of the layers that are now in place

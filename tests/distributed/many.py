@@ -18,6 +18,7 @@ import yaml
 from torch._dynamo.backends.debugging import aot_eager
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fusedlm import build_model
 from fusedlm.config.model import ModelConfig
@@ -126,6 +127,7 @@ CASES = {
     "qat experts": (PREDICTED, SGDConfig(lr=0.1), 4, ROWS),
     "experts float32": (PREDICTED, NORMUON, 6, 2),
 }
+ZERO_2 = ("adamw 1", "muon", "experts adamw", "qat")  # the others have ZeRO stage 3
 RECOMPUTED = {"muon": "mixer", "normuon 2": "block", "experts normuon": "block"}
 # (copies, shards) or (copies, shards, parts of the experts) -> cases. Every case is run by 2, 3 or 4 processes, and the
 # long ones by several of these.
@@ -161,13 +163,13 @@ def batch_at(step: int, world: World) -> Batch:
     return Batch(*inputs, n_valid=int((inputs[1] != -100).sum()), next_sample=0)
 
 
-def built(name: str, layout: tuple[int, ...] | None, dtype: torch.dtype) -> torch.nn.Module:
+def built(name: str, layout: tuple[int, ...] | None, dtype: torch.dtype, zero: int = 3) -> torch.nn.Module:
     """A model of MODELS, whole without a layout."""
     config = ModelConfig.model_validate(yaml.safe_load(MODELS[name]))
     model = build_model(config, vocab_size=VOCAB, device="meta").to(dtype)
     if layout is not None:
         names = ("replicate", "shard", "experts")[: len(layout)]
-        shard_model(model, init_device_mesh("cpu", layout, mesh_dim_names=names), torch.float32)
+        shard_model(model, init_device_mesh("cpu", layout, mesh_dim_names=names), torch.float32, zero)
     model.to_empty(device=CPU)
     init_weights(model, seed=0)
     if name == SKEWED:
@@ -198,7 +200,7 @@ def run_case(name: str, layout: tuple[int, ...] | None, world: World) -> dict:
     weights and averages."""
     model_name, optimizer_config, steps, micro_batch_size = CASES[name]
     dtype = torch.float32 if name.endswith("float32") else torch.float64
-    model = built(model_name, layout, dtype).train()
+    model = built(model_name, layout, dtype, 2 if name in ZERO_2 else 3).train()
     if layout is not None:
         model.recompute(RECOMPUTED.get(name, "none"))
     optimizer = build_optimizer(model, optimizer_config, CPU)
@@ -365,6 +367,28 @@ def failing_write(folder: Path, world: World) -> dict:
     return found
 
 
+class Gathers(TorchDispatchMode):
+    """Counts them, `n`."""
+
+    n = 0
+
+    def __torch_dispatch__(self, function, types, arguments=(), options=None):
+        self.n += function is torch.ops.c10d._allgather_base_.default
+        return function(*arguments, **(options or {}))
+
+
+def gathers(world: World, zero: int) -> list[int]:
+    """How often shards are gathered in each of two steps of three micro-batches, of two blocks and the rest."""
+    model = built(_SECOND, (1, 2), torch.float32, zero).train()
+    optimizer, found = build_optimizer(model, ADAMW, CPU), []
+    options = {"lr_scale": 1.0, "micro_batch_size": 2, "grad_clip": None, "autocast": contextlib.nullcontext}
+    for i in range(2):
+        with Gathers() as counted:
+            train_step(model, optimizer, batch_at(i, world), **options, world=world)
+        found.append(counted.n)
+    return found
+
+
 def compiled(name: str, layout: tuple[int, ...], world: World, compiler) -> tuple[list[list[float]], int, int]:
     """The losses of three steps of a model, not compiled and compiled, the number of graphs and that of their symbolic
     integers."""
@@ -442,6 +466,7 @@ def phase(size: int, folder: Path) -> dict:
     if size == 2:
         found["skipped"] = skipped_step((1, 2), world)
         found["refused"] = refused(folder)
+        found["gathers"] = {zero: gathers(world, zero) for zero in (2, 3)}
         found["dropped out"] = dropped_out(folder)
         found["compiled"] = [compiled(name, (1, 2), world, aot_eager) for name in ("mla, sdla, untied", HEADS)]
         found["compiled"].append(compiled(SKEWED, (1, 1, 2), world, lambda module, _: module))

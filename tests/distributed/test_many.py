@@ -74,6 +74,11 @@ def test_a_loss_that_is_not_finite_in_one_process_skips_the_step_in_all(found):
         assert found[rank]["skipped"] == {"skipped": [True, False], "unchanged": True}
 
 
+def test_weights_are_gathered_once_a_step_or_for_every_pass(found):
+    """By two blocks and the rest of the model, in three micro-batches; the rest is kept from one pass to the next."""
+    assert found[0]["gathers"] == {2: [3, 3], 3: [3 * (2 + 2 + 1)] * 2}
+
+
 def test_compiled_blocks_give_the_same_losses(found):
     for ((eager, compiled), n_graphs, n_symbols), least in zip(found[0]["compiled"], (3, 3, 5), strict=True):
         assert compiled == pytest.approx(eager, rel=1e-5) and len(set(eager)) == 3
