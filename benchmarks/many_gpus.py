@@ -57,7 +57,7 @@ def main() -> None:
     parser.add_argument("--processes", type=int, nargs="+", help="default: 1, 2, 4 ... as many as there are GPUs")
     parser.add_argument("--replicate", action="store_true", help="copies instead of shards")
     parser.add_argument("--experts", type=int, default=1, help="processes over which experts are divided, if so many")
-    parser.add_argument("--zero", type=int, default=3, choices=(2, 3), help="stage: gather weights once a step, or more")
+    parser.add_argument("--zero", type=int, default=3, choices=(2, 3), help="2: gather weights once a step")
     parser.add_argument("--vocab-size", type=int, default=50257)
     parser.add_argument("--steps", type=int, default=10, help="timed steps")
     parser.add_argument("--loss-steps", type=int, default=30)

@@ -4,7 +4,8 @@ import itertools
 from pathlib import Path
 
 _RECORDS = (
-    "ops", "ops-linear-time", "ops-orthogonalize", "ops-routed", "ops-sonic-moe", "ops-quantized-linear", "ops-wiring",
+    "ops", "ops-linear-time", "ops-orthogonalize", "ops-routed", "ops-sonic-moe", "ops-quantized-linear",
+    "ops-quantized-experts", "ops-wiring",
 )  # fmt: skip
 OPS = tuple(f"benchmarks/results/{name}.json" for name in _RECORDS)
 STEPS = "benchmarks/results/steps.json"

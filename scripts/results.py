@@ -21,6 +21,7 @@ from scripts.nanogpt_section import NANOGPT, nanogpt_section  # noqa: E402
 from scripts.ops_section import IMAGES, OPS, STEPS, draw_ops, ops_section  # noqa: E402
 from scripts.optimizer_section import OPTIMIZER_STEP, optimizer_section  # noqa: E402
 from scripts.quantized_decoding_section import QUANTIZED_DECODING, quantized_decoding_section  # noqa: E402
+from scripts.serving_section import SERVING, VLLM, serving_section, vllm_section  # noqa: E402
 from scripts.speculation_section import SPECULATION, speculation_section  # noqa: E402
 from scripts.switches_section import switches_section  # noqa: E402
 from scripts.training_section import TRAINING_STEPS, training_section  # noqa: E402
@@ -30,7 +31,7 @@ EXTENSION = "benchmarks/results/probes/extend.json"  # as `fusedlm eval RUN --pr
 RECALL = "benchmarks/results/recall.json"  # as benchmarks/recall.py wrote it, plots beside it
 OTHERS = (
     EXTENSION, RECALL, DECODING, *OPS, STEPS, OPTIMIZER_STEP, NANOGPT, GOLF, CORRECTIONS, TRAINING_STEPS, SPECULATION,
-    QUANTISED_LINEAR, *MANY_GPUS, FUSION_7B, QUANTIZED_DECODING,
+    QUANTISED_LINEAR, *MANY_GPUS, FUSION_7B, QUANTIZED_DECODING, *SERVING, VLLM,
 )  # fmt: skip
 BEGIN, END = "<!-- results -->\n", "<!-- end of results -->\n"
 # Rows of the README's table: recipe, measurement, and a function that reads it from a record.
@@ -126,6 +127,8 @@ def results_page(
     page += large_model_section(others[FUSION_7B])
     page += decoding_section(others[DECODING]) + speculation_section(others[SPECULATION])
     page += quantized_decoding_section(others[QUANTIZED_DECODING])
+    page += serving_section([others[path] for path in SERVING if others[path] is not None])
+    page += vllm_section(others[VLLM])
     page += ops_section(ops_records(others), others[STEPS])
     return page + optimizer_section(others[OPTIMIZER_STEP])
 
