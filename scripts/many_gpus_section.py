@@ -41,7 +41,7 @@ def _table(record: dict) -> str:
     head += ["memory", "planned", "losses"]
     page += f"| {' | '.join(head)} |\n" + "|---" * len(head) + "|\n"
     for row in compared(record["rows"]):
-        layout = ", ".join(f"{key} {n}" for key, n in row["parallel"].items() if n > 1)
+        layout = ", ".join(f"{key} {n}" for key, n in row["parallel"].items() if n != {"zero": 3}.get(key, 1))
         cells = [str(row["processes"]), layout or "–", f"{row['tokens_per_second_per_gpu']:,.0f}"]
         cells += [f"{row['scaling']:.1%}", "–" if row["mfu"] is None else f"{row['mfu']:.1%}"]
         cells += [f"{1e3 * row['step_seconds']:,.0f}", f"{row['optimizer']:.1%}", f"{row['replicated']:.1%}"]

@@ -9,8 +9,8 @@ def serving_section(records: list[dict]) -> str:
     if not records:
         return ""
     page = "\n# Serving\n\nBy `benchmarks/serving.py`, over HTTP, on one GPU: 64 clients with one streamed request "
-    page += "after another, against the same requests one by one; and requests that share a beginning of 8,192 tokens, with "
-    page += "and without the prefix cache. Weights are random. Medians, and in brackets 95th percentiles.\n\n"
+    page += "after another, against the same requests one by one; and requests that share a beginning of 8,192 tokens, "
+    page += "with and without the prefix cache. Weights are random. Medians, and in brackets 95th percentiles.\n\n"
     head = ["model", "clients", "tokens/s", "of one by one", "first token, ms", "between tokens, ms"]
     page += f"| {' | '.join(head)} |\n" + "|---" * len(head) + "|\n"
     for record in records:

@@ -29,8 +29,10 @@ def test_rows_of_one_and_two_processes(tmp_path):
     assert two["loss_difference"] < 1e-5, "float32"
     assert len(done.stdout.splitlines()) == 3
     record["environment"]["git_commit"] = "0123456789"
+    record["rows"].append(record["rows"][1] | {"parallel": record["rows"][1]["parallel"] | {"zero": 2}})
     rows = [line for line in many_gpus_section([record]).splitlines() if line.startswith("| ")]
     assert rows[1].startswith("| 1 | – | ") and rows[2].startswith("| 2 | shard 2 | ")
+    assert rows[3].startswith("| 2 | shard 2, zero 2 | ")
 
 
 def test_comparison_with_the_first_row():

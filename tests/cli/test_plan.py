@@ -179,6 +179,21 @@ def test_a_sharded_run_is_planned_per_gpu(workspace: Path, fusedlm):
     assert "per GPU, 4 GPUs, 4 shards" in shown
 
 
+def test_of_zero_2_all_blocks_are_gathered(workspace: Path, fusedlm):
+    """Of ZeRO 3 two."""
+
+    def planned(n_layers: int, zero: int) -> dict:
+        options = [f"model.n_layers={n_layers}", f"runtime.parallel={{shard: 4, zero: {zero}}}", "--json"]
+        return _json(fusedlm("plan", "small.yaml", *options))
+
+    (two, held), (two_gathered, gathered) = ([planned(n_layers, zero) for n_layers in (2, 6)] for zero in (2, 3))
+    of_four_blocks = 2 * (held["parameters"] - two["parameters"])  # bfloat16
+    assert held["weight_copy_bytes"] == two["weight_copy_bytes"] + of_four_blocks
+    assert gathered["weight_copy_bytes"] == two_gathered["weight_copy_bytes"]
+    more = held["weight_copy_bytes"] - gathered["weight_copy_bytes"]
+    assert held["memory_bytes"] == gathered["memory_bytes"] + more > gathered["memory_bytes"]
+
+
 def test_divided_experts_are_planned_per_gpu(workspace: Path, fusedlm):
     """Of a model that is mostly experts, which the processes of `experts` hold in parts as those of `shard` do."""
     mixture = ["model.pattern=m", "model.blocks.m.ffn={type: moe, n_experts: 8, top_k: 2, hidden: 64}"]

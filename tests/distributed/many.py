@@ -14,14 +14,10 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-import yaml
 from torch._dynamo.backends.debugging import aot_eager
-from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fusedlm import build_model
-from fusedlm.config.model import ModelConfig
 from fusedlm.config.train import (
     AdamWConfig,
     MuonAdamWConfig,
@@ -37,7 +33,6 @@ from fusedlm.distributed import World
 from fusedlm.distributed.rows import exchange_rows
 from fusedlm.evaluate import score_documents
 from fusedlm.model.precision import autocast
-from fusedlm.model.sharding import shard_model
 from fusedlm.nn.fake_quantized import FakeQuantization
 from fusedlm.nn.module import init_weights
 from fusedlm.optim import Averages, build_optimizer
@@ -48,79 +43,25 @@ from fusedlm.runs.writer import CheckpointWriter
 from fusedlm.train import step as step_module
 from fusedlm.train import train, trainer
 from fusedlm.train.step import train_step
+from tests.distributed.models import CPU, EXPERTS, FIRST, HEADS, PREDICTED, SECOND, SKEWED, VOCAB, built
 from tests.train.runs import losses, tiny_recipe
 
-CPU = torch.device("cpu")
-VOCAB, ROWS, LENGTH = 61, 12, 16
+ROWS, LENGTH = 12, 16
 
-_SOFTMAX_AND_DELTA = """
-dim: 24
-n_layers: 2
-pattern: ag
-blocks:
-  a: {mixer: {type: attention, n_heads: 4, n_kv_heads: 2, window: 9}, ffn: {type: swiglu, hidden: 40}}
-  g:
-    mixer: {type: gdn, n_heads: 2, chunk_size: 8}
-    ffn: {type: moe, n_experts: 3, top_k: 2, hidden: 12, bias_rate: 0.1, sequence_loss: 0.1, z_loss: 0.1}
-mtp: {depth: 1, weight: 0.3, block: g}
-"""
-_LATENT = """
-dim: 24
-n_layers: 2
-pattern: ms
-blocks:
-  m: {mixer: {type: mla, n_heads: 2, kv_rank: 8, rope_dim: 4}, ffn: {type: relu2, hidden: 20}}
-  s: {mixer: {type: sdla, n_heads: 2, rope_dim: 4, chunk_size: 8}, ffn: {type: swiglu, hidden: 20}}
-tie_embeddings: false
-"""
-# Mixtures whose experts are divided.
-_EXPERTS = """
-dim: 16
-n_layers: 1
-pattern: a
-blocks:
-  a:
-    mixer: {type: attention, n_heads: 2, window: 9}
-    ffn: {type: moe, n_experts: 8, top_k: 3, hidden: 12, n_groups: 4, n_limited_groups: 2, bias_rate: 0.1,
-          sequence_loss: 0.1, z_loss: 0.1}
-"""
-_SKEWED = """
-dim: 16
-n_layers: 1
-pattern: a
-blocks:
-  a:
-    mixer: {type: attention, n_heads: 2}
-    ffn: {type: moe, n_experts: 4, top_k: 1, hidden: 20, activation: relu2, slope: 0.3, n_shared: 0, bias_rate: 0}
-"""
-# Blocks that differ in numbers alone.
-_HEADS = """
-dim: 24
-n_layers: 2
-pattern: ab
-blocks:
-  a: {mixer: {type: attention, n_heads: 2}, ffn: {type: swiglu, hidden: 20}}
-  b: {mixer: {type: attention, n_heads: 4}, ffn: {type: swiglu, hidden: 20}}
-"""
-EXPERTS, PREDICTED, SKEWED = "experts", "experts, mtp", "experts, all tokens on the last one"
-HEADS = "attention, other heads"
-MODELS = {"attention, gdn, moe, mtp": _SOFTMAX_AND_DELTA, "mla, sdla, untied": _LATENT}
 _REST = RestConfig(lr=0.01, weight_decay=0.1)
 ADAMW = AdamWConfig(lr=0.01)
 NORMUON = NorMuonAdamWConfig(matrix=NorMuonConfig(lr=0.02, cautious=True), rest=_REST)
 LONG = 30
-_FIRST, _SECOND = MODELS
-MODELS |= {HEADS: _HEADS, EXPERTS: _EXPERTS, PREDICTED: _EXPERTS + "mtp: {depth: 1, weight: 0.3}", SKEWED: _SKEWED}
 # name -> model, optimizer, steps, sequences per micro-batch
 CASES = {
-    "adamw 1": (_FIRST, ADAMW, LONG, 2),
-    "adamw 2": (_SECOND, ADAMW, LONG, ROWS),
-    "normuon 1": (_FIRST, NORMUON, LONG, ROWS),
-    "normuon 2": (_SECOND, NORMUON, LONG, ROWS),
-    "muon": (_FIRST, MuonAdamWConfig(matrix=MuonConfig(nesterov=False, scaling="rms")), 4, 1),
-    "cautious adamw": (_SECOND, AdamWConfig(lr=0.01, cautious=True), 4, ROWS),
-    "sgd": (_FIRST, SGDConfig(lr=0.1, nesterov=True), 4, ROWS),
-    "qat": (_FIRST, SGDConfig(lr=0.1), 4, ROWS),  # with rounded matrices
+    "adamw 1": (FIRST, ADAMW, LONG, 2),
+    "adamw 2": (SECOND, ADAMW, LONG, ROWS),
+    "normuon 1": (FIRST, NORMUON, LONG, ROWS),
+    "normuon 2": (SECOND, NORMUON, LONG, ROWS),
+    "muon": (FIRST, MuonAdamWConfig(matrix=MuonConfig(nesterov=False, scaling="rms")), 4, 1),
+    "cautious adamw": (SECOND, AdamWConfig(lr=0.01, cautious=True), 4, ROWS),
+    "sgd": (FIRST, SGDConfig(lr=0.1, nesterov=True), 4, ROWS),
+    "qat": (FIRST, SGDConfig(lr=0.1), 4, ROWS),  # with rounded matrices
     "experts adamw": (EXPERTS, ADAMW, LONG, 2),
     "experts normuon": (EXPERTS, NORMUON, LONG, ROWS),
     "experts skewed": (SKEWED, NORMUON, 4, 2),
@@ -161,20 +102,6 @@ def batch_at(step: int, world: World) -> Batch:
     own = slice(world.rank * n, (world.rank + 1) * n)
     inputs = [x[own].contiguous() for x in (tokens[:, :-1], targets, documents)]
     return Batch(*inputs, n_valid=int((inputs[1] != -100).sum()), next_sample=0)
-
-
-def built(name: str, layout: tuple[int, ...] | None, dtype: torch.dtype, zero: int = 3) -> torch.nn.Module:
-    """A model of MODELS, whole without a layout."""
-    config = ModelConfig.model_validate(yaml.safe_load(MODELS[name]))
-    model = build_model(config, vocab_size=VOCAB, device="meta").to(dtype)
-    if layout is not None:
-        names = ("replicate", "shard", "experts")[: len(layout)]
-        shard_model(model, init_device_mesh("cpu", layout, mesh_dim_names=names), torch.float32, zero)
-    model.to_empty(device=CPU)
-    init_weights(model, seed=0)
-    if name == SKEWED:
-        model.blocks[0].ffn.router.bias[-1] = 10.0
-    return model
 
 
 @contextlib.contextmanager
@@ -262,7 +189,7 @@ def exchanged(world: World) -> dict:
 
 def skipped_step(layout: tuple[int, int], world: World) -> dict:
     """A step whose loss is NaN in the last process alone."""
-    model = built("mla, sdla, untied", layout, torch.float32).train()
+    model = built(SECOND, layout, torch.float32).train()
     optimizer = build_optimizer(model, NORMUON, CPU)
     before = {name: gathered(tensor).clone() for name, tensor in model_tensors(model).items()}
     hook = model.head.register_forward_pre_hook(lambda _, inputs: (inputs[0] * torch.nan, *inputs[1:]))
@@ -342,7 +269,7 @@ def exact_parts(layout: tuple[int, int] | None, folder: Path) -> dict[str, list[
 
 def failing_write(folder: Path, world: World) -> dict:
     """A checkpoint that the last process alone cannot write, after one that all have written."""
-    model = built("mla, sdla, untied", (1, 2), torch.float32)
+    model = built(SECOND, (1, 2), torch.float32)
     checkpoints = Checkpoints(folder / "failing")
     writer = CheckpointWriter(checkpoints, world, keep=9, in_background=True, device=CPU)
     writer.begin(1, {"model": model_tensors(model)}, {})
@@ -379,7 +306,7 @@ class Gathers(TorchDispatchMode):
 
 def gathers(world: World, zero: int) -> list[int]:
     """How often shards are gathered in each of two steps of three micro-batches, of two blocks and the rest."""
-    model = built(_SECOND, (1, 2), torch.float32, zero).train()
+    model = built(SECOND, (1, 2), torch.float32, zero).train()
     optimizer, found = build_optimizer(model, ADAMW, CPU), []
     options = {"lr_scale": 1.0, "micro_batch_size": 2, "grad_clip": None, "autocast": contextlib.nullcontext}
     for i in range(2):
@@ -468,7 +395,7 @@ def phase(size: int, folder: Path) -> dict:
         found["refused"] = refused(folder)
         found["gathers"] = {zero: gathers(world, zero) for zero in (2, 3)}
         found["dropped out"] = dropped_out(folder)
-        found["compiled"] = [compiled(name, (1, 2), world, aot_eager) for name in ("mla, sdla, untied", HEADS)]
+        found["compiled"] = [compiled(name, (1, 2), world, aot_eager) for name in (SECOND, HEADS)]
         found["compiled"].append(compiled(SKEWED, (1, 1, 2), world, lambda module, _: module))
         found["stopped"] = stopped_run(folder, world)
         found["failing"] = failing_write(folder, world)
