@@ -17,7 +17,7 @@ from fusedlm.serve.prompt_steps import PromptSteps
 from fusedlm.serve.queue import WaitingQueue
 from fusedlm.serve.requests import Piece, Sequence
 from fusedlm.serve.running import RunningSequence
-from fusedlm.serve.sampling import choose, score_rows
+from fusedlm.serve.sampling import next_tokens
 from fusedlm.serve.slots import Slots
 from fusedlm.serve.steps import DecodeSteps
 from fusedlm.serve.weights import WeightsVersion
@@ -266,8 +266,7 @@ class Engine:
         self, logits_BV: torch.Tensor, running: list[RunningSequence]
     ) -> dict[int, tuple[RunningSequence, Piece]]:
         """The next token of each, by the number of the sequence."""
-        tokens = choose(logits_BV, [member.sequence for member in running])
-        scored = score_rows(logits_BV, tokens, [member.sequence for member in running])
+        tokens, scored = next_tokens(logits_BV, [member.sequence for member in running])
         now, found = self._clock(), {}
         for member, token, entry in zip(running, tokens, scored, strict=True):
             sequence = member.sequence

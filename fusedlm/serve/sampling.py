@@ -1,7 +1,6 @@
 """The next tokens of a batch whose sequences have different settings and random numbers of their own."""
 
 from collections.abc import Sequence as Rows
-from dataclasses import replace
 
 import torch
 
@@ -11,31 +10,55 @@ from fusedlm.serve.requests import Choosing, ScoredToken, Sequence
 LOWEST_LOGPROB = -9999.0  # stands for minus infinity, which JSON lacks
 
 
-def choose(logits_BV: torch.Tensor, sequences: Rows[Sequence]) -> list[int]:
-    """One token for each sequence, -1 where the logits are not finite.
+def next_tokens(logits_BV: torch.Tensor, sequences: Rows[Sequence]) -> tuple[list[int], list[ScoredToken | None]]:
+    """One token for each sequence, -1 where the logits are not finite; and the token with its log-probability, None
+    where that was not requested. Everything is queued on the device before it is waited for, once.
 
     A token depends on the row's logits, on its settings and on the next number of its generator, not on the rest of the
     batch: rows of equal settings are drawn together, row by row.
     """
-    logits_BV = _changed(logits_BV, sequences)
+    tokens_B = _drawn(_changed(logits_BV, sequences), sequences)
+    rows = [row for row, sequence in enumerate(sequences) if sequence.choosing.logprobs is not None]
+    if not rows:
+        return tokens_B.tolist(), [None] * len(sequences)
+    n_top = [sequences[row].choosing.logprobs for row in rows]
+    wanted_BV, wanted_B = logits_BV, tokens_B
+    if len(rows) < len(sequences):
+        index = _on_device(rows, torch.int64, logits_BV.device)
+        wanted_BV, wanted_B = logits_BV[index], tokens_B[index]
+    own_B, top = _logprobs(wanted_BV, wanted_B.clamp(min=0), max(n_top))
+    values = torch.cat([tokens_B.double(), own_B]).tolist()  # float64 has all ids
+    tokens, own = [int(token) for token in values[: len(sequences)]], values[len(sequences) :]
+    found: list[ScoredToken | None] = [None] * len(sequences)
+    for row, logprob, pairs, n in zip(rows, own, _pairs(top, len(rows)), n_top, strict=True):
+        found[row] = ScoredToken(max(0, tokens[row]), 0, logprob, pairs[:n])
+    return tokens, found
+
+
+def _drawn(logits_BV: torch.Tensor, sequences: Rows[Sequence]) -> torch.Tensor:
     groups: dict = {}
     for row, sequence in enumerate(sequences):
         groups.setdefault(sequence.choosing.sampling, []).append(row)
     if len(groups) == 1:
-        return _draw(logits_BV, sequences, next(iter(groups))).tolist()
+        return _draw(logits_BV, sequences, next(iter(groups)))
     tokens_B = torch.empty(len(sequences), dtype=torch.int64, device=logits_BV.device)
     for sampling, rows in groups.items():
-        index = torch.tensor(rows, device=logits_BV.device)
+        index = _on_device(rows, torch.int64, logits_BV.device)
         tokens_B[index] = _draw(logits_BV[index], [sequences[row] for row in rows], sampling)
-    return tokens_B.tolist()
+    return tokens_B
 
 
 def _draw(logits_BV, sequences, sampling) -> torch.Tensor:
     uniform_B = None
     if sampling.temperature > 0:
-        uniform = [sequence.next_uniform() for sequence in sequences]
-        uniform_B = torch.tensor(uniform, dtype=torch.float64, device=logits_BV.device)
+        uniform_B = _on_device([sequence.next_uniform() for sequence in sequences], torch.float64, logits_BV.device)
     return draw(logits_BV, uniform_B, sampling)
+
+
+def _on_device(values: list, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """Copied without waiting for the device, as from memory that is not pinned it would be."""
+    found = torch.tensor(values, dtype=dtype)
+    return found.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else found.to(device)
 
 
 def _changed(logits_BV: torch.Tensor, sequences: Rows[Sequence]) -> torch.Tensor:
@@ -50,8 +73,8 @@ def _changed(logits_BV: torch.Tensor, sequences: Rows[Sequence]) -> torch.Tensor
     if not rows:
         return logits_BV
     device = logits_BV.device
-    index = torch.tensor(rows, device=device), torch.tensor(ids, device=device)
-    change = torch.tensor(changes, dtype=logits_BV.dtype, device=device)
+    index = _on_device(rows, torch.int64, device), _on_device(ids, torch.int64, device)
+    change = _on_device(changes, logits_BV.dtype, device)
     return logits_BV.index_put(index, logits_BV[index] + change)
 
 
@@ -64,29 +87,24 @@ def _changes(choosing: Choosing, counts: dict[int, int]) -> dict[int, float]:
     return changes
 
 
-def score_rows(
-    logits_BV: torch.Tensor, tokens: list[int], sequences: Rows[Sequence]
-) -> list[ScoredToken | None]:
-    """The chosen token of each sequence with its log-probability; None where it was not requested."""
-    rows = [row for row, sequence in enumerate(sequences) if sequence.choosing.logprobs is not None]
-    found: list[ScoredToken | None] = [None] * len(sequences)
-    if rows:
-        n_top = [sequences[row].choosing.logprobs for row in rows]
-        index = torch.tensor(rows, device=logits_BV.device)
-        scored = scores(logits_BV[index], [max(0, tokens[row]) for row in rows], max(n_top))
-        for row, token, n in zip(rows, scored, n_top, strict=True):
-            found[row] = token if len(token.top) <= n else replace(token, top=token.top[:n])
-    return found
-
-
 def scores(logits_TV: torch.Tensor, tokens: list[int], n_top: int) -> list[ScoredToken]:
-    """Tokens with their log-probabilities and the n_top most likely ids, from the logits before each; in float64."""
+    """Tokens with their log-probabilities and the n_top most likely ids, from the logits before each."""
+    own_T, top = _logprobs(logits_TV, _on_device(tokens, torch.int64, logits_TV.device), n_top)
+    pairs = _pairs(top, len(tokens))
+    return [ScoredToken(token, 0, own, top) for token, own, top in zip(tokens, own_T.tolist(), pairs, strict=True)]
+
+
+def _logprobs(logits_TV: torch.Tensor, tokens_T: torch.Tensor, n_top: int) -> tuple[torch.Tensor, tuple | None]:
+    """(T,) of the tokens, and the values and indices (T, n_top) of the most likely ones, most likely first, or None;
+    float64, on the device."""
     logprobs_TV = logits_TV.double().log_softmax(-1)
-    index_T = torch.tensor(tokens, device=logits_TV.device)
-    own_T = logprobs_TV.gather(1, index_T[:, None])[:, 0].clamp(min=LOWEST_LOGPROB).tolist()
-    tops: list = [()] * len(tokens)
-    if n_top:
-        top = logprobs_TV.topk(min(n_top, logits_TV.shape[1]))
-        pairs = zip(top.indices.tolist(), top.values.tolist(), strict=True)
-        tops = [tuple((i, p) for i, p in zip(*pair, strict=True) if p > LOWEST_LOGPROB) for pair in pairs]
-    return [ScoredToken(token, 0, own, top) for token, own, top in zip(tokens, own_T, tops, strict=True)]
+    own_T = logprobs_TV.gather(1, tokens_T[:, None])[:, 0].clamp(min=LOWEST_LOGPROB)
+    return own_T, logprobs_TV.topk(min(n_top, logits_TV.shape[1])) if n_top else None
+
+
+def _pairs(top: tuple | None, n: int) -> list[tuple[tuple[int, float], ...]]:
+    """Of each of n tokens the most likely ids with their log-probabilities."""
+    if top is None:
+        return [()] * n
+    rows = zip(top.indices.tolist(), top.values.tolist(), strict=True)
+    return [tuple((i, p) for i, p in zip(*row, strict=True) if p > LOWEST_LOGPROB) for row in rows]

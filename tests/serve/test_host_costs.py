@@ -4,9 +4,10 @@ import pytest
 import torch
 
 from fusedlm.nn.rope import YaRN
+from fusedlm.serve import Choosing
 from fusedlm.serve.prefix_cache import PrefixCache
 from fusedlm.serve.weights import WeightsVersion
-from tests.serve.engines import make_model, make_sequence
+from tests.serve.engines import make_engine, make_model, make_sequence
 
 
 def _write(model):
@@ -85,3 +86,15 @@ def test_random_numbers_are_those_of_one_draw_each():
     sequence, generator = make_sequence("a", seed=5), torch.Generator().manual_seed(5)
     for _ in range(150):
         assert sequence.next_uniform() == torch.rand((), generator=generator, dtype=torch.float64).item()
+
+
+@pytest.mark.parametrize("choosing", [Choosing(temperature=0.0), Choosing(temperature=0.0, logprobs=0)])
+def test_a_step_waits_for_the_device_once(choosing, monkeypatch):
+    """For tokens and their log-probabilities together."""
+    engine = make_engine(make_model("{type: attention, n_heads: 2}"))
+    engine.submit([make_sequence(text, choosing) for text in ("a", "bc", "def")])
+    engine.step()
+    read, waits = torch.Tensor.tolist, []
+    monkeypatch.setattr(torch.Tensor, "tolist", lambda tensor: waits.append(tensor.shape) or read(tensor))
+    pieces = engine.step()
+    assert len(pieces) == 3 and len(waits) == 1
