@@ -44,7 +44,7 @@ class MuonAdamW(torch.optim.Optimizer):
 
     def __init__(self, groups: list[dict], update_dtype: torch.dtype = torch.bfloat16):
         super().__init__(groups, {"lr": 1e-3, "weight_decay": 0.0, "cautious": False, "fused": True})
-        self._update_dtype = update_dtype
+        self.update_dtype = update_dtype
         self._stacks: dict[int, list[Stack]] = {}
         self._sharded: dict[int, list[ShardedMatrices]] = {}  # those of a mesh together
         self._launchers: dict[tuple, object] = {}
@@ -73,7 +73,7 @@ class MuonAdamW(torch.optim.Optimizer):
                 whole += parts
         self._stacks[index] = stacked(whole)
         if sharded:
-            dtype = self._update_dtype if matrices[0][0].device.type == "cuda" else None
+            dtype = self.update_dtype if matrices[0][0].device.type == "cuda" else None
             lists = [map(list, zip(*members, strict=True)) for members in sharded.values()]
             self._sharded[index] = [ShardedMatrices(*members, dtype) for members in lists]
 
@@ -108,7 +108,7 @@ class MuonAdamW(torch.optim.Optimizer):
         if found is None or found.stack is not stack:
             from fusedlm.optim.fused_muon import FusedStack
 
-            found = self._launchers[group, index] = FusedStack(stack, self._update_dtype)
+            found = self._launchers[group, index] = FusedStack(stack, self.update_dtype)
         return found
 
 

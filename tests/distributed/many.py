@@ -337,23 +337,25 @@ def compiled(name: str, layout: tuple[int, ...], world: World, compiler) -> tupl
 
 
 def stopped_run(folder: Path, world: World) -> dict:
-    """A run in which a signal comes to the last process alone, in step 3."""
+    """A run of ZeRO stage 2 in which a signal comes to the last process alone, in step 3."""
     step = trainer.train_step
 
-    def signalling(*arguments, **options):
-        result = step(*arguments, **options)
+    def signalling(model, *arguments, **options):
+        with Gathers() as counted:
+            result = step(model, *arguments, **options)
+        signalling.gathers.append(counted.n)
         signalling.steps += 1
         if signalling.steps == 3 and world.rank == world.size - 1:
             os.kill(os.getpid(), signal.SIGTERM)
         return result
 
-    signalling.steps = 0
+    signalling.steps, signalling.gathers = 0, []
     trainer.train_step = signalling
     try:
-        result = train(chain_recipe(folder, 30), folder / "stopped")
+        result = train(chain_recipe(folder, 30, "runtime.parallel.zero=2"), folder / "stopped")
     finally:
         trainer.train_step = step
-    return {"step": result.step, "signal": result.signal}
+    return {"step": result.step, "signal": result.signal, "gathers": signalling.gathers}
 
 
 def dropped_out(folder: Path) -> list[list[float]]:

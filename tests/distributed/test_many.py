@@ -93,7 +93,8 @@ def test_a_resumed_run_with_dropout_draws_what_an_uninterrupted_one_does(found):
 
 def test_a_signal_to_one_process_stops_all_at_the_same_step(found, folder):
     for rank in range(2):
-        assert found[rank]["stopped"] == {"step": 3, "signal": signal.SIGTERM}
+        # Three blocks and the rest of the model, once a step.
+        assert found[rank]["stopped"] == {"step": 3, "signal": signal.SIGTERM, "gathers": [4, 4, 4]}
     assert Checkpoints(folder / "stopped/checkpoints").steps() == [3]
 
 

@@ -10,7 +10,7 @@ from fusedlm.data import open_prepared
 from fusedlm.evaluate import first_tokens, score_documents
 from fusedlm.nn.block import Block
 from fusedlm.runs import load
-from fusedlm.train import train
+from fusedlm.train import train, trainer
 from tests.train.runs import SHORT, records, tiny_recipe
 
 
@@ -32,6 +32,17 @@ def test_activations_have_the_dtype_of_the_recipe(tmp_path, dtype):
     finally:
         handle.remove()
     assert seen == {("training", dtype), ("validation", dtype), ("sample", dtype)}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_updates_on_a_gpu_have_the_dtype_of_the_recipe(tmp_path, dtype, monkeypatch):
+    """On a CPU they have that of the parameters, so the optimizer is asked what it would do."""
+    built, build = [], trainer.build_optimizer
+    monkeypatch.setattr(trainer, "build_optimizer", lambda *given: built.append(build(*given)) or built[-1])
+    name = str(dtype).removeprefix("torch.")
+    overrides = [*SHORT, f"runtime.dtype={name}", "train.optimizer={type: muon_adamw}"]
+    train(tiny_recipe(tmp_path, *overrides), tmp_path / "run")
+    assert [optimizer.update_dtype for optimizer in built] == [dtype]
 
 
 def test_validation_is_scored_in_the_dtype_of_training(tmp_path):
