@@ -71,8 +71,8 @@ def build_sharded_model(
     config, *, vocab_size: int, device: torch.device, seed: int, mesh: DeviceMesh, dtype: torch.dtype, zero: int = 3
 ) -> Decoder:
     """As `build_model`, sharded: the same weights whatever the mesh. A process holds its shards, and while it draws
-    them one parameter in full. Errors as there; mesh, dtype and zero as for
-    `shard_model`."""
+    them one parameter in full. Errors as there; mesh, dtype and zero
+    as for `shard_model`."""
     model = build_model(config, vocab_size=vocab_size, device="meta")
     shard_model(model, mesh, dtype, zero)
     check_memory(model, device)
@@ -109,7 +109,7 @@ def begin_backward(model: nn.Module, *, is_last: bool) -> None:
     weights that are gathered once a step are held until then."""
     if is_sharded(model):
         model.set_requires_all_reduce(is_last)
-        if model.gathers_once:
+        if getattr(model, "gathers_once", False):  # not of those that others have sharded
             model.set_reshard_after_backward(is_last)
 
 
