@@ -12,7 +12,7 @@ _log = logging.getLogger("fusedlm.serve")
 
 _WIDTHS = (32, 64, 128, 256)
 _ROWS = (1, 4, 16)
-_SCORES = 2**22  # of a head at most: attention to a static state computes those of all the tokens that it has room for
+_SCORES = 2**22  # of a head at most: torch's attention to a static state computes those of all that it has room for
 _WARM_UPS = 2  # passes before a capture, which compile and allocate
 
 
