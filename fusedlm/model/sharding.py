@@ -134,9 +134,12 @@ def _summed(gradients: list[torch.Tensor], world: World) -> list[torch.Tensor]:
 def squared_norm(gradients: list[torch.Tensor], world: World) -> torch.Tensor:
     """() float64, this process's share of the squared norm of all gradients: the sum over processes counts each element
     once, however many of them hold it."""
-    norms = torch.stack(torch._foreach_norm([local(gradient) for gradient in gradients])).double()
-    holders = [_holders(gradient, world) for gradient in gradients]
-    return (norms.square() / torch.tensor(holders, dtype=torch.float64, device=norms.device)).sum()
+    norms = torch._foreach_norm([local(gradient) for gradient in gradients])
+    alike: dict[int, list[torch.Tensor]] = {}
+    for gradient, norm in zip(gradients, norms, strict=True):
+        alike.setdefault(_holders(gradient, world), []).append(norm)
+    # Not divided by a tensor of these numbers: copying it to the device waits for the device.
+    return sum(torch.stack(norms).double().square().sum() / n for n, norms in alike.items())
 
 
 def _holders(tensor: torch.Tensor, world: World) -> int:

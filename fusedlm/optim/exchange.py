@@ -15,6 +15,7 @@ from fusedlm.distributed import local
 from fusedlm.optim.shards import Piece, Place, owners, piece_of
 from fusedlm.optim.stacks import Part
 
+Alike = tuple[int, int, int]  # rows of a matrix, those of them that the process holds, columns
 Views = dict[int, list[tuple[Piece, torch.Tensor]]]  # by matrix its pieces, and where they are in a buffer
 
 
@@ -40,14 +41,14 @@ class MatrixExchange:
         self._sent = [sum(self._size(i) for i in own if found[i][1] == shard) for shard in range(place.n_shards)]
         # Of the matrices of this process, the rows that each process of its copy has.
         self._received = [[piece_of(parts[i], q, place.n_shards) for i in self._owned] for q in range(place.n_shards)]
-        # Matrices of which this process has rows, by their shape and that of the rows.
-        self.alike: dict[tuple[int, int, int], list[int]] = {}
+        # Matrices of which this process has rows.
+        self.alike: dict[Alike, list[int]] = {}
         for i, (part, piece) in enumerate(zip(parts, self.pieces, strict=True)):
             if piece.rows:
                 self.alike.setdefault((part.rows, piece.rows, self._columns(i)), []).append(i)
-        self._indices: dict[tuple, torch.Tensor] = {}
+        self._indices: dict[Alike, torch.Tensor] = {}
 
-    def index_of(self, key: tuple[int, int, int]) -> torch.Tensor:
+    def index_of(self, key: Alike) -> torch.Tensor:
         """The indices of those matrices on the device, copied there once: a copy waits for the device."""
         if key not in self._indices:
             self._indices[key] = torch.tensor(self.alike[key], device=local(self.parts[0].parameter).device)

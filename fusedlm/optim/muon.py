@@ -29,8 +29,8 @@ class MuonAdamW(torch.optim.Optimizer):
     (Keller Jordan, 2024; arXiv 2502.16982; NorMuon: arXiv 2510.05491.) Every split of a packed matrix and every expert
     of a stack is a matrix of its own. Sharded parameters are orthogonalised as whole matrices all the same: those that
     are whole in one process there, the others by one that is sent their rows (`fusedlm.optim.sharded_muon`). On CUDA
-    devices a step does not wait for the device: it can be captured in a CUDA graph, and reads `found_inf` as torch's
-    fused optimizers do; but not with sharded parameters.
+    devices a step does not wait for the device and reads `found_inf` as torch's fused optimizers do. Without sharded
+    parameters it can be captured in a CUDA graph.
 
     Args:
         groups: of hidden matrices: params, roles, lr, momentum, nesterov, weight_decay, cautious, scheme, scaling
@@ -48,6 +48,8 @@ class MuonAdamW(torch.optim.Optimizer):
         self._stacks: dict[int, list[Stack]] = {}
         self._sharded: dict[int, list[ShardedMatrices]] = {}  # those of a mesh together
         self._launchers: dict[tuple, object] = {}
+        parameters = [parameter for group in self.param_groups for parameter in group["params"]]
+        self._uses_kernels = self._step_supports_amp_scaling = all(map(can_run_triton, parameters))
         for index, group in enumerate(self.param_groups):
             if "roles" in group:
                 scheme_of(group["scheme"])
@@ -55,10 +57,6 @@ class MuonAdamW(torch.optim.Optimizer):
                     known = ", ".join(SCALINGS)
                     raise ValueError(f"scaling={group['scaling']!r}: there is no such scaling; one of {known}")
                 self._add_matrices(index, list(zip(group["params"], group["roles"], strict=True)))
-        parameters = [parameter for group in self.param_groups for parameter in group["params"]]
-        self._uses_kernels = all(map(can_run_triton, parameters))
-        is_sharded = any(isinstance(parameter, DTensor) for parameter in parameters)
-        self._step_supports_amp_scaling = self._uses_kernels and not is_sharded
 
     def _add_matrices(self, index: int, matrices: list[tuple[torch.nn.Parameter, Role]]) -> None:
         """Those of the group with that index."""
@@ -75,7 +73,7 @@ class MuonAdamW(torch.optim.Optimizer):
         if sharded:
             dtype = self.update_dtype if matrices[0][0].device.type == "cuda" else None
             lists = [map(list, zip(*members, strict=True)) for members in sharded.values()]
-            self._sharded[index] = [ShardedMatrices(*members, dtype) for members in lists]
+            self._sharded[index] = [ShardedMatrices(*members, dtype, self._uses_kernels) for members in lists]
 
     @torch.no_grad()
     def step(self, closure=None) -> None:

@@ -12,6 +12,7 @@ from datetime import timedelta
 from functools import partial
 from pathlib import Path
 
+import pytest
 import torch
 import torch.distributed as dist
 from torch._dynamo.backends.debugging import aot_eager
@@ -35,7 +36,7 @@ from fusedlm.evaluate import score_documents
 from fusedlm.model.precision import autocast
 from fusedlm.nn.fake_quantized import FakeQuantization
 from fusedlm.nn.module import init_weights
-from fusedlm.optim import Averages, build_optimizer
+from fusedlm.optim import Averages, build_optimizer, cautious_adamw, muon, optimizer_tensors
 from fusedlm.runs import writer as writer_module
 from fusedlm.runs.checkpoint import Checkpoints
 from fusedlm.runs.state import TrainState, model_tensors, restore_state, save_state
@@ -201,6 +202,27 @@ def skipped_step(layout: tuple[int, int], world: World) -> dict:
     unchanged = all(torch.equal(gathered(value), before[name]) for name, value in model_tensors(model).items())
     results.append(train_step(model, optimizer, batch_at(0, world), **options, world=world))
     return {"skipped": [result.skipped for result in results], "unchanged": unchanged}
+
+
+def updated(name: str, layout: tuple[int, ...], world: World, *, by_kernels: bool) -> list[dict]:
+    """Full weights and state of the optimizer after each of three steps in float32, of which the second is skipped."""
+    model = built(name, layout, torch.float32).train()
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (muon, cautious_adamw):
+            patch.setattr(module, "can_run_triton", lambda tensor: by_kernels)
+        optimizer = build_optimizer(model, NORMUON, CPU, torch.float32)
+        # By kernels the host does not read whether a step is skipped.
+        assert optimizer._step_supports_amp_scaling == by_kernels
+        options = {"lr_scale": 1.0, "micro_batch_size": 2, "grad_clip": 1.0, "autocast": contextlib.nullcontext}
+        found = []
+        for step in range(3):
+            scale = torch.nan if step == 1 and world.rank == 0 else 1.0
+            hook = model.embedding.register_forward_hook(lambda *found, scale=scale: found[2] * scale)
+            assert train_step(model, optimizer, batch_at(step, world), **options, world=world).skipped == (step == 1)
+            hook.remove()
+            tensors = model_tensors(model) | optimizer_tensors(model, optimizer)
+            found.append({key: gathered(value).clone() for key, value in tensors.items()})
+    return found
 
 
 # Steps after which a run is continued by other numbers of processes; the schedule does not depend on their number.
@@ -395,6 +417,8 @@ def phase(size: int, folder: Path) -> dict:
     if size == 2:
         found["skipped"] = skipped_step((1, 2), world)
         found["refused"] = refused(folder)
+        pairs = [(FIRST, (1, 2)), (FIRST, (2, 1)), (SKEWED, (1, 1, 2))]
+        found["updated"] = [[updated(*pair, world, by_kernels=kernels) for kernels in (False, True)] for pair in pairs]
         found["gathers"] = {zero: gathers(world, zero) for zero in (2, 3)}
         found["dropped out"] = dropped_out(folder)
         found["compiled"] = [compiled(name, (1, 2), world, aot_eager) for name in (SECOND, HEADS)]
