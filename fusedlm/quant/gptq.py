@@ -5,6 +5,7 @@ tr(E H E^T). Columns are rounded one after another; each error is spread over th
 that the output changes least. Rows do not depend on each other.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -14,6 +15,7 @@ from fusedlm.quant.formats import Format, column_scales
 DAMPING = 0.01  # of the mean of the diagonal
 _RAISE, _MOST = 10.0, 1e6  # factor of a damping with which the matrix is singular, and where to give up
 BLOCK = 128
+_TOGETHER = 2**26  # elements of the weights, and of the factors of their Hessians, that are rounded together
 
 
 @dataclass(frozen=True)
@@ -75,35 +77,60 @@ def inverse_factor(hessian_KK: torch.Tensor, *, ordered: bool = True, damping: f
 
 
 def round_compensated(
-    weight_NK: torch.Tensor, scales_NG: torch.Tensor, format: Format, inverse: Inverse, *, block: int = BLOCK
-) -> torch.Tensor:
-    """The levels (N, K) float64 of a weight, its columns rounded in the order of `inverse` with compensation.
+    weights: Sequence[torch.Tensor],
+    scales: Sequence[torch.Tensor],
+    format: Format,
+    inverses: Sequence[Inverse],
+    *,
+    block: int = BLOCK,
+) -> list[torch.Tensor]:
+    """The levels (N, K) float64 of weights, their columns rounded in the order of the inverses with compensation.
 
-    Scales are fixed before, of groups too, so that any order of columns can be used.
+    Scales are fixed before, of groups too, so that any order of columns can be used. Weights are rounded together: time
+    goes with the number of columns, one of which waits for the one before.
 
     Args:
-        scales_NG: as `format` stores them.
+        weights: of one shape (N, K).
+        scales: of each, (N, G) as `format` stores them.
+        inverses: of each.
         block: columns whose errors are spread over the rest in one product; changes the rounding of sums only.
     """
-    width = weight_NK.shape[1]
-    order_K, upper_KK = inverse.order_K, inverse.upper_KK
-    weight_NK = weight_NK.double()[:, order_K]
-    scale_NK = column_scales(format, scales_NG, width)[:, order_K]
-    levels_NK = torch.empty_like(weight_NK)
+    n_rows, width = weights[0].shape
+    n_together = max(1, _TOGETHER // ((n_rows + width) * width))
+    found = []
+    for start in range(0, len(weights), n_together):
+        some = slice(start, start + n_together)
+        found += _round_together(weights[some], scales[some], format, inverses[some], block)
+    return found
+
+
+def _round_together(weights, scales, format: Format, inverses, block: int) -> list[torch.Tensor]:
+    width = weights[0].shape[1]
+    upper_BKK = torch.stack([inverse.upper_KK for inverse in inverses])
+    orders = [inverse.order_K for inverse in inverses]
+    weight_BNK = torch.stack([w.double()[:, order_K] for w, order_K in zip(weights, orders, strict=True)])
+    scale_BNK = torch.stack(
+        [column_scales(format, s, width)[:, order_K] for s, order_K in zip(scales, orders, strict=True)]
+    )
+    levels_BNK = torch.empty_like(weight_BNK)
     for start in range(0, width, block):
         stop = min(start + block, width)
-        part_NB, errors_NB = weight_NK[:, start:stop].clone(), torch.empty_like(weight_NK[:, start:stop])
+        part_BNC = weight_BNK[..., start:stop].clone()
+        errors_BNC = torch.empty_like(part_BNC)
         for i in range(stop - start):
-            row_B = upper_KK[start + i, start:stop]
-            column_N, scale_N = part_NB[:, i], scale_NK[:, start + i]
-            level_N = format.nearest(torch.where(scale_N > 0, column_N / scale_N, 0.0))
-            levels_NK[:, start + i] = level_N
-            errors_NB[:, i] = (column_N - level_N * scale_N) / row_B[i]
-            part_NB[:, i + 1 :] -= errors_NB[:, i, None] * row_B[i + 1 :]
-        weight_NK[:, stop:] -= errors_NB @ upper_KK[start:stop, stop:]
-    unordered_NK = torch.empty_like(levels_NK)
-    unordered_NK[:, order_K] = levels_NK
-    return unordered_NK
+            row_BC = upper_BKK[:, start + i, start:stop]
+            column_BN, scale_BN = part_BNC[..., i], scale_BNK[..., start + i]
+            level_BN = format.nearest(torch.where(scale_BN > 0, column_BN / scale_BN, 0.0))
+            levels_BNK[..., start + i] = level_BN
+            errors_BNC[..., i] = (column_BN - level_BN * scale_BN) / row_BC[:, i, None]
+            part_BNC[..., i + 1 :] -= errors_BNC[..., i, None] * row_BC[:, None, i + 1 :]
+        weight_BNK[..., stop:] -= errors_BNC @ upper_BKK[:, start:stop, stop:]
+    found = []
+    for levels_NK, order_K in zip(levels_BNK, orders, strict=True):
+        unordered_NK = torch.empty_like(levels_NK)
+        unordered_NK[:, order_K] = levels_NK
+        found.append(unordered_NK)
+    return found
 
 
 def round_plain(weight_NK: torch.Tensor, scales_NG: torch.Tensor, format: Format) -> torch.Tensor:

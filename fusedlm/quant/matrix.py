@@ -141,22 +141,24 @@ def quantize_matrix(
     if not weight_NK.isfinite().all():
         raise ValueError("weight has NaN or infinity, which has no scale; quantise weights that are finite")
     weight_NK, width = weight_NK.detach().float(), weight_NK.shape[1]
-    levels, scales, damping, dead, notes = [], [], None, 0, []
-    for rows_NK, inputs in zip(weight_NK.chunk(len(parts)), parts, strict=True):
+    weights = weight_NK.chunk(len(parts))
+    scales, inverses, damping, dead, notes = [], [], None, 0, []
+    for rows_NK, inputs in zip(weights, parts, strict=True):
         hessian_KK = inputs.hessian(width, rows_NK.device)
         if method.clip == "search":
             scales_NG = search_scales(rows_NK, format, hessian_KK)
         else:
             scales_NG = format.scales(rows_NK, None if method.clip == "max" else method.clip)
-        if method.calibrate == "gptq" and inputs.hessian_KK is not None:
-            inverse = inverse_factor(hessian_KK, ordered=method.ordered, damping=method.damping)
-            levels.append(round_compensated(rows_NK, scales_NG, format, inverse, block=method.block))
-            damping, dead = max(damping or 0.0, inverse.damping), dead + inverse.dead
-        else:
-            levels.append(round_plain(rows_NK, scales_NG, format))
         scales.append(scales_NG)
+        if method.calibrate == "gptq" and inputs.hessian_KK is not None:
+            inverses.append(inverse_factor(hessian_KK, ordered=method.ordered, damping=method.damping))
+            damping, dead = max(damping or 0.0, inverses[-1].damping), dead + inverses[-1].dead
         if inputs.note is not None and inputs.note not in notes:
             notes.append(inputs.note)
+    if inverses:  # of all parts, or of none
+        levels = round_compensated(weights, scales, format, inverses, block=method.block)
+    else:
+        levels = [round_plain(rows_NK, own_NG, format) for rows_NK, own_NG in zip(weights, scales, strict=True)]
     if damping is not None and damping > method.damping:
         notes.append(f"damping raised to {damping:g}")
     if dead:

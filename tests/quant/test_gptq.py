@@ -8,6 +8,7 @@ import torch
 from fusedlm.ops import dequantize_weight, quantize_weight
 from fusedlm.ops.quantized.integer import fake_quantize, integer_codes, integer_scales, integer_values, largest_code
 from fusedlm.ops.quantized.reference import WEIGHT_FORMATS
+from fusedlm.quant import gptq
 from fusedlm.quant.formats import RATIOS, Integers, column_scales, decoded, packed
 from fusedlm.quant.gptq import inverse_factor, output_error, round_compensated, round_plain, search_scales
 from fusedlm.quant.integer import IntegerMatrix
@@ -48,7 +49,7 @@ def _textbook(weight, hessian, scales, format, ordered=True, damping=0.01):
 
 
 def _gptq(weight, hessian, scales, format, block=128, **options):
-    return round_compensated(weight, scales, format, inverse_factor(hessian, **options), block=block)
+    return round_compensated([weight], [scales], format, [inverse_factor(hessian, **options)], block=block)[0]
 
 
 def _error(levels, scales, weight, hessian, format):
@@ -158,7 +159,7 @@ def test_columns_without_input_are_rounded_by_themselves():
     hessian[dead], hessian[:, dead] = 0, 0
     scales = Integers(3).scales(weight, None)
     inverse = inverse_factor(hessian)
-    levels = round_compensated(weight, scales, Integers(3), inverse)
+    (levels,) = round_compensated([weight], [scales], Integers(3), [inverse])
     assert inverse.dead == 2 and torch.equal(levels[:, dead], round_plain(weight, scales, Integers(3))[:, dead])
     live = torch.tensor([i for i in range(40) if i not in (3, 17)])
     # The others are compensated as if the dead columns were not there, with the damping of all 40.
@@ -168,9 +169,8 @@ def test_columns_without_input_are_rounded_by_themselves():
     assert inverse_factor(hessian, damping=0.0).damping == 0.0  # they do not make it singular
     nothing = inverse_factor(torch.zeros(40, 40, dtype=torch.float64))
     assert nothing.dead == 40
-    assert torch.equal(
-        round_compensated(weight, scales, Integers(3), nothing), round_plain(weight, scales, Integers(3))
-    )
+    (levels,) = round_compensated([weight], [scales], Integers(3), [nothing])
+    assert torch.equal(levels, round_plain(weight, scales, Integers(3)))
 
 
 @pytest.mark.parametrize("format", FORMATS, ids=str)
@@ -296,7 +296,10 @@ def test_what_a_matrix_reports():
     assert found["plain"].damping is None and found["gptq"].damping == 0.01
 
 
-def test_stacks_are_quantised_one_matrix_at_a_time():
+@pytest.mark.parametrize("together", [1, 2, 3])
+def test_a_matrix_of_a_stack_is_quantised_as_it_is_alone(together, monkeypatch):
+    weight, _ = _problem()
+    monkeypatch.setattr(gptq, "_TOGETHER", together * sum(weight.shape) * weight.shape[1])
     problems = [_problem(seed=seed) for seed in range(3)]
     used = torch.tensor([0.5], dtype=torch.float64)
     parts = [Inputs(hessian, 10, used, note="few") for _, hessian in problems]
