@@ -20,7 +20,9 @@ import sys
 import tempfile
 import threading
 import time
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -37,6 +39,7 @@ from fusedlm.runs.hardware import environment  # noqa: E402
 from fusedlm.serve import Choosing, Engine, Limits  # noqa: E402
 from fusedlm.serve.app import AppOptions, make_app  # noqa: E402
 from fusedlm.serve.engine import default_chunk  # noqa: E402
+from fusedlm.serve.process import ProcessWorker  # noqa: E402
 from fusedlm.serve.requests import Sequence  # noqa: E402
 from fusedlm.serve.server import Server, bind  # noqa: E402
 
@@ -53,20 +56,22 @@ blocks:
 """
 
 
-def make_engine(model, args, context: int, cache_bytes: int) -> Engine:
+def make_engine(args, context: int, cache_bytes: int) -> Engine:
+    model = make_model(args)
     limits = Limits(context, args.clients, waiting=10_000, chunk=args.chunk, cache_bytes=cache_bytes)
     return Engine(model, ByteTokenizer(), limits, device=args.device, dtype=args.dtype)
 
 
 class Serving:
-    """A server in a thread, with one model, and a process for the clients, which would hold up its threads."""
+    """A server in a thread, with the engine in a process of its own as `fusedlm serve` has it, and another process for
+    the clients."""
 
-    def __init__(self, engine: Engine):
-        self.engine = engine
+    def __init__(self, build: Callable[[], Engine]):
+        self.worker = ProcessWorker(build)
         self._clients = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"))
         self._listening = bind("127.0.0.1", 0)
         self.port = self._listening.getsockname()[1]
-        self._server = Server(make_app(self.engine, AppOptions("bench")), grace=0)
+        self._server = Server(make_app(self.worker, AppOptions("bench")), grace=0)
         self._thread = threading.Thread(target=self._server.run, kwargs={"sockets": [self._listening]}, daemon=True)
 
     def __enter__(self):
@@ -79,11 +84,22 @@ class Serving:
         """As `closed_loop`."""
         return self._clients.submit(_clients, self.port, requests, n_clients).result()
 
+    def counts(self) -> dict[str, int]:
+        return self.worker.call(_counts).result()
+
     def __exit__(self, *exception):
         self._clients.shutdown()
         self._server.should_exit = True
         self._thread.join()
         self._listening.close()
+
+
+def _counts(engine: Engine) -> dict[str, int]:
+    return {
+        "graphed_steps": engine.graphed_steps,
+        "graphed_prompts": engine.graphed_prompts,
+        "cached_tokens": engine.metrics.cached_tokens,
+    }
 
 
 async def stream(port: int, prompt: list[int], n_tokens: int) -> list[float]:
@@ -153,19 +169,18 @@ def random_ids(generator: random.Random, n: int) -> list[int]:
     return [ByteTokenizer.eot_id, *generator.choices(range(256), k=n - 1)]
 
 
-def clients_part(model, args) -> dict:
+def clients_part(args) -> dict:
     generator, found = random.Random(0), {}
     lengths = [(generator.randrange(16, args.prompt * 2), args.tokens) for _ in range(args.clients * args.rounds)]
     context = args.prompt * 2 + args.tokens
-    with Serving(make_engine(model, args, context, 0)) as serving:
+    with Serving(partial(make_engine, args, context, 0)) as serving:
         for name, n_clients, n in (("together", args.clients, len(lengths)), ("one by one", 1, args.clients // 4)):
             requests = [(random_ids(generator, length), tokens) for length, tokens in lengths[:n]]
             serving.serve(requests[: max(4, n_clients)], n_clients)  # warm-up, with all sizes of a step
             found[name] = figures(*serving.serve(requests, n_clients))
             show(name, found[name])
-        found["graphed_steps"] = serving.engine.graphed_steps
-        found["graphed_prompts"] = serving.engine.graphed_prompts
-    engine = make_engine(model, args, context, 0)
+        found |= {name: serving.counts()[name] for name in ("graphed_steps", "graphed_prompts")}
+    engine = make_engine(args, context, 0)
     requests = [(random_ids(generator, length), tokens) for length, tokens in lengths]
     without_http(engine, requests[: args.clients])
     found["engine_tokens_per_second"] = without_http(engine, requests)
@@ -175,17 +190,16 @@ def clients_part(model, args) -> dict:
     return found
 
 
-def prefix_part(model, args) -> dict:
+def prefix_part(args) -> dict:
     generator, found = random.Random(1), {}
     shared = random_ids(generator, args.prefix)
     requests = [(shared + generator.choices(range(256), k=32), 8) for _ in range(args.repeats)]
     for name, cache_bytes in (("without cache", 0), ("with cache", 2**34)):
-        with Serving(make_engine(model, args, args.prefix + 64, cache_bytes)) as serving:
+        with Serving(partial(make_engine, args, args.prefix + 64, cache_bytes)) as serving:
             # The first two fill the cache: where their prompts part is known after the second.
             serving.serve(requests[:2], 1)
             found[name] = figures(*serving.serve(requests[2:], 1))
-            found[name]["cached_tokens"] = serving.engine.metrics.cached_tokens
-            found[name]["graphed_prompts"] = serving.engine.graphed_prompts
+            found[name] |= {key: serving.counts()[key] for key in ("cached_tokens", "graphed_prompts")}
             show(name, found[name])
     before, after = (found[name]["first_token_seconds"]["p50"] for name in ("without cache", "with cache"))
     found["speedup"] = before / after
@@ -294,11 +308,9 @@ def main_() -> int:
     args.prefix = args.prefix or (1024 if args.device.type == "cpu" else 8192)
     result = {"recipe": args.recipe, "overrides": args.overrides, "dtype": str(args.dtype)}
     result["environment"] = environment(args.device, args.dtype)
-    model = make_model(args) if {"clients", "prefix"} & set(args.parts) else None
     for part in args.parts:
         print(part)
-        parts = {"clients": clients_part, "prefix": prefix_part}
-        result[part] = harness_part(args) if part == "harness" else parts[part](model, args)
+        result[part] = {"clients": clients_part, "prefix": prefix_part, "harness": harness_part}[part](args)
     if args.out is not None:
         write_atomic(args.out, json.dumps(result, indent=1) + "\n")
     return 0

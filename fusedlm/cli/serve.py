@@ -1,5 +1,6 @@
 """fusedlm serve: an HTTP server for the model of a run."""
 
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -95,30 +96,45 @@ def serve(
         from fusedlm.serve.server import Server, bind
     except ModuleNotFoundError as error:
         raise ValueError(f"fusedlm serve needs {error.name}: pip install 'fusedlm[serve]'") from None
+    from fusedlm.serve.process import ProcessWorker
+
+    key = None if api_key_file is None else _read_key(api_key_file)
+    build = partial(
+        _engine, run, overrides, yarn=yarn, checkpoint=checkpoint, weights=weights, device=device, context=context,
+        sequences=sequences, waiting=waiting, chunk=chunk, cache_bytes=cache_mib * _MIB, block_size=block_size,
+        cuda_graph=cuda_graph,
+    )  # fmt: skip
+    with bind(host, port) as listening:
+        worker = ProcessWorker(build)
+        try:
+            template = read_template(run, chat_template, worker.facts.tokenizer)
+            options = AppOptions(name or run.resolve().name, template, key, max_body_mib * _MIB)
+            server = Server(make_app(worker, options), grace=grace)
+            where, bound = (f"[{host}]" if ":" in host else host), listening.getsockname()[1]
+            print(f"serving {options.name} at http://{where}:{bound}, context {worker.facts.context}", flush=True)
+            server.run(sockets=[listening])
+        finally:
+            worker.stop()
+
+
+def _engine(
+    run, overrides, *, yarn, checkpoint, weights, device, context, sequences, waiting, chunk, cache_bytes, block_size,
+    cuda_graph,
+):  # fmt: skip
+    """The engine that the options ask for, in the process that runs it."""
     from fusedlm.serve import Engine, Limits
     from fusedlm.serve.engine import default_chunk
 
-    key = None if api_key_file is None else _read_key(api_key_file)
-    listening = bind(host, port)
-    with listening:
-        loaded = load_run(
-            run, checkpoint=checkpoint, weights=weights, device=device, overrides=overrides, artifacts=True
-        )
-        stretch(loaded.model, loaded.recipe, yarn)
-        if context is None:
-            context = int(loaded.recipe.train.seq_len * max(1.0, yarn or 1.0))
-        if chunk is None:
-            chunk = default_chunk(loaded.device)
-        limits = Limits(context, sequences, waiting, chunk, cache_mib * _MIB, block_size)
-        engine = Engine(
-            loaded.model, loaded.tokenizer, limits, device=loaded.device, dtype=loaded.dtype, cuda_graph=cuda_graph
-        )
-        template = read_template(run, chat_template, loaded.tokenizer)
-        options = AppOptions(name or run.resolve().name, template, key, max_body_mib * _MIB)
-        server = Server(make_app(engine, options), grace=grace)
-        where, bound = (f"[{host}]" if ":" in host else host), listening.getsockname()[1]
-        print(f"serving {options.name} at http://{where}:{bound}, context {context}", flush=True)
-        server.run(sockets=[listening])
+    loaded = load_run(run, checkpoint=checkpoint, weights=weights, device=device, overrides=overrides, artifacts=True)
+    stretch(loaded.model, loaded.recipe, yarn)
+    if context is None:
+        context = int(loaded.recipe.train.seq_len * max(1.0, yarn or 1.0))
+    if chunk is None:
+        chunk = default_chunk(loaded.device)
+    limits = Limits(context, sequences, waiting, chunk, cache_bytes, block_size)
+    return Engine(
+        loaded.model, loaded.tokenizer, limits, device=loaded.device, dtype=loaded.dtype, cuda_graph=cuda_graph
+    )
 
 
 def _read_key(path: Path) -> str:

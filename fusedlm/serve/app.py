@@ -15,7 +15,6 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route
 
-from fusedlm.serve.engine import Engine
 from fusedlm.serve.errors import RequestError
 from fusedlm.serve.fields import ChatBody, CompletionBody, parse_body
 from fusedlm.serve.jobs import Job, JobMaker
@@ -43,15 +42,14 @@ class AppOptions:
 class Service:
     """What the endpoints share. draining: no new requests are taken."""
 
-    def __init__(self, engine: Engine, options: AppOptions):
-        self.worker = Worker(engine)
+    def __init__(self, worker: Worker, options: AppOptions):
+        self.worker = worker
         self.options = options
         self.draining = False
-        self._tokenizer = engine.tokenizer
-        self._jobs = JobMaker(
-            engine.tokenizer, engine.model.vocab_size, engine.limits.context, options.name, options.template
-        )
-        self._context, self._started = engine.limits.context, int(time.time())
+        facts = worker.facts
+        self._tokenizer = facts.tokenizer
+        self._jobs = JobMaker(facts.tokenizer, facts.vocab_size, facts.context, options.name, options.template)
+        self._context, self._started = facts.context, int(time.time())
         self._answers: dict[tuple[str, int], int] = {}
 
     async def health(self, request: Request) -> Response:
@@ -220,9 +218,9 @@ class _Counted:
 _COUNTED = ("/", "/health", "/metrics", "/v1/models", "/v1/completions", "/v1/chat/completions")
 
 
-def make_app(engine: Engine, options: AppOptions) -> Starlette:
-    """The application; its lifespan runs the engine's thread. `app.state.service` is the `Service`."""
-    service = Service(engine, options)
+def make_app(worker: Worker, options: AppOptions) -> Starlette:
+    """The application; its lifespan is that of the worker. `app.state.service` is the `Service`."""
+    service = Service(worker, options)
 
     @asynccontextmanager
     async def lifespan(app):

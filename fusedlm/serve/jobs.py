@@ -29,7 +29,7 @@ class Job:
     n_prompt_tokens: int
 
     def usage(self) -> dict:
-        generated = sum(len(sequence.generated) for sequence in self.sequences)
+        generated = sum(sequence.n_generated for sequence in self.sequences)
         firsts = {id(sequence.group): sequence for sequence in reversed(self.sequences)}.values()
         return {
             "prompt_tokens": self.n_prompt_tokens,

@@ -89,6 +89,7 @@ class Sequence:
         score_prompt: report the log-probabilities of the prompt's tokens.
         ignore_eot: go on after end-of-text.
         group: sequences with the same prompt, which is read once.
+        number: that of the same sequence in another process; None: a new one.
     """
 
     def __init__(
@@ -103,14 +104,17 @@ class Sequence:
         score_prompt: bool = False,
         ignore_eot: bool = False,
         group: "Group | None" = None,
+        number: int | None = None,
     ):
-        self.number = next(_numbers)
+        self.number = next(_numbers) if number is None else number
         self.ids, self.choosing, self.max_tokens = ids, choosing, max_tokens
+        self.stop, self.seed = stop, seed
         self.score_prompt, self.ignore_eot, self.group = score_prompt, ignore_eot, group
         self.text = SequenceText(tokenizer, ids, stop)
-        self._generator = torch.Generator().manual_seed(seed % 2**64)
+        self._generator: torch.Generator | None = None  # not made where another process draws
         self._uniform: list[float] = []  # drawn and not used yet, the next one last
         self.generated: list[int] = []
+        self.n_generated = 0
         self.counts: dict[int, int] = {}
         self.prompt_scores: list[ScoredToken] = []
         self.cached_tokens = 0
@@ -120,12 +124,15 @@ class Sequence:
     def next_uniform(self) -> float:
         """The next number from 0 to 1 of its generator."""
         if not self._uniform:
+            if self._generator is None:
+                self._generator = torch.Generator().manual_seed(self.seed % 2**64)
             drawn = torch.rand(_DRAWS, generator=self._generator, dtype=torch.float64)
             self._uniform = drawn.flip(0).tolist()
         return self._uniform.pop()
 
     def count(self, token: int) -> None:
         self.generated.append(token)
+        self.n_generated += 1
         self.counts[token] = self.counts.get(token, 0) + 1
 
 

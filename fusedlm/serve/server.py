@@ -7,7 +7,8 @@ import sys
 import uvicorn
 
 _LAST_WORDS = 5  # seconds for streams to end after their sequences have
-_SWITCH_INTERVAL = 5e-4  # seconds for which the loop may keep the interpreter from the engine's thread; Python: 5e-3
+# Seconds for which the loop may keep the interpreter from the thread that brings it pieces; Python: 5e-3.
+_SWITCH_INTERVAL = 5e-4
 
 
 def bind(host: str, port: int) -> socket.socket:

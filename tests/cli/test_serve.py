@@ -1,9 +1,12 @@
 """fusedlm serve: what it refuses, and a server from its start to its end."""
 
 import json
+import os
 import signal
 import subprocess
 import sys
+import time
+from pathlib import Path
 from urllib.request import Request, urlopen
 
 import pytest
@@ -28,6 +31,37 @@ def test_a_server_answers_until_it_is_told_to_end(finished, tmp_path):
         assert server.returncode == 128 + signal.SIGTERM and err == ""
     finally:
         server.kill()
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="reads the processes of Linux")
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
+def test_no_process_is_left(finished, number):
+    """After Ctrl-C, which all processes of a terminal get, and after the death of the server."""
+    command = [sys.executable, "-m", "fusedlm", "serve", finished / "runs/small", "--port", "0"]
+    options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "start_new_session": True}
+    server = subprocess.Popen(list(map(str, command)), **options)
+    try:
+        url = server.stdout.readline().split()[3].removesuffix(",")
+        assert urlopen(f"{url}/health", timeout=60).status == 200
+        children = Path(f"/proc/{server.pid}/task/{server.pid}/children").read_text().split()
+        assert children
+        os.killpg(server.pid, number)
+        err = server.communicate(timeout=60)[1]
+        assert server.returncode == (-number if number == signal.SIGKILL else 128 + number) and err == ""
+        deadline = time.monotonic() + 30
+        while any(_runs(child) for child in children):
+            assert time.monotonic() < deadline, "a process is left"
+            time.sleep(0.05)
+    finally:
+        server.kill()
+
+
+def _runs(pid: str) -> bool:
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except OSError:
+        return False
+    return state != "Z"
 
 
 def test_what_is_refused(finished, tmp_path, fusedlm):

@@ -23,6 +23,13 @@ def make_engine(model, **limits) -> Engine:
     return Engine(model, TOKENIZER, Limits(**limits), device=torch.device("cpu"), dtype=torch.float32)
 
 
+def small_engine(**limits) -> Engine:
+    """With the same weights in every process."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return make_engine(make_model(), **limits)
+
+
 def make_sequence(text: str | list[int], choosing: Choosing = GREEDY, max_tokens: int = 12, **options) -> Sequence:
     ids = [TOKENIZER.eot_id, *TOKENIZER.encode(text)] if isinstance(text, str) else text
     return Sequence(TOKENIZER, ids, choosing, max_tokens=max_tokens, **options)

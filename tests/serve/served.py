@@ -8,6 +8,7 @@ from http.client import HTTPConnection
 
 from fusedlm.serve.app import AppOptions, make_app
 from fusedlm.serve.server import Server, bind
+from fusedlm.serve.worker import ThreadWorker, Worker
 
 TEMPLATE = (
     "{% for message in messages %}{{ message.role }}: {{ message.content }}{{ eos_token }}\n{% endfor %}"
@@ -16,7 +17,7 @@ TEMPLATE = (
 
 
 class Served:
-    """engine: must only be looked at while the server is idle."""
+    """engine: as `serving` got it; must only be looked at while the server is idle."""
 
     def __init__(self, engine, server, port):
         self.engine, self.server, self.port = engine, server, port
@@ -48,16 +49,22 @@ class Served:
     def wait_idle(self) -> None:
         """Until all that was cancelled is gone."""
         deadline = time.monotonic() + 30
-        while not self.server._service.worker.call(lambda engine: engine.is_idle).result():
+        while not self.server._service.worker.call(_is_idle).result():
             assert time.monotonic() < deadline, "the engine still runs"
             time.sleep(0.01)
 
 
+def _is_idle(engine) -> bool:
+    return engine.is_idle
+
+
 @contextmanager
 def serving(engine, *, template=None, grace: float = 5, **options):
+    """engine: or a worker."""
+    worker = engine if isinstance(engine, Worker) else ThreadWorker(engine)
     options = AppOptions(name="small", template=template, **options)
     with bind("127.0.0.1", 0) as listening:
-        server = Server(make_app(engine, options), grace=grace)
+        server = Server(make_app(worker, options), grace=grace)
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]}, daemon=True)
         thread.start()
         while not server.started:

@@ -5,7 +5,7 @@ import torch
 
 from fusedlm.serve import Choosing, Engine, Limits
 from fusedlm.serve.prompt_steps import PromptSteps
-from fusedlm.serve.worker import Worker
+from fusedlm.serve.worker import ThreadWorker
 from tests.serve.engines import GREEDY, TOKENIZER, make_engine, make_model, make_sequence, run
 
 MIXERS = {
@@ -128,7 +128,7 @@ def test_the_worker_warms_up_first(fails):
             raise RuntimeError("no memory")
 
     engine.warm_up = warm_up
-    worker = Worker(engine)
+    worker = ThreadWorker(engine)
     worker.start()
     assert worker.call(lambda engine: engine.is_idle).result(timeout=20) and calls == [1]
     worker.stop()
