@@ -1,6 +1,7 @@
 """The section of docs/results.md on several GPUs, from the records of benchmarks/many_gpus.py."""
 
-MANY_GPUS = tuple(f"benchmarks/results/many-gpus-{name}.json" for name in ("gpt-350m", "fusion-1b"))
+_NAMES = ("gpt-350m", "fusion-1b", "gpt-350m-four", "fusion-1b-four")
+MANY_GPUS = tuple(f"benchmarks/results/many-gpus-{name}.json" for name in _NAMES)
 
 FUSION_7B = "benchmarks/results/fusion-7b.json"
 
