@@ -26,6 +26,7 @@ from fusedlm.serve.worker import Stopped, Worker
 
 _PAGE = Path(__file__).with_name("page.html")
 _CLIENT_CLOSED = 499  # nobody reads it
+_SHORT_BODY = 2**12  # bytes: tokenizing more takes long enough to hold up the streams of others, and is for a thread
 
 
 @dataclass(frozen=True)
@@ -100,8 +101,10 @@ class Service:
         if self.draining:
             raise RequestError("the server is shutting down", status=503)
         raw = await self._body(request)
-        # Tokenizing a long prompt takes long enough to hold up the streams of others.
-        job = await run_in_threadpool(lambda: make(parse_body(raw, kind)))
+        if len(raw) > _SHORT_BODY:
+            job = await run_in_threadpool(lambda: make(parse_body(raw, kind)))
+        else:
+            job = make(parse_body(raw, kind))
         pieces: asyncio.Queue[tuple[Sequence, Piece]] = asyncio.Queue()
         try:
             await self.worker.submit(job.sequences, lambda sequence, piece: pieces.put_nowait((sequence, piece)))

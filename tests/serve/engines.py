@@ -18,16 +18,17 @@ def make_model(mixer: str = HYBRID, ffn: str = "{type: swiglu, hidden: 48}", sca
     return randomise_(model, scale=scale).eval()
 
 
-def make_engine(model, **limits) -> Engine:
+def make_engine(model, device: str = "cpu", **limits) -> Engine:
     limits = {"context": 256, "sequences": 4, "chunk": 16, "block_size": 8} | limits
-    return Engine(model, TOKENIZER, Limits(**limits), device=torch.device("cpu"), dtype=torch.float32)
+    device = torch.device(device)
+    return Engine(model.to(device), TOKENIZER, Limits(**limits), device=device, dtype=torch.float32)
 
 
-def small_engine(**limits) -> Engine:
+def small_engine(device: str = "cpu", **limits) -> Engine:
     """With the same weights in every process."""
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        return make_engine(make_model(), **limits)
+        return make_engine(make_model(), device, **limits)
 
 
 def make_sequence(text: str | list[int], choosing: Choosing = GREEDY, max_tokens: int = 12, **options) -> Sequence:

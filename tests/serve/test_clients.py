@@ -3,12 +3,15 @@
 import asyncio
 import socket
 import time
+from functools import partial
 
 import openai
 import pytest
+import torch
 
 from fusedlm.generation import generate
-from tests.serve.engines import TOKENIZER, assert_nothing_is_left, make_engine, make_model
+from fusedlm.serve.process import ProcessWorker
+from tests.serve.engines import TOKENIZER, assert_nothing_is_left, make_engine, make_model, small_engine
 from tests.serve.served import serving
 
 N_CLIENTS = 200
@@ -43,25 +46,39 @@ async def _all(url: str) -> list[str | None]:
         return await asyncio.gather(*(_client(api, i, i % 3 == 1) for i in range(N_CLIENTS)))
 
 
-def test_two_hundred_clients_get_their_own_texts():
-    model = make_model()
+def _after(engine) -> dict:
+    cache = engine.cache
+    left = (len(engine.slots), engine.slots.nbytes(), engine.sequences(), engine.is_idle)
+    return {"left": left, "hits": cache.hits, "evicted": cache.evicted, "bytes": cache.nbytes}
+
+
+@pytest.mark.parametrize(
+    ("worker", "device"),
+    [("thread", "cpu"), ("process", "cpu"), pytest.param("process", "cuda", marks=pytest.mark.gpu)],
+)
+def test_two_hundred_clients_get_their_own_texts(worker, device):
+    limits = {"sequences": 16, "waiting": N_CLIENTS, "cache_bytes": 200_000, "chunk": 64}
+    engine = small_engine(device, **limits)
     expected: dict[tuple, str] = {}
     for i in range(N_CLIENTS):
         key = (_prompt(i), *_options(i).values())
         if i % 3 != 1 and key not in expected:
             temperature, seed, n = _options(i).values()
-            options = {"temperature": temperature, "seed": seed, "max_tokens": n, "device": "cpu"}
-            expected[key] = generate(model, TOKENIZER, _prompt(i), **options)
-    engine = make_engine(model, sequences=16, waiting=N_CLIENTS, cache_bytes=200_000, chunk=64)
-    with serving(engine) as served:
-        found = asyncio.run(_all(served.url))
+            options = {"temperature": temperature, "seed": seed, "max_tokens": n, "device": device}
+            expected[key] = generate(engine.model, TOKENIZER, _prompt(i), dtype=torch.float32, **options)
+    found = engine if worker == "thread" else ProcessWorker(partial(small_engine, device, **limits))
+    with serving(found) as served:
+        texts = asyncio.run(_all(served.url))
         served.wait_idle()
-    wrong = [i for i, text in enumerate(found) if i % 3 != 1 and text != expected[_prompt(i), *_options(i).values()]]
+        after = served.server._service.worker.call(_after).result()
+    wrong = [i for i, text in enumerate(texts) if i % 3 != 1 and text != expected[_prompt(i), *_options(i).values()]]
     assert wrong == []
-    assert sum(text is None for text in found) == len(range(1, N_CLIENTS, 3))
-    assert_nothing_is_left(engine)
-    assert engine.cache.hits > 50 and engine.cache.evicted > 0
-    assert engine.cache.nbytes <= 200_000
+    assert sum(text is None for text in texts) == len(range(1, N_CLIENTS, 3))
+    slots, n_bytes, sequences, is_idle = after["left"]
+    assert (slots, sequences, is_idle) == (0, [], True)
+    assert n_bytes == 0 or device == "cuda"  # where memory and graphs are kept
+    assert after["hits"] > 50 and after["evicted"] > 0
+    assert after["bytes"] <= 200_000
 
 
 def test_the_client_library_reads_every_answer():
