@@ -19,7 +19,7 @@ def _theirs(family, config, model, tensors):
     keys = family.config(config, model.embedding_scale)
     theirs = transformers.AutoModelForCausalLM.from_config(
         transformers.AutoConfig.for_model(
-            family.model_type, vocab_size=VOCAB, max_position_embeddings=512, pad_token_id=0, **keys
+            family.model_type, vocab_size=VOCAB, max_position_embeddings=4096, pad_token_id=0, **keys
         ),
         attn_implementation="eager" if family.name == "mamba2" else "sdpa",  # it has no attention
         experts_implementation="eager",  # the others know no float64
@@ -67,7 +67,7 @@ def test_logits_are_those_of_the_class(name, in_float64):
         with in_float64():
             theirs = _theirs(family, folded, model, tensors)
         generator = torch.Generator().manual_seed(1)
-        for n_tokens in (1, 17, 300):
+        for n_tokens in (1, 17, 2048):
             tokens = torch.randint(0, VOCAB, (2, n_tokens), generator=generator)
             with in_float64():
                 expected = theirs(tokens, use_cache=False).logits
