@@ -202,14 +202,19 @@ def _run(build: Callable[[], Engine], connection: Connection) -> None:
         engine = build()
     except Exception as error:
         send(error)
-        return
+        if isinstance(error, ValueError | OSError):  # for people; of a defect the traceback is here alone
+            return
+        raise
     send(EngineFacts.of(engine))
     thread = EngineThread(engine, lambda pieces: send("pieces", _packed_pieces(pieces)))
     thread.start()
 
     def answer(ticket: int, future: Future) -> None:
         error = future.exception()
-        send("answer", (ticket, error, None if error is not None else future.result()))
+        try:
+            send("answer", (ticket, error, None if error is not None else future.result()))
+        except Exception as unsent:  # what cannot be pickled
+            send("answer", (ticket, RuntimeError(f"{error or unsent!r}"), None))
 
     def ask(ticket: int, ask_thread: Callable[[], Future]) -> None:
         try:

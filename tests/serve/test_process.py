@@ -102,12 +102,18 @@ def test_refusals_and_metrics_come_back():
         assert status == 200 and "fusedlm_running_sequences 1\n" in text
         with pytest.raises(ZeroDivisionError):
             worker.call(_failing).result()
+        with pytest.raises(RuntimeError, match="pickle"):
+            worker.call(_unsendable).result()
     done.join()  # ended with the server
     assert worker._process.exitcode == 0
 
 
 def _failing(engine) -> float:
     return 1 / 0
+
+
+def _unsendable(engine):
+    return lambda: engine
 
 
 @pytest.mark.parametrize("stream", [True, False])
