@@ -28,7 +28,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmarks.harness import measure_ceilings, median_ms, poison  # noqa: E402
 from fusedlm.files import write_atomic  # noqa: E402
 from fusedlm.model.precision import resolve_device  # noqa: E402
-from fusedlm.ops import LowPrecision, low_precision_linear, low_precision_weight  # noqa: E402
+from fusedlm.ops import LowPrecision, isolate_outliers, low_precision_linear, low_precision_weight  # noqa: E402
 from fusedlm.ops.low_precision import reference  # noqa: E402
 from fusedlm.ops.low_precision.cost import cast_bytes, weight_bytes  # noqa: E402
 from fusedlm.ops.low_precision.linear import FAST_SUMS  # noqa: E402
@@ -44,9 +44,11 @@ PRECISIONS = {
 }
 _TORCHAO = {"torchao tensor": LowPrecision(scales="tensor", gradients="e5m2"), "torchao row": LowPrecision()}
 BEFORE = ", weight cast before"
-NAMES = ("bf16", "bf16 norm", *PRECISIONS, *(name + BEFORE for name in PRECISIONS), "fp8 row norm", "torchao tensor",
-         "torchao row")  # fmt: skip
+ISOLATED = ", outliers isolated"
+NAMES = ("bf16", "bf16 norm", *PRECISIONS, *(name + BEFORE for name in PRECISIONS), "fp8 row norm",
+         "fp8 row" + ISOLATED, "torchao tensor", "torchao row")  # fmt: skip
 EPS = 1e-6
+OUTLIERS = 3.5  # the z-score beyond which columns leave the 8-bit products
 _SAMPLED = 256  # rows that are compared
 _TILES = [(32, 256, 8), (32, 128, 4), (64, 128, 8), (64, 256, 8), (128, 64, 8), (128, 128, 8), (128, 128, 16)]
 
@@ -148,7 +150,13 @@ def _contenders(weight, quick: bool) -> dict[str, Contender]:
         cast = partial(low_precision_weight, precision=precision, out=codes)
         contenders |= {name: Contender(ours, cast), name + BEFORE: Contender(ours)}
         if name == "fp8 row":
+
+            def isolated(x, weight, gain, precision=precision, codes=codes):
+                x, extra, _, _ = isolate_outliers(x, weight, OUTLIERS)
+                return low_precision_linear(x, weight, precision, codes=codes) + extra
+
             contenders["fp8 row norm"] = Contender(ours_norm, cast)
+            contenders[name + ISOLATED] = Contender(isolated, cast)
     contenders |= _torchao(weight)
     for contender in contenders.values():
         # Of torchao's layer nothing is known about graph breaks.
@@ -224,7 +232,7 @@ def _bounds(name: str, x, weight, dy) -> list[float]:
     """Of the errors: 1.3 times those of the emulation on some of the tokens; of bf16 1%."""
     if name.startswith("bf16"):
         return [0.01] * 3
-    precision = (PRECISIONS | _TORCHAO)[name.removesuffix(BEFORE).removesuffix(" norm")]
+    precision = (PRECISIONS | _TORCHAO)[name.removesuffix(BEFORE).removesuffix(ISOLATED).removesuffix(" norm")]
     rows = slice(0, max(_SAMPLED, len(x) // 16))
     x, dy, weight = x.detach()[rows], dy[rows], weight.detach()
     leaves = [x.requires_grad_(), weight.requires_grad_()]

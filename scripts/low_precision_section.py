@@ -1,6 +1,7 @@
-"""The section of docs/results.md on linear layers in 8 bits, from the record of benchmarks/quantised_linear.py."""
+"""The sections of docs/results.md on 8 bits, from the records of benchmarks/quantised_linear.py and outliers.py."""
 
 QUANTISED_LINEAR = "benchmarks/results/quantised-linear.json"
+OUTLIERS = "benchmarks/results/outliers.json"
 
 
 def low_precision_section(record: dict | None) -> str:
@@ -19,6 +20,27 @@ def low_precision_section(record: dict | None) -> str:
         if any(contender["milliseconds"] for contender in found):
             page += f"| {name} | {' | '.join(map(_cell, found))} |\n"
     return page + (f"\n{record['note']}\n" if "note" in record else "")
+
+
+def outliers_section(record: dict | None) -> str:
+    if record is None:
+        return ""
+    made = record["environment"]
+    page = f"\n# Outliers in 8 bits\n\n    {record['command']}\n\n{made['date'][:10]}; torch {made['torch']}, commit "
+    page += f"{made['git_commit'][:7]}; {record['tokens']:,} tokens, by the emulation on the CPU. Loss: nats per "
+    page += "token above float32. Gradients: the norm of their error, of the hidden matrices, over their norm. "
+    page += "Planted: columns of each input times 100, with those of the weight divided by 100. Columns: share of "
+    page += "those that leave the 8-bit products, and of those above the threshold that had no place.\n\n"
+    page += "| planted | format | loss | gradients | isolated: loss | gradients | columns | without a place |\n"
+    page += "|---" * 8 + "|\n"
+    plain = {(row["planted"], row["format"]): row for row in record["rows"] if not row["isolated"]}
+    for row in (row for row in record["rows"] if row["isolated"]):
+        cells = [str(row["planted"]), row["format"]]
+        for one in (plain[row["planted"], row["format"]], row):
+            cells += [f"{one['loss'] - one['exact_loss']:+.5f}", f"{one['gradient_error']:.1%}"]
+        cells += [f"{row['share']:.2%}", f"{row['missed']:.2%}"]
+        page += f"| {' | '.join(cells)} |\n"
+    return page
 
 
 def _cell(contender: dict) -> str:
