@@ -25,9 +25,9 @@ def _run(tmp_path, monkeypatch, *arguments):
 
 
 def test_contenders_are_checked_and_timed(tmp_path, monkeypatch, capsys):
-    names = ["bf16", "fp8 row", "fp8 row, weight cast before", "int8 row"]
+    names = ["bf16", "fp8 row", "fp8 row, weight cast before", "int8 row", "fp8 row, outliers isolated"]
     found, casts = _run(tmp_path, monkeypatch, "--only", *names)
-    assert list(found) == ["bf16", "fp8 row", "int8 row", "fp8 row, weight cast before"]
+    assert list(found) == ["bf16", "fp8 row", "int8 row", "fp8 row, weight cast before", "fp8 row, outliers isolated"]
     assert all(one["milliseconds"] > 0 and one["speedup"] > 0 for one in found.values())
     assert 0 < found["fp8 row, weight cast before"]["floor_ms"] < found["fp8 row"]["floor_ms"]
     assert found["int8 row"]["errors"][0] < found["fp8 row"]["errors"][0] / 2
