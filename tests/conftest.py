@@ -1,5 +1,5 @@
-"""What every test runs under: one torch thread a worker; without a GPU, Triton's interpreter and no GPU tests; signals
-as in a terminal."""
+"""What every test runs under: one torch thread a worker; a seed; without a GPU, Triton's interpreter and no GPU tests;
+signals as in a terminal."""
 
 import importlib.util
 import os
@@ -21,6 +21,12 @@ if not torch.cuda.is_available():
         from tests.interpreter import hasten
 
         hasten()
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item):
+    """Random numbers without a seed of their own do not depend on the tests before."""
+    torch.manual_seed(0)
 
 
 def pytest_collection_modifyitems(items):

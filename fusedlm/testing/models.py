@@ -68,9 +68,11 @@ FFN_CASES = {
 NO_FFN = "{type: none}"  # a block of a mixer alone
 
 
-def part_model(mixer: str, ffn: str = "{type: swiglu, hidden: 48}", vocab_size: int = 61, extra: str = "") -> Decoder:
-    """The model of `part_config`."""
-    return build_model(part_config(mixer, ffn, extra), vocab_size=vocab_size)
+def part_model(
+    mixer: str, ffn: str = "{type: swiglu, hidden: 48}", vocab_size: int = 61, extra: str = "", seed: int = 0
+) -> Decoder:
+    """The model of `part_config`, with the same weights in every process and order of tests."""
+    return build_model(part_config(mixer, ffn, extra), vocab_size=vocab_size, seed=seed)
 
 
 def part_config(mixer: str, ffn: str = "{type: swiglu, hidden: 48}", extra: str = "") -> ModelConfig:

@@ -18,14 +18,14 @@ from tests.model.test_static_state import HostReads
 CASES = [cases[0] for cases in MIXER_CASES.values()]
 CASES += [MIXER_CASES["attention"][3], MIXER_CASES["attention"][5], MIXER_CASES["mla"][3], MIXER_CASES["gdn"][1]]
 GREEDY = Sampling(40, 0.0, None, None)
+_SEED = 2  # of weights with which some rows end before others
 
 
 def _model(case=None, depth=1, dtype=torch.float32, config=None):
-    torch.manual_seed(0)
     if config is None:
-        model = part_model(case, vocab_size=257, extra=f"tie_embeddings: false, mtp: {{depth: {depth}}}")
+        model = part_model(case, vocab_size=257, extra=f"tie_embeddings: false, mtp: {{depth: {depth}}}", seed=_SEED)
     else:
-        model = build_model(config, vocab_size=257)
+        model = build_model(config, vocab_size=257, seed=_SEED)
     return randomise_(model.to(dtype), scale=0.3).eval()
 
 

@@ -18,11 +18,12 @@ FFN = "{type: swiglu, hidden: 48}"
 CASES = [case for cases in MIXER_CASES.values() for case in cases]
 PROMPTS = ["It is ", "", "a prompt that is much longer than the others, and than any window", "né"]
 GREEDY, SAMPLED = Sampling(12, 0.0, None, None), Sampling(12, 0.9, 40, 0.95)
+_SEED = 2  # of weights with which some rows end before others
 
 
 def _model(mixer, ffn=FFN):
-    torch.manual_seed(0)  # when rows end does not depend on the tests before
-    model = part_model(mixer, ffn, vocab_size=ByteTokenizer.vocab_size, extra="tie_embeddings: false").double()
+    vocab_size, extra = ByteTokenizer.vocab_size, "tie_embeddings: false"
+    model = part_model(mixer, ffn, vocab_size, extra, seed=_SEED).double()
     model = randomise_(model, scale=0.3).eval()
     with torch.no_grad():  # some rows end before others
         model.head.weight[ByteTokenizer().eot_id] *= 4

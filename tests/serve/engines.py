@@ -25,10 +25,8 @@ def make_engine(model, device: str = "cpu", **limits) -> Engine:
 
 
 def small_engine(device: str = "cpu", **limits) -> Engine:
-    """With the same weights in every process."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        return make_engine(make_model(), device, **limits)
+    """With the weights of `make_model`, in whatever process."""
+    return make_engine(make_model(), device, **limits)
 
 
 def make_sequence(text: str | list[int], choosing: Choosing = GREEDY, max_tokens: int = 12, **options) -> Sequence:
