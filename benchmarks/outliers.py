@@ -51,7 +51,8 @@ def main() -> None:
     tokens = torch.tensor(ids[: n * length + 1])
     batch = tokens[:-1].view(n, length), tokens[1:].view(n, length)
     record = {"name": arguments.run.name, "command": shlex.join(["python", "benchmarks/outliers.py", *sys.argv[1:]])}
-    record |= {"environment": environment(device, torch.float32), "tokens": n * length, "rows": []}
+    record |= {"environment": environment(device, torch.float32), "tokens": n * length}
+    record |= {"factor": arguments.factor, "threshold": THRESHOLD, "rows": []}
     for planted in (0, arguments.plant):
         record["rows"] += measure(model, batch, planted, arguments.factor)
     print("\n".join(map(line, record["rows"])))

@@ -29,8 +29,10 @@ def outliers_section(record: dict | None) -> str:
     page = f"\n# Outliers in 8 bits\n\n    {record['command']}\n\n{made['date'][:10]}; torch {made['torch']}, commit "
     page += f"{made['git_commit'][:7]}; {record['tokens']:,} tokens, by the emulation on the CPU. Loss: nats per "
     page += "token above float32. Gradients: the norm of their error, of the hidden matrices, over their norm. "
-    page += "Planted: columns of each input times 100, with those of the weight divided by 100. Columns: share of "
-    page += "those that leave the 8-bit products, and of those above the threshold that had no place.\n\n"
+    factor = f"{record['factor']:g}"
+    page += f"Planted: columns of each input times {factor}, with those of the weight divided by {factor}. Columns: "
+    page += f"share of those that leave the 8-bit products, and of those with a z-score above "
+    page += f"{record['threshold']:g} that had no place.\n\n"
     page += "| planted | format | loss | gradients | isolated: loss | gradients | columns | without a place |\n"
     page += "|---" * 8 + "|\n"
     plain = {(row["planted"], row["format"]): row for row in record["rows"] if not row["isolated"]}

@@ -30,5 +30,7 @@ def test_isolating_saves_what_outliers_cost(rows):
 
 def test_the_page_has_both_of_each_format(rows):
     made = {"date": "2026-01-01T00:00", "torch": "2", "git_commit": "0" * 40}
-    page = outliers_section({"command": "python x", "environment": made, "tokens": 64, "rows": rows})
+    record = {"command": "python x", "environment": made, "tokens": 64, "factor": 7.0, "threshold": 3.5, "rows": rows}
+    page = outliers_section(record)
+    assert "times 7, " in page
     assert page.count("| int8 |") == 2 and page.count("%") == 4 * len(rows) // 2
