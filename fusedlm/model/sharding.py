@@ -71,8 +71,7 @@ def build_sharded_model(
     config, *, vocab_size: int, device: torch.device, seed: int, mesh: DeviceMesh, dtype: torch.dtype, zero: int = 3
 ) -> Decoder:
     """As `build_model`, sharded: the same weights whatever the mesh. A process holds its shards, and while it draws
-    them one parameter in full. Errors as there; mesh, dtype and zero
-    as for `shard_model`."""
+    them one parameter in full. Errors as there; mesh, dtype and zero as for `shard_model`."""
     model = build_model(config, vocab_size=vocab_size, device="meta")
     shard_model(model, mesh, dtype, zero)
     check_memory(model, device)
@@ -135,11 +134,11 @@ def squared_norm(gradients: list[torch.Tensor], world: World) -> torch.Tensor:
     """() float64, this process's share of the squared norm of all gradients: the sum over processes counts each element
     once, however many of them hold it."""
     norms = torch._foreach_norm([local(gradient) for gradient in gradients])
-    alike: dict[int, list[torch.Tensor]] = {}
+    by_holders: dict[int, list[torch.Tensor]] = {}
     for gradient, norm in zip(gradients, norms, strict=True):
-        alike.setdefault(_holders(gradient, world), []).append(norm)
+        by_holders.setdefault(_holders(gradient, world), []).append(norm)
     # Not divided by a tensor of these numbers: copying it to the device waits for the device.
-    return sum(torch.stack(norms).double().square().sum() / n for n, norms in alike.items())
+    return sum(torch.stack(held).double().square().sum() / n for n, held in by_holders.items())
 
 
 def _holders(tensor: torch.Tensor, world: World) -> int:

@@ -193,10 +193,10 @@ def _run(build: Callable[[], Engine], connection: Connection) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     sending = threading.Lock()
 
-    def send(*message) -> None:
+    def send(message) -> None:
         # A closed connection: the other process has ended, and the loop below finds out.
         with sending, contextlib.suppress(OSError):
-            connection.send(message[0] if len(message) == 1 else message)
+            connection.send(message)
 
     try:
         engine = build()
@@ -206,21 +206,21 @@ def _run(build: Callable[[], Engine], connection: Connection) -> None:
             return
         raise
     send(EngineFacts.of(engine))
-    thread = EngineThread(engine, lambda pieces: send("pieces", _packed_pieces(pieces)))
+    thread = EngineThread(engine, lambda pieces: send(("pieces", _packed_pieces(pieces))))
     thread.start()
 
     def answer(ticket: int, future: Future) -> None:
         error = future.exception()
         try:
-            send("answer", (ticket, error, None if error is not None else future.result()))
+            send(("answer", (ticket, error, None if error is not None else future.result())))
         except Exception as unsent:  # what cannot be pickled
-            send("answer", (ticket, RuntimeError(f"{error or unsent!r}"), None))
+            send(("answer", (ticket, RuntimeError(f"{error or unsent!r}"), None)))
 
     def ask(ticket: int, ask_thread: Callable[[], Future]) -> None:
         try:
             ask_thread().add_done_callback(lambda future: answer(ticket, future))
         except Stopped as stopped:
-            send("answer", (ticket, stopped, None))
+            send(("answer", (ticket, stopped, None)))
 
     while True:
         try:
