@@ -31,7 +31,7 @@ def outliers_section(record: dict | None) -> str:
     page += "token above float32. Gradients: the norm of their error, of the hidden matrices, over their norm. "
     factor = f"{record['factor']:g}"
     page += f"Planted: columns of each input times {factor}, with those of the weight divided by {factor}. Columns: "
-    page += f"share of those that leave the 8-bit products, and of those with a z-score above "
+    page += "share of those that leave the 8-bit products, and of those with a z-score above "
     page += f"{record['threshold']:g} that had no place.\n\n"
     page += "| planted | format | loss | gradients | isolated: loss | gradients | columns | without a place |\n"
     page += "|---" * 8 + "|\n"
