@@ -66,6 +66,16 @@ def test_the_whole_chain(fusedlm, workspace, code):
     assert len(list(Path("golf/run/checkpoints").iterdir())) == 2
 
 
+@pytest.mark.gpu
+def test_the_chain_on_a_gpu(fusedlm, workspace, code):
+    outcome = fusedlm(*GOLF, "runtime.device=cuda", "--bytes", LIMIT, "--json")
+    assert outcome.code == 0
+    record = json.loads(outcome.out.splitlines()[-1])
+    assert record["environment"]["device"] == "cuda" and record["bytes"] <= LIMIT
+    scored = json.loads(fusedlm("eval", "golf/model.flm", "--stride", 16, "--json").out)
+    assert record["plain"]["bpb"] == scored["bpb"]
+
+
 def test_too_few_bytes_are_an_error_with_the_bytes_of_each_tensor(fusedlm, trained, code):
     outcome = fusedlm(*GOLF, "--bytes", "4000")
     assert outcome.code == 2 and outcome.err.count("\n") == 1 and "more than --bytes 4000" in outcome.err

@@ -7,7 +7,7 @@ from fusedlm.model import build_model
 from fusedlm.quant.artifact.contents import contents
 from fusedlm.quant.integer import IntegerMatrix
 from fusedlm.quant.plain_rounding import Rounding, round_matrix, round_model
-from tests.quant.artifacts import RECIPE
+from tests.quant.artifacts import RECIPE, pack_small
 
 
 @pytest.mark.parametrize("bits", range(2, 9))
@@ -53,6 +53,18 @@ def test_matrices_and_tables_of_a_model_are_rounded():
     for name, tensor in tensors.items():
         assert isinstance(tensor, IntegerMatrix) == (name in found)
         assert isinstance(tensor, IntegerMatrix) or tensor.dtype == torch.bfloat16
+
+
+@pytest.mark.gpu
+def test_what_is_on_a_gpu_is_packed_from_the_cpu():
+    model = build_model(RECIPE.model, vocab_size=257, device="cuda", seed=0)
+    found = round_model(model, Rounding(4), Rounding(8))
+    assert all(matrix.codes.is_cuda for matrix in found.values())
+    tensors = contents(model, found, torch.bfloat16)
+    pack_small(tensors)
+    for name, matrix in found.items():
+        assert torch.equal(tensors[name].codes, matrix.codes.cpu())
+        assert torch.equal(tensors[name].scales, matrix.scales.cpu())
 
 
 def test_what_cannot_be_rounded_is_named():

@@ -1,6 +1,7 @@
 """The tensors of a model as they are packed: matrices in codes, the rest in a dtype of two or four bytes."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 import torch
 
@@ -27,7 +28,8 @@ def contents(
     found: dict[str, IntegerMatrix | torch.Tensor] = {}
     for name, tensor in own.items():
         if name in matrices:
-            found[name] = matrices[name]
+            matrix = matrices[name]
+            found[name] = replace(matrix, codes=matrix.codes.cpu(), scales=matrix.scales.cpu())
             continue
         tensor = tensor.detach().cpu()
         cast = tensor.to(floats) if tensor.is_floating_point() else tensor
