@@ -194,7 +194,8 @@ def _one(name: str, contender: Contender | None, x, weight, gain, dy, quick: boo
         if contender.before is not None:
             contender.before(weight)
         y = contender.function(x, weight, gain)
-        return [y, *torch.autograd.grad(y, inputs, dy)]
+        # Detached: an output that lives keeps its graph, whose leaves remember a stream that is not captured.
+        return [y.detach(), *torch.autograd.grad(y, inputs, dy)]
 
     poison(x.device)
     try:
