@@ -2,13 +2,14 @@
 
 QUANTISED_LINEAR = "benchmarks/results/quantised-linear.json"
 OUTLIERS = "benchmarks/results/outliers.json"
+OUTLIERS_COST = "benchmarks/results/outliers-cost.json"
 
 
-def low_precision_section(record: dict | None) -> str:
+def low_precision_section(record: dict | None, title: str = "# Linear layers in 8 bits") -> str:
     if record is None:
         return ""
     made, ceilings = record["environment"], record["ceilings"]
-    page = f"\n# Linear layers in 8 bits\n\n    {record['command']}\n\n{made['date'][:10]}; {made['device_name']}, "
+    page = f"\n{title}\n\n    {record['command']}\n\n{made['date'][:10]}; {made['device_name']}, "
     page += f"torch {made['torch']}, triton {made['triton']}, commit {made['git_commit'][:7]}; copies "
     page += f"{ceilings['bytes_per_second'] / 1e9:,.0f} GB/s, bf16 {ceilings['flops_per_second'] / 1e12:,.0f} TFLOP/s. "
     page += "Milliseconds of forward and backward as a CUDA graph, with the casts of input, gradient and weight; in "
@@ -22,7 +23,8 @@ def low_precision_section(record: dict | None) -> str:
     return page + (f"\n{record['note']}\n" if "note" in record else "")
 
 
-def outliers_section(record: dict | None) -> str:
+def outliers_section(record: dict | None, cost: dict | None) -> str:
+    """What isolating outliers saves, and what it costs."""
     if record is None:
         return ""
     made = record["environment"]
@@ -42,7 +44,7 @@ def outliers_section(record: dict | None) -> str:
             cells += [f"{one['loss'] - one['exact_loss']:+.5f}", f"{one['gradient_error']:.1%}"]
         cells += [f"{row['share']:.2%}", f"{row['missed']:.2%}"]
         page += f"| {' | '.join(cells)} |\n"
-    return page
+    return page + low_precision_section(cost, "## The time of isolating them")
 
 
 def _cell(contender: dict) -> str:

@@ -17,6 +17,7 @@ from scripts.golf_section import CORRECTIONS, GOLF, golf_section  # noqa: E402
 from scripts.lengths_section import LENGTHS, draw_lengths, lengths_section, read_lengths  # noqa: E402
 from scripts.low_precision_section import (  # noqa: E402
     OUTLIERS,
+    OUTLIERS_COST,
     QUANTISED_LINEAR,
     low_precision_section,
     outliers_section,
@@ -36,7 +37,7 @@ EXTENSION = "benchmarks/results/probes/extend.json"  # as `fusedlm eval RUN --pr
 RECALL = "benchmarks/results/recall.json"  # as benchmarks/recall.py wrote it, plots beside it
 OTHERS = (
     EXTENSION, RECALL, DECODING, *OPS, STEPS, OPTIMIZER_STEP, NANOGPT, GOLF, CORRECTIONS, TRAINING_STEPS, SPECULATION,
-    QUANTISED_LINEAR, OUTLIERS, *MANY_GPUS, FUSION_7B, QUANTIZED_DECODING, *SERVING, VLLM,
+    QUANTISED_LINEAR, OUTLIERS, OUTLIERS_COST, *MANY_GPUS, FUSION_7B, QUANTIZED_DECODING, *SERVING, VLLM,
 )  # fmt: skip
 BEGIN, END = "<!-- results -->\n", "<!-- end of results -->\n"
 # Rows of the README's table: recipe, measurement, and a function that reads it from a record.
@@ -128,7 +129,7 @@ def results_page(
     page += golf_section(others[GOLF], others[CORRECTIONS])
     page += recall_section(others[RECALL]) + extension_section(others[EXTENSION])
     page += training_section(others[TRAINING_STEPS]) + low_precision_section(others[QUANTISED_LINEAR])
-    page += outliers_section(others[OUTLIERS])
+    page += outliers_section(others[OUTLIERS], others[OUTLIERS_COST])
     page += many_gpus_section([others[path] for path in MANY_GPUS if others[path] is not None])
     page += large_model_section(others[FUSION_7B])
     page += decoding_section(others[DECODING]) + speculation_section(others[SPECULATION])

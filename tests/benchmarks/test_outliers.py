@@ -31,6 +31,12 @@ def test_isolating_saves_what_outliers_cost(rows):
 def test_the_page_has_both_of_each_format(rows):
     made = {"date": "2026-01-01T00:00", "torch": "2", "git_commit": "0" * 40}
     record = {"command": "python x", "environment": made, "tokens": 64, "factor": 7.0, "threshold": 3.5, "rows": rows}
-    page = outliers_section(record)
+    page = outliers_section(record, None)
     assert "times 7, " in page
     assert page.count("| int8 |") == 2 and page.count("%") == 4 * len(rows) // 2
+    isolated = {"name": "fp8 row, outliers isolated", "milliseconds": 2.5, "speedup": 0.8}
+    cost = {"command": "python y", "environment": made | {"device_name": "GPU", "triton": "3"}}
+    cost["ceilings"] = {"bytes_per_second": 1e12, "flops_per_second": 1e14}
+    cost["cases"] = [{"shape": "4x2x3", "contenders": [isolated]}]
+    beside = outliers_section(record, cost)
+    assert beside.startswith(page) and "| fp8 row, outliers isolated | 2.500 (0.80×) |" in beside
