@@ -13,6 +13,7 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REPOSITORY))
 
 from scripts.decoding_section import DECODING, decoding_section, draw_decoding  # noqa: E402
+from scripts.golf_runs_section import GOLF_RUNS, golf_runs_section  # noqa: E402
 from scripts.golf_section import CORRECTIONS, GOLF, golf_section  # noqa: E402
 from scripts.lengths_section import LENGTHS, draw_lengths, lengths_section, read_lengths  # noqa: E402
 from scripts.low_precision_section import (  # noqa: E402
@@ -36,8 +37,8 @@ RUNS, EXPERIMENTS = "benchmarks/results", "benchmarks/results/experiments"
 EXTENSION = "benchmarks/results/probes/extend.json"  # as `fusedlm eval RUN --probe extend` wrote it
 RECALL = "benchmarks/results/recall.json"  # as benchmarks/recall.py wrote it, plots beside it
 OTHERS = (
-    EXTENSION, RECALL, DECODING, *OPS, STEPS, OPTIMIZER_STEP, NANOGPT, GOLF, CORRECTIONS, TRAINING_STEPS, SPECULATION,
-    QUANTISED_LINEAR, OUTLIERS, OUTLIERS_COST, *MANY_GPUS, FUSION_7B, QUANTIZED_DECODING, *SERVING, VLLM,
+    EXTENSION, RECALL, DECODING, *OPS, STEPS, OPTIMIZER_STEP, NANOGPT, GOLF, GOLF_RUNS, CORRECTIONS, TRAINING_STEPS,
+    SPECULATION, QUANTISED_LINEAR, OUTLIERS, OUTLIERS_COST, *MANY_GPUS, FUSION_7B, QUANTIZED_DECODING, *SERVING, VLLM,
 )  # fmt: skip
 BEGIN, END = "<!-- results -->\n", "<!-- end of results -->\n"
 # Rows of the README's table: recipe, measurement, and a function that reads it from a record.
@@ -126,7 +127,7 @@ def results_page(
     page = HEADER + lengths_section(lengths)
     page += ABOUT_RUNS + (runs_section(records) if records else "No run is recorded yet.\n")
     page += experiments_section(experiments) + nanogpt_section(others[NANOGPT], records, experiments)
-    page += golf_section(others[GOLF], others[CORRECTIONS])
+    page += golf_section(others[GOLF], others[CORRECTIONS]) + golf_runs_section(others[GOLF_RUNS])
     page += recall_section(others[RECALL]) + extension_section(others[EXTENSION])
     page += training_section(others[TRAINING_STEPS]) + low_precision_section(others[QUANTISED_LINEAR])
     page += outliers_section(others[OUTLIERS], others[OUTLIERS_COST])
