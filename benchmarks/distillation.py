@@ -75,6 +75,7 @@ def _trained(recipe, run: Path) -> dict:
         "train_loss": statistics.mean(record["loss"] for record in tail),
         "train_kl": statistics.mean(r["distill_kl"] for r in tail) if "distill_kl" in tail[-1] else None,
         "tokens_per_second": statistics.median(record["tokens_per_second"] for record in steps),
+        "peak_memory_bytes": max(record["peak_memory_bytes"] for record in steps),
         "steps": steps[-1]["step"],
         "tokens": steps[-1]["tokens"],
     }
@@ -89,7 +90,8 @@ def _record(arguments, found: dict[str, dict[int, dict]], recipe) -> dict:
             gain = summarise([plain[s]["val_bpb"] - of["val_bpb"] for s, of in seeds.items()])
             speed = statistics.median(of["tokens_per_second"] for of in seeds.values())
             mean = statistics.mean(of["val_bpb"] for of in seeds.values())
-            row = {"variant": name, "val_bpb": mean, "tokens_per_second": speed}
+            memory = max(of["peak_memory_bytes"] for of in seeds.values())
+            row = {"variant": name, "val_bpb": mean, "tokens_per_second": speed, "peak_memory_bytes": memory}
             if name != "plain":
                 row |= {"gain": gain.mean, "gain_low": gain.low, "gain_high": gain.high}
             rows.append(row | {"seeds": {str(seed): of for seed, of in seeds.items()}})
