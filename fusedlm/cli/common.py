@@ -36,7 +36,12 @@ RuntimeArgument = Annotated[
 ]
 RunArgument = Annotated[Path, typer.Argument(metavar="RUN", help="Run folder.", show_default=False)]
 ModelArgument = Annotated[
-    Path, typer.Argument(metavar="RUN", help="Run folder, or artifact of fusedlm pack.", show_default=False)
+    Path,
+    typer.Argument(
+        metavar="RUN",
+        help="Run folder, artifact of fusedlm pack, folder that Transformers reads, or GGUF file.",
+        show_default=False,
+    ),
 ]
 CheckpointOption = Annotated[str, typer.Option(metavar="last|best|STEP", help="Checkpoint to load.")]
 WeightsOption = Annotated[
@@ -94,7 +99,7 @@ def stretch(model, recipe, factor: float | None) -> None:
 class LoadedRun:
     """A model with all that a command needs beside it; their types are not imported for --help."""
 
-    run: Path  # its folder, or artifact
+    run: Path  # its folder, or the file or folder that it was read from
     model: Any  # Decoder
     tokenizer: Any  # Tokenizer
     recipe: Any  # Recipe, with the overrides
@@ -112,21 +117,24 @@ def load_run(
     device: str,
     overrides: list[str] | None,
     data: Path | None = None,
-    artifacts: bool = False,
+    files: bool = False,
 ) -> LoadedRun:
     """A trained model by the options of the command line.
 
     Args:
-        artifacts: whether `run` may be an artifact of fusedlm pack.
+        files: whether `run` may be an artifact of fusedlm pack, a folder that Transformers reads, or a GGUF file.
         data: folder of the prepared text, instead of the recipe's data.dir.
 
     Raises:
         ValueError: as `fusedlm.load`.
     """
     from fusedlm import quant, runs
+    from fusedlm.export import load as export
     from fusedlm.model.precision import resolve_device, resolve_dtype
 
-    load_checkpoint = quant.load_checkpoint if artifacts else runs.load_checkpoint
+    load_checkpoint = runs.load_checkpoint
+    if files:
+        load_checkpoint = export.load_checkpoint if export.is_foreign(run) else quant.load_checkpoint
     where, wanted = resolve_device(device), checkpoint_name(checkpoint)
     loaded = load_checkpoint(run, checkpoint=wanted, weights=weights, device=where, overrides=overrides or [])
     recipe = loaded.recipe

@@ -130,7 +130,7 @@ def evaluate(
     check_task_options(tasks, shots, limit, options | {"probe": probe})
     if tasks is not None:
         loaded = load_run(
-            run, checkpoint=checkpoint, weights=weights, device=device, overrides=overrides, artifacts=True
+            run, checkpoint=checkpoint, weights=weights, device=device, overrides=overrides, files=True
         )
         stretch(loaded.model, loaded.recipe, yarn)
         run_tasks(loaded, tasks, shots, limit, window, weights, yarn, as_json=as_json)
@@ -146,7 +146,7 @@ def evaluate(
 
     method = adaptation(adapt, tuned)
     loaded = load_run(
-        run, checkpoint=checkpoint, weights=weights, device=device, overrides=overrides, data=data, artifacts=True
+        run, checkpoint=checkpoint, weights=weights, device=device, overrides=overrides, data=data, files=True
     )
     stretch(loaded.model, loaded.recipe, yarn)
     if qat:

@@ -91,7 +91,7 @@ def generate(
         raise ValueError("give either --prompt TEXT or --prompts FILE")
     speculation = None if speculate is None else Speculation(speculate)
     texts = None if prompts is None else read_prompts(prompts)
-    loaded = load_run(run, checkpoint=checkpoint, weights=weights, device=device, overrides=overrides, artifacts=True)
+    loaded = load_run(run, checkpoint=checkpoint, weights=weights, device=device, overrides=overrides, files=True)
     stretch(loaded.model, loaded.recipe, yarn)
     options = {
         "max_tokens": max_tokens,

@@ -63,7 +63,7 @@ def golfed(out: Path, options: Options, progress: ReportProgress) -> dict:
     write_atomic(out / MODEL, packed.content)
     write_atomic(out / CODE, archive)
     quantised = time.perf_counter()
-    artifact = load_run(out / MODEL, checkpoint="last", weights="raw", device="auto", overrides=None, artifacts=True)
+    artifact = load_run(out / MODEL, checkpoint="last", weights="raw", device="auto", overrides=None, files=True)
     scores = {
         name: _score(artifact, own, options.eval_tokens, f"{name} windows", progress) for name, own in spans.items()
     }

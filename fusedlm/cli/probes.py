@@ -30,7 +30,7 @@ class Target:
             device=self.device,
             overrides=self.overrides,
             data=data,
-            artifacts=True,
+            files=True,
         )
 
 
@@ -41,13 +41,13 @@ def run_probe(probe: str, target: Target, options: dict, *, as_json: bool) -> No
         ValueError: a value is out of range, or does not fit the run.
     """
     from fusedlm.files import write_atomic
-    from fusedlm.runs.folder import RECIPE
+    from fusedlm.runs.folder import require_run
 
     if probe == "mqar" and not target.run.exists():
         target = replace(target, run=find_recipe(str(target.run)))
     out = options.pop("out", None)
-    if not target.run.is_file() and not (target.run / RECIPE).is_file():
-        raise ValueError(f"{target.run} holds no run; train one with: fusedlm train RECIPE --out {target.run}")
+    if not target.run.is_file():
+        require_run(target.run)
     if out is None:
         if target.run.is_file():
             raise ValueError(f"{target.run} is not a run folder; name the folder for the results with --out FOLDER")

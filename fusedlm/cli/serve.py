@@ -125,7 +125,7 @@ def _engine(
     from fusedlm.serve import Engine, Limits
     from fusedlm.serve.engine import default_chunk
 
-    loaded = load_run(run, checkpoint=checkpoint, weights=weights, device=device, overrides=overrides, artifacts=True)
+    loaded = load_run(run, checkpoint=checkpoint, weights=weights, device=device, overrides=overrides, files=True)
     stretch(loaded.model, loaded.recipe, yarn)
     if context is None:
         context = int(loaded.recipe.train.seq_len * max(1.0, yarn or 1.0))

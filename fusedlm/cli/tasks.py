@@ -61,11 +61,12 @@ def run_tasks(
     *,
     as_json: bool,
 ) -> None:
-    """Run tasks, print their results, and write them into the run folder and its report.
+    """Run tasks, print their results, and write them into the folder and the report of a run.
 
     window: most tokens that the model sees at once; None: those of training, times yarn.
     """
     from fusedlm.harness import evaluate_tasks
+    from fusedlm.runs.folder import RECIPE
     from fusedlm.runs.tasks import add_tasks
 
     if window is not None and window < 2:
@@ -94,7 +95,7 @@ def run_tasks(
     entries = [
         {"task": r.task, "samples": r.n_samples, "shots": r.n_shots, "metrics": r.metrics} | shared for r in results
     ]
-    if loaded.run.is_dir():  # an artifact is one file, and stays as it is
+    if (loaded.run / RECIPE).is_file():  # a model that is no run stays as it is
         add_tasks(loaded.run, entries)
         _update_report(loaded)
     if as_json:

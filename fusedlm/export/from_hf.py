@@ -56,7 +56,7 @@ def import_run(folder: str | Path, run_dir: str | Path) -> Imported:
             missing or damaged; or the folder holds a run.
         OSError: a file cannot be read or written.
     """
-    return write_run(run_dir, _read(Path(folder)))
+    return write_run(run_dir, read_folder(Path(folder)))
 
 
 def load_folder(folder: str | Path, device: str | torch.device = "cpu") -> tuple[Decoder, Tokenizer]:
@@ -65,7 +65,7 @@ def load_folder(folder: str | Path, device: str | torch.device = "cpu") -> tuple
     Raises:
         ValueError, OSError: as `import_run`.
     """
-    found = _read(Path(folder))
+    found = read_folder(Path(folder))
     model = found.model.to_empty(device=device)
     load_model_tensors(model, found.tensors, str(folder))
     return model.eval(), found.tokenizer
@@ -84,6 +84,11 @@ class Content:
     model: Decoder
     tensors: dict[str, torch.Tensor]
 
+    @property
+    def text(self) -> str:
+        """Fingerprint of the prepared text that it was trained with, where that is known."""
+        return NO_TEXT if self.origin is None else self.origin.text
+
 
 def write_run(run_dir: str | Path, found: Content) -> Imported:
     """A run at step 0.
@@ -98,13 +103,13 @@ def write_run(run_dir: str | Path, found: Content) -> Imported:
             raise ValueError(f"run folder {run_dir} already holds a run; name another")
         described = environment(torch.device("cpu"), torch.float32) | {"imported": found.architecture}
         target.write_header(found.recipe, found.tokenizer, described, run)
-        text = found.origin.text if found.origin is not None else NO_TEXT
-        state = TrainState(data=text, run=run, tokenizer=found.tokenizer.fingerprint)
+        state = TrainState(data=found.text, run=run, tokenizer=found.tokenizer.fingerprint)
         save_weights(target.checkpoints, state, found.recipe, found.tensors)
     return Imported(run_dir, found.form, count_parameters(found.model).total)
 
 
-def _read(folder: Path) -> Content:
+def read_folder(folder: Path) -> Content:
+    """Raises ValueError, OSError: as `import_run`."""
     config = ConfigJSON(_read_json(folder / CONFIG), folder / CONFIG)
     origin = read_origin(folder)
     if config.text("model_type") == MODEL_TYPE:

@@ -22,6 +22,10 @@ CHECKPOINTS, LOCK = "checkpoints", ".lock"
 def require_run(run_dir: Path) -> None:
     """Raises ValueError if the folder holds no run."""
     if not (run_dir / RECIPE).is_file():
+        if (run_dir / "config.json").is_file():
+            raise ValueError(
+                f"{run_dir} holds a model of Transformers and no run; make one with: fusedlm import {run_dir} RUN"
+            )
         raise ValueError(f"{run_dir} holds no run; train one with: fusedlm train RECIPE --out {run_dir}")
 
 

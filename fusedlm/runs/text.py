@@ -26,7 +26,7 @@ def open_text(
         OSError: a file cannot be read, or the folder not be written.
     """
     if fingerprint == NO_TEXT:
-        raise ValueError(f"{run_dir}: the run was imported, and has no text of its own; {remedy}")
+        raise ValueError(f"{run_dir}: its model is of another program, and has no text of its own; {remedy}")
     folder = find_prepared(fingerprint, places(recipe.data.dir, run_dir))
     if folder is not None:
         return open_prepared(folder, fingerprint=fingerprint, progress=progress)

@@ -9,6 +9,7 @@ import torch
 from fusedlm.export.gguf.vocabulary import tokenizer_json
 from fusedlm.export.gguf.write import require_gguf
 
+MAGIC = b"GGUF"  # how a file begins
 _NORMAL, _CONTROL = 1, 3
 # The architectures that are read: (model_type, activation, whether rotary dimensions come in adjacent pairs).
 _KNOWN = {
@@ -43,7 +44,7 @@ class GGUFModel:
         self.path = path
         gguf = require_gguf(f"importing {path}")
         with open(path, "rb") as file:
-            if file.read(4) != b"GGUF":
+            if file.read(len(MAGIC)) != MAGIC:
                 raise ValueError(f"{path}: not a GGUF file")
         try:
             self._reader = gguf.GGUFReader(path)

@@ -1,10 +1,11 @@
-"""A run folder from a GGUF file."""
+"""A model, or a run folder, from a GGUF file."""
 
 from pathlib import Path
 
 from fusedlm.data.tokenizer import SubwordTokenizer
 from fusedlm.export.config_json import ConfigJSON
 from fusedlm.export.from_hf import (
+    Content,
     Imported,
     content_of,
     family_of,
@@ -26,7 +27,18 @@ def import_gguf(file: str | Path, run_dir: str | Path) -> Imported:
             the file is damaged; the package gguf is not installed; or the folder holds a run.
         OSError: a file cannot be read or written.
     """
-    file, run_dir = Path(file), Path(run_dir)
+    return write_run(run_dir, read_gguf(Path(file), Path(run_dir) / "tokenizer.json"))
+
+
+def read_gguf(file: Path, tokenizer_file: Path) -> Content:
+    """The model of a file, without a run.
+
+    Args:
+        tokenizer_file: the path that the recipe names.
+
+    Raises:
+        ValueError, OSError: as `import_gguf`.
+    """
     found = GGUFModel(file)
     config = ConfigJSON(found.config, file)
     family = family_of(config)
@@ -35,5 +47,5 @@ def import_gguf(file: str | Path, run_dir: str | Path) -> Imported:
         tokenizer = SubwordTokenizer(found.tokenizer, found.end_of_text)
     except ValueError as error:
         raise ValueError(f"{file}: tokenizer: {error}") from None
-    recipe = placeholder_recipe(file.with_suffix(""), run_dir / "tokenizer.json", family, config, derived, tokenizer)
-    return write_run(run_dir, content_of(file, family, recipe, tokenizer, found.tensors()))
+    recipe = placeholder_recipe(file.with_suffix(""), tokenizer_file, family, config, derived, tokenizer)
+    return content_of(file, family, recipe, tokenizer, found.tensors())
