@@ -22,6 +22,8 @@ CHECKPOINTS, LOCK = "checkpoints", ".lock"
 def require_run(run_dir: Path) -> None:
     """Raises ValueError if the folder holds no run."""
     if not (run_dir / RECIPE).is_file():
+        if run_dir.is_file():
+            raise ValueError(f"{run_dir} holds no run: it is a file, which eval, generate and serve may read")
         if (run_dir / "config.json").is_file():
             raise ValueError(
                 f"{run_dir} holds a model of Transformers and no run; make one with: fusedlm import {run_dir} RUN"

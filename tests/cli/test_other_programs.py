@@ -82,6 +82,8 @@ def test_a_folder_with_code_is_served(fusedlm, workspace):
         ("eval exported train.steps=2", "train.steps"),
         ("eval exported --probe needle --text text.txt", "fusedlm import exported RUN"),
         ("quantize exported --format int4 --out q", "make one with: fusedlm import exported RUN"),
+        ("quantize half.gguf --format int4 --out q", "half.gguf holds no run: it is a file"),
+        ("export half.gguf --to hf-code other", "half.gguf holds no run: it is a file"),
         ("eval damaged --text text.txt", "damaged/config.json"),
         ("eval half.gguf --text text.txt", "half.gguf: damaged"),
     ],
