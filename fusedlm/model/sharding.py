@@ -8,6 +8,7 @@ is what autocast would not cast either, so that a block computes as it does in o
 """
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import nn
@@ -20,6 +21,7 @@ from fusedlm.model.build import build_model, check_memory
 from fusedlm.model.decoder import Decoder
 from fusedlm.nn.ffn.divided_experts import DividedExperts
 from fusedlm.nn.ffn.experts import Experts
+from fusedlm.nn.low_precision import cast_gathered, low_precision_layers
 from fusedlm.nn.module import init_weights, parameters_by_kind
 
 SHARDED_KINDS = ("matrix", "embedding", "head")  # of roles
@@ -64,15 +66,28 @@ def shard_model(model: Decoder, mesh: DeviceMesh, dtype: torch.dtype, zero: int 
     for unit in _units(model):
         unit.set_gradient_divide_factor(1.0)
         unit.set_force_sum_reduction_for_comms(True)  # gloo has no other, and NCCL's sum needs no factor
+        if low_precision_layers(unit):
+            unit.register_forward_pre_hook(cast_gathered)
     model.gathers_once = zero == 2
 
 
 def build_sharded_model(
-    config, *, vocab_size: int, device: torch.device, seed: int, mesh: DeviceMesh, dtype: torch.dtype, zero: int = 3
+    config,
+    *,
+    vocab_size: int,
+    device: torch.device,
+    seed: int,
+    mesh: DeviceMesh,
+    dtype: torch.dtype,
+    zero: int = 3,
+    prepare: Callable[[Decoder], None] | None = None,
 ) -> Decoder:
     """As `build_model`, sharded: the same weights whatever the mesh. A process holds its shards, and while it draws
-    them one parameter in full. Errors as there; mesh, dtype and zero as for `shard_model`."""
+    them one parameter in full. Errors as there; mesh, dtype and zero as for `shard_model`. prepare: replaces layers of
+    the model, which has no memory and is not sharded yet."""
     model = build_model(config, vocab_size=vocab_size, device="meta")
+    if prepare is not None:
+        prepare(model)
     shard_model(model, mesh, dtype, zero)
     check_memory(model, device)
     model.to_empty(device=device)

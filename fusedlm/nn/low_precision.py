@@ -24,7 +24,8 @@ class LowPrecisionLinear(Linear):
     decoding compute with the weight itself, and checkpoints are those of the plain layer.
 
     The weight is cast by `cast_weight`, whose codes keep their memory: in every forward pass of the model in training,
-    or once per optimizer step by a loop that says so (`cast_by_loop`).
+    or once per optimizer step by a loop that says so (`cast_by_loop`). A sharded weight is cast when it is gathered
+    next (`cast_gathered`): columns have their largest magnitude over the shards of all processes.
     """
 
     def __init__(self, layer: Linear, precision: LowPrecision, *, outliers: float | None = None, columns=None):
@@ -43,6 +44,7 @@ class LowPrecisionLinear(Linear):
         counts = None if outliers is None else torch.zeros(len(_COUNTS), device=layer.weight.device)
         self.register_buffer("outlier_counts", counts, persistent=False)
         self.cast_by_loop = False  # whether the training loop calls `cast_weight` after every update
+        self.is_stale = False  # whether a sharded weight has changed since it was cast
 
     @property
     def is_active(self) -> bool:
@@ -97,14 +99,12 @@ class LowPrecisionLinear(Linear):
 
     @torch.no_grad()
     def cast_weight(self) -> None:
-        """Cast the weight as it is now, into the memory of the codes before.
-
-        Raises:
-            ValueError: the weight is sharded.
-        """
+        """Cast the weight as it is now, into the memory of the codes before; where it is sharded, when it is gathered
+        next."""
         weight = self.weight
-        if isinstance(weight, DTensor):
-            raise ValueError(f"low precision {self.precision.format}: the weight is sharded; train it in bfloat16")
+        self.is_stale = isinstance(weight, DTensor)
+        if self.is_stale:
+            return
         codes = tuple(getattr(self, name) for name in _CODES)
         # Codes move with the module; those of another device are allocated again.
         out = Cast(*codes) if codes[0] is not None and codes[0].device == weight.device else None
@@ -118,11 +118,16 @@ class LowPrecisionLinear(Linear):
         super()._apply(fn, recurse)
         device = self.weight.device
         for name, tensor in kept.items():
-            self._buffers[name] = None if tensor is None else tensor.to(device)
+            self._buffers[name] = None if tensor is None else _moved(tensor, device)
         return self
 
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}, {self.precision.format}, scales={self.precision.scales}"
+
+
+def _moved(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """Counts of a model without memory begin at zero."""
+    return torch.zeros_like(tensor, device=device) if tensor.is_meta else tensor.to(device)
 
 
 def low_precision_layers(model: torch.nn.Module) -> dict[str, LowPrecisionLinear]:
@@ -145,3 +150,10 @@ def _cast_weights(model: torch.nn.Module, _) -> None:
         for layer in low_precision_layers(model).values():
             if not layer.cast_by_loop:
                 layer.cast_weight()
+
+
+def cast_gathered(unit: torch.nn.Module, _) -> None:
+    """A hook before the forward pass of a module that FSDP2 gathers, after its own: cast the weights that are due."""
+    for layer in low_precision_layers(unit).values():
+        if layer.is_stale and not isinstance(layer.weight, DTensor):  # those of units inside are gathered later
+            layer.cast_weight()

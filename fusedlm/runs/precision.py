@@ -1,10 +1,12 @@
 """Train the layers that a recipe names in 8 bits."""
 
+from functools import partial
+
 import torch
-from torch.distributed.tensor import DTensor
 
 from fusedlm.config import Recipe
 from fusedlm.config.runtime import RuntimeConfig
+from fusedlm.distributed import World
 from fusedlm.model import Decoder
 from fusedlm.model.low_precision import LayerPrecision, choose_layers, lower_precision, unused_patterns
 from fusedlm.nn.quantized import hidden_matrices
@@ -12,17 +14,20 @@ from fusedlm.ops import LowPrecision
 from fusedlm.ops.low_precision.cost import rates_of
 
 
-def use_precision(model: Decoder, recipe: Recipe, device: torch.device, dtype: torch.dtype) -> list[LayerPrecision]:
-    """Put 8-bit layers in place, as `runtime.precision` says.
+def use_precision(
+    model: Decoder, recipe: Recipe, device: torch.device, dtype: torch.dtype, world: World | None = None
+) -> list[LayerPrecision]:
+    """Put 8-bit layers in place, as `runtime.precision` says; before the model is sharded.
 
     Args:
-        dtype: of the activations.
+        device, dtype: where the model will run, and the dtype of its activations.
+        world: the processes that share a batch, all of which call this; None: this process alone.
 
     Returns:
         The decision for every hidden matrix; empty with precision none.
 
     Raises:
-        ValueError: the weights are sharded, a pattern of `exclude` fits no layer, or a named backend cannot run here.
+        ValueError: a pattern of `exclude` fits no layer, or a named backend cannot run here.
     """
     runtime, train = recipe.runtime, recipe.train
     if runtime.precision == "none":
@@ -30,12 +35,9 @@ def use_precision(model: Decoder, recipe: Recipe, device: torch.device, dtype: t
     settings = runtime.low_precision
     precision = LowPrecision(runtime.precision, settings.scales, settings.gradients)
     rows, seq_len = max(train.shapes(), key=lambda shape: shape[0] * shape[1])
+    world = world or World()
+    rows = -(-rows // world.size)
     micro_batch = train.micro_batch_rows(rows, seq_len)
-    if any(isinstance(parameter, DTensor) for parameter in model.parameters()):
-        raise ValueError(
-            f"runtime.precision={runtime.precision}: trains in one process, whose weights are not sharded; set "
-            "runtime.precision=none"
-        )
     if unused := unused_patterns(model, settings.exclude):
         example = next(iter(hidden_matrices(model)), "none")
         raise ValueError(f"runtime.low_precision.exclude={unused[0]}: fits no hidden matrix, such as {example}")
@@ -47,7 +49,7 @@ def use_precision(model: Decoder, recipe: Recipe, device: torch.device, dtype: t
         n_tokens=micro_batch * seq_len,
         micro_batches=-(-rows // micro_batch),
         compiled=runtime.compile,
-        rates=rates_of(device),
+        rates=world.on_main(partial(rates_of, device)),  # measured ones differ, and layers may not
         least_speedup=settings.least_speedup if settings.layers == "auto" else None,
         exclude=settings.exclude,
     )

@@ -106,16 +106,19 @@ class Trainer:
         torch.manual_seed(self.settings.seed)
         vocab_size = self.data.tokenizer.vocab_size
         options = {"vocab_size": vocab_size, "device": device, "seed": self.settings.seed}
+
+        def prepare(model) -> None:
+            self.backends = use_backends(model, self.runtime, device, dtype, strict=strict_backends)
+            self.precision = use_precision(model, recipe, device, dtype, world)
+            if self.precision:  # with the op of the layers that are now in place
+                self.backends = model.explain(device, dtype, self.runtime.deterministic)
+
         if mesh is None:
             self.model = build_model(recipe.model, **options)
+            prepare(self.model)
         else:
-            self.model = build_sharded_model(
-                recipe.model, **options, mesh=mesh, dtype=dtype, zero=self.runtime.parallel.zero
-            )
-        self.backends = use_backends(self.model, self.runtime, device, dtype, strict=strict_backends)
-        self.precision = use_precision(self.model, recipe, device, dtype)
-        if self.precision:  # with the op of the layers that are now in place
-            self.backends = self.model.explain(device, dtype, self.runtime.deterministic)
+            options |= {"mesh": mesh, "dtype": dtype, "zero": self.runtime.parallel.zero}
+            self.model = build_sharded_model(recipe.model, **options, prepare=prepare)
         self.optimizer = build_optimizer(self.model, self.settings.optimizer, device, dtype)
         self.averages = Averages(self.model, self.settings)
         self.qat = QuantizationAware(self.model, self.settings)

@@ -29,7 +29,6 @@ from fusedlm.config.train import (
     SGDConfig,
     TrainConfig,
 )
-from fusedlm.data import Batch
 from fusedlm.distributed import World
 from fusedlm.distributed.rows import exchange_rows
 from fusedlm.evaluate import score_documents
@@ -41,13 +40,12 @@ from fusedlm.runs import writer as writer_module
 from fusedlm.runs.checkpoint import Checkpoints
 from fusedlm.runs.state import TrainState, model_tensors, restore_state, save_state
 from fusedlm.runs.writer import CheckpointWriter
-from fusedlm.train import step as step_module
 from fusedlm.train import train, trainer
 from fusedlm.train.step import train_step
+from tests.distributed.low_precision import FP8, LOW_LAYOUTS, chosen, low_precision
 from tests.distributed.models import CPU, EXPERTS, FIRST, HEADS, PREDICTED, SECOND, SKEWED, VOCAB, built
+from tests.distributed.steps import LENGTH, ROWS, batch_at, exact_losses
 from tests.train.runs import losses, tiny_recipe
-
-ROWS, LENGTH = 12, 16
 
 _REST = RestConfig(lr=0.01, weight_decay=0.1)
 ADAMW = AdamWConfig(lr=0.01)
@@ -89,38 +87,6 @@ LAYOUTS = {
 def gathered(tensor: torch.Tensor) -> torch.Tensor:
     """The full tensor; all processes call this."""
     return tensor.detach().full_tensor() if isinstance(tensor, DTensor) else tensor
-
-
-def batch_at(step: int, world: World) -> Batch:
-    """This process's rows of the batch of a step: in documents, and with numbers of targets that differ by row."""
-    generator = torch.Generator().manual_seed(step)
-    tokens = torch.randint(0, VOCAB, (ROWS, LENGTH + 1), generator=generator)
-    targets = tokens[:, 1:].clone()
-    for row in range(ROWS):
-        targets[row, : row + step % 3] = -100
-    documents = (torch.arange(LENGTH) // 7).expand(ROWS, -1)
-    n = ROWS // world.size
-    own = slice(world.rank * n, (world.rank + 1) * n)
-    inputs = [x[own].contiguous() for x in (tokens[:, :-1], targets, documents)]
-    return Batch(*inputs, n_valid=int((inputs[1] != -100).sum()), next_sample=0)
-
-
-@contextlib.contextmanager
-def exact_losses(world: World):
-    """A list that gets the loss of a step in float64: the records of a run are rounded to float32."""
-    forward_backward, sums, found = step_module.forward_backward, [], []
-
-    def noting(*arguments, **options):
-        output = forward_backward(*arguments, **options)
-        sums.append(output.losses["nll"])
-        return output
-
-    step_module.forward_backward = noting
-    try:
-        yield found
-    finally:
-        step_module.forward_backward = forward_backward
-    found.append(world.sum(torch.stack(sums).sum()).item())
 
 
 def run_case(name: str, layout: tuple[int, ...] | None, world: World) -> dict:
@@ -348,6 +314,7 @@ def compiled(name: str, layout: tuple[int, ...], world: World, compiler) -> tupl
         symbols.extend(x for x in inputs if isinstance(x, torch.SymInt))
         return compiler(module, inputs)
 
+    torch._dynamo.reset()  # widths that other models had otherwise would be symbols
     for compiles in (False, True):
         model = built(name, layout, torch.float32).train()
         if compiles:
@@ -409,12 +376,16 @@ def phase(size: int, folder: Path) -> dict:
     if size == 1:
         for name, (overrides, chain) in CHAINS.items():
             train(chain_recipe(folder, chain[-1][0], *overrides), folder / f"straight {name}")
-        return {None: {name: run_case(name, None, world) for name in CASES}}
+        train(chain_recipe(folder, 3, *FP8), folder / "fp8 1")
+        found = {None: {name: run_case(name, None, world) for name in CASES}}
+        return found | {("low", None): low_precision(None, world)}
     layouts = {layout: names for layout, names in LAYOUTS.items() if math.prod(layout) == size}
     found = {layout: {name: run_case(name, layout, world) for name in names} for layout, names in layouts.items()}
     if size == 4:
         found["exchanged"] = exchanged(world)
     if size == 2:
+        train(chain_recipe(folder, 3, *FP8), folder / "fp8 2")
+        found["chosen"] = chosen(chain_recipe(folder, 3, *FP8), world)
         found["skipped"] = skipped_step((1, 2), world)
         found["refused"] = refused(folder)
         pairs = [(FIRST, (1, 2)), (FIRST, (2, 1)), (SKEWED, (1, 1, 2))]
@@ -425,7 +396,7 @@ def phase(size: int, folder: Path) -> dict:
         found["compiled"].append(compiled(SKEWED, (1, 1, 2), world, lambda module, _: module))
         found["stopped"] = stopped_run(folder, world)
         found["failing"] = failing_write(folder, world)
-    return found
+    return found | {("low", layout): low_precision(layout, world) for layout in layouts if layout in LOW_LAYOUTS}
 
 
 def worker(rank: int, folder: Path) -> None:

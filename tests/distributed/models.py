@@ -61,23 +61,37 @@ blocks:
   a: {mixer: {type: attention, n_heads: 2}, ffn: {type: swiglu, hidden: 20}}
   b: {mixer: {type: attention, n_heads: 4}, ffn: {type: swiglu, hidden: 20}}
 """
+# Widths of products in 8 bits.
+_ALIGNED = """
+dim: 32
+n_layers: 2
+pattern: am
+blocks:
+  a: {mixer: {type: attention, n_heads: 2}, ffn: {type: swiglu, hidden: 48}}
+  m: {mixer: {type: mla, n_heads: 2, kv_rank: 16, rope_dim: 4}, ffn: {type: relu2, hidden: 64}}
+mtp: {depth: 1, weight: 0.3, block: a}
+"""
 FIRST, SECOND = "attention, gdn, moe, mtp", "mla, sdla, untied"
 EXPERTS, PREDICTED, SKEWED = "experts", "experts, mtp", "experts, all tokens on the last one"
-HEADS = "attention, other heads"
+HEADS, ALIGNED = "attention, other heads", "multiples of 16"
 MODELS = {
     FIRST: _SOFTMAX_AND_DELTA,
     SECOND: _LATENT,
     HEADS: _HEADS,
+    ALIGNED: _ALIGNED,
     EXPERTS: _EXPERTS,
     PREDICTED: _EXPERTS + "mtp: {depth: 1, weight: 0.3}",
     SKEWED: _SKEWED,
 }
 
 
-def built(name: str, layout: tuple[int, ...] | None, dtype: torch.dtype, zero: int = 3) -> torch.nn.Module:
-    """A model of MODELS, whole without a layout."""
+def built(
+    name: str, layout: tuple[int, ...] | None, dtype: torch.dtype, zero: int = 3, prepare=lambda model: None
+) -> torch.nn.Module:
+    """A model of MODELS, whole without a layout. prepare: is called with it before it is sharded."""
     config = ModelConfig.model_validate(yaml.safe_load(MODELS[name]))
     model = build_model(config, vocab_size=VOCAB, device="meta").to(dtype)
+    prepare(model)
     if layout is not None:
         names = ("replicate", "shard", "experts")[: len(layout)]
         shard_model(model, init_device_mesh("cpu", layout, mesh_dim_names=names), torch.float32, zero)

@@ -16,6 +16,8 @@ from fusedlm.runs import load
 from fusedlm.runs.checkpoint import Checkpoints
 from fusedlm.testing import assert_close
 from tests.distributed import many
+from tests.distributed.low_precision import LOW, LOW_LAYOUTS
+from tests.distributed.steps import LENGTH, ROWS
 from tests.train.runs import losses, records, resume
 
 
@@ -67,6 +69,29 @@ def test_every_process_has_the_same_numbers(found):
         for rank in range(1, math.prod(layout)):
             for key in ("loss", "grad_norm", "nll"):
                 assert found[rank][layout][name][key] == found[0][layout][name][key], (layout, name, key)
+
+
+@pytest.mark.parametrize("layout", LOW_LAYOUTS, ids=str)
+def test_products_in_8_bits_are_those_of_one_process(found, layout):
+    for ours, expected, case in zip(found[0]["low", layout], found[0]["low", None], LOW, strict=True):
+        assert ours["losses"] == pytest.approx(expected["losses"], rel=1e-9, abs=0), case
+        assert ours["compiled"][0] == pytest.approx(ours["losses"], rel=1e-9, abs=0), case
+        # Of three micro-batches the first alone casts weights: they are gathered for each.
+        assert ours["casts"] == ours["compiled"][1] == [ours["layers"]] * 3 == expected["casts"], case
+    losses = [case["losses"][1:] for case in found[0]["low", layout]]
+    assert len({tuple(case) for case in losses}) == len(LOW)
+
+
+def test_all_processes_train_the_same_layers_in_8_bits(found):
+    assert found[0]["chosen"] == found[1]["chosen"] != []
+
+
+def test_a_run_in_8_bits_is_that_of_one_process(folder):
+    """Up to micro-batches of other sequences, whose gradients have scales of their own."""
+    one, two = (losses(folder / f"fp8 {size}") for size in (1, 2))
+    assert two[0] == pytest.approx(one[0], rel=1e-6) and two == pytest.approx(one, rel=1e-3)
+    first = [records(folder / f"fp8 {size}")[0] for size in (1, 2)]
+    assert all(record["outlier_share"] > 0 for record in first)
 
 
 def test_a_loss_that_is_not_finite_in_one_process_skips_the_step_in_all(found):
@@ -253,7 +278,7 @@ def test_a_checkpoint_that_one_process_cannot_write_is_one_error_of_all(found, f
 
 def test_all_tokens_on_one_expert_leave_three_processes_without_any(found):
     for metrics in found[0][1, 1, 4]["experts skewed"]["metrics"]:
-        assert metrics["moe"].tolist() == [[0, 0, 0, many.ROWS * many.LENGTH]]
+        assert metrics["moe"].tolist() == [[0, 0, 0, ROWS * LENGTH]]
 
 
 def test_rows_go_to_their_process_and_gradients_come_back(found):

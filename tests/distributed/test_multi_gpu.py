@@ -101,3 +101,11 @@ def test_a_run_of_two_gpus_is_resumed_by_one(folder, one_gpu, experts):
     chain = run(folder, 1, name, *options)
     straight = run(folder, 1, f"steady-{dtype}", *options)
     assert losses(chain) == pytest.approx(losses(straight), rel=1e-3 if dtype == "float32" else 1e-2)
+
+
+@pytest.mark.parametrize("compiles", [False, True])
+def test_products_in_8_bits_are_those_of_one_gpu(folder, compiles):
+    low = ["runtime.dtype=bfloat16", "runtime.precision=fp8", "runtime.low_precision.layers=all", NORMUON]
+    low.append(f"runtime.compile={str(compiles).lower()}")
+    one, two = (run(folder, n, f"fp8-{n}-{compiles}", *low) for n in (1, 2))
+    assert losses(two) == pytest.approx(losses(one), rel=1e-2) and losses(two)[-1] < 0.9 * losses(two)[0]

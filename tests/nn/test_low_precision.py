@@ -14,10 +14,10 @@ from fusedlm.model.low_precision import (
     precision_table,
 )
 from fusedlm.nn.linear import Linear
-from fusedlm.nn.low_precision import LowPrecisionLinear, low_precision_layers, replace_layers
+from fusedlm.nn.low_precision import LowPrecisionLinear, cast_gathered, low_precision_layers, replace_layers
 from fusedlm.nn.module import roles
 from fusedlm.nn.quantized import hidden_matrices
-from fusedlm.ops import LowPrecision
+from fusedlm.ops import LowPrecision, low_precision_weight
 from fusedlm.ops.low_precision import linear as operators
 from fusedlm.ops.low_precision.cost import Rates, cast_bytes, speedup, weight_bytes
 from fusedlm.testing import FFN_CASES, MIXER_CASES, assert_close, backend_of, error_ratio, part_model, randomise_
@@ -185,11 +185,28 @@ def test_outliers_are_counted_and_taken_out():
     assert outlier_figures(torch.nn.ModuleList([plain])) == {}
 
 
-def test_sharded_weights_are_refused(monkeypatch):
+def test_a_sharded_weight_is_cast_when_it_is_gathered(monkeypatch):
     layer = LowPrecisionLinear(Linear(16, 16), LowPrecision())
-    monkeypatch.setattr("fusedlm.nn.low_precision.DTensor", torch.nn.Parameter)
-    with pytest.raises(ValueError, match=r"^low precision fp8: the weight is sharded"):
+    model = torch.nn.Sequential(layer)
+    with monkeypatch.context() as patch:
+        patch.setattr("fusedlm.nn.low_precision.DTensor", torch.nn.Parameter)
         layer.cast_weight()
+        cast_gathered(model, ())  # of a unit outside of the one that gathers it
+        assert layer.codes is None and layer.is_stale
+    cast_gathered(model, ())
+    assert torch.equal(layer.codes, low_precision_weight(layer.weight, LowPrecision()).codes) and not layer.is_stale
+    with torch.no_grad():
+        layer.weight.neg_()
+    before = layer.codes.clone()
+    cast_gathered(model, ())
+    assert torch.equal(layer.codes, before)  # no update, no cast
+
+
+def test_counts_of_a_model_without_memory_begin_at_zero():
+    layer = LowPrecisionLinear(Linear(16, 16).to("meta"), LowPrecision(), outliers=3.5)
+    assert layer.outlier_counts.is_meta
+    layer.to_empty(device="cpu")
+    assert torch.equal(layer.outlier_counts, torch.zeros(3))
 
 
 # Which layers

@@ -152,12 +152,6 @@ def test_bad_input(tmp_path, overrides, message):
     assert message in str(caught.value) and "\n" not in str(caught.value)
 
 
-def test_sharded_weights_are_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr("fusedlm.runs.precision.DTensor", torch.nn.Parameter)
-    with pytest.raises(ValueError, match=r"^runtime.precision=fp8: trains in one process"):
-        train(tiny_recipe(tmp_path, *SHORT, FP8), tmp_path / "run")
-
-
 @pytest.mark.gpu
 @pytest.mark.parametrize("precision", ["fp8", "int8", "mxfp8"])
 def test_a_graph_trains_as_separate_launches(tmp_path, precision):

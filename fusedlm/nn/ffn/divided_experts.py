@@ -42,6 +42,7 @@ class DividedExperts(Experts):
             raise ValueError("experts in few bits run on one device; divide those of the run that they are from")
         Module.__init__(self)
         self.activation, self.slope, self.mesh = experts.activation, experts.slope, mesh
+        self.backends = experts.backends
         self.__dict__["_declared"] = experts.__dict__["_declared"]
         for name, parameter in experts.named_parameters():
             part = distribute_tensor(parameter.detach(), mesh, [Shard(0)], src_data_rank=None)
