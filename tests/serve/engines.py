@@ -25,7 +25,8 @@ def make_engine(model, device: str = "cpu", **limits) -> Engine:
 
 
 def small_engine(device: str = "cpu", **limits) -> Engine:
-    """With the weights of `make_model`, in whatever process."""
+    """With the weights of `make_model`, in whatever process: with one thread there too, since sums depend on it."""
+    torch.set_num_threads(1)
     return make_engine(make_model(), device, **limits)
 
 
