@@ -51,6 +51,7 @@ _REST = RestConfig(lr=0.01, weight_decay=0.1)
 ADAMW = AdamWConfig(lr=0.01)
 NORMUON = NorMuonAdamWConfig(matrix=NorMuonConfig(lr=0.02, cautious=True), rest=_REST)
 LONG = 30
+BACKENDS = {"routed_experts": "reference"}
 # name -> model, optimizer, steps, sequences per micro-batch
 CASES = {
     "adamw 1": (FIRST, ADAMW, LONG, 2),
@@ -385,6 +386,8 @@ def phase(size: int, folder: Path) -> dict:
         found["exchanged"] = exchanged(world)
     if size == 2:
         train(chain_recipe(folder, 3, *FP8), folder / "fp8 2")
+        divided = built(EXPERTS, (1, 1, 2), torch.float32, prepare=lambda model: model.use_backends(BACKENDS))
+        found["backends"] = divided.blocks[0].ffn.experts.backends
         found["chosen"] = chosen(chain_recipe(folder, 3, *FP8), world)
         found["skipped"] = skipped_step((1, 2), world)
         found["refused"] = refused(folder)

@@ -82,6 +82,10 @@ def test_products_in_8_bits_are_those_of_one_process(found, layout):
     assert len({tuple(case) for case in losses}) == len(LOW)
 
 
+def test_divided_experts_keep_the_backends_that_were_chosen_before(found):
+    assert found[0]["backends"] == many.BACKENDS
+
+
 def test_all_processes_train_the_same_layers_in_8_bits(found):
     assert found[0]["chosen"] == found[1]["chosen"] != []
 
